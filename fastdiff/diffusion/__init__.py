@@ -1,0 +1,41 @@
+"""The diffusion process. It takes any model and never imports one."""
+
+from fastdiff.config import DiffusionConfig
+from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.parameterization import LossType, ModelMeanType, ModelVarType
+from fastdiff.diffusion.respacing import space_timesteps
+from fastdiff.diffusion.schedule import get_named_beta_schedule
+from fastdiff.diffusion.timestep_sampler import LossSecondMomentSampler, UniformSampler
+
+__all__ = [
+    "GaussianDiffusion",
+    "LossSecondMomentSampler",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "UniformSampler",
+    "build_diffusion",
+    "get_named_beta_schedule",
+    "space_timesteps",
+]
+
+
+def build_diffusion(config: DiffusionConfig) -> GaussianDiffusion:
+    """The process that the configuration describes; ValueError where its timestep_respacing does not fit."""
+    if config.use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if config.rescale_learned_sigmas else LossType.MSE
+    if config.learn_sigma:
+        model_var_type = ModelVarType.LEARNED_RANGE
+    else:
+        model_var_type = ModelVarType.FIXED_SMALL if config.sigma_small else ModelVarType.FIXED_LARGE
+    respacing = config.timestep_respacing
+    return GaussianDiffusion(
+        betas=get_named_beta_schedule(config.noise_schedule, config.diffusion_steps),
+        model_mean_type=ModelMeanType.START_X if config.predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=model_var_type,
+        loss_type=loss_type,
+        rescale_timesteps=config.rescale_timesteps,
+        use_timesteps=space_timesteps(config.diffusion_steps, respacing) if respacing else None,
+    )

@@ -1,0 +1,86 @@
+"""The two blocks of the UNet: a residual block conditioned on the timestep, and self-attention over pixels."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff import kernels
+from fastdiff.models.layers import GroupNormSiLU, TokenLinear, conv3x3, zeroed
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv; the embedding; norm, SiLU, dropout, conv; plus the input.
+
+    The embedding scales and shifts the second norm's output, or is added before it (Nichol & Dhariwal 2021, section 2).
+    The nn.Identity layers stand where the original has a SiLU of its own: they keep the numbers in the state-dict keys.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float,
+        use_scale_shift_norm: bool,
+        use_checkpoint: bool,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            GroupNormSiLU(channels, backend), nn.Identity(), conv3x3(channels, out_channels)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            GroupNormSiLU(out_channels, backend),
+            nn.Identity(),
+            nn.Dropout(dropout),
+            zeroed(conv3x3(out_channels, out_channels)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: (N, C, H, W), emb: (N, E) -> (N, C', H, W)."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        condition = self.emb_layers(emb)  # (N, C') or (N, 2C')
+        norm, _, dropout, conv = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = condition.chunk(2, dim=1)
+            h = norm(h, scale, shift)
+        else:
+            h = norm(h + condition[:, :, None, None])
+        return self.skip_connection(x) + conv(dropout(h))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a feature map, added to it."""
+
+    def __init__(self, channels: int, heads: int, use_checkpoint: bool, backend: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = backend
+        self.use_checkpoint = use_checkpoint
+        self.norm = GroupNormSiLU(channels, backend, silu=False)
+        self.qkv = TokenLinear(channels, 3 * channels)
+        self.proj_out = zeroed(TokenLinear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C), a view where x is channels_last
+        h = self.proj_out(kernels.attention(self.qkv(tokens), self.heads, backend=self.backend))
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])

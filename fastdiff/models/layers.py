@@ -1,0 +1,102 @@
+"""The small layers of the UNet. Parameter names and shapes are improved-diffusion's."""
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff import kernels
+from fastdiff.config import GROUPS
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timesteps (Vaswani et al. 2017, section 3.5), cosines first. (N,), may be fractional -> (N, dim)"""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, max_period: float = 10_000) -> None:
+        super().__init__()
+        half = dim // 2
+        steps = torch.arange(half, dtype=torch.float32)
+        # a buffer, so that no forward pass computes or copies it; not persistent, so that state dicts stay the original's
+        self.register_buffer("frequencies", torch.exp(-math.log(max_period) * steps / half), persistent=False)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """In fp32 whatever the model's precision: a timestep of 999 has no room for its fraction in bf16."""
+        angles = timesteps[:, None].float() * self.frequencies.float()  # (N, dim / 2)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def zeroed(module: M) -> M:
+    """The module with all parameters zero, so that a residual branch begins as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size, or halves it with stride 2."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+
+
+class GroupNormSiLU(nn.Module):
+    """GroupNorm, optional scale and shift, optional SiLU, as one operation of fastdiff.kernels. (N, C, *spatial)"""
+
+    def __init__(self, channels: int, backend: str, silu: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.silu = silu
+        self.backend = backend
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """x: (N, C, *spatial); scale, shift: (N, C) or None."""
+        return kernels.group_norm_silu(
+            x,
+            self.weight,
+            self.bias,
+            groups=GROUPS,
+            scale=scale,
+            shift=shift,
+            silu=self.silu,
+            backend=self.backend,
+        )
+
+
+class TokenLinear(nn.Conv1d):
+    """A 1x1 Conv1d's parameters applied to (N, T, C): a matrix product without a transpose."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, T, C) -> (N, T, C')."""
+        return F.linear(x, self.weight.squeeze(-1), self.bias)
+
+
+class Upsample(nn.Module):
+    """Twice the size by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = conv3x3(channels, channels, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H/2, W/2)."""
+        return self.op(x)

@@ -1,0 +1,124 @@
+"""The UNet of Nichol & Dhariwal 2021 (after Ho et al. 2020), read top to bottom."""
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.config import Kernels, MemoryFormat, ModelConfig
+from fastdiff.models.blocks import AttentionBlock, ResBlock
+from fastdiff.models.layers import Downsample, GroupNormSiLU, TimestepEmbedding, Upsample, conv3x3, zeroed
+
+_MEMORY_FORMATS = {
+    MemoryFormat.CHANNELS_LAST: torch.channels_last,
+    MemoryFormat.CONTIGUOUS: torch.contiguous_format,
+}
+
+
+class EmbedSequential(nn.Sequential):
+    """A sequence of layers, of which residual blocks get the embedding too."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: (N, C, H, W), emb: (N, E)."""
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or x_0), and with learn_sigma the variance, of noisy images.
+
+    On the way down each level has ``num_res_blocks`` residual blocks; on the way up one more, each of which takes the
+    matching output of the way down. Between them a residual block, attention and a residual block. State-dict keys and
+    shapes are improved-diffusion's.
+    """
+
+    in_channels = 3
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels | str = Kernels.AUTO,
+        memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.memory_format = _MEMORY_FORMATS[MemoryFormat(memory_format)]
+        width = config.num_channels
+        emb_channels = 4 * width
+
+        def res_block(channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(
+                channels,
+                out_channels,
+                emb_channels,
+                config.dropout,
+                config.use_scale_shift_norm,
+                config.use_checkpoint,
+                kernels,
+            )
+
+        def attention(channels: int, heads: int) -> AttentionBlock:
+            return AttentionBlock(channels, heads, config.use_checkpoint, kernels)
+
+        self.timestep_embedding = TimestepEmbedding(width)
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if config.class_cond:
+            self.label_emb = nn.Embedding(config.num_classes, emb_channels)
+
+        channels = width
+        self.input_blocks = nn.ModuleList([EmbedSequential(conv3x3(self.in_channels, channels))])
+        skips = [channels]
+        levels = list(enumerate(config.multipliers))
+        for level, mult in levels:
+            for _ in range(config.num_res_blocks):
+                layers: list[nn.Module] = [res_block(channels, width * mult)]
+                channels = width * mult
+                if level in config.attention_levels:
+                    layers.append(attention(channels, config.num_heads))
+                self.input_blocks.append(EmbedSequential(*layers))
+                skips.append(channels)
+            if level != len(levels) - 1:
+                self.input_blocks.append(EmbedSequential(Downsample(channels)))
+                skips.append(channels)
+
+        self.middle_block = EmbedSequential(
+            res_block(channels, channels), attention(channels, config.num_heads), res_block(channels, channels)
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(levels):
+            for i in range(config.num_res_blocks + 1):
+                layers = [res_block(channels + skips.pop(), width * mult)]
+                channels = width * mult
+                if level in config.attention_levels:
+                    layers.append(attention(channels, config.heads_upsample))
+                if level and i == config.num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(EmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(conv3x3(channels, config.out_channels))
+        )
+        self.to(memory_format=self.memory_format)
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """The model's output at x.
+
+        x: (N, 3, H, W) in [-1, 1]; timesteps: (N,), may be fractional; y: (N,) int64 classes, for a class-conditional
+        model only. Returns (N, out_channels, H, W) in x's dtype.
+        """
+        if (y is not None) != self.config.class_cond:
+            raise ValueError(f"the model has class_cond {self.config.class_cond}: y must be given exactly when it is true")
+        emb = self.time_embed(self.timestep_embedding(timesteps).to(self.time_embed[0].weight.dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h = x.contiguous(memory_format=self.memory_format)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h).to(x.dtype)

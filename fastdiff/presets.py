@@ -1,0 +1,97 @@
+"""The released improved-diffusion models and the recipe of its 128x128 fork, as one table.
+
+A preset is a set of flags by their names; a flag given beside ``--preset`` takes its place. The first eight are the flag
+groups of improved-diffusion's README, one a released checkpoint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from fastdiff.config import Config
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset is for, and its flags."""
+
+    about: str
+    flags: Mapping[str, Any]
+
+    def values_for(self, config: type[Config]) -> dict[str, Any]:
+        """Those of the flags that are fields of ``config``."""
+        names = {f.name for f in fields(config)}  # type: ignore[arg-type]  # every Config is a dataclass
+        return {name: value for name, value in self.flags.items() if name in names}
+
+    def config(self, kind: type[C]) -> C:
+        """The preset's ModelConfig, DiffusionConfig or TrainConfig."""
+        return kind.from_dict(self.values_for(kind))
+
+
+_IMAGENET64 = {"image_size": 64, "num_channels": 128, "num_res_blocks": 3, "learn_sigma": True}
+_IMAGENET64_COND = {**_IMAGENET64, "num_channels": 192, "class_cond": True}
+_CIFAR10 = {"image_size": 32, "num_channels": 128, "num_res_blocks": 3, "learn_sigma": True, "dropout": 0.3}
+_UPSAMPLE = {
+    "image_size": 256,
+    "small_size": 64,
+    "num_channels": 192,
+    "num_res_blocks": 2,
+    "learn_sigma": True,
+    "class_cond": True,
+}
+_LSUN = {
+    "image_size": 256,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 1,
+    "learn_sigma": True,
+    "use_scale_shift_norm": False,
+    "attention_resolutions": (16,),
+}
+_FORK_128 = {
+    "image_size": 128,
+    "num_channels": 192,
+    "num_res_blocks": 2,
+    "attention_resolutions": (32, 16),
+    "dropout": 0.1,
+    "learn_sigma": True,
+    "use_scale_shift_norm": True,
+    "class_cond": False,
+}
+
+_COSINE = {"diffusion_steps": 4000, "noise_schedule": "cosine"}
+_LINEAR = {"diffusion_steps": 4000, "noise_schedule": "linear"}
+_LINEAR_1000 = {"diffusion_steps": 1000, "noise_schedule": "linear"}
+_UNSCALED = {"rescale_learned_sigmas": False, "rescale_timesteps": False}
+_VLB = {"use_kl": True, "schedule_sampler": "loss-second-moment"}
+
+
+def _optimised(lr: float, batch_size: int) -> dict[str, Any]:
+    return {"lr": lr, "batch_size": batch_size}
+
+
+# fmt: off
+PRESETS: Mapping[str, Preset] = {
+    "imagenet64_uncond":     Preset("ImageNet 64x64, hybrid loss",              _IMAGENET64      | _COSINE                  | _optimised(1e-4, 128)),
+    "cifar10_uncond":        Preset("CIFAR-10, hybrid loss",                    _CIFAR10         | _COSINE                  | _optimised(1e-4, 128)),
+    "imagenet64_cond":       Preset("ImageNet 64x64 by class, 270M parameters", _IMAGENET64_COND | _COSINE | _UNSCALED      | _optimised(3e-4, 2048)),
+    "upsample_256":          Preset("64x64 to 256x256 by class",                _UPSAMPLE        | _LINEAR | _UNSCALED      | _optimised(3e-4, 256)),
+    "lsun_bedroom":          Preset("LSUN bedrooms 256x256, lr 1e-4",           _LSUN            | _LINEAR_1000 | _UNSCALED | _optimised(1e-4, 128)),
+    "lsun_bedroom_lr2e-5":   Preset("LSUN bedrooms 256x256, lr 2e-5",           _LSUN            | _LINEAR_1000 | _UNSCALED | _optimised(2e-5, 128)),
+    "imagenet64_uncond_vlb": Preset("ImageNet 64x64, variational bound",        _IMAGENET64      | _COSINE | _VLB           | _optimised(1e-4, 128)),
+    "cifar10_uncond_vlb":    Preset("CIFAR-10, variational bound",              _CIFAR10         | _COSINE | _VLB           | _optimised(1e-4, 128)),
+    "fork_128":              Preset("128x128, the fork's recipe",               _FORK_128        | _LINEAR                  | _optimised(1e-4, 16)
+                                    | {"precision": "fp16", "save_interval": 20_000}),
+}
+# fmt: on
+
+
+def preset_named(name: str) -> Preset:
+    """The preset called ``name``; ValueError that lists them where there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+    return PRESETS[name]
+
+

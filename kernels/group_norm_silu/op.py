@@ -1,0 +1,44 @@
+"""The public operation: arguments checked, implementation chosen."""
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.backend import Backend, choose, require
+from fastdiff.kernels.group_norm_silu import pytorch, reference
+
+IMPLEMENTATIONS = {Backend.TORCH: pytorch.group_norm_silu, Backend.REFERENCE: reference.group_norm_silu}
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    backend: Backend | str = Backend.AUTO,
+) -> Tensor:
+    """y = act(((x - mean) * rstd * weight + bias) * (1 + scale) + shift), act SiLU or, with silu=False, the identity.
+
+    Group normalisation (Wu & He 2018) with the conditioning of Nichol & Dhariwal 2021, section 2. Mean and rstd are
+    per sample and group, in fp32.
+
+    x: (N, C, *spatial) of any floating dtype, contiguous or channels_last; weight, bias: (C,); scale, shift: (N, C) or
+    None. Returns y of x's shape, dtype and memory format. ValueError where shapes do not fit or the backend cannot run.
+    """
+    op = "group_norm_silu"
+    require(x.ndim >= 3, op, "x must be (N, C, *spatial), not {}", tuple(x.shape))
+    channels = x.shape[1]
+    require(channels % groups == 0, op, "{} channels are not a multiple of {} groups", channels, groups)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        require(tensor.shape == (channels,), op, "{} must be ({},), not {}", name, channels, tuple(tensor.shape))
+    for name, optional in (("scale", scale), ("shift", shift)):
+        fits = optional is None or optional.shape == x.shape[:2]
+        require(fits, op, "{} must be (N, C) = {}, not {}", name, tuple(x.shape[:2]), tuple(getattr(optional, "shape", ())))
+    run = choose(op, backend, IMPLEMENTATIONS)
+    # Autocast would widen the norm and with it everything after: precision is decided here, by x's dtype.
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, weight, bias, groups, eps, scale, shift, silu)
