@@ -1,0 +1,51 @@
+# make demo and make test are all that a fresh machine needs: each makes .venv, installs the tested set, and runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CACHES := .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+
+# Only .venv counts, whatever environment is active.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+
+.PHONY: help demo test test-slow lint format clean
+
+help:
+	@echo "make demo       train a small model on a toy set and sample from it"
+	@echo "make test       the tests, without the slow ones"
+	@echo "make test-slow  the slow tests"
+	@echo "make lint       ruff, mypy, import-linter"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make clean      remove build products and caches (not .venv, not runs)"
+
+demo: $(STAMP)
+	@$(BIN)/fastdiff demo
+
+test: $(STAMP)
+	@$(BIN)/pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	@$(BIN)/pytest -q -m slow
+
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fastdiff needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Installing into $(VENV) (the first time this downloads PyTorch) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(CACHES)
+	find . \( -name .venv -o -name .git -o -name runs \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

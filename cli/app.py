@@ -1,0 +1,54 @@
+"""The command line: one Typer application, one file a command. Nothing here imports torch before a command runs."""
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from fastdiff import __version__
+from fastdiff.cli import benchmark, demo, presets, sample, train
+from fastdiff.cli.options import SWITCHES, with_old_spelling
+
+app = typer.Typer(
+    name="fastdiff",
+    help="Train pixel-space diffusion models from a folder of images, and sample from them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("train")(train.train)
+app.command("sample")(sample.sample)
+app.command("demo")(demo.demo)
+app.command("benchmark")(benchmark.benchmark)
+app.command("presets")(presets.presets)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Bad input is one line on stderr and exit status 2; ``--debug`` shows where it came up."""
+    debug = "--debug" in sys.argv
+    try:
+        app(with_old_spelling(sys.argv[1:], SWITCHES))
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)

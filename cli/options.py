@@ -1,0 +1,135 @@
+"""Command-line options derived from the configurations: a flag is declared and described once, in fastdiff/config.py."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from enum import StrEnum
+from types import UnionType
+from typing import Annotated, Any, TypeVar, get_args
+
+import typer
+
+from fastdiff.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from fastdiff.presets import preset_named
+
+C = TypeVar("C", bound=Config)
+Flags = dict[str, Any]
+"""The flags that were given, by their fields' names; a flag that was not given is absent."""
+
+_PANELS: dict[type[Config], str] = {
+    ModelConfig: "Model",
+    DiffusionConfig: "Diffusion",
+    DataConfig: "Data",
+    TrainConfig: "Training",
+    SampleConfig: "Sampling",
+    RuntimeConfig: "Where and how it runs",
+}
+_TRUE, _FALSE = {"true", "1", "yes", "t", "y"}, {"false", "0", "no", "f", "n"}
+
+PresetFlag = Annotated[str | None, typer.Option(help="A released model's flags, see fastdiff presets.")]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+def with_flags(*configs: type[Config], leave_out: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command every field of ``configs`` as an option; it gets those that were given as its argument ``flags``.
+
+    A name that two configurations share becomes one option, that of the first.
+    """
+    derived: dict[str, inspect.Parameter] = {}
+    for config in configs:
+        for f in fields(config):  # type: ignore[arg-type]  # every Config is a dataclass
+            if f.name not in leave_out:
+                derived.setdefault(f.name, _parameter(f.name, f.type, f.default, f.metadata["help"], _PANELS[config]))
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            flags = {name: values.pop(name) for name in derived}
+            command(flags={name: value for name, value in flags.items() if value is not None}, **values)
+
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "flags"]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own] + list(derived.values())
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, kind: Any, default: Any, help: str, panel: str) -> inspect.Parameter:
+    plain = next((k for k in get_args(kind) if k is not type(None)), kind) if isinstance(kind, UnionType) else kind
+    flag = name.replace("_", "-")
+    if plain is bool:
+        option = typer.Option(f"--{flag}/--no-{flag}", help=help, show_default=str(default), rich_help_panel=panel)
+    else:
+        plain = plain if plain in (int, float, str) or issubclass(plain, StrEnum) else str  # tuples: "16,8"
+        option = typer.Option(f"--{flag}", help=help, show_default=_shown(default), rich_help_panel=panel)
+    annotation = Annotated[plain | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _shown(default: Any) -> Any:
+    if default is None or default == "" or default is MISSING:
+        return False
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def all_flags(flags: Flags, preset: str | None) -> Flags:
+    """The preset's flags with those given in their place."""
+    return {**(preset_named(preset).flags if preset else {}), **flags}
+
+
+def build(kind: type[C], flags: Mapping[str, Any], base: C | None = None) -> C:
+    """A configuration from those of the flags that are its fields, over ``base`` or the defaults."""
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    values = base.to_dict() if base is not None else {}
+    return kind.from_dict(values | {name: value for name, value in flags.items() if name in names})
+
+
+def refuse_contradiction(flags: Mapping[str, Any], where: str, *configs: Config) -> None:
+    """ValueError, naming the first one, where a flag differs from what the configurations in ``where`` say."""
+    for config in configs:
+        for name, mine in build(type(config), flags, base=config).to_dict().items():
+            theirs = config.to_dict()[name]
+            if mine != theirs:
+                raise ValueError(f"{name} is {theirs} in {where} and {mine} on the command line: leave the flag out")
+
+
+def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> list[str]:
+    """improved-diffusion's spelling as ours: --learn_sigma True becomes --learn-sigma, False --no-learn-sigma."""
+    result: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            result.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name.removeprefix("--") in switches:
+            if not equals and rest and rest[0].lower() in _TRUE | _FALSE:
+                equals, value = "=", rest.pop(0)
+            if equals:
+                if value.lower() not in _TRUE | _FALSE:
+                    raise ValueError(f"{name} must be true or false, not {value!r}")
+                name = name if value.lower() in _TRUE else name.replace("--", "--no-", 1)
+                equals = value = ""
+        result.append(name + equals + value)
+    return result
+
+
+SWITCHES = frozenset(
+    f.name.replace("_", "-")
+    for config in _PANELS
+    for f in fields(config)  # type: ignore[arg-type]
+    if f.type is bool
+)
+"""Every flag that is on or off."""

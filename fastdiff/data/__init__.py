@@ -1,0 +1,24 @@
+"""From a folder of images to batches: find, decode once, draw in an order that needs no memory of what came before."""
+
+from fastdiff.data.batches import batches
+from fastdiff.data.cache import Dataset, load_dataset
+from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight
+from fastdiff.data.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, decode, load, resize_and_crop
+from fastdiff.data.order import batch_indices, epoch_order
+
+__all__ = [
+    "EXTENSIONS",
+    "MAX_PIXELS",
+    "Dataset",
+    "ImageFolder",
+    "LeftOut",
+    "Preflight",
+    "UnreadableImage",
+    "batch_indices",
+    "batches",
+    "decode",
+    "epoch_order",
+    "load",
+    "load_dataset",
+    "resize_and_crop",
+]

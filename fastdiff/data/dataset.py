@@ -1,0 +1,169 @@
+"""A folder of images with their classes, and a line that says what was found in it and what was left out."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdiff.config import Labels
+from fastdiff.data.images import EXTENSIONS, load
+
+_OTHER_IMAGES = frozenset(("avif", "exr", "heic", "heif", "ico", "jp2", "jxl", "ppm", "svg", "tga", "tif", "tiff"))
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file of the folder that is not used: its name below the folder, and why."""
+
+    name: str
+    reason: str
+
+
+class ImageFolder:
+    """The images of a folder and its sub-folders, decoded when asked for: ``folder[i]`` is (uint8 (H, W, 3), label).
+
+    The order is improved-diffusion's: each folder's entries by name, sub-folders in their place among the files. Names
+    that begin with a dot are passed over; a folder that links lead to more than once counts once.
+
+    labels: "prefix" takes the file name up to its first underscore as the class (improved-diffusion's rule), "folder"
+    the first sub-folder on the way to the file, None gives no labels. Classes are numbered in the order of their names.
+
+    Attributes: ``root``, ``image_size``, ``names`` (below root, with "/"), ``paths``, ``class_names`` (() without
+    labels), ``labels`` (int64 (N,) or None), ``left_out`` (files that are not taken for images).
+
+    Raises ValueError for a folder that is missing, is none or has no images, and with "folder" for an image outside of
+    every sub-folder.
+    """
+
+    def __init__(self, root: str | Path, image_size: int, labels: Labels | str | None = Labels.PREFIX) -> None:
+        if not str(root):
+            raise ValueError("data_dir is empty: give the folder of images")
+        if image_size < 1:
+            raise ValueError(f"image_size must be positive, not {image_size}")
+        if labels is not None and labels not in tuple(Labels):
+            raise ValueError(f"labels must be one of {', '.join(Labels)}, not {labels!r}")
+        self.root = Path(root).expanduser()
+        self.image_size = image_size
+        if not self.root.is_dir():
+            what = "is not a folder" if self.root.exists() else "does not exist"
+            raise ValueError(f"data_dir {self.root} {what}: give the folder of images")
+        self.left_out: list[LeftOut] = []
+        self.names = list(self._scan())
+        if not self.names:
+            raise ValueError(self._nothing_found())
+        self.paths = [self.root / name for name in self.names]
+        # Of all files found, readable or not: a file that breaks or is mended must not renumber the classes of a
+        # model that was trained before.
+        classes = [] if labels is None else [self._class_of(name, Labels(labels)) for name in self.names]
+        self.class_names = tuple(sorted(set(classes)))
+        number = {name: i for i, name in enumerate(self.class_names)}
+        self.labels = None if labels is None else np.array([number[c] for c in classes], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int | None]:
+        image = load(self.paths[index], self.image_size)  # (H, W, 3)
+        return image, None if self.labels is None else int(self.labels[index])
+
+    def _scan(self) -> Iterator[str]:
+        """Names of images below root in order; everything else goes to left_out."""
+        root = self.root.resolve()
+        seen = {root, *root.parents}  # a link upwards would bring in the folder's neighbours
+        waiting = self._entries("")
+        while waiting:
+            name = waiting.pop()
+            path = os.path.join(self.root, name)
+            extension = _extension(name)
+            if os.path.isdir(path):
+                if (folder := Path(path).resolve()) not in seen:
+                    seen.add(folder)
+                    waiting += self._entries(name)
+            elif extension not in EXTENSIONS:
+                known = extension in _OTHER_IMAGES
+                self.left_out.append(LeftOut(name, f"{extension} is not supported" if known else "not an image"))
+            elif not os.path.isfile(path):  # opening a pipe would wait for ever
+                self.left_out.append(LeftOut(name, "broken link" if os.path.islink(path) else "not a regular file"))
+            else:
+                yield name
+
+    def _entries(self, folder: str) -> list[str]:
+        """The visible entries of a folder by their names below root, last name first."""
+        try:
+            entries = sorted(os.listdir(self.root / folder), reverse=True)
+        except OSError as error:
+            self.left_out.append(LeftOut(folder or ".", (error.strerror or "unreadable folder").lower()))
+            return []
+        prefix = f"{folder}/" if folder else ""
+        return [prefix + entry for entry in entries if not entry.startswith(".")]
+
+    def _class_of(self, name: str, labels: Labels) -> str:
+        parts = name.split("/")
+        if labels is Labels.PREFIX:
+            return parts[-1].split("_")[0]
+        if len(parts) == 1:
+            raise ValueError(
+                f"labels folder: {printable(name)} lies in {self.root} itself and so has no class; "
+                "move it into a sub-folder named after its class, or use labels prefix"
+            )
+        return parts[0]
+
+    def _nothing_found(self) -> str:
+        kinds = Counter(f".{e}" if (e := _extension(item.name)) else "other" for item in self.left_out)
+        found = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds.most_common(_SHOWN))
+        return (
+            f"no images in data_dir {self.root}: looked for {' '.join('.' + e for e in EXTENSIONS)} here and in all "
+            f"sub-folders, found {found or 'no files'}"
+        )
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a folder gave: image counts by extension, classes, least and greatest (width, height), what was left out."""
+
+    counts: dict[str, int]
+    class_names: tuple[str, ...]
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    left_out: tuple[LeftOut, ...]
+
+    def line(self) -> str:
+        """All of it on one line, with at most five names of a kind."""
+        total = sum(self.counts.values())
+        kinds = ", ".join(f"{n:,} {e}" for e, n in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])))
+        sizes = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys([self.smallest, self.largest]))
+        text = f"{_count(total, 'image', 'images')} ({kinds}, {sizes})"
+        if self.class_names:
+            text += f" in {_count(len(self.class_names), 'class', 'classes')}: {_listed(self.class_names)}"
+        if self.left_out:
+            names = [f"{item.name} ({item.reason})" for item in self.left_out]
+            text += f"; left out {len(names):,}: {_listed(names)}"
+        return text
+
+
+def printable(text: str) -> str:
+    """File names may hold line breaks, terminal codes or bytes of another encoding."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def extension_counts(names: Sequence[str]) -> dict[str, int]:
+    """How many of the names end in each extension."""
+    return dict(Counter(map(_extension, names)))
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n:,} {one if n == 1 else many}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:_SHOWN])
+    return shown + (f", … and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,151 @@
+"""One image file to pixels: decode what people have in their folders, resize and crop as improved-diffusion does."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
+from PIL import WebPImagePlugin as WebpImagePlugin
+
+EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp")
+"""The file names that count as images end in these, in any case."""
+
+MAX_PIXELS = 2**26
+"""Larger images (by their header) are refused before anything is decoded: 8192 x 8192, a quarter GiB in Pillow."""
+
+MAX_BYTES = 2**30
+"""Larger files are refused unread: twice what MAX_PIXELS take without any compression."""
+
+MAX_ASPECT = 16
+"""Of images longer than this many times their width only the part that survives the crop is resized."""
+
+_READERS: dict[bytes, Callable[[BinaryIO], ImageFile.ImageFile]] = {
+    b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
+    b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
+    b"GIF8": GifImagePlugin.GifImageFile,
+    b"BM": BmpImagePlugin.BmpImageFile,
+    b"RIFF": WebpImagePlugin.WebPImageFile,
+}
+
+# A large image takes up to a GiB with its copies, so that one for each core of a big machine could exhaust it.
+_LARGE_PIXELS = 2**24
+_large_images = threading.BoundedSemaphore(2)
+
+
+class UnreadableImage(ValueError):
+    """A file that cannot be used as an image; ``reason`` says why in a few words."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
+
+
+def decode(path: str | Path) -> Image.Image:
+    """The first frame of an image file, upright (EXIF), in mode RGB, transparency over white.
+
+    Raises UnreadableImage for anything that is not a whole PNG, JPEG, GIF, WebP or BMP of at most MAX_PIXELS pixels.
+    """
+    with _opened(Path(path)) as image:
+        return _upright_rgb(image)
+
+
+def load(path: str | Path, size: int) -> NDArray[np.uint8]:
+    """The image file as a square: uint8 (size, size, 3). Raises UnreadableImage as decode does."""
+    return load_with_size(path, size)[0]
+
+
+def load_with_size(path: str | Path, size: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """As load, with the (width, height) of the upright image before."""
+    with _opened(Path(path)) as image:
+        rgb = _upright_rgb(image)
+        return resize_and_crop(rgb, size), rgb.size
+
+
+def resize_and_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """The centre square of an RGB image: uint8 (size, size, 3).
+
+    Pixel for pixel improved-diffusion's image_datasets.py: halve with a box filter while twice as large as needed,
+    then bicubic until the shorter side fits, then crop.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        # 30000 x 2 would become 960000 x 64, only to be cropped to 64 x 64. The result is the same but for the order in
+        # which Pillow resizes the two axes.
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
+        return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image with only its header read; whatever goes wrong until the end of the block makes it unreadable."""
+    try:
+        with path.open("rb") as file:
+            image = _open_header(path, file)
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise UnreadableImage(path, f"{image.width}x{image.height} is over the limit of {MAX_PIXELS:,} pixels")
+            with _large_images if pixels > _LARGE_PIXELS else contextlib.nullcontext():
+                yield image
+    except (UnreadableImage, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadableImage(path, f"over the limit of {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise UnreadableImage(path, _reason(error)) from None
+
+
+def _open_header(path: Path, file: BinaryIO) -> ImageFile.ImageFile:
+    # Image.open would warn of large images through the process's warning filters, which threads cannot change safely,
+    # and would read other formats; it also takes a phone's JPEG with a depth map (MPO) for something else.
+    length = file.seek(0, 2)
+    file.seek(0)
+    if not length:
+        raise UnreadableImage(path, "empty file")
+    if length > MAX_BYTES:
+        raise UnreadableImage(path, f"over the limit of {MAX_BYTES:,} bytes")
+    start = file.read(16)
+    file.seek(0)
+    for magic, reader in _READERS.items():
+        if start.startswith(magic):
+            return reader(file)
+    raise UnreadableImage(path, "not a PNG, JPEG, GIF, WebP or BMP inside")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = str(error).lower()
+    return "truncated" if "truncated" in text or "end of" in text else "damaged"
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    with contextlib.suppress(Exception):  # a damaged EXIF block is no reason to lose the picture
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba)
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """The high byte, as Pillow itself reads 16-bit colour; its convert() would clip nearly everything to white."""
+    values = np.asarray(image)  # (H, W)
+    grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey).convert("RGB")

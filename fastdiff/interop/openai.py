@@ -1,0 +1,33 @@
+"""improved-diffusion's own checkpoints: bare state dicts in .pt files."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of an improved-diffusion ``.pt`` file, on the CPU.
+
+    Only tensors are read, never code. ValueError where the file is damaged, holds anything else, or is an optimizer's.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors (pickled code, perhaps) and is not loaded: it must be a bare state dict"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first_line(error)})") from None
+    if isinstance(state, dict) and {"state", "param_groups"} <= set(state):
+        raise ValueError(f"{path} is an optimizer's state, not a model: name the model*.pt or ema_*.pt file beside it")
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} is not a bare state dict of tensors")
+    return state
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

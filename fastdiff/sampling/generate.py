@@ -1,0 +1,78 @@
+"""Drawing images batch by batch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdiff.config import SampleConfig, Sampler
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.kernels import philox_normal
+
+Uint8Array = NDArray[np.uint8]
+
+
+def generate(
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    config: SampleConfig,
+    *,
+    image_size: int,
+    device: torch.device,
+    labels: NDArray[np.int64] | None = None,
+    low_res: Tensor | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[Uint8Array]:
+    """Yield batches of images, uint8 (n, H, W, 3), num_samples in all.
+
+    ``labels`` (num_samples,) are the classes of a class-conditional model's images; ``low_res`` (num_samples, 3, h, w)
+    in [-1, 1] the inputs of a super-resolution model. ``on_step`` is told after each step how many images took it.
+
+    The noise of an image is a function of seed and index alone (fastdiff.kernels.philox): the same seed draws the same
+    image whatever the batch size.
+    """
+    total, batch_size = config.num_samples, min(config.batch_size, config.num_samples)
+    shape = (3, image_size, image_size)
+    for start in range(0, total, batch_size):
+        wanted = min(batch_size, total - start)
+        # A last batch that is not full is filled up with more images: another shape would compile the model again.
+        indices = torch.arange(start, start + batch_size, device=device)
+        conditions: dict[str, Any] = {}
+        rows = np.arange(start, start + batch_size) % total
+        if labels is not None:
+            conditions["y"] = torch.from_numpy(labels[rows]).to(device)
+        if low_res is not None:
+            conditions["low_res"] = low_res[torch.from_numpy(rows)].to(device)
+
+        def normal(step: int, indices: Tensor = indices) -> Tensor:
+            return philox_normal(config.seed, indices, step, shape)
+
+        steps = range(1, diffusion.num_timesteps + 1)
+        loop = {
+            "noise": normal(0),
+            "clip_denoised": config.clip_denoised,
+            "model_kwargs": conditions,
+        }
+        if config.sampler is Sampler.DDIM:
+            draws = map(normal, steps) if config.eta else None
+            progress = diffusion.ddim_sample_loop_progressive(
+                model, (batch_size, *shape), eta=config.eta, step_noise=draws, **loop
+            )
+        else:
+            progress = diffusion.p_sample_loop_progressive(
+                model, (batch_size, *shape), step_noise=map(normal, steps), **loop
+            )
+        for out in progress:
+            sample = out["sample"]
+            if on_step is not None:
+                on_step(wanted)
+        yield to_uint8(sample)[:wanted]
+
+
+def to_uint8(images: Tensor) -> Uint8Array:
+    """(N, 3, H, W) in [-1, 1] as uint8 (N, H, W, 3), as improved-diffusion rounds: towards zero."""
+    pixels = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,6 @@
+"""Training: the loop, the weight averages, the log, and what goes into a run folder."""
+
+from fastdiff.training.ema import EMA
+from fastdiff.training.trainer import Trainer
+
+__all__ = ["EMA", "Trainer"]

@@ -1,0 +1,81 @@
+"""A run's folder: its configuration, its log, and the rule that one folder holds one run."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fastdiff.checkpoint import replacing, saved_steps
+from fastdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+
+_CONFIGS: dict[str, type[Config]] = {
+    "model": ModelConfig,
+    "diffusion": DiffusionConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that defines a run's result, as config.json holds it."""
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    data: DataConfig
+    train: TrainConfig
+    class_names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        values: dict[str, Any] = {name: getattr(self, name).to_dict() for name in _CONFIGS}
+        return {**values, "class_names": list(self.class_names)}
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self:
+        """The configuration of the run in ``run_dir``; ValueError where config.json is damaged."""
+        path = run_dir / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
+            return cls(**configs, class_names=tuple(values["class_names"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it, or start a new run in another --run-dir") from None
+
+    def write(self, run_dir: Path) -> None:
+        """Write config.json."""
+        with replacing(run_dir / "config.json") as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run was begun in ``run_dir``."""
+    return (run_dir / "config.json").exists() or bool(saved_steps(run_dir))
+
+
+def refuse_other_run(run_dir: Path) -> None:
+    """ValueError where ``run_dir`` holds a run, or is no folder."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is a file: name a folder with --run-dir")
+    if holds_run(run_dir):
+        raise ValueError(f"{run_dir} already holds a run: go on with --resume, or name another folder with --run-dir")
+
+
+class Log:
+    """Lines on the terminal and, with the time, in log.txt."""
+
+    def __init__(self, run_dir: Path, show: Any) -> None:
+        self._file = (run_dir / "log.txt").open("a", encoding="utf-8")
+        self._show = show
+
+    def __call__(self, line: str, *, shown: bool = True) -> None:
+        """Add a line; ``shown=False`` keeps it off the terminal."""
+        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        self._file.flush()
+        if shown:
+            self._show(line)
+
+    def close(self) -> None:
+        """Close log.txt."""
+        self._file.close()

@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM as a wish that the loop reads at a step's end, so that work is saved before the process stops."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, the first signal is kept in ``received``; a second one of its kind acts as it always does."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a process that ended by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.received if self.received is not None else 0
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python delivers signals to the main thread only, and lets no other one ask for them
+        for kind in _SIGNALS:
+            self._before[kind] = signal.signal(kind, self._receive)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned it takes back
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, self._before[self.received])  # type: ignore[arg-type]

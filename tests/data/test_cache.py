@@ -1,0 +1,267 @@
+"""Decoding a folder once: into memory or into a file that is whole or absent, found again, and never just trusted."""
+
+import json
+import os
+import shutil
+import time
+import warnings
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdiff.config import Cache, DataConfig
+from fastdiff.data import ImageFolder, LeftOut, load_dataset
+from fastdiff.data import cache as module
+from fastdiff.data.images import load
+
+from .support import BROKEN_EXIF, noise, save
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four good images of different sizes, two bad ones among them, and a file of another kind."""
+    root = tmp_path / "data"
+    for i, name in enumerate(["a_1.png", "b_1.jpg", "c_2.png", "sub/b_2.PNG"]):
+        save(root / name, noise(20 + i, 10 + i, seed=i))
+    (root / "a_0.png").write_bytes(b"")
+    (root / "c_1.png").write_bytes((root / "c_2.png").read_bytes()[:300])
+    (root / "notes.txt").touch()
+    return root
+
+
+def config(data: Path, cache: Cache = Cache.DISK, **options: object) -> DataConfig:
+    return DataConfig(data_dir=str(data), cache=cache, cache_dir=str(data.parent / "cache"), **options)
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    decoded: list[Path] = []
+    load_with_size = module.load_with_size
+
+    def counting(path: Path, size: int) -> object:
+        decoded.append(path)
+        return load_with_size(path, size)
+
+    monkeypatch.setattr(module, "load_with_size", counting)
+    return decoded
+
+
+@pytest.mark.parametrize("cache", [Cache.MEMORY, Cache.DISK])
+def test_readable_images_in_order_without_holes(data: Path, cache: Cache) -> None:
+    dataset = load_dataset(config(data, cache), 8, labelled=True)
+    names = ["a_1.png", "b_1.jpg", "c_2.png", "sub/b_2.PNG"]
+    assert isinstance(dataset.images, np.memmap) == (cache is Cache.DISK)
+    assert (dataset.images.shape, dataset.images.dtype) == ((4, 8, 8, 3), np.uint8)
+    for image, name in zip(dataset.images, names, strict=True):
+        np.testing.assert_array_equal(image, load(data / name, 8))
+    assert dataset.class_names == ("a", "b", "c")
+    assert dataset.labels is not None
+    assert (dataset.labels.tolist(), dataset.labels.dtype) == ([0, 1, 2, 1], np.int64)
+    assert dataset.preflight.counts == {"png": 3, "jpg": 1}
+    assert dataset.preflight.left_out == (
+        LeftOut("a_0.png", "empty file"),
+        LeftOut("c_1.png", "truncated"),
+        LeftOut("notes.txt", "not an image"),
+    )
+    assert (dataset.preflight.smallest, dataset.preflight.largest) == ((20, 10), (23, 13))
+
+
+def test_a_class_without_a_readable_image_keeps_its_number(data: Path) -> None:
+    (data / "a_1.png").write_bytes(b"")
+    dataset = load_dataset(config(data, Cache.MEMORY), 8, labelled=True)
+    assert dataset.class_names == ("a", "b", "c")
+    assert dataset.labels is not None
+    assert dataset.labels.tolist() == [1, 2, 1]
+
+
+def test_unlabelled(data: Path) -> None:
+    dataset = load_dataset(config(data, Cache.MEMORY, labels="folder"), 8, labelled=False)
+    assert dataset.labels is None
+    assert dataset.class_names == ()
+
+
+@pytest.mark.parametrize("cache", [Cache.MEMORY, Cache.DISK])
+def test_strict_names_the_first_and_the_count(data: Path, cache: Cache) -> None:
+    for _ in range(2):  # the second time from the file
+        with pytest.raises(ValueError, match=r"strict: 2 of 6 images .* the first is a_0\.png \(empty file\)"):
+            load_dataset(config(data, cache, strict=True), 8, labelled=True)
+
+
+def test_strict_accepts_a_clean_folder(data: Path) -> None:
+    (data / "a_0.png").unlink()
+    (data / "c_1.png").unlink()
+    assert len(load_dataset(config(data, strict=True), 8, labelled=True).images) == 4
+
+
+@pytest.mark.parametrize("cache", [Cache.MEMORY, Cache.DISK])
+def test_nothing_readable(tmp_path: Path, cache: Cache) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 1 images .* x\.png \(empty file\)"):
+        load_dataset(config(tmp_path / "data", cache), 8, labelled=False)
+    assert list(tmp_path.glob("cache/*")) == []
+
+
+def test_progress(data: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    load_dataset(config(data), 8, labelled=False, on_progress=lambda *at: seen.append(at))
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_odd_metadata_gives_no_warning(data: Path) -> None:
+    png = (data / "a_1.png").read_bytes()
+    chunk = b"acTL" + bytes(8)  # an animation of no frames
+    crc = zlib.crc32(chunk).to_bytes(4, "big")
+    (data / "a_1.png").write_bytes(png[:33] + (8).to_bytes(4, "big") + chunk + crc + png[33:])
+    save(data / "b_1.jpg", exif=BROKEN_EXIF)
+    for name, warning in (("a_1.png", "Invalid APNG"), ("b_1.jpg", "Corrupt EXIF|Truncated")):
+        with pytest.warns(UserWarning, match=warning):
+            Image.open(data / name).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_dataset(config(data, Cache.MEMORY), 8, labelled=False).images) == 4
+
+
+def test_file_is_found_again_and_nothing_is_decoded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = count_decoded(monkeypatch)
+    first = load_dataset(config(data), 8, labelled=True)
+    assert len(decoded) == 6
+    again = load_dataset(config(data), 8, labelled=True)
+    assert len(decoded) == 6
+    np.testing.assert_array_equal(again.images, first.images)
+    assert again.preflight == first.preflight
+    assert again.labels is not None
+    np.testing.assert_array_equal(again.labels, first.labels)
+    load_dataset(config(data), 16, labelled=True)
+    assert len(decoded) == 12  # another size is another file
+    assert sorted(p.suffix for p in (data.parent / "cache").iterdir()) == [".json", ".json", ".npy", ".npy"]
+
+
+def test_a_moved_folder_is_found_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_dataset(config(data), 8, labelled=True)
+    decoded = count_decoded(monkeypatch)
+    load_dataset(config(data.rename(data.parent / "moved")), 8, labelled=True)
+    assert decoded == []
+
+
+@pytest.mark.parametrize("change", ["pixels", "time", "name", "new"])
+def test_a_changed_folder_is_decoded_again(data: Path, change: str) -> None:
+    before = load_dataset(config(data), 8, labelled=True)
+    path = data / "a_1.png"
+    if change == "pixels":
+        save(path, noise(40, 40, seed=9))
+    elif change == "time":  # as long as before, but edited
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    elif change == "name":
+        path.rename(data / "a_9.png")
+    else:
+        save(data / "z_1.png")
+    decoded: list[int] = []
+    after = load_dataset(config(data), 8, labelled=True, on_progress=lambda done, _: decoded.append(done))
+    assert len(decoded) >= 6
+    assert (len(after.images) == 5) == (change == "new")
+    assert np.array_equal(before.images[0], after.images[0]) == (change != "pixels")
+
+
+@pytest.mark.parametrize("damage", ["short", "no notes", "bad notes", "other shape", "not npy"])
+def test_a_damaged_file_is_made_again(data: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    first = load_dataset(config(data), 8, labelled=True)
+    expected = np.array(first.images)
+    (file,) = (data.parent / "cache").glob("*.npy")
+    notes = file.with_suffix(".json")
+    if damage == "short":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "no notes":
+        notes.unlink()
+    elif damage == "bad notes":
+        notes.write_text(json.dumps([1]))
+    elif damage == "other shape":
+        np.save(file, np.zeros((2, 8, 8, 3), np.uint8))
+    else:
+        file.write_bytes(b"x")
+    decoded = count_decoded(monkeypatch)
+    again = load_dataset(config(data), 8, labelled=True)
+    assert len(decoded) == 6
+    np.testing.assert_array_equal(again.images, expected)
+
+
+def test_a_killed_run_leaves_nothing_that_matters(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset(config(data), 8, labelled=True, on_progress=killed)
+    cache = data.parent / "cache"
+    assert list(cache.iterdir()) == []
+    key = module._key(ImageFolder(data, 8))
+    old, live = cache / f"{key}.old.tmp", cache / f"{key}.live.tmp"  # of a run killed outright; of one beside us
+    old.write_bytes(b"half")
+    live.write_bytes(b"half")
+    os.utime(old, (0, time.time() - 2 * module._STALE_SECONDS))
+    assert len(load_dataset(config(data), 8, labelled=True).images) == 4
+    assert not old.exists()
+    assert live.exists()
+
+
+def test_auto_goes_by_the_share_of_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 6 * 8 * 8 * 3
+    for available, processes, on_disk in [(4 * needed, 1, False), (4 * needed - 1, 1, True), (4 * needed, 2, True)]:
+        monkeypatch.setattr(module, "available_memory", lambda n=available: n)
+        dataset = load_dataset(config(data, Cache.AUTO), 8, labelled=False, processes=processes)
+        assert isinstance(dataset.images, np.memmap) == on_disk
+
+
+def test_memory_that_is_too_small_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"cache memory: .* use cache disk"):
+        load_dataset(config(data, Cache.MEMORY), 8, labelled=False)
+
+
+def test_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < module.available_memory() <= total
+
+    def missing(self: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert module.available_memory() == total
+
+
+def test_decoding_keeps_few_images_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(40):
+        save(tmp_path / "data" / f"{i:02}.png")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    decoded = count_decoded(monkeypatch)
+    ahead: list[int] = []
+    load_dataset(config(tmp_path / "data"), 8, labelled=False, on_progress=lambda n, _: ahead.append(len(decoded) - n))
+    assert max(ahead) <= 8
+
+
+def test_full_disk(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"cache_dir .* has 0\.00 GiB free, it needs .* choose another"):
+        load_dataset(config(data), 8, labelled=False)
+
+
+def test_cache_folder_that_cannot_be_written(data: Path) -> None:
+    (data.parent / "cache").write_text("a file, not a folder")
+    with pytest.raises(ValueError, match=r"cache_dir .* cannot be written .* choose another folder"):
+        load_dataset(config(data), 8, labelled=False)
+
+
+@pytest.mark.parametrize("variable", [True, False])
+def test_default_cache_folder(data: Path, monkeypatch: pytest.MonkeyPatch, variable: bool) -> None:
+    home = data.parent / "home"
+    monkeypatch.setenv("HOME", str(home))
+    if variable:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home / "xdg"))
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    load_dataset(DataConfig(data_dir=str(data), cache=Cache.DISK), 8, labelled=False)
+    where = home / ("xdg" if variable else ".cache") / "fastdiff"
+    assert len(list(where.glob("*.npy"))) == 1

@@ -1,0 +1,41 @@
+"""UNet outputs and gradients for given weights, under every implementation that runs on a CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from .support import assert_close, golden_model, golden_names, load, projection
+
+TOLERANCE = 1e-4
+KEYS = {"flags", "x", "t", "out_weight", "out", "grad_x", "grad_names", "grad_projection", "grad_norm"}
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+@pytest.mark.parametrize("name", golden_names("unet_*.npz"))
+def test_output_and_gradients(name: str, kernels: str, memory_format: str) -> None:
+    data = load(name)
+    model = golden_model(data["flags"], kernels, memory_format).eval()
+    conditions = {key: torch.from_numpy(data[key]) for key in ("y", "low_res") if key in data}
+    assert set(data) == KEYS | set(conditions)
+
+    x = torch.from_numpy(data["x"]).requires_grad_()
+    out = model(x, torch.from_numpy(data["t"]), **conditions)
+    assert_close(out, data["out"], TOLERANCE, "out")
+    (out * torch.from_numpy(data["out_weight"])).sum().backward()
+    assert_close(x.grad, data["grad_x"], TOLERANCE, "grad_x")
+
+    parameters = dict(model.named_parameters())
+    assert list(parameters) == data["grad_names"].tolist()
+    # What only shifts the one channel of a norm's group has no effect: its gradient is rounding.
+    noise = 1e-6 * data["grad_norm"].max()
+    for key, golden_norm, golden_projection in zip(
+        data["grad_names"], data["grad_norm"], data["grad_projection"], strict=True
+    ):
+        gradient = parameters[key].grad
+        norm = float(gradient.double().norm())
+        limit = TOLERANCE * golden_norm if golden_norm > noise else noise
+        assert abs(norm - golden_norm) <= limit, f"{key}: norm {norm}, golden {golden_norm}"
+        difference = abs(projection(key, gradient) - golden_projection)
+        assert difference <= limit, f"{key}: projection off by {difference}, norm {golden_norm}"
+    assert np.mean(data["grad_norm"] > noise) > 0.9
