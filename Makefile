@@ -29,8 +29,8 @@ test-slow: $(STAMP)
 	@$(BIN)/pytest -q -m slow
 
 lint: $(STAMP)
-	@$(BIN)/ruff check
-	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check --output-format concise
+	@$(BIN)/ruff format --check --output-format concise
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 

@@ -1,7 +1,8 @@
 """``fastdiff train``: a folder of images in, a run folder out."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +15,10 @@ from fastdiff.cli.options import (
     refuse_contradiction,
     with_flags,
 )
-from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
+from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig, is_table_size
+
+if TYPE_CHECKING:
+    from fastdiff.training.run_folder import RunConfig
 
 
 @with_flags(DataConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)
@@ -27,65 +31,91 @@ def train(
     debug: DebugFlag = False,
 ) -> None:
     """Train a model on a folder of images."""
-    status = run_training(all_flags(flags, preset), run_dir, resume=resume, init_from=init_from)
-    raise typer.Exit(status)
+    raise typer.Exit(run_training(all_flags(flags, preset), run_dir, resume=resume, init_from=init_from))
 
 
 def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, init_from: Path | None = None) -> int:
     """Train as ``flags`` say; returns the exit status."""
-    from fastdiff.cli.display import TrainingDisplay
-    from fastdiff.runtime.device import Runtime
-    from fastdiff.training import run_folder
-
-    data = build(DataConfig, flags)
-    run_dir = run_dir or _default_run_dir(data)
-    resume = resume and run_folder.holds_run(run_dir)
-    config = run_folder.RunConfig.read(run_dir) if resume else _new_run(flags)
-    if resume:
-        refuse_contradiction(flags, str(run_dir), config.model, config.diffusion)
-        config = _updated(config, flags)
-    else:
-        run_folder.refuse_other_run(run_dir)
-    runtime = Runtime.resolve(build(RuntimeConfig, flags))
-    with TrainingDisplay() as display:
-        return _train(config, flags, runtime, run_dir, resume, init_from, display)
-
-
-def _train(
-    config: Any, flags: Flags, runtime: Any, run_dir: Path, resume: bool, init_from: Path | None, display: Any
-) -> int:
-    from dataclasses import replace
-
-    from fastdiff.config import is_table_size
+    new = _new_run(flags)
+    from fastdiff.cli.display import Display
     from fastdiff.data import load_dataset
     from fastdiff.diffusion import build_diffusion
-    from fastdiff.training import Trainer
-    from fastdiff.training.run_folder import Log
+    from fastdiff.runtime.device import Runtime
+    from fastdiff.training import Trainer, run_folder
 
+    runtime = Runtime.resolve(build(RuntimeConfig, flags))
+    run_dir = run_dir or Path("runs") / (Path(new.data.data_dir).resolve().name or "root")
+    resuming = resume and run_folder.holds_run(run_dir)
+    if not resuming:
+        run_folder.refuse_other_run(run_dir)
+    config = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir) if resuming else new
     build_diffusion(config.diffusion)  # a respacing that does not fit is told before the images are read
-    size, labelled = config.model.image_size, config.model.class_cond
-    dataset = load_dataset(config.data, size, labelled=labelled, on_progress=display.decoded)
-    if labelled:
-        config = _with_classes(config, dataset.class_names, "num_classes" in flags or resume)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    log = Log(run_dir, display.line)
-    try:
-        log(f"data: {dataset.preflight.line()}")
-        if config.model.channel_mult is None and not is_table_size(size):
-            log(f"model: channel_mult {','.join(map(str, config.model.multipliers))} chosen for {size} pixels")
-        trainer = Trainer(config, dataset, runtime, run_dir, log)
-        if init_from is not None and not resume:
-            trainer.init_from(init_from)
-        if resume:
-            trainer.resume()
-        config.write(run_dir)
-        log(f"model: {sum(p.numel() for p in trainer.state.parameters) / 1e6:.1f} M parameters on "
-            f"{runtime.describe(trainer.model_calls)}")
-        log(f"run: {run_dir.resolve()}, step {trainer.state.step} of {config.train.steps}, "
-            f"a checkpoint every {config.train.save_interval} steps and at the end")
-        status = trainer.run(display.trained)
-        again = f"fastdiff train --data-dir {config.data.data_dir} --run-dir {run_dir} --resume"
-        log(f"go on with: {again}" if status else f"sample with: fastdiff sample {run_dir} --out samples.npz")
-        return status
-    finally:
-        log.close()
+
+    with Display() as display:
+        labelled = config.model.class_cond
+        dataset = load_dataset(
+            config.data,
+            config.model.image_size,
+            labelled=labelled,
+            on_progress=lambda done, total: display.advance("images", done, total),
+        )
+        display.finish("images")
+        if labelled:
+            config = _with_classes(config, dataset.class_names, given=resuming or "num_classes" in flags)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with run_folder.Log(run_dir, display.line) as log:
+            log(f"data: {dataset.preflight.line()}")
+            trainer = Trainer(config, dataset, runtime, run_dir, log)
+            if resume:
+                trainer.resume()
+            if init_from is not None and trainer.state.step == 0:
+                trainer.init_from(init_from)
+            config.write(run_dir)
+            log(f"model: {describe_model(config.model, trainer.state.num_parameters)}; {runtime.describe(trainer.model_calls)}")
+            log(
+                f"run: {run_dir.resolve()}, step {trainer.state.step} of {config.train.steps}, "
+                f"a checkpoint every {config.train.save_interval} steps and at the end"
+            )
+            status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
+            again = f"fastdiff train --data-dir {config.data.data_dir} --run-dir {run_dir} --resume"
+            log(f"go on with: {again}" if status else f"sample with: fastdiff sample {run_dir} --out samples.npz")
+    return status
+
+
+def _new_run(flags: Flags) -> "RunConfig":
+    """The run that the flags describe; ValueError where a configuration does not hold together."""
+    data, model, diffusion = build(DataConfig, flags), build(ModelConfig, flags), build(DiffusionConfig, flags)
+    if not data.data_dir:
+        raise ValueError("no data: name a folder of images with --data-dir")
+    if "steps" not in flags and flags.get("lr_anneal_steps"):
+        flags = flags | {"steps": flags["lr_anneal_steps"]}  # improved-diffusion's way to say how long
+    train = build(TrainConfig, flags)
+    from fastdiff.training.run_folder import RunConfig
+
+    return RunConfig(model, diffusion, data, train)
+
+
+def _continued_run(config: "RunConfig", flags: Flags, run_dir: Path) -> "RunConfig":
+    """The run of the folder with the flags that may change on the way: data and training, never the model."""
+    refuse_contradiction(flags, str(run_dir), config.model, config.diffusion)
+    return replace(
+        config, data=build(DataConfig, flags, base=config.data), train=build(TrainConfig, flags, base=config.train)
+    )
+
+
+def _with_classes(config: "RunConfig", names: tuple[str, ...], given: bool) -> "RunConfig":
+    """The run with the data's classes; ``given`` says that num_classes must stay as it is."""
+    if not given:
+        config = replace(config, model=replace(config.model, num_classes=len(names)))
+    if config.class_names and config.class_names != names:
+        raise ValueError(f"the data has the classes {', '.join(names)}, the run {', '.join(config.class_names)}")
+    if len(names) > config.model.num_classes:
+        raise ValueError(f"num_classes {config.model.num_classes} is too small: the data has {len(names)} classes")
+    return replace(config, class_names=names)
+
+
+def describe_model(config: ModelConfig, parameters: int) -> str:
+    """Size and widths of a model in words."""
+    chosen = "" if is_table_size(config.image_size) or config.channel_mult else ", chosen for the size"
+    mult = ",".join(map(str, config.multipliers))
+    return f"{parameters / 1e6:.1f} M parameters, {config.image_size} pixels, channel_mult {mult}{chosen}"

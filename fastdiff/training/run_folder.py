@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 from fastdiff.checkpoint import replacing, saved_steps
@@ -65,17 +67,19 @@ def refuse_other_run(run_dir: Path) -> None:
 class Log:
     """Lines on the terminal and, with the time, in log.txt."""
 
-    def __init__(self, run_dir: Path, show: Any) -> None:
+    def __init__(self, run_dir: Path, show: Callable[[str], None]) -> None:
         self._file = (run_dir / "log.txt").open("a", encoding="utf-8")
         self._show = show
 
     def __call__(self, line: str, *, shown: bool = True) -> None:
-        """Add a line; ``shown=False`` keeps it off the terminal."""
+        """Add a line; ``shown=False`` leaves it to others to show it."""
         self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
         self._file.flush()
         if shown:
             self._show(line)
 
-    def close(self) -> None:
-        """Close log.txt."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()

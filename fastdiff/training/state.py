@@ -35,6 +35,11 @@ class TrainState:
         else:
             self.sampler = UniformSampler(diffusion.num_timesteps)
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are learned."""
+        return sum(p.numel() for p in self.parameters)
+
     def ema_state(self, ema: EMA) -> dict[str, Tensor]:
         """An average as a state dict."""
         return dict(zip(self.names, ema.tensors(), strict=True))

@@ -21,6 +21,7 @@ from fastdiff.diffusion.timestep_sampler import draw
 from fastdiff.kernels import philox_normal
 from fastdiff.models import build_model
 from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.words import duration
 from fastdiff.training.metrics import LossSums, ProgressFiles
 from fastdiff.training.preview import IMAGES, save_preview
 from fastdiff.training.run_folder import Log, RunConfig
@@ -33,6 +34,8 @@ NOISE_STREAM = 0xFFFFFFFF
 MAX_NONFINITE_STEPS = 25
 """So many updates in a row with a gradient that is not finite end the run. fp16's first search for a scale, which
 halves it from 2^16, takes fewer."""
+
+OnUpdate = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -95,8 +98,8 @@ class Trainer:
             raise ValueError(f"none of the {len(steps)} checkpoints in {self.run_dir} can be resumed")
         self.log(f"{self.run_dir} holds no checkpoint yet: beginning afresh")
 
-    def run(self, on_update: Callable[[int, int], None] = lambda step, steps: None) -> int:
-        """Train; ``on_update(step, steps)`` is called after each update. Returns the process's exit status.
+    def run(self, on_update: OnUpdate | None = None) -> int:
+        """Train; ``on_update(step, steps, note)`` is called after each update, with a note every log_interval. Returns the process's exit status.
 
         0 at the run's end, 130 after Ctrl-C and 143 after SIGTERM, all with the last update saved.
         """
@@ -114,9 +117,12 @@ class Trainer:
                 clock.images += len(images)
                 step = self.state.step
                 last = step == train.steps or stop.received is not None
+                note = ""
                 if step % train.log_interval == 0 or last:
-                    self._report(files, clock)
+                    note = self._report(files, clock)
                     clock = Clock()
+                if on_update is not None:
+                    on_update(step, train.steps, note)
                 paused = time.perf_counter()
                 if step % train.save_interval == 0 or last:
                     self._save()
@@ -124,7 +130,6 @@ class Trainer:
                 if train.preview_interval and (step % train.preview_interval == 0 or step == train.steps):
                     self._preview()
                 clock.paused += time.perf_counter() - paused
-                on_update(step, train.steps)
         if stop.received is not None and self.state.step < train.steps:
             self.log(f"stopped by {stop.received.name} at step {saved}, which is saved")
             return stop.exit_status
@@ -197,7 +202,8 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         self.sums.add_grad_norm(norm)
 
-    def _report(self, files: ProgressFiles, clock: Clock) -> None:
+    def _report(self, files: ProgressFiles, clock: Clock) -> str:
+        """Write a line of the log and return what it says; ValueError where the run has come to nothing."""
         state, train = self.state, self.config.train
         row: dict[str, float] = {"step": state.step, "samples": state.step * train.batch_size, **self.sums.read()}
         row |= {"lr": learning_rate(train, state.step - 1), **clock.read()}
@@ -205,10 +211,11 @@ class Trainer:
             row["lg_loss_scale"] = float(np.log2(state.scaler.get_scale()))
         files.write(row)
         left = (train.steps - state.step) * train.batch_size / row["images_per_s"]
-        self.log(
-            f"step {state.step}/{train.steps}  loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  "
-            f"{row['images_per_s']:.1f} images/s  data wait {row['data_wait']:.0%}  {duration(left)} left"
+        note = (
+            f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  {row['images_per_s']:.1f} images/s  "
+            f"data wait {row['data_wait']:.0%}  {duration(left)} left"
         )
+        self.log(f"step {state.step}/{train.steps}  {note}", shown=False)
         if (bad := int(self.nonfinite_steps)) >= MAX_NONFINITE_STEPS:
             steps = checkpoint.saved_steps(self.run_dir)
             good = checkpoint.model_path(self.run_dir, steps[-1]) if steps else "none was saved yet"
@@ -216,6 +223,7 @@ class Trainer:
                 f"the gradient was not finite in the last {bad} updates: lower --lr, or use --grad-clip 1 or --precision "
                 f"bf16 or fp32; the last good checkpoint: {good}"
             )
+        return note
 
     def _save(self) -> None:
         self.state.save(self.run_dir)
@@ -250,16 +258,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
     left = max(0.0, 1 - step / config.lr_anneal_steps) if config.lr_anneal_steps else 1.0
     return config.lr * warm * left
-
-
-def duration(seconds: float) -> str:
-    """In words of the two largest units: 3 d 4 h, 2 h 5 min, 1 min 30 s."""
-    units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
-    whole = round(seconds)
-    for (name, size), (small_name, small) in zip(units, units[1:], strict=False):
-        if whole >= size:
-            return f"{whole // size} {name} {whole % size // small} {small_name}"
-    return f"{whole} s"
 
 
 def _slices(total: int, size: int) -> list[slice]:

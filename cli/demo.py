@@ -1,0 +1,53 @@
+"""``fastdiff demo``: the whole way from a folder of images to drawn ones, in a few minutes on any machine."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastdiff.cli.options import DebugFlag
+from fastdiff.cli.sample import run_sampling
+from fastdiff.cli.train import run_training
+
+IMAGES, SIZE = 2000, 16
+_TRAIN = {
+    "image_size": SIZE,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "class_cond": True,
+    "noise_schedule": "cosine",
+    "steps": 1200,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "lr_warmup_steps": 50,
+    "lr_anneal_steps": 1200,
+    "ema_rate": "0.99",
+    "log_interval": 100,
+    "preview_interval": 600,
+}
+_SAMPLE = {"num_samples": 32, "batch_size": 32, "sampler": "ddim", "steps": 50}
+
+
+def demo(
+    run_dir: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
+    debug: DebugFlag = False,
+) -> None:
+    """Draw a small set of shapes, train on it and sample, in about three minutes on two cores."""
+    began = time.perf_counter()
+    data = run_dir / "shapes"
+    from fastdiff.data.shapes import SHAPES, write_shapes
+    from fastdiff.training.run_folder import refuse_other_run
+
+    refuse_other_run(run_dir)
+    write_shapes(data, IMAGES, SIZE, seed=0)
+    typer.echo(f"drew {IMAGES} images of {', '.join(SHAPES)} in {data}")
+    status = run_training({**_TRAIN, "data_dir": str(data)}, run_dir)
+    if status:
+        raise typer.Exit(status)
+    out = run_dir / "samples.npz"
+    run_sampling(_SAMPLE, run_dir, out)
+    typer.echo(f"\nThe picture: {out.with_suffix('.png').resolve()}")
+    typer.echo(f"Each column is one of {', '.join(SHAPES)}; {time.perf_counter() - began:.0f} s in all. Beside it:")
+    for name, what in _MADE:
+        typer.echo(f"  {run_dir / name:<40} {what}")

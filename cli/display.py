@@ -1,0 +1,54 @@
+"""What the terminal shows of a long job: a bar on a terminal, plain lines elsewhere."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+
+class Display:
+    """A progress bar under the lines of a log. Where stdout is no terminal there is no bar, only the lines."""
+
+    def __init__(self) -> None:
+        self.console = Console(soft_wrap=True, highlight=False, markup=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a bar."""
+        return self.console.is_terminal
+
+    def line(self, text: str) -> None:
+        """A line of the log."""
+        self.console.print(text)
+
+    def advance(self, what: str, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` of the job called ``what``; a note stays on the bar until the next, or is a line."""
+        if not self.live:
+            if note:
+                self.line(f"{what} {done}/{total}  {note}")
+            return
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total, note="")
+        self._bar.update(self._tasks[what], completed=done, **({"note": note} if note else {}))
+
+    def finish(self, what: str) -> None:
+        """Take the bar of a job away."""
+        if what in self._tasks:
+            self._bar.remove_task(self._tasks.pop(what))
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()

@@ -1,0 +1,64 @@
+"""A toy set: coloured shapes on plain ground, drawn as PNG files."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "cross", "square", "triangle")
+_OVERSAMPLING = 8
+
+
+def draw_shape(name: str, size: int, rng: np.random.Generator) -> Image.Image:
+    """A shape of SHAPES in a random place, size, turn and colour, size x size pixels with smooth edges."""
+    side = size * _OVERSAMPLING
+    ground, ink = _colours(rng)
+    image = Image.new("RGB", (side, side), ground)
+    radius = side * rng.uniform(0.26, 0.36)
+    x, y = rng.uniform(radius, side - radius, size=2)
+    turn = rng.uniform(-0.25, 0.25)
+    draw = ImageDraw.Draw(image)
+    if name == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
+    else:
+        draw.polygon([(x + radius * px, y + radius * py) for px, py in _turned(_OUTLINES[name], turn)], fill=ink)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def write_shapes(folder: Path, count: int, size: int, seed: int) -> None:
+    """``count`` PNG files called circle_00000.png and so on, the shapes in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        name = SHAPES[i % len(SHAPES)]
+        draw_shape(name, size, rng).save(folder / f"{name}_{i:05d}.png")
+
+
+def _regular(corners: int, first: float) -> list[tuple[float, float]]:
+    angles = [first + 2 * math.pi * i / corners for i in range(corners)]
+    return [(math.cos(a), math.sin(a)) for a in angles]
+
+
+_ARM = 0.3
+_OUTLINES = {
+    "triangle": _regular(3, -math.pi / 2),
+    "square": _regular(4, math.pi / 4),
+    "cross": [
+        (-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
+        (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM),
+    ],
+}  # fmt: skip
+
+
+def _turned(points: list[tuple[float, float]], angle: float) -> list[tuple[float, float]]:
+    c, s = math.cos(angle), math.sin(angle)
+    return [(c * x - s * y, s * x + c * y) for x, y in points]
+
+
+_INKS = ((220, 50, 47), (38, 110, 210), (50, 160, 70), (240, 180, 40), (150, 70, 180))
+_GROUNDS = ((245, 240, 230), (25, 30, 45))
+
+
+def _colours(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    return _GROUNDS[rng.integers(len(_GROUNDS))], _INKS[rng.integers(len(_INKS))]
