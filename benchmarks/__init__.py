@@ -1,0 +1,1 @@
+"""What is fast, and by how much: measurements that anyone can repeat."""

@@ -28,6 +28,14 @@ _TRAIN = {
 }
 _SAMPLE = {"num_samples": 32, "batch_size": 32, "sampler": "ddim", "steps": 50}
 
+_MADE = {
+    "shapes/": "the images it learnt from",
+    "samples.png": "the images it drew, and samples.npz, the same as an array",
+    "previews/": "what it drew while it learnt",
+    "progress.csv": "the loss, step by step",
+    f"ema_0.99_{_TRAIN['steps']:06}.safetensors": "the model: fastdiff sample runs/demo",
+}
+
 
 def demo(
     run_dir: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
@@ -49,5 +57,5 @@ def demo(
     run_sampling(_SAMPLE, run_dir, out)
     typer.echo(f"\nThe picture: {out.with_suffix('.png').resolve()}")
     typer.echo(f"Each column is one of {', '.join(SHAPES)}; {time.perf_counter() - began:.0f} s in all. Beside it:")
-    for name, what in _MADE:
+    for name, what in _MADE.items():
         typer.echo(f"  {run_dir / name:<40} {what}")

@@ -1,6 +1,5 @@
 """What the terminal shows of a long job: a bar on a terminal, plain lines elsewhere."""
 
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -39,7 +38,9 @@ class Display:
             return
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total, note="")
-        self._bar.update(self._tasks[what], completed=done, **({"note": note} if note else {}))
+        self._bar.update(self._tasks[what], completed=done)
+        if note:
+            self._bar.update(self._tasks[what], note=note)
 
     def finish(self, what: str) -> None:
         """Take the bar of a job away."""
@@ -50,5 +51,5 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()

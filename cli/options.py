@@ -1,4 +1,4 @@
-"""Command-line options derived from the configurations: a flag is declared and described once, in fastdiff/config.py."""
+"""Options derived from the configurations: a flag is declared and described once, in fastdiff/config.py."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from fastdiff.config import (
 from fastdiff.presets import preset_named
 
 C = TypeVar("C", bound=Config)
+Command = Callable[..., None]
 Flags = dict[str, Any]
 """The flags that were given, by their fields' names; a flag that was not given is absent."""
 
@@ -38,7 +39,9 @@ PresetFlag = Annotated[str | None, typer.Option(help="A released model's flags, 
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
-def with_flags(*configs: type[Config], leave_out: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(
+    *configs: type[Config], leave_out: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command every field of ``configs`` as an option; it gets those that were given as its argument ``flags``.
 
     A name that two configurations share becomes one option, that of the first.
@@ -46,10 +49,9 @@ def with_flags(*configs: type[Config], leave_out: Sequence[str] = ()) -> Callabl
     derived: dict[str, inspect.Parameter] = {}
     for config in configs:
         for f in fields(config):  # type: ignore[arg-type]  # every Config is a dataclass
-            if f.name not in leave_out:
-                derived.setdefault(f.name, _parameter(f.name, f.type, f.default, f.metadata["help"], _PANELS[config]))
+            derived.setdefault(f.name, _parameter(f.name, f.type, f.default, f.metadata["help"], _PANELS[config]))
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
             flags = {name: values.pop(name) for name in derived}
             command(flags={name: value for name, value in flags.items() if value is not None}, **values)
@@ -65,15 +67,16 @@ def with_flags(*configs: type[Config], leave_out: Sequence[str] = ()) -> Callabl
 
 
 def _parameter(name: str, kind: Any, default: Any, help: str, panel: str) -> inspect.Parameter:
-    plain = next((k for k in get_args(kind) if k is not type(None)), kind) if isinstance(kind, UnionType) else kind
+    if isinstance(kind, UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
     flag = name.replace("_", "-")
-    if plain is bool:
-        option = typer.Option(f"--{flag}/--no-{flag}", help=help, show_default=str(default), rich_help_panel=panel)
-    else:
-        plain = plain if plain in (int, float, str) or issubclass(plain, StrEnum) else str  # tuples: "16,8"
-        option = typer.Option(f"--{flag}", help=help, show_default=_shown(default), rich_help_panel=panel)
-    annotation = Annotated[plain | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    spelling = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    if kind not in (bool, int, float) and not (isinstance(kind, type) and issubclass(kind, StrEnum)):
+        kind = str  # tuples, as "16,8", too
+    option = typer.Option(spelling, help=help, show_default=_shown(default), rich_help_panel=panel)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _shown(default: Any) -> Any:

@@ -10,7 +10,9 @@ def presets() -> None:
 
     table = Table("preset", "for", "flags")
     for name, preset in PRESETS.items():
-        table.add_row(name, preset.about, " ".join(f"--{k.replace('_', '-')} {_word(v)}" for k, v in preset.flags.items()))
+        table.add_row(
+            name, preset.about, " ".join(f"--{k.replace('_', '-')} {_word(v)}" for k, v in preset.flags.items())
+        )
     Console().print(table)
 
 

@@ -78,8 +78,8 @@ def run_sampling(
     with Display() as display:
         display.line(f"model: {path}, step {loaded.step}{_young_average(loaded)}")
         display.line(
-            f"drawing: {config.num_samples} images of {loaded.model_config.image_size} pixels, {steps} {config.sampler} "
-            f"steps, seed {config.seed}; {runtime.describe(batches * steps)}"
+            f"drawing: {config.num_samples} images of {loaded.model_config.image_size} pixels, "
+            f"{steps} {config.sampler} steps, seed {config.seed}; {runtime.describe(batches * steps)}"
         )
         if steps > 250 and runtime.device.type == "cpu":
             display.line("hint: fewer steps are faster, try --sampler ddim --steps 50")
@@ -128,7 +128,7 @@ class _Meter:
 
 
 def _load(path: Path, flags: Flags, config: SampleConfig, runtime: "Runtime") -> "Checkpoint":
-    """The checkpoint, with the timesteps that were asked for; flags must describe a bare state dict and no other file."""
+    """The checkpoint with the timesteps that were asked for; flags may only describe a bare state dict."""
     from fastdiff.checkpoint import load_checkpoint
     from fastdiff.diffusion import build_diffusion
 

@@ -71,7 +71,8 @@ def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, in
             if init_from is not None and trainer.state.step == 0:
                 trainer.init_from(init_from)
             config.write(run_dir)
-            log(f"model: {describe_model(config.model, trainer.state.num_parameters)}; {runtime.describe(trainer.model_calls)}")
+            log(f"model: {describe_model(config.model, trainer.state.num_parameters)}")
+            log(f"on: {runtime.describe(trainer.model_calls)}")
             log(
                 f"run: {run_dir.resolve()}, step {trainer.state.step} of {config.train.steps}, "
                 f"a checkpoint every {config.train.save_interval} steps and at the end"

@@ -29,33 +29,40 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
-    "config": ("DataConfig", "DiffusionConfig", "ModelConfig", "RuntimeConfig", "SampleConfig", "TrainConfig"),
-    "data": ("ImageFolder",),
-    "diffusion": (
-        "GaussianDiffusion",
-        "LossSecondMomentSampler",
-        "LossType",
-        "ModelMeanType",
-        "ModelVarType",
-        "UniformSampler",
-        "build_diffusion",
-        "space_timesteps",
-    ),
-    "models": ("SuperResUNet", "UNet", "build_model"),
-    "presets": ("PRESETS", "Preset"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = [  # noqa: PLE0604  # the names of the table, and of the type checker's imports
-    *_HOME_OF,
-    "__version__",
+__all__ = [
+    "PRESETS",
+    "Checkpoint",
+    "DataConfig",
+    "DiffusionConfig",
+    "GaussianDiffusion",
+    "ImageFolder",
+    "LossSecondMomentSampler",
+    "LossType",
+    "ModelConfig",
+    "ModelMeanType",
+    "ModelVarType",
+    "Preset",
+    "RuntimeConfig",
+    "SampleConfig",
+    "SuperResUNet",
+    "TrainConfig",
+    "UNet",
+    "UniformSampler",
+    "build_diffusion",
+    "build_model",
+    "load_checkpoint",
+    "save_checkpoint",
+    "space_timesteps",
 ]
+
+_HOMES = ("config", "presets", "checkpoint", "data", "diffusion", "models")
 
 
 def __getattr__(name: str) -> Any:
     # Looked up on first use: `fastdiff --help` must not wait for torch.
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    return getattr(import_module(f"fastdiff.{_HOME_OF[name]}"), name)
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"fastdiff.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")

@@ -25,6 +25,7 @@ from fastdiff.interop import openai
 from fastdiff.models import UNet, build_model
 
 FORMAT = "fastdiff-1"
+_ANY = "*.safetensors"
 _NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.]+)_)(?P<step>\d{6,})\.safetensors")
 
 
@@ -106,7 +107,9 @@ def load_checkpoint(
     else:
         state, metadata = openai.load_state_dict(path), {}
         if model_config is None or diffusion_config is None:
-            raise ValueError(f"{path} is a bare state dict: say what it is with --preset or with the flags it was trained with")
+            raise ValueError(
+                f"{path} is a bare state dict: say what it is with --preset or with the flags it was trained with"
+            )
     model = build_model(model_config, kernels, memory_format)
     load_weights(model, state, path)
     return Checkpoint(
@@ -130,7 +133,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a state dict into a model; ValueError that names the first difference where it is of another architecture."""
+    """Copy a state dict into a model; ValueError, naming the first difference, where it is of another architecture."""
     own = {key: value.shape for key, value in model.state_dict().items()}
     theirs = {key: value.shape for key, value in state.items()}
     if own != theirs:
@@ -145,7 +148,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> N
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and metadata of a fastdiff file of the kind "model" or "optimizer"; ValueError where it is not one."""
+    """Tensors and metadata of a fastdiff file of the kind "model" or "optimizer"; ValueError where it is not one."""
     try:
         with safe_open(path, framework="pt") as file:
             raw = file.metadata() or {}
@@ -153,7 +156,9 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
             if not metadata:
                 raise ValueError(f"{path} is a safetensors file, but not one of fastdiff's")
             if metadata["kind"] != kind:
-                other = "the model*.safetensors or ema_*.safetensors file beside it" if kind == "model" else "the opt* file"
+                other = (
+                    "the model*.safetensors or ema_*.safetensors file beside it" if kind == "model" else "the opt* file"
+                )
                 raise ValueError(f"{path} is a file of the kind {metadata['kind']}, not {kind}: name {other}")
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118  # not a dict
     except (SafetensorError, json.JSONDecodeError) as error:
@@ -212,13 +217,13 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def _steps(run_dir: Path, kind: str) -> set[int]:
-    matches = (_NAME.fullmatch(path.name) for path in run_dir.glob("*.safetensors"))
+    matches = (_NAME.fullmatch(path.name) for path in run_dir.glob(_ANY))
     return {int(m["step"]) for m in matches if m and m["kind"] == kind}
 
 
 def delete_step(run_dir: Path, step: int) -> None:
     """Delete every file of a step, the optimizer's first: what is left cannot be taken for a whole checkpoint."""
-    paths = [p for p in run_dir.glob("*.safetensors") if (m := _NAME.fullmatch(p.name)) and int(m["step"]) == step]
+    paths = [p for p in run_dir.glob(_ANY) if (m := _NAME.fullmatch(p.name)) and int(m["step"]) == step]
     for path in sorted(paths, key=lambda p: not p.name.startswith("opt")):
         path.unlink(missing_ok=True)
 
@@ -230,11 +235,7 @@ def find_checkpoint(place: Path | None, runs: Path = Path("runs")) -> Path:
     """
     if place is not None and not place.is_dir():
         return place
-    if place is not None:
-        folders = [place]
-    else:
-        folders = [folder for folder in runs.glob("*") if folder.is_dir()]
-    found = [path for folder in folders for path in folder.glob("*.safetensors") if _is_model(path)]
+    found = [p for p in (place.glob(_ANY) if place is not None else runs.glob(f"*/{_ANY}")) if _is_model(p)]
     if not found:
         where = f"in {place}" if place is not None else f"in any folder of {runs}/"
         raise ValueError(f"no checkpoint {where}: train a model first (fastdiff train --data-dir DIR) or name a file")
@@ -244,12 +245,10 @@ def find_checkpoint(place: Path | None, runs: Path = Path("runs")) -> Path:
 
 def _is_model(path: Path) -> bool:
     match = _NAME.fullmatch(path.name)
-    return bool(match) and match["kind"] != "opt"
+    return match is not None and match["kind"] != "opt"
 
 
 def _rank(path: Path) -> tuple[int, float]:
     match = _NAME.fullmatch(path.name)
     assert match
     return int(match["step"]), float(match["rate"] or 0)
-
-

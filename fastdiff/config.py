@@ -129,7 +129,7 @@ class Config:
         return cls(**values)
 
 
-def _member(enum: type[StrEnum], name: str, value: object) -> StrEnum:
+def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
     try:
         return enum(value)
     except ValueError:
@@ -274,7 +274,7 @@ _CHANNEL_MULT = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)
 
 
 def channel_mult_for(image_size: int) -> tuple[int, ...]:
-    """The original's multipliers at its four sizes; elsewhere as many levels as bring the image down to 4 to 8 pixels."""
+    """The original's widths at its four sizes; elsewhere as many levels as bring an image down to 4 to 8 pixels."""
     if image_size in _CHANNEL_MULT:
         return _CHANNEL_MULT[image_size]
     halvings = max(2, math.ceil(math.log2(image_size / 8)))

@@ -41,23 +41,23 @@ class GaussianDiffusion:
         rescale_timesteps: bool = False,
         use_timesteps: Iterable[int] | None = None,
     ) -> None:
-        betas = np.array(betas, dtype=np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+        beta: Float64Array = np.asarray(betas, dtype=np.float64)
+        if beta.ndim != 1 or not len(beta) or not ((beta > 0) & (beta < 1)).all():
             raise ValueError("betas must be one dimension of numbers above 0 and below 1")
         self.model_mean_type = ModelMeanType(model_mean_type)
         self.model_var_type = ModelVarType(model_var_type)
         self.loss_type = LossType(loss_type)
         self.rescale_timesteps = rescale_timesteps
-        self.original_num_steps = len(betas)
-        self.timestep_map = np.arange(len(betas))
+        self.original_num_steps = len(beta)
+        self.timestep_map = np.arange(len(beta))
         if use_timesteps is not None:
             self.timestep_map = np.array(sorted(set(use_timesteps)), dtype=np.int64)
-            if not len(self.timestep_map) or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(betas):
-                raise ValueError(f"use_timesteps must be some of 0..{len(betas) - 1}")
-            kept = np.cumprod(1 - betas)[self.timestep_map]
-            betas = 1 - kept / np.append(1.0, kept[:-1])
-        self.num_timesteps = len(betas)
-        self._set_tables(betas)
+            if not len(self.timestep_map) or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(beta):
+                raise ValueError(f"use_timesteps must be some of 0..{len(beta) - 1}")
+            kept = np.cumprod(1 - beta)[self.timestep_map]
+            beta = 1 - kept / np.append(1.0, kept[:-1])
+        self.num_timesteps = len(beta)
+        self._set_tables(beta)
         self._device_tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def _set_tables(self, betas: Float64Array) -> None:
@@ -85,7 +85,7 @@ class GaussianDiffusion:
         self.fixed_large_log_variance = np.log(self.fixed_large_variance)
 
     def table(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """The values of table ``name`` at t as (N, 1, ...), in like's dtype but at least fp32; moved to a device once."""
+        """Table ``name`` at t as (N, 1, ...), in like's dtype but at least fp32; it moves to a device once."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         key = (name, like.device, dtype)
         if key not in self._device_tables:
@@ -117,9 +117,7 @@ class GaussianDiffusion:
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0) (DDPM equations 6 and 7)."""
-        mean = (
-            self.table("posterior_mean_coef1", t, x_t) * x_start + self.table("posterior_mean_coef2", t, x_t) * x_t
-        )
+        mean = self.table("posterior_mean_coef1", t, x_t) * x_start + self.table("posterior_mean_coef2", t, x_t) * x_t
         variance = self.table("posterior_variance", t, x_t).expand_as(x_t)
         return mean, variance, self.table("posterior_log_variance_clipped", t, x_t).expand_as(x_t)
 
@@ -224,9 +222,7 @@ class GaussianDiffusion:
         eps = self.eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar = self.table("alphas_cumprod", t, x)
         alpha_bar_prev = self.table("alphas_cumprod_prev", t, x)
-        sigma = (
-            eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
-        )
+        sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
         sample = out["pred_xstart"] * alpha_bar_prev.sqrt() + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
         if eta:
             noise = torch.randn_like(x) if noise is None else noise

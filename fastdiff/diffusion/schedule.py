@@ -1,5 +1,6 @@
 """Noise schedules: beta_t for t = 0..T-1, in float64."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ def linear_betas(num_timesteps: int) -> Float64Array:
     scale = 1000 / num_timesteps
     if scale * 0.02 >= 1:
         raise ValueError(
-            f"diffusion_steps {num_timesteps} is too short for a linear schedule (a beta would reach 1): use at least 21"
+            f"diffusion_steps {num_timesteps} is too short for a linear schedule (a beta would be 1): use at least 21"
         )
     return np.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=np.float64)
 
@@ -34,9 +35,7 @@ def betas_for_alpha_bar(
 ) -> Float64Array:
     """Betas that make alphas_cumprod follow ``alpha_bar``, a function of t / T in [0, 1]; each at most ``max_beta``."""
     times = [i / num_timesteps for i in range(num_timesteps + 1)]
-    return np.array(
-        [min(1 - alpha_bar(end) / alpha_bar(start), max_beta) for start, end in zip(times, times[1:], strict=False)]
-    )
+    return np.array([min(1 - alpha_bar(end) / alpha_bar(start), max_beta) for start, end in itertools.pairwise(times)])
 
 
 def get_named_beta_schedule(name: str, num_timesteps: int) -> Float64Array:

@@ -28,9 +28,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.in_layers = nn.Sequential(
-            GroupNormSiLU(channels, backend), nn.Identity(), conv3x3(channels, out_channels)
-        )
+        self.in_layers = nn.Sequential(GroupNormSiLU(channels, backend), nn.Identity(), conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
@@ -40,9 +38,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zeroed(conv3x3(out_channels, out_channels)),
         )
-        self.skip_connection = (
-            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
-        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: (N, C, H, W), emb: (N, E) -> (N, C', H, W)."""

@@ -14,7 +14,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timesteps (Vaswani et al. 2017, section 3.5), cosines first. (N,), may be fractional -> (N, dim)"""
+    """Sinusoids of timesteps, cosines first (Vaswani et al. 2017, section 3.5). (N,), may be fractional -> (N, dim)"""
 
     frequencies: Tensor
 
@@ -22,7 +22,7 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         half = dim // 2
         steps = torch.arange(half, dtype=torch.float32)
-        # a buffer, so that no forward pass computes or copies it; not persistent, so that state dicts stay the original's
+        # A buffer, so that no forward pass computes or copies it; not persistent: state dicts stay the original's.
         self.register_buffer("frequencies", torch.exp(-math.log(max_period) * steps / half), persistent=False)
 
     def forward(self, timesteps: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ class SuperResUNet(UNet):
 
     in_channels = 6
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
         """As UNet.forward, with low_res: (N, 3, h, w) in [-1, 1], which must be given."""
         if low_res is None:
             raise ValueError("a super-resolution model needs low_res, the low-resolution images")

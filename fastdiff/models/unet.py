@@ -16,7 +16,7 @@ _MEMORY_FORMATS = {
 class EmbedSequential(nn.Sequential):
     """A sequence of layers, of which residual blocks get the embedding too."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # one more input
         """x: (N, C, H, W), emb: (N, E)."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
@@ -100,7 +100,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(conv3x3(channels, config.out_channels))
         )
-        self.to(memory_format=self.memory_format)
+        self.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing from its annotations
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The model's output at x.
@@ -109,7 +109,9 @@ class UNet(nn.Module):
         model only. Returns (N, out_channels, H, W) in x's dtype.
         """
         if (y is not None) != self.config.class_cond:
-            raise ValueError(f"the model has class_cond {self.config.class_cond}: y must be given exactly when it is true")
+            raise ValueError(
+                f"the model has class_cond {self.config.class_cond}: y must be given exactly when it is true"
+            )
         emb = self.time_embed(self.timestep_embedding(timesteps).to(self.time_embed[0].weight.dtype))
         if y is not None:
             emb = emb + self.label_emb(y)

@@ -1,0 +1,1 @@
+"""The machine: devices, precision, and how it is told to people."""

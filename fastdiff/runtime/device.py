@@ -13,8 +13,8 @@ from fastdiff.config import Compile, Kernels, MemoryFormat, Precision, RuntimeCo
 
 _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
-COMPILE_PAYS_AFTER = {"cuda": 200, "cpu": 400}
-"""Calls of the model, forward or both ways, that win back the minute or so which torch.compile takes."""
+COMPILE_PAYS_AFTER = {"cuda": 200, "cpu": 2000}
+"""Calls of the model that win back the minute or two which torch.compile takes when its cache is cold."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Runtime:
         device = resolve_device(config.device)
         precision = resolve_precision(config.precision, device)
         if config.compile is Compile.ON and not _has_compiler(device):
-            raise ValueError("compile on: torch.compile needs g++ or clang++ on a CPU; install one, or use --compile off")
+            raise ValueError(
+                "compile on: torch.compile needs g++ or clang++ on a CPU; install one, or use --compile off"
+            )
         return cls(device, precision, config.compile, config.kernels, config.memory_format)
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -106,7 +105,7 @@ class ProgressFiles:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._csv_file.close()
         self._jsonl.close()
         if self._tensorboard is not None:
@@ -129,5 +128,5 @@ def _summary_writer(run_dir: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("tensorboard is not installed: pip install 'fastdiff[tensorboard]'") from None
+        raise ValueError("tensorboard is not installed: pip install tensorboard") from None
     return SummaryWriter(run_dir / "tensorboard")

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fastdiff.checkpoint import replacing, saved_steps
@@ -43,7 +42,9 @@ class RunConfig:
             configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
             return cls(**configs, class_names=tuple(values["class_names"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): restore it, or start a new run in another --run-dir") from None
+            raise ValueError(
+                f"{path} is damaged ({error}): restore it, or start a new run in another --run-dir"
+            ) from None
 
     def write(self, run_dir: Path) -> None:
         """Write config.json."""
@@ -81,5 +82,5 @@ class Log:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()

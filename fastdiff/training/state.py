@@ -61,8 +61,8 @@ class TrainState:
         checkpoint.save_checkpoint(checkpoint.model_path(run_dir, self.step), self.model, **described)
         for ema in self.emas:
             path = checkpoint.ema_path(run_dir, ema.rate, self.step)
-            extra = {"ema_rate": ema.rate, "ema_warmup": ema.warmup, "ema_updates": ema.updates}
-            checkpoint.save_checkpoint(path, self.ema_state(ema), **described, **extra)
+            described |= {"ema_rate": ema.rate, "ema_warmup": ema.warmup, "ema_updates": ema.updates}
+            checkpoint.save_checkpoint(path, self.ema_state(ema), **described)
         tensors = {f"{key}.{name}": value for name, key, value in self._moments()}
         if isinstance(self.sampler, LossSecondMomentSampler):
             state = self.sampler.state_dict()
@@ -84,7 +84,9 @@ class TrainState:
             averages, about = checkpoint.read_tensors(ema_path, kind="model")
             ema.load((averages[name] for name in self.names), about["ema_updates"])
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            moments = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}.{name}" in tensors}
+            moments = {
+                key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}.{name}" in tensors
+            }
             if moments:
                 like_parameter = {k: torch.empty_like(parameter).copy_(v) for k, v in moments.items() if k != "step"}
                 step_count = moments["step"].to(parameter.device)

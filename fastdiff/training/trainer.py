@@ -99,7 +99,9 @@ class Trainer:
         self.log(f"{self.run_dir} holds no checkpoint yet: beginning afresh")
 
     def run(self, on_update: OnUpdate | None = None) -> int:
-        """Train; ``on_update(step, steps, note)`` is called after each update, with a note every log_interval. Returns the process's exit status.
+        """Train; returns the process's exit status.
+
+        ``on_update(step, steps, note)`` is called after each update, with a note every log_interval.
 
         0 at the run's end, 130 after Ctrl-C and 143 after SIGTERM, all with the last update saved.
         """
@@ -220,8 +222,8 @@ class Trainer:
             steps = checkpoint.saved_steps(self.run_dir)
             good = checkpoint.model_path(self.run_dir, steps[-1]) if steps else "none was saved yet"
             raise ValueError(
-                f"the gradient was not finite in the last {bad} updates: lower --lr, or use --grad-clip 1 or --precision "
-                f"bf16 or fp32; the last good checkpoint: {good}"
+                f"the gradient was not finite in the last {bad} updates: lower --lr, or use --grad-clip 1, or "
+                f"--precision bf16 or fp32; the last good checkpoint: {good}"
             )
         return note
 
@@ -233,7 +235,7 @@ class Trainer:
             checkpoint.delete_step(self.run_dir, step)
 
     def _preview(self) -> None:
-        """Grids of the raw and of each averaged weights, drawn by the uncompiled model: its shapes are not training's."""
+        """Grids of raw and averaged weights, drawn by the uncompiled model: their shapes are not training's."""
         weights: dict[str, dict[str, Tensor]] = {"raw": {}}
         weights |= {f"ema_{ema.rate}": self.state.ema_state(ema) for ema in self.state.emas}
         low_res = None

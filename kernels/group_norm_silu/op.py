@@ -37,7 +37,9 @@ def group_norm_silu(
         require(tensor.shape == (channels,), op, "{} must be ({},), not {}", name, channels, tuple(tensor.shape))
     for name, optional in (("scale", scale), ("shift", shift)):
         fits = optional is None or optional.shape == x.shape[:2]
-        require(fits, op, "{} must be (N, C) = {}, not {}", name, tuple(x.shape[:2]), tuple(getattr(optional, "shape", ())))
+        require(
+            fits, op, "{} must be (N, C) = {}, not {}", name, tuple(x.shape[:2]), tuple(getattr(optional, "shape", ()))
+        )
     run = choose(op, backend, IMPLEMENTATIONS)
     # Autocast would widen the norm and with it everything after: precision is decided here, by x's dtype.
     with torch.autocast(x.device.type, enabled=False):

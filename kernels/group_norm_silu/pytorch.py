@@ -15,11 +15,15 @@ def group_norm_silu(
     shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    """See op.py. F.group_norm takes statistics in fp32 whatever x is, and torch.compile fuses what follows it."""
-    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    """See op.py. Everything in fp32 with one rounding at the end, which torch.compile makes one pass.
+
+    Eagerly on a CPU this is the fastest way too: PyTorch's GroupNorm in bf16 is slower than in fp32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
     per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))
     if scale is not None:
-        y = y * (1 + scale.to(x.dtype).view(per_channel))
+        y = y * (1 + scale.to(dtype).view(per_channel))
     if shift is not None:
-        y = y + shift.to(x.dtype).view(per_channel)
-    return F.silu(y) if silu else y
+        y = y + shift.to(dtype).view(per_channel)
+    return (F.silu(y) if silu else y).to(x.dtype)
