@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastdiff import __version__
-from fastdiff.cli import demo, presets, sample, train
+from fastdiff.cli import benchmark, demo, presets, sample, train
 from fastdiff.cli.options import SWITCHES, with_old_spelling
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("demo")(demo.demo)
+app.command("benchmark")(benchmark.benchmark)
 app.command("presets")(presets.presets)
 
 

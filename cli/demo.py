@@ -58,4 +58,4 @@ def demo(
     typer.echo(f"\nThe picture: {out.with_suffix('.png').resolve()}")
     typer.echo(f"Each column is one of {', '.join(SHAPES)}; {time.perf_counter() - began:.0f} s in all. Beside it:")
     for name, what in _MADE.items():
-        typer.echo(f"  {run_dir / name:<40} {what}")
+        typer.echo(f"  {run_dir / name!s:<40} {what}")

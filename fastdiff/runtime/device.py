@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.config import Compile, Kernels, MemoryFormat, Precision, RuntimeConfig
+from fastdiff.runtime.memory import keep_freed_memory
 
 _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
@@ -31,6 +32,8 @@ class Runtime:
     def resolve(cls, config: RuntimeConfig) -> Self:
         """Decide; ValueError where the machine cannot do what is asked for by name."""
         device = resolve_device(config.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         precision = resolve_precision(config.precision, device)
         if config.compile is Compile.ON and not _has_compiler(device):
             raise ValueError(

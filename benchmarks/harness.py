@@ -1,0 +1,114 @@
+"""Timing that a sceptic can repeat: candidates in turn in one process, medians, and a row that says where it was."""
+
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of one candidate's rounds, and of the first candidate's in the same rounds."""
+
+    name: str
+    seconds: Sequence[float]
+    baseline: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """Seconds of a typical round."""
+        return statistics.median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds of this candidate's time to the first one's."""
+        return statistics.median(own / base for own, base in zip(self.seconds, self.baseline, strict=True))
+
+    def quantile(self, share: float) -> float:
+        """Seconds below which ``share`` of the rounds were."""
+        ordered = sorted(self.seconds)
+        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: torch.device
+) -> list[Timing]:
+    """Time the candidates in turn, round by round, so that a machine that slows down slows all of them."""
+    for run in candidates.values():
+        for _ in range(warmup):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            _synchronize(device)
+            began = time.perf_counter()
+            run()
+            _synchronize(device)
+            seconds[name].append(time.perf_counter() - began)
+    baseline = next(iter(seconds.values()))
+    return [Timing(name, values, baseline) for name, values in seconds.items()]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where and with what a row was measured."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _commit(),
+    }
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Add rows to a CSV file, with a header if it is new; ValueError where its columns are others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new:
+        header = path.read_text(encoding="utf-8").splitlines()[0].split(",")
+        if header != list(rows[0]):
+            raise ValueError(f"{path} has other columns: move it away or name another file with --csv")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() or "unknown"
