@@ -2,7 +2,8 @@
 
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -39,16 +40,22 @@ def _root(
     pass
 
 
+_UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the click inside Typer: both have it there
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
 def main() -> None:
     """Run the command line. Bad input is one line on stderr and exit status 2; ``--debug`` shows where it came up."""
     debug = "--debug" in sys.argv
+    warnings.showwarning = _show_warning
     try:
-        app(with_old_spelling(sys.argv[1:], SWITCHES))
-    except (ValueError, OSError) as error:
+        sys.exit(app(with_old_spelling(sys.argv[1:] or ["--help"], SWITCHES), standalone_mode=False))
+    except (ValueError, OSError, _UsageError) as error:
         if debug:
             traceback.print_exc()
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        text = error.format_message() if isinstance(error, _UsageError) else str(error)
+        typer.echo(f"error: {' '.join(text.split())}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)

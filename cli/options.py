@@ -85,9 +85,13 @@ def _shown(default: Any) -> Any:
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
-def all_flags(flags: Flags, preset: str | None) -> Flags:
-    """The preset's flags with those given in their place."""
-    return {**(preset_named(preset).flags if preset else {}), **flags}
+def all_flags(flags: Flags, preset: str | None, *only: type[Config]) -> Flags:
+    """The preset's flags, all or those of the configurations ``only``, with those given in their place."""
+    if preset is None:
+        return flags
+    known = preset_named(preset)
+    chosen = {k: v for kind in only for k, v in known.values_for(kind).items()} if only else dict(known.flags)
+    return chosen | flags
 
 
 def build(kind: type[C], flags: Mapping[str, Any], base: C | None = None) -> C:
@@ -112,7 +116,9 @@ def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> lis
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--") or word == "--":
+        if word == "--":
+            return [*result, word, *rest]
+        if not word.startswith("--"):
             result.append(word)
             continue
         name, equals, value = word.partition("=")

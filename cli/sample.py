@@ -46,7 +46,14 @@ def sample(
 
     A checkpoint knows its model; the model's and the process's flags are for bare state dicts (.pt) only.
     """
-    run_sampling(all_flags(flags, preset), checkpoint, out, class_=class_, png_dir=png_dir, overwrite=overwrite)
+    run_sampling(
+        all_flags(flags, preset, ModelConfig, DiffusionConfig),
+        checkpoint,
+        out,
+        class_=class_,
+        png_dir=png_dir,
+        overwrite=overwrite,
+    )
 
 
 def run_sampling(
@@ -61,6 +68,10 @@ def run_sampling(
     """Sample as ``flags`` say."""
     config = build(SampleConfig, flags)
     _check_output(out, overwrite)
+    if png_dir is not None:
+        if png_dir.is_dir() and any(png_dir.glob("*.png")) and not overwrite:
+            raise ValueError(f"png_dir {png_dir} holds PNG files: name another folder, or use --overwrite")
+        _check_folder("png_dir", png_dir)
     import numpy as np
 
     from fastdiff.checkpoint import find_checkpoint
@@ -134,10 +145,11 @@ def _load(path: Path, flags: Flags, config: SampleConfig, runtime: "Runtime") ->
 
     model_flags = {f.name for f in fields(ModelConfig)} | {f.name for f in fields(DiffusionConfig)}
     given = {k: v for k, v in flags.items() if k in model_flags - {"timestep_respacing"}}
+    bare = given and path.suffix != ".safetensors"
     loaded = load_checkpoint(
         path,
-        model_config=build(ModelConfig, given) if given else None,
-        diffusion_config=build(DiffusionConfig, given) if given else None,
+        model_config=build(ModelConfig, given) if bare else None,
+        diffusion_config=build(DiffusionConfig, given) if bare else None,
         device=runtime.device,
         kernels=runtime.kernels,
         memory_format=runtime.memory_format,
@@ -178,7 +190,8 @@ def _names(class_names: tuple[str, ...], labels: "NDArray[np.int64] | None", cou
     """File names that begin with the class, so that the folder can be trained on as it is."""
     if labels is None or not class_names:
         return [f"{i:06d}" for i in range(count)]
-    return [f"{class_names[label]}_{i:06d}" for i, label in enumerate(labels)]
+    names = dict(enumerate(class_names))  # a model may have room for more classes
+    return [f"{names.get(int(label), label)}_{i:06d}" for i, label in enumerate(labels)]
 
 
 def _young_average(loaded: "Checkpoint") -> str:
@@ -197,8 +210,13 @@ def _check_output(out: Path, overwrite: bool) -> None:
             raise ValueError(f"{path} exists: name another file with --out, or use --overwrite")
     if out.suffix != ".npz":
         raise ValueError(f"out {out} must end in .npz")
-    folder = out.parent
+    _check_folder("out", out.parent)
+
+
+def _check_folder(name: str, wanted: Path) -> None:
+    """ValueError where the folder is not there and cannot be made, or may not be written to."""
+    folder = wanted
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"out {out} cannot be written: {folder} is not a folder that you may write to")
+        raise ValueError(f"{name} {wanted} cannot be written: {folder} is not a folder that you may write to")

@@ -36,7 +36,10 @@ def train(
 
 def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, init_from: Path | None = None) -> int:
     """Train as ``flags`` say; returns the exit status."""
-    new = _new_run(flags)
+    if "data_dir" not in flags and not resume:
+        raise ValueError("no data: name a folder of images with --data-dir")
+    if "steps" not in flags and flags.get("lr_anneal_steps"):
+        flags = flags | {"steps": flags["lr_anneal_steps"]}  # improved-diffusion's way to say how long
     from fastdiff.cli.display import Display
     from fastdiff.data import load_dataset
     from fastdiff.diffusion import build_diffusion
@@ -44,11 +47,11 @@ def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, in
     from fastdiff.training import Trainer, run_folder
 
     runtime = Runtime.resolve(build(RuntimeConfig, flags))
-    run_dir = run_dir or Path("runs") / (Path(new.data.data_dir).resolve().name or "root")
+    run_dir = run_dir or Path("runs") / (Path(flags.get("data_dir", "")).resolve().name or "root")
     resuming = resume and run_folder.holds_run(run_dir)
     if not resuming:
         run_folder.refuse_other_run(run_dir)
-    config = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir) if resuming else new
+    config = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir) if resuming else _new_run(flags)
     build_diffusion(config.diffusion)  # a respacing that does not fit is told before the images are read
 
     with Display() as display:
@@ -77,7 +80,12 @@ def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, in
                 f"run: {run_dir.resolve()}, step {trainer.state.step} of {config.train.steps}, "
                 f"a checkpoint every {config.train.save_interval} steps and at the end"
             )
-            status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
+            try:
+                status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
+            except (ValueError, OSError):
+                if trainer.state.step == 0:  # nothing came of it: a second attempt needs no other folder
+                    (run_dir / "config.json").unlink(missing_ok=True)
+                raise
             again = f"fastdiff train --data-dir {config.data.data_dir} --run-dir {run_dir} --resume"
             log(f"go on with: {again}" if status else f"sample with: fastdiff sample {run_dir} --out samples.npz")
     return status
@@ -88,8 +96,6 @@ def _new_run(flags: Flags) -> "RunConfig":
     data, model, diffusion = build(DataConfig, flags), build(ModelConfig, flags), build(DiffusionConfig, flags)
     if not data.data_dir:
         raise ValueError("no data: name a folder of images with --data-dir")
-    if "steps" not in flags and flags.get("lr_anneal_steps"):
-        flags = flags | {"steps": flags["lr_anneal_steps"]}  # improved-diffusion's way to say how long
     train = build(TrainConfig, flags)
     from fastdiff.training.run_folder import RunConfig
 

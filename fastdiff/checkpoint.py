@@ -25,6 +25,7 @@ from fastdiff.interop import openai
 from fastdiff.models import UNet, build_model
 
 FORMAT = "fastdiff-1"
+_DESCRIBED = {"model_config", "diffusion_config"}
 _ANY = "*.safetensors"
 _NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.]+)_)(?P<step>\d{6,})\.safetensors")
 
@@ -103,7 +104,7 @@ def load_checkpoint(
     if path.suffix == ".safetensors":
         state, metadata = read_tensors(path, kind="model")
         model_config = ModelConfig.from_dict(metadata["model_config"])
-        diffusion_config = diffusion_config or DiffusionConfig.from_dict(metadata["diffusion_config"])
+        diffusion_config = DiffusionConfig.from_dict(metadata["diffusion_config"])
     else:
         state, metadata = openai.load_state_dict(path), {}
         if model_config is None or diffusion_config is None:
@@ -153,7 +154,11 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         with safe_open(path, framework="pt") as file:
             raw = file.metadata() or {}
             metadata = json.loads(raw.get(FORMAT, "{}"))
-            if not metadata:
+            if (
+                not isinstance(metadata, dict)
+                or "kind" not in metadata
+                or (kind == "model" and not metadata.keys() >= _DESCRIBED and metadata["kind"] == kind)
+            ):
                 raise ValueError(f"{path} is a safetensors file, but not one of fastdiff's")
             if metadata["kind"] != kind:
                 other = (
@@ -169,7 +174,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors and metadata as one safetensors file, whole or not at all."""
     packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file(packed, temporary, metadata={FORMAT: json.dumps(metadata)})
+        try:
+            save_file(packed, temporary, metadata={FORMAT: json.dumps(metadata)})
+        except SafetensorError as error:  # a full disk, too, is one of these
+            raise OSError(f"{path} cannot be written: {openai.first_line(error)}") from error
     return path
 
 
@@ -240,7 +248,9 @@ def find_checkpoint(place: Path | None, runs: Path = Path("runs")) -> Path:
         where = f"in {place}" if place is not None else f"in any folder of {runs}/"
         raise ValueError(f"no checkpoint {where}: train a model first (fastdiff train --data-dir DIR) or name a file")
     newest = max(found, key=lambda path: path.stat().st_mtime_ns).parent
-    return max((path for path in found if path.parent == newest), key=_rank)
+    there = [path for path in found if path.parent == newest]
+    whole = set(saved_steps(newest))  # a killed process may leave a later step without its averages
+    return max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
 
 
 def _is_model(path: Path) -> bool:

@@ -101,6 +101,8 @@ class Config:
                 object.__setattr__(self, f.name, _member(f.type, f.name, value))
             elif f.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{f.name} must be true or false, not {value!r}")
+            elif f.type is str and not isinstance(value, str):
+                raise ValueError(f"{f.name} must be text, not {value!r}")
             elif f.type in (int, float):
                 object.__setattr__(self, f.name, _number(f.type, f.name, value))
         self.check()
@@ -146,7 +148,7 @@ def _number(kind: type, name: str, value: object) -> int | float:
 
 def _tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
     """The tuple in '16,8', 16, [16, 8] or (16, 8)."""
-    parts: Iterable[Any]
+    parts: list[Any]
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",") if part.strip()]
     elif isinstance(value, (int, float)):
@@ -156,9 +158,12 @@ def _tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
     else:
         raise ValueError(f"{name} must be numbers separated by commas, not {value!r}")
     try:
-        return tuple(kind(part) for part in parts)
+        numbers = tuple(kind(part) for part in parts)
+        if any(isinstance(part, float) and number != part for number, part in zip(numbers, parts, strict=True)):
+            raise ValueError  # 1.5 where whole numbers are meant
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers separated by commas, not {value!r}") from None
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -233,9 +238,12 @@ class ModelConfig(Config):
 
     def _check_heads(self) -> None:
         widths = {self.num_channels * m for level, m in enumerate(self.multipliers) if level in self.attention_levels}
-        widths.add(self.num_channels * self.multipliers[-1])  # the middle block always attends
-        for name, heads in (("num_heads", self.num_heads), ("num_heads_upsample", self.heads_upsample)):
-            for width in sorted(widths):
+        middle = {self.num_channels * self.multipliers[-1]}  # always attends
+        for name, heads, attending in (
+            ("num_heads", self.num_heads, widths | middle),
+            ("num_heads_upsample", self.heads_upsample, widths),
+        ):
+            for width in sorted(attending):
                 if width % heads:
                     raise ValueError(f"{name} {heads} does not divide the {width} channels of a level with attention")
 
@@ -356,12 +364,12 @@ class TrainConfig(Config):
             "lr_anneal_steps",
             "lr_warmup_steps",
             "grad_clip",
-            "seed",
             "keep_last",
             "preview_interval",
         ):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.lr > 0, "lr", "positive")
+        self.require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2^32")
         self.require(self.microbatch == -1 or self.microbatch > 0, "microbatch", "positive, or -1 for the whole batch")
         self.require(all(0 <= rate < 1 for rate in self.ema_rate), "ema_rate", "at least 0 and below 1")
         self.require(len(set(self.ema_rate)) == len(self.ema_rate), "ema_rate", "different rates")
@@ -386,7 +394,7 @@ class SampleConfig(Config):
         for name in ("num_samples", "batch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
         self.require(self.eta >= 0, "eta", "at least 0")
-        self.require(self.seed >= 0, "seed", "at least 0")
+        self.require(0 <= self.seed < 2**64, "seed", "at least 0 and below 2^64")
         if self.steps is not None:
             self.require(_number(int, "steps", self.steps) > 0, "steps", "positive")
             if self.timestep_respacing:

@@ -40,7 +40,7 @@ def philox_normal(seed: int, samples: Tensor, step: int, shape: Sequence[int]) -
     words = philox_uint32(seed, samples, step, -(-elements // 4) * 4)
     # a word with its sign bit set is folded onto the positive ones, then scaled to [0, 1)
     folded = torch.where(words > 0x7FFFFFFF, _WORD - words, words)
-    u1, u2 = (folded.to(torch.float32) * 4.6566127342e-10).view(len(samples), -1, 2).unbind(-1)
+    u1, u2 = (folded.to(torch.float32) * 4.6566127342e-10).unflatten(-1, (-1, 2)).unbind(-1)
     radius = torch.sqrt(-2.0 * torch.log(u1.clamp(min=1e-7)))
     angle = 2 * math.pi * u2
     normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten(1)

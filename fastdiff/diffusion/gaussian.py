@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import likelihood, losses
+from fastdiff.diffusion.noise import draws_of
 from fastdiff.diffusion.parameterization import LossType, ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedule import Float64Array
 
@@ -94,7 +95,7 @@ class GaussianDiffusion:
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps that the model is given for t: those of the long process, scaled if so configured. (N,) fp32"""
-        key = ("timestep_map", t.device, torch.float64)
+        key = ("model_timesteps", t.device, torch.float32)
         if key not in self._device_tables:
             scale = 1000 / self.original_num_steps if self.rescale_timesteps else 1.0
             self._device_tables[key] = torch.tensor(self.timestep_map * scale, dtype=torch.float32, device=t.device)
@@ -136,12 +137,7 @@ class GaussianDiffusion:
 
         ``denoised_fn`` is applied to the predicted x_0 before it is clipped to [-1, 1].
         """
-        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
-        channels = x.shape[1]
-        expected = (x.shape[0], channels * (2 if self.model_var_type.learned else 1), *x.shape[2:])
-        if output.shape != expected:
-            raise ValueError(f"the model returned {tuple(output.shape)} where learn_sigma asks for {expected}")
-        output, var_values = output[:, :channels], output[:, channels:]
+        output, var_values = self.model_output(model, x, t, model_kwargs)
         variance, log_variance = self._variance(var_values, t, x)
 
         def process(x_start: Tensor) -> Tensor:
@@ -155,6 +151,16 @@ class GaussianDiffusion:
             pred_xstart = process(self._xstart_from_eps(x, t, output) if predicts_eps else output)
             mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+    def model_output(self, model: Model, x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> tuple[Tensor, Tensor]:
+        """What the model says of mean and variance at x_t, (N, C, ...) each; the latter has no channels if fixed."""
+        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
+        channels = x.shape[1]
+        expected = (x.shape[0], channels * (2 if self.model_var_type.learned else 1), *x.shape[2:])
+        if output.shape != expected:
+            kind = "learned" if self.model_var_type.learned else "fixed"
+            raise ValueError(f"the model returned {tuple(output.shape)}, a {kind} variance asks for {expected}")
+        return output[:, :channels], output[:, channels:]
 
     def _variance(self, var_values: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         match self.model_var_type:
@@ -285,12 +291,14 @@ class GaussianDiffusion:
         if device is None:
             device = noise.device if noise is not None else _device_of(model)
         x = torch.randn(*shape, device=device) if noise is None else noise
-        draws = iter(step_noise) if step_noise is not None else None
+        if x.shape != tuple(shape):
+            raise ValueError(f"noise must be of the shape {tuple(shape)}, not {tuple(x.shape)}")
+        draws = draws_of(step_noise)
         # every t is on the device before the first step, so that no step waits for a copy
         timesteps = torch.arange(self.num_timesteps, device=device).flip(0)[:, None].expand(-1, shape[0])
         for t in timesteps:
             with torch.no_grad():
-                out = step(model, x, t, noise=next(draws) if draws is not None else None, **kwargs)
+                out = step(model, x, t, noise=next(draws), **kwargs)
             yield out
             x = out["sample"]
 

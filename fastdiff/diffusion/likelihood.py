@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.losses import mean_flat, normal_kl
+from fastdiff.diffusion.noise import draws_of
 
 if TYPE_CHECKING:
     from fastdiff.diffusion.gaussian import GaussianDiffusion
@@ -31,11 +32,12 @@ def calc_bpd_loop(
     step_noise: Tensor | Iterable[Tensor] | None,
 ) -> dict[str, Tensor]:
     """Every term of the bound, see GaussianDiffusion.calc_bpd_loop."""
-    draws = iter(step_noise) if step_noise is not None else None
+    draws = draws_of(step_noise)
     columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
     for step in reversed(range(diffusion.num_timesteps)):
         t = torch.full((x_start.shape[0],), step, device=x_start.device)
-        noise = next(draws) if draws is not None else torch.randn_like(x_start)
+        given = next(draws)
+        noise = torch.randn_like(x_start) if given is None else given
         x_t = diffusion.q_sample(x_start, t, noise)
         out = diffusion.vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
         columns["vb"].append(out["output"])

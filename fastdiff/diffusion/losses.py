@@ -76,11 +76,10 @@ def training_losses(
     if diffusion.loss_type.is_vb:
         scale = diffusion.num_timesteps if diffusion.loss_type is LossType.RESCALED_KL else 1
         return {"loss": scale * vb_terms_bpd(diffusion, model, x_start, x_t, t, False, model_kwargs)["output"]}
-    output = model(x_t, diffusion.model_timesteps(t), **(model_kwargs or {}))
+    output, var_values = diffusion.model_output(model, x_t, t, model_kwargs)
     terms: dict[str, Tensor] = {}
     if diffusion.model_var_type.learned:
         # The bound teaches the variance alone: its mean is detached (improved DDPM, section 3.1).
-        output, var_values = output.chunk(2, dim=1)
         frozen = torch.cat([output.detach(), var_values], dim=1)
         terms["vb"] = vb_terms_bpd(diffusion, lambda *_, **__: frozen, x_start, x_t, t, False, None)["output"]
         if diffusion.loss_type is LossType.RESCALED_MSE:

@@ -72,6 +72,8 @@ class LossSecondMomentSampler:
     def update(self, timesteps: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
         """Add per-sample losses (N,) at timesteps (N,), in order; the oldest of a full history drops out."""
         for t, loss in zip(timesteps, losses, strict=True):
+            if not np.isfinite(loss):
+                continue  # the update is skipped, and must not be remembered either
             if self.counts[t] == self.history_per_term:
                 self.history[t, :-1] = self.history[t, 1:]
                 self.history[t, -1] = loss

@@ -1,7 +1,7 @@
 """improved-diffusion's own checkpoints: bare state dicts in .pt files."""
 
 import pickle
-import zipfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,12 +14,14 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     Only tensors are read, never code. ValueError where the file is damaged, holds anything else, or is an optimizer's.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an odd pickle protocol
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors (pickled code, perhaps) and is not loaded: it must be a bare state dict"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first_line(error)})") from None
     if isinstance(state, dict) and {"state", "param_groups"} <= set(state):
         raise ValueError(f"{path} is an optimizer's state, not a model: name the model*.pt or ema_*.pt file beside it")

@@ -1,7 +1,8 @@
 """The small layers of the UNet. Parameter names and shapes are improved-diffusion's."""
 
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,16 @@ class TimestepEmbedding(nn.Module):
         # A buffer, so that no forward pass computes or copies it; not persistent: state dicts stay the original's.
         self.register_buffer("frequencies", torch.exp(-math.log(max_period) * steps / half), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # model.to(bfloat16) moves the frequencies, but must not round them
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
+
     def forward(self, timesteps: Tensor) -> Tensor:
         """In fp32 whatever the model's precision: a timestep of 999 has no room for its fraction in bf16."""
-        angles = timesteps[:, None].float() * self.frequencies.float()  # (N, dim / 2)
+        angles = timesteps[:, None].float() * self.frequencies  # (N, dim / 2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

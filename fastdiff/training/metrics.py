@@ -74,12 +74,12 @@ class ProgressFiles:
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
         csv_path, jsonl_path = run_dir / "progress.csv", run_dir / "progress.jsonl"
+        self._tensorboard = _summary_writer(run_dir) if tensorboard else None  # before anything is opened for writing
         rows = [row for row in _rows(jsonl_path) if row["step"] <= step]
         self._jsonl = jsonl_path.open("w", encoding="utf-8")
         self._csv_file = csv_path.open("w", encoding="utf-8", newline="")
         self._csv = csv.DictWriter(self._csv_file, COLUMNS, restval="")
         self._csv.writeheader()
-        self._tensorboard = _summary_writer(run_dir) if tensorboard else None
         for row in rows:
             self._write_lines(row)
         self._flush()

@@ -59,8 +59,9 @@ def holds_run(run_dir: Path) -> bool:
 
 def refuse_other_run(run_dir: Path) -> None:
     """ValueError where ``run_dir`` holds a run, or is no folder."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"{run_dir} is a file: name a folder with --run-dir")
+    for path in (run_dir, *run_dir.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file: name another folder with --run-dir")
     if holds_run(run_dir):
         raise ValueError(f"{run_dir} already holds a run: go on with --resume, or name another folder with --run-dir")
 

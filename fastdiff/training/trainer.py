@@ -126,14 +126,16 @@ class Trainer:
                 if on_update is not None:
                     on_update(step, train.steps, note)
                 paused = time.perf_counter()
-                if step % train.save_interval == 0 or last:
+                if step % train.save_interval == 0 or step == train.steps:
                     self._save()
                     saved = step
                 if train.preview_interval and (step % train.preview_interval == 0 or step == train.steps):
                     self._preview()
                 clock.paused += time.perf_counter() - paused
+            if saved < self.state.step:
+                self._save()
         if stop.received is not None and self.state.step < train.steps:
-            self.log(f"stopped by {stop.received.name} at step {saved}, which is saved")
+            self.log(f"stopped by {stop.received.name} at step {self.state.step}, which is saved")
             return stop.exit_status
         return 0
 
@@ -231,7 +233,9 @@ class Trainer:
         self.state.save(self.run_dir)
         self.log(f"saved step {self.state.step} in {self.run_dir.resolve()}")
         keep = self.config.train.keep_last
-        for step in checkpoint.saved_steps(self.run_dir)[:-keep] if keep else ():
+        # Later steps are damaged ones that the run fell back from: they count for nothing.
+        older = [step for step in checkpoint.saved_steps(self.run_dir) if step <= self.state.step]
+        for step in older[:-keep] if keep else ():
             checkpoint.delete_step(self.run_dir, step)
 
     def _preview(self) -> None:

@@ -31,7 +31,9 @@ def group_norm_silu(
     """
     op = "group_norm_silu"
     require(x.ndim >= 3, op, "x must be (N, C, *spatial), not {}", tuple(x.shape))
+    require(x.is_floating_point(), op, "x must be of a floating dtype, not {}", x.dtype)
     channels = x.shape[1]
+    require(groups > 0, op, "groups must be positive, not {}", groups)
     require(channels % groups == 0, op, "{} channels are not a multiple of {} groups", channels, groups)
     for name, tensor in (("weight", weight), ("bias", bias)):
         require(tensor.shape == (channels,), op, "{} must be ({},), not {}", name, channels, tuple(tensor.shape))

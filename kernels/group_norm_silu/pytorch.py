@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.kernels.group_norm_silu.reference import steady
+
 
 def group_norm_silu(
     x: Tensor,
@@ -20,7 +22,10 @@ def group_norm_silu(
     Eagerly on a CPU this is the fastest way too: PyTorch's GroupNorm in bf16 is slower than in fp32.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    y = F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
+    wide = x.to(dtype)
+    if not torch.compiler.is_compiling():  # Inductor's own statistics are steady
+        wide = steady(wide, groups)
+    y = torch.group_norm(wide, groups, weight.to(dtype), bias.to(dtype), eps)
     per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))
     if scale is not None:
         y = y * (1 + scale.to(dtype).view(per_channel))

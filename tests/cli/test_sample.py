@@ -1,0 +1,223 @@
+"""fastdiff sample: which model it takes, which images it draws, and the files that it writes."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+
+from .conftest import Cli
+from .support import TINY, refused, succeeded
+
+
+def images_in(path: Path | str) -> NDArray[np.uint8]:
+    with np.load(path, allow_pickle=False) as file:
+        return file["arr_0"]
+
+
+def labels_in(path: Path | str) -> NDArray[np.int64]:
+    with np.load(path, allow_pickle=False) as file:
+        return file["arr_1"]
+
+
+def test_without_a_name_it_takes_the_newest_runs_average_and_says_so(train: Cli, sample: Cli, tmp_path: Path) -> None:
+    succeeded(train("runs/new", "--steps", 2, "--save-interval", 1, "--ema-rate", "0.5,0.99"))
+    succeeded(train("runs/old", "--steps", 3))
+    for path in (tmp_path / "runs/old").iterdir():
+        os.utime(path, (1, 1))
+    result = succeeded(sample("--num-samples", 2, "--steps", 2))
+    assert "runs/new/ema_0.99_000002.safetensors" in result.out
+    assert images_in("samples.npz").shape == (2, 8, 8, 3)
+    assert "runs/old/ema_0.9999_000003" in succeeded(sample("runs/old", "--steps", 2, "--out", "b.npz")).out
+
+
+def test_the_npz_is_the_originals(sample: Cli, checkpoint: Path) -> None:
+    result = succeeded(sample(checkpoint, "--num-samples", 5, "--batch-size", 2, "--out", "deep/er/s.npz"))
+    with np.load("deep/er/s.npz", allow_pickle=False) as file:
+        assert set(file.files) == {"arr_0", "arr_1"}
+        assert (file["arr_0"].shape, file["arr_0"].dtype) == ((5, 8, 8, 3), np.uint8)
+        assert file["arr_1"].dtype == np.int64
+        assert file["arr_1"].tolist() == [0, 1, 2, 0, 1]  # all classes in turn
+        assert len({image.tobytes() for image in file["arr_0"]}) == 5
+    assert "step 7" in result.out
+    assert "deep/er/s.npz" in result.out
+    with Image.open("deep/er/s.png") as grid:
+        assert grid.mode == "RGB"
+        # 3 columns, 2 rows, 8 pixels and 2 between, each pixel 4 wide
+        assert grid.size == (4 * (3 * 10 + 2), 4 * (2 * 10 + 2))
+        first = np.asarray(grid)[8:40:4, 8:40:4]
+    assert np.array_equal(first, images_in("deep/er/s.npz")[0])
+
+
+def test_without_classes_there_is_no_arr_1(train: Cli, sample: Cli) -> None:
+    succeeded(train("r", "--no-class-cond", "--steps", 1))
+    succeeded(sample("r", "--num-samples", 2, "--steps", 2))
+    with np.load("samples.npz") as file:
+        assert file.files == ["arr_0"]
+    refused(sample("r", "--class", "square", "--out", "b.npz"), "class", "square")
+
+
+def test_png_files_are_the_images(sample: Cli, checkpoint: Path) -> None:
+    succeeded(sample(checkpoint, "--num-samples", 4, "--steps", 3, "--png-dir", "pngs"))
+    names = sorted(path.name for path in Path("pngs").iterdir())
+    assert names == ["cat_000000.png", "cat_000003.png", "dog_000001.png", "zebra_000002.png"]
+    drawn = images_in("samples.npz")
+    for name in names:
+        with Image.open(Path("pngs") / name) as image:
+            assert np.array_equal(np.asarray(image), drawn[int(name[-10:-4])])
+
+
+def test_png_files_of_a_model_with_more_classes_than_names(train: Cli, sample: Cli) -> None:
+    succeeded(train("r", "--num-classes", 6, "--steps", 1))
+    succeeded(sample("r", "--num-samples", 7, "--steps", 2, "--png-dir", "pngs"))
+    assert len(list(Path("pngs").iterdir())) == 7
+
+
+def test_a_class_by_name_and_by_index(sample: Cli, checkpoint: Path) -> None:
+    flags = ("--num-samples", 3, "--steps", 3)
+    succeeded(sample(checkpoint, *flags, "--class", "dog", "--out", "name.npz"))
+    succeeded(sample(checkpoint, *flags, "--class", 1, "--out", "index.npz"))
+    succeeded(sample(checkpoint, *flags, "--class", "zebra", "--out", "other.npz"))
+    assert labels_in("name.npz").tolist() == labels_in("index.npz").tolist() == [1, 1, 1]
+    assert np.array_equal(images_in("name.npz"), images_in("index.npz"))
+    assert not np.array_equal(images_in("name.npz"), images_in("other.npz"))
+
+
+@pytest.mark.parametrize(("wanted", "near"), [("zebr", "zebra"), ("Dog", "dog"), ("3", "cat"), ("-1", "cat")])
+def test_an_unknown_class_offers_those_nearby(sample: Cli, checkpoint: Path, wanted: str, near: str) -> None:
+    refused(sample(checkpoint, "--class", wanted), wanted, near)
+    assert not Path("samples.npz").exists()
+
+
+@pytest.mark.parametrize("flags", [("--sampler", "ddpm"), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", 0.7)])
+def test_the_same_seed_draws_the_same_images_whatever_the_batch_size(
+    sample: Cli, checkpoint: Path, flags: tuple[object, ...]
+) -> None:
+    for size, count in ((5, 5), (1, 5), (3, 5), (5, 2)):
+        out = f"{size}-{count}.npz"
+        succeeded(sample(checkpoint, *flags, "--batch-size", size, "--num-samples", count, "--seed", 3, "--out", out))
+    whole = images_in("5-5.npz").astype(int)
+    for name in ("1-5.npz", "3-5.npz", "5-2.npz"):
+        other = images_in(name)
+        # a convolution may sum in another order for another batch: a rounding, no other image
+        assert np.abs(whole[: len(other)] - other).max() <= 1, name
+    succeeded(sample(checkpoint, *flags, "--num-samples", 5, "--seed", 4, "--out", "seed.npz"))
+    assert np.abs(whole - images_in("seed.npz")).max() > 20
+
+
+def test_ddim_without_eta_is_another_path_than_ddpm(sample: Cli, checkpoint: Path) -> None:
+    for i, flags in enumerate((("--sampler", "ddpm"), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", 1))):
+        assert "20 dd" in succeeded(sample(checkpoint, *flags, "--num-samples", 2, "--out", f"{i}.npz")).out
+    ddpm, ddim, eta = (images_in(f"{i}.npz").astype(int) for i in range(3))
+    assert np.abs(ddpm - ddim).max() > 20
+    assert np.abs(eta - ddim).max() > 20
+
+
+def test_steps_and_respacing_say_the_same(sample: Cli, checkpoint: Path) -> None:
+    flags = ("--num-samples", 2, "--sampler", "ddim")
+    assert "5 ddim steps" in succeeded(sample(checkpoint, *flags, "--steps", 5, "--out", "a.npz")).out
+    assert "5 ddim steps" in succeeded(sample(checkpoint, *flags, "--timestep-respacing", 5, "--out", "b.npz")).out
+    assert "6 ddim" in succeeded(sample(checkpoint, *flags, "--timestep_respacing", "4,2", "--out", "c.npz")).out
+    assert "5 ddim" in succeeded(sample(checkpoint, *flags, "--timestep-respacing", "ddim5", "--out", "d.npz")).out
+    assert np.array_equal(images_in("a.npz"), images_in("b.npz"))
+    assert not np.array_equal(images_in("a.npz"), images_in("d.npz"))  # the stride ends at 16, not at 19
+    refused(sample(checkpoint, "--steps", 5, "--timestep-respacing", 5), "steps", "timestep_respacing")
+
+
+def test_clipping_can_be_turned_off(sample: Cli, checkpoint: Path) -> None:
+    for flag in ("--clip-denoised", "--no-clip-denoised"):
+        succeeded(sample(checkpoint, flag, "--num-samples", 2, "--steps", 5, "--out", f"{flag}.npz"))
+    assert not np.array_equal(images_in("--clip-denoised.npz"), images_in("--no-clip-denoised.npz"))
+
+
+def test_existing_files_are_kept_without_overwrite(sample: Cli, checkpoint: Path) -> None:
+    succeeded(sample(checkpoint, "--num-samples", 1, "--steps", 2))
+    before = Path("samples.npz").read_bytes(), Path("samples.png").read_bytes()
+    refused(sample(checkpoint, "--num-samples", 2, "--steps", 2), r"samples\.npz", "--overwrite")
+    Path("samples.npz").rename("elsewhere.npz")
+    refused(sample(checkpoint, "--num-samples", 2, "--steps", 2), r"samples\.png", "--overwrite")
+    Path("elsewhere.npz").rename("samples.npz")
+    assert (Path("samples.npz").read_bytes(), Path("samples.png").read_bytes()) == before
+    succeeded(sample(checkpoint, "--num-samples", 2, "--steps", 2, "--overwrite"))
+    assert len(images_in("samples.npz")) == 2
+
+
+def test_existing_png_files_are_kept_without_overwrite(sample: Cli, checkpoint: Path) -> None:
+    mine = Path("pngs/cat_000000.png")
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    flags = ("--num-samples", 1, "--steps", 2, "--png-dir", "pngs")
+    refused(sample(checkpoint, *flags), "pngs", "--overwrite")
+    assert mine.read_bytes() == b"mine"
+    assert not Path("samples.npz").exists()  # refused before the work
+
+
+def test_flags_that_agree_change_nothing(sample: Cli, checkpoint: Path) -> None:
+    """People who know the original repeat some of the flags of the training: none of the rest may change by it."""
+    succeeded(sample(checkpoint, "--num-samples", 2, "--out", "a.npz"))
+    for i, flags in enumerate((("--image-size", 8), ("--class-cond",), ("--diffusion-steps", 20), TINY)):
+        result = succeeded(sample(checkpoint, "--num-samples", 2, "--out", f"{i}.npz", *flags))
+        assert "20 ddpm steps" in result.out, flags
+        assert np.array_equal(images_in(f"{i}.npz"), images_in("a.npz")), flags
+
+
+def test_diffusion_steps_that_only_the_files_own_schedule_allows(train: Cli, sample: Cli) -> None:
+    succeeded(train("r", "--diffusion-steps", 10, "--steps", 1))
+    succeeded(sample("r", "--num-samples", 1, "--diffusion-steps", 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "own"),
+    [
+        ("image-size", "16", "8"),
+        ("num-channels", "64", "32"),
+        ("diffusion-steps", "1000", "20"),
+        ("no-class-cond", "", "True"),
+        ("learn-sigma", "", "False"),
+        ("no-rescale-timesteps", "", "True"),
+    ],
+)
+def test_flags_that_contradict_the_file_are_refused(
+    sample: Cli, checkpoint: Path, name: str, value: str, own: str
+) -> None:
+    field = name.removeprefix("no-").replace("-", "_")
+    result = sample(checkpoint, f"--{name}", *([value] if value else []), "--num-samples", 1, "--steps", 2)
+    refused(result, field, value, own, checkpoint.name)
+    assert not Path("samples.npz").exists()
+
+
+def test_another_schedule_is_refused(sample: Cli, checkpoint: Path) -> None:
+    refused(sample(checkpoint, "--noise-schedule", "linear", "--num-samples", 1, "--steps", 2), "linear", "cosine")
+    assert not Path("samples.npz").exists()
+
+
+def test_a_bare_state_dict_is_drawn_from_with_its_flags(sample: Cli, checkpoint: Path) -> None:
+    torch.save(load_file(checkpoint), "bare.pt")
+    refused(sample("bare.pt"), r"bare\.pt", "--preset")
+    flags = ("--class-cond", "--num-classes", 3, *TINY)
+    succeeded(sample("bare.pt", *flags, "--num-samples", 2, "--out", "bare.npz"))
+    succeeded(sample(checkpoint, "--num-samples", 2))
+    assert np.array_equal(images_in("bare.npz"), images_in("samples.npz"))
+
+
+def test_a_presets_training_flags_are_not_taken_for_the_samplers(sample: Cli, checkpoint: Path) -> None:
+    """cifar10_uncond trains in batches of 128; drawing keeps its own batch size."""
+    torch.save(load_file(checkpoint), "bare.pt")
+    flags = ("--preset", "cifar10_uncond", "--no-learn-sigma", "--class-cond", "--num-classes", 3, *TINY)
+    seen = []
+    from fastdiff import sampling
+
+    real = sampling.generate
+
+    def spy(*args: object, **kwargs: object) -> object:
+        seen.append(args[2].batch_size)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "generate", spy)
+        succeeded(sample("bare.pt", *flags, "--num-samples", 1, "--steps", 2))
+    assert seen == [16]

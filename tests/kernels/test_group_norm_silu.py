@@ -1,0 +1,310 @@
+"""group_norm_silu: every implementation against the formula in float64, forward and all gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff.kernels import group_norm_silu
+
+from .support import DTYPES, assert_within_budget, error, random, rounding
+
+BACKENDS = ["torch", "reference"]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+NAMES = ["y", "dx", "dweight", "dbias", "dscale", "dshift"]
+
+
+def formula(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool, groups: int = 32
+) -> Tensor:
+    """The definition written out, with nothing of PyTorch's own norm in it."""
+    per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))
+    g = x.reshape(x.shape[0], groups, -1)
+    centred = g - g.mean(-1, keepdim=True)
+    normal = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
+    y = normal.reshape(x.shape) * weight.view(1, *per_channel[1:]) + bias.view(1, *per_channel[1:])
+    if scale is not None:
+        y = y * (1 + scale.view(per_channel))
+    if shift is not None:
+        y = y + shift.view(per_channel)
+    return y / (1 + torch.exp(-y)) if silu else y
+
+
+class Case:
+    """Inputs and an upstream gradient, all exact in ``dtype``; weights and conditions in their own dtype."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        layout: str = "contiguous",
+        *,
+        scale: bool = True,
+        shift: bool = True,
+        silu: bool = True,
+        offset: float = 0.0,
+        spread: float = 1.0,
+    ) -> None:
+        n, c = shape[:2]
+        memory_format = LAYOUTS[layout] if len(shape) == 4 else torch.contiguous_format
+        self.x = (offset + spread * random(*shape, seed=1)).to(dtype).contiguous(memory_format=memory_format)
+        self.grad = random(*shape, seed=2, dtype=dtype).contiguous(memory_format=memory_format)
+        self.weight, self.bias = 1 + 0.2 * random(c, seed=3), 0.3 * random(c, seed=4)
+        self.scale = 0.5 * random(n, c, seed=5, dtype=dtype) if scale else None
+        self.shift = 0.5 * random(n, c, seed=6, dtype=dtype) if shift else None
+        self.silu = silu
+
+    def tensors(self) -> list[Tensor | None]:
+        return [self.x, self.weight, self.bias, self.scale, self.shift]
+
+    def run(self, backend: str, **kwargs: Any) -> dict[str, Tensor]:
+        """y and every gradient from one implementation; "truth" is the formula in float64."""
+        if backend == "truth":
+            leaves = [t if t is None else t.double().requires_grad_() for t in self.tensors()]
+            y = formula(*leaves, self.silu)  # type: ignore[arg-type]
+        else:
+            leaves = [t if t is None else t.detach().requires_grad_() for t in self.tensors()]
+            x, weight, bias, scale, shift = leaves
+            assert x is not None
+            assert weight is not None
+            assert bias is not None
+            y = group_norm_silu(x, weight, bias, scale=scale, shift=shift, silu=self.silu, backend=backend, **kwargs)
+        wanted = {name: leaf for name, leaf in zip(NAMES[1:], leaves, strict=True) if leaf is not None}
+        gradients = torch.autograd.grad(y, list(wanted.values()), self.grad.to(y.dtype))
+        return {"y": y.detach()} | dict(zip(wanted, gradients, strict=True))
+
+
+def hold(case: Case) -> None:
+    truth, reference, found = (case.run(backend) for backend in ("truth", "reference", "torch"))
+    assert set(found) == set(truth)
+    for name in truth:
+        assert found[name].dtype == reference[name].dtype
+        assert_within_budget(found[name], reference[name], truth[name], name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("channels", "spatial"),
+    [
+        (c, s) for c in (32, 96, 192, 576) for s in ((1, 1), (3, 5), (8, 8)) if (c, s) != (32, (1, 1))
+    ],  # one value a group
+    ids=str,
+)
+def test_budget(channels: int, spatial: tuple[int, int], batch: int, dtype: torch.dtype, layout: str) -> None:
+    hold(Case((batch, channels, *spatial), dtype, layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("scale", "shift"), [(False, False), (True, False), (False, True), (True, True)])
+def test_budget_of_every_variant(scale: bool, shift: bool, silu: bool, dtype: torch.dtype) -> None:
+    hold(Case((2, 96, 5, 3), dtype, scale=scale, shift=shift, silu=silu))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 96, 3, 5), (1, 32, 8, 8), (2, 64, 7), (2, 32, 2, 3, 4)], ids=str)
+def test_float64_is_the_formula(shape: tuple[int, ...], layout: str, backend: str) -> None:
+    case = Case(shape, torch.float64, layout)
+    case.weight, case.bias = case.weight.double(), case.bias.double()
+    truth, found = case.run("truth"), case.run(backend)
+    for name, value in truth.items():
+        assert found[name].dtype == torch.float64
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_few_roundings_from_the_formula(backend: str, dtype: torch.dtype) -> None:
+    """The budget is relative to the reference: here is what the reference itself may cost."""
+    case = Case((3, 96, 8, 8), dtype)
+    truth, found = case.run("truth"), case.run(backend)
+    for name, value in truth.items():
+        assert error(found[name], value) <= 16 * rounding(value, dtype), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 96, 3, 5), (1, 64, 1, 7), (2, 32, 8, 8)], ids=str)
+def test_dtype_and_memory_format_stay(shape: tuple[int, ...], dtype: torch.dtype, layout: str, backend: str) -> None:
+    case = Case(shape, dtype, layout)
+    assert case.scale is not None
+    # conditions of another dtype must not widen the result
+    for scale in (case.scale, case.scale.float(), case.scale.double()):
+        y = group_norm_silu(case.x, case.weight, case.bias, scale=scale, shift=scale, backend=backend)
+        assert y.dtype == dtype
+        assert y.shape == shape
+        assert y.is_contiguous(memory_format=LAYOUTS[layout])
+
+
+VIEWS = {
+    "channel slice": lambda: random(2, 160, 6, 5, seed=7)[:, 32:128],
+    "channel slice, channels_last": lambda: random(2, 160, 6, 5, seed=7).to(memory_format=torch.channels_last)[
+        :, 32:128
+    ],
+    "every second row": lambda: random(2, 96, 12, 5, seed=7)[:, :, ::2],
+    "width slice": lambda: random(2, 96, 6, 11, seed=7)[..., 3:8],
+    "rows and columns swapped": lambda: random(2, 96, 5, 6, seed=7).transpose(2, 3),
+    "batch inside": lambda: random(96, 6, 5, 2, seed=7).permute(3, 0, 1, 2),
+    "channels inside, slice": lambda: random(2, 6, 7, 100, seed=7)[:, :, 1:6, 2:98].permute(0, 3, 1, 2),
+    "one image for all": lambda: random(1, 96, 6, 5, seed=7).expand(2, -1, -1, -1),
+    "flipped batch order": lambda: random(4, 96, 6, 5, seed=7)[1::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_strides(view: str) -> None:
+    case = Case((2, 96, 6, 5))
+    case.x = VIEWS[view]()
+    case.grad = random(2, 6, 96, 5, seed=8).transpose(1, 2)
+    both = random(2, 192, seed=9)
+    case.scale, case.shift = both.chunk(2, dim=1)
+    hold(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_the_other_layout(layout: str) -> None:
+    case = Case((2, 96, 6, 5), layout=layout)
+    other = "contiguous" if layout == "channels_last" else "channels_last"
+    case.grad = case.grad.contiguous(memory_format=LAYOUTS[other])
+    hold(case)
+
+
+@pytest.mark.parametrize("shape", [(2, 96, 7), (1, 64, 1), (2, 64, 3, 2, 5)], ids=str)
+def test_other_numbers_of_spatial_dimensions(shape: tuple[int, ...]) -> None:
+    hold(Case(shape))
+
+
+FAR = [(10_000.0, 0.1), (100.0, 0.1), (-2.3, 0.5), (0.0, 1e-4), (0.0, 1e4)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("offset", "spread"), FAR)
+def test_steady_far_from_zero(offset: float, spread: float, layout: str, backend: str) -> None:
+    """E[x^2] - E[x]^2 in fp32 would be off by more than the variance itself, and so would be a reference to hold to."""
+    case = Case((2, 96, 8, 8), layout=layout, offset=offset, spread=spread)
+    truth, found = case.run("truth"), case.run(backend)
+    of_the_mean = torch.finfo(torch.float32).eps * abs(offset) / spread  # what centring in fp32 may cost
+    for name, value in truth.items():
+        assert error(found[name], value) <= (1e-5 + 4 * of_the_mean) * float(value.abs().max()), name
+
+
+@pytest.mark.parametrize(("offset", "spread"), FAR)
+def test_budget_far_from_zero(offset: float, spread: float) -> None:
+    hold(Case((2, 96, 8, 8), offset=offset, spread=spread))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_constant_image(backend: str) -> None:
+    weight, bias = torch.ones(64), torch.linspace(-1, 1, 64)
+    y = group_norm_silu(torch.full((2, 64, 4, 4), 3.0), weight, bias, silu=False, backend=backend)
+    torch.testing.assert_close(y, bias.view(1, -1, 1, 1).expand_as(y), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [pytest.param(1), 3])
+def test_one_value_a_group(batch: int, dtype: torch.dtype, layout: str, backend: str) -> None:
+    """The value is its own mean: y = act(bias * (1 + scale) + shift), and x has no gradient."""
+    case = Case((batch, 32, 1, 1), dtype, layout)
+    truth, found = case.run("truth"), case.run(backend)
+    assert case.scale is not None
+    assert case.shift is not None
+    inner = case.bias.double() * (1 + case.scale.double()) + case.shift.double()
+    expected = (inner * torch.sigmoid(inner))[..., None, None]
+    torch.testing.assert_close(truth["y"], expected)
+    assert not truth["dx"].any()
+    assert not truth["dweight"].any()
+    for name, value in truth.items():
+        # x - mean may leave one rounding of x in fp32, which 1 / sqrt(eps) = 316 enlarges, twice on the way to dx
+        noise = {"dx": 0.05, "dweight": 1e-3}.get(name, 1e-4)
+        assert found[name].dtype in (dtype, torch.float32)
+        assert error(found[name], value) <= noise + 8 * rounding(value, dtype), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_and_groups(backend: str) -> None:
+    x, weight, bias = random(2, 12, 5, seed=1), random(12, seed=2), random(12, seed=3)
+    y = group_norm_silu(x, weight, bias, groups=3, eps=0.5, silu=False, backend=backend)
+    g = x.double().view(2, 3, -1)
+    normal = (g - g.mean(-1, keepdim=True)) / (g.var(-1, unbiased=False, keepdim=True) + 0.5).sqrt()
+    expected = normal.view(2, 12, 5) * weight.double()[:, None] + bias.double()[:, None]
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_do_not_see_each_other(backend: str) -> None:
+    case = Case((3, 96, 4, 4))
+    whole = case.run(backend)["y"]
+    assert case.scale is not None
+    assert case.shift is not None
+    for i in range(3):
+        rows = slice(i, i + 1)
+        alone = group_norm_silu(
+            case.x[rows], case.weight, case.bias, scale=case.scale[rows], shift=case.shift[rows], backend=backend
+        )
+        torch.testing.assert_close(alone, whole[rows], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype, backend: str) -> None:
+    case = Case((2, 96, 4, 4), dtype)
+    plain = case.run(backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = case.run(backend)
+    for name, value in plain.items():
+        assert cast[name].dtype == value.dtype
+        assert torch.equal(cast[name], value), name
+
+
+def test_auto_is_torch_on_a_cpu() -> None:
+    case = Case((2, 96, 4, 4))
+    auto, explicit = case.run("auto"), case.run("torch")
+    assert all(torch.equal(auto[name], explicit[name]) for name in explicit)
+    assert torch.equal(group_norm_silu(case.x, case.weight, case.bias, scale=case.scale, shift=case.shift), auto["y"])
+
+
+def test_the_inputs_are_left_alone() -> None:
+    for backend in BACKENDS:
+        case = Case((2, 96, 4, 4))
+        before = [t.clone() for t in case.tensors() if t is not None]
+        case.run(backend)
+        after = [t for t in case.tensors() if t is not None]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.zeros(2, 64)}, r"x must be \(N, C, \*spatial\), not \(2, 64\)"),
+    ({"x": torch.zeros(2, 60, 4)}, "60 channels are not a multiple of 32 groups"),
+    ({"groups": 48}, "64 channels are not a multiple of 48 groups"),
+    ({"weight": torch.zeros(32)}, r"weight must be \(64,\), not \(32,\)"),
+    ({"weight": torch.zeros(1, 64)}, r"weight must be \(64,\), not \(1, 64\)"),
+    ({"bias": torch.zeros(65)}, r"bias must be \(64,\), not \(65,\)"),
+    ({"scale": torch.zeros(64)}, r"scale must be \(N, C\) = \(2, 64\), not \(64,\)"),
+    ({"scale": torch.zeros(1, 64)}, r"scale must be \(N, C\) = \(2, 64\), not \(1, 64\)"),
+    ({"shift": torch.zeros(2, 64, 1, 1)}, r"shift must be \(N, C\) = \(2, 64\), not \(2, 64, 1, 1\)"),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(("wrong", "message"), BAD, ids=[message[:24] for _, message in BAD])
+def test_bad_arguments(wrong: dict[str, Any], message: str, backend: str) -> None:
+    arguments: dict[str, Any] = {"x": torch.zeros(2, 64, 4, 4), "weight": torch.ones(64), "bias": torch.zeros(64)}
+    with pytest.raises(ValueError, match="^group_norm_silu: " + message):
+        group_norm_silu(**{**arguments, **wrong}, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"groups": 0}, {"groups": -32}, {"x": torch.zeros(2, 64, 4, dtype=torch.int64)}], ids=str
+)
+def test_more_bad_arguments(wrong: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"x": torch.zeros(2, 64, 4), "weight": torch.ones(64), "bias": torch.zeros(64)}
+    with pytest.raises(ValueError, match=r"^group_norm_silu: "):
+        group_norm_silu(**{**arguments, **wrong})

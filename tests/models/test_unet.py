@@ -1,0 +1,312 @@
+"""The UNet: conditions, memory layouts, precisions, gradient checkpointing, compilation."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastdiff.models import SuperResUNet, UNet, build_model
+from fastdiff.models.layers import TimestepEmbedding
+
+from .support import inputs, small_config, small_model
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "learned variance": {"learn_sigma": True},
+    "by class": {"class_cond": True, "num_classes": 5},
+    "added embedding": {"use_scale_shift_norm": False},
+    "super-resolution": {"small_size": 4},
+    "one head up": {"num_heads": 4, "num_heads_upsample": 1},
+}
+
+
+def gradients(model: UNet, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    out = model(**given)
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_has_an_effect(variant: str) -> None:
+    model = small_model(**VARIANTS[variant]).eval()
+    out, found = gradients(model, inputs(model))
+    assert out.shape == (2, model.config.out_channels, 8, 8)
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    # Keys only shift a row's scores by a constant where the bias is concerned: softmax does not see it.
+    assert [name for name, gradient in found.items() if not gradient.any()] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fresh_models_predict_zero(variant: str) -> None:
+    model = build_model(small_config(**VARIANTS[variant]))
+    assert isinstance(model, SuperResUNet) == (variant == "super-resolution")
+    assert not model(**inputs(model)).any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samples_do_not_see_each_other(variant: str) -> None:
+    model = small_model(**VARIANTS[variant]).eval()
+    given = inputs(model, 3)
+    with torch.no_grad():
+        whole = model(**given)
+        for i in range(3):
+            alone = model(**{name: value[i : i + 1] for name, value in given.items()})
+            torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["timesteps", "y", "low_res", "x"])
+def test_every_input_has_an_effect(name: str) -> None:
+    model = small_model(class_cond=True, num_classes=5, small_size=4).eval()
+    given = inputs(model)
+    with torch.no_grad():
+        before = model(**given)
+        given[name] = given[name] + 1
+        assert relative(model(**given), before) > 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kernels", ["torch", "reference"])
+def test_channels_last_is_contiguous(kernels: str, variant: str) -> None:
+    results = []
+    for memory_format in ("contiguous", "channels_last"):
+        model = small_model(kernels, memory_format, **VARIANTS[variant]).eval()
+        results.append(gradients(model, inputs(model)))
+    (out, grads), (out_last, grads_last) = results
+    torch.testing.assert_close(out_last, out, rtol=1e-4, atol=1e-4)
+    largest = max(float(g.norm()) for g in grads.values())
+    for name, value in grads.items():
+        assert float((grads_last[name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_the_layout_of_the_input_does_not_matter(memory_format: str) -> None:
+    model = small_model(memory_format=memory_format).eval()
+    given = inputs(model)
+    with torch.no_grad():
+        expected = model(**given)
+        for x in (
+            given["x"].to(memory_format=torch.channels_last),
+            given["x"].transpose(2, 3).contiguous().transpose(2, 3),
+            torch.cat([given["x"]] * 2, dim=1)[:, 3:],
+        ):
+            torch.testing.assert_close(model(**{**given, "x": x}), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointing_changes_nothing(variant: str) -> None:
+    plain = small_model(**VARIANTS[variant])
+    recomputing = small_model(**VARIANTS[variant], use_checkpoint=True)
+    assert recomputing.state_dict().keys() == plain.state_dict().keys()
+    out, grads = gradients(plain, inputs(plain))
+    out_again, grads_again = gradients(recomputing, inputs(plain))
+    assert torch.equal(out_again, out)
+    assert grads_again.keys() == grads.keys()
+    for name, value in grads.items():
+        torch.testing.assert_close(grads_again[name], value, msg=name)
+
+
+def test_checkpointing_recomputes() -> None:
+    calls = []
+    for use_checkpoint in (False, True):
+        model = small_model(use_checkpoint=use_checkpoint)
+        count = []
+        for norm in (model.middle_block[0].in_layers[0], model.middle_block[1].norm):
+            norm.register_forward_hook(lambda layer, *_, count=count: count.append(layer.silu))
+        gradients(model, inputs(model))
+        calls.append(
+            (count.count(True), count.count(False))
+        )  # the residual block's norm has a SiLU, the attention's not
+    assert calls == [(1, 1), (2, 2)]
+
+
+def test_checkpointing_repeats_the_dropout() -> None:
+    results = []
+    for use_checkpoint in (False, True):
+        model = small_model(dropout=0.5, use_checkpoint=use_checkpoint).train()
+        torch.manual_seed(3)
+        results.append(gradients(model, inputs(model)))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], value, msg=name)
+
+
+def test_dropout_is_for_training() -> None:
+    model = small_model(dropout=0.5)
+    undropped = small_model()
+    given = inputs(model)
+    with torch.no_grad():
+        assert not torch.equal(model.train()(**given), model(**given))
+        assert torch.equal(model.eval()(**given), undropped(**given))
+        assert torch.equal(undropped.train()(**given), undropped.eval()(**given))
+
+
+# conditions
+
+
+def test_class_cond_needs_y() -> None:
+    model = small_model(class_cond=True, num_classes=5)
+    given = inputs(model)
+    del given["y"]
+    with pytest.raises(ValueError, match="class_cond True: y must be given"):
+        model(**given)
+
+
+def test_y_needs_class_cond() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match="class_cond False: y must be given"):
+        model(**inputs(model), y=torch.zeros(2, dtype=torch.int64))
+
+
+def test_super_resolution_needs_low_res() -> None:
+    model = small_model(small_size=4)
+    given = inputs(model)
+    del given["low_res"]
+    with pytest.raises(ValueError, match="needs low_res"):
+        model(**given)
+
+
+@pytest.mark.parametrize("side", [2, 4, 8, 5])
+def test_low_res_of_any_size_is_enlarged(side: int) -> None:
+    model = small_model(small_size=4).eval()
+    given = inputs(model)
+    given["low_res"] = torch.full((2, 3, side, side), 0.5)
+    expected = model(**{**given, "low_res": torch.full((2, 3, 8, 8), 0.5)})
+    torch.testing.assert_close(model(**given), expected, rtol=1e-4, atol=1e-4)
+
+
+# sizes
+
+
+@pytest.mark.parametrize("size", [28, 48])
+def test_odd_sizes(size: int) -> None:
+    model = small_model(image_size=size, channel_mult=None, attention_resolutions=(8,), num_heads=2).eval()
+    assert size >> (len(model.config.multipliers) - 1) in (6, 7)
+    given = inputs(model, 1)
+    out, grads = gradients(model, given)
+    assert out.shape == (1, 3, size, size)
+    assert all(torch.isfinite(g).all() for g in grads.values())
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 16), (6, 10)])
+def test_images_of_another_size_than_trained_for(shape: tuple[int, int]) -> None:
+    model = small_model().eval()
+    assert model(torch.randn(1, 3, *shape), torch.tensor([5.0])).shape == (1, 3, *shape)
+
+
+def test_attention_stands_where_the_config_says() -> None:
+    model = small_model(image_size=16, channel_mult=(1, 2, 2), attention_resolutions=(16, 4), num_res_blocks=2)
+    heads = small_model(num_heads=4, num_heads_upsample=1)
+    names = {name.removesuffix(".qkv") for name, _ in model.named_modules() if name.endswith(".qkv")}
+    assert names == {
+        *("input_blocks.1.1", "input_blocks.2.1", "input_blocks.7.1", "input_blocks.8.1", "middle_block.1"),
+        *(f"output_blocks.{i}.1" for i in (0, 1, 2, 6, 7, 8)),
+    }
+    assert {(name.split("_")[0], m.heads) for name, m in heads.named_modules() if hasattr(m, "heads")} == {
+        ("input", 4),
+        ("middle", 4),
+        ("output", 1),
+    }
+
+
+# precision
+
+
+@pytest.mark.parametrize("kernels", ["torch", "reference"])
+def test_bf16_autocast_is_near(kernels: str) -> None:
+    model = small_model(kernels, class_cond=True, num_classes=5)
+    given = inputs(model)
+    out, grads = gradients(model, given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast_out, cast_grads = gradients(model, given)
+    assert cast_out.dtype == torch.float32  # x's
+    assert 1e-5 < relative(cast_out, out) < 0.03
+    flat, cast_flat = (torch.cat([g.flatten() for g in found.values()]) for found in (grads, cast_grads))
+    assert cast_flat.dtype == torch.float32
+    assert relative(cast_flat, flat) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whole_model_in_another_precision(variant: str, dtype: torch.dtype) -> None:
+    model = small_model(**VARIANTS[variant]).eval()
+    given = inputs(model)
+    given["timesteps"] = torch.tensor([0.0, 1.0])  # see test_the_embedding_of_a_bf16_model
+    with torch.no_grad():
+        expected = model(**given)
+        model.to(dtype)
+        out = model(**{name: v.to(dtype) if name in ("x", "low_res") else v for name, v in given.items()})
+    assert out.dtype == dtype
+    assert relative(out, expected) < (0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_the_output_has_the_dtype_of_x() -> None:
+    model = small_model().eval()
+    given = inputs(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert model(**{**given, "x": given["x"].to(dtype)}).dtype == dtype
+
+
+# timestep embedding
+
+
+def test_timestep_embedding() -> None:
+    t = torch.tensor([0.0, 1.0, 250.5, 999.0])
+    found = TimestepEmbedding(32)(t)
+    frequencies = 10_000 ** -(torch.arange(16, dtype=torch.float64) / 16)
+    angles = t.double()[:, None] * frequencies
+    torch.testing.assert_close(found.double(), torch.cat([angles.cos(), angles.sin()], 1), rtol=0, atol=2e-4)
+    assert TimestepEmbedding(32).state_dict() == {}
+
+
+def test_whole_timesteps_may_be_integers() -> None:
+    embedding = TimestepEmbedding(32)
+    assert torch.equal(embedding(torch.tensor([3, 999])), embedding(torch.tensor([3.0, 999.0])))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_embedding_of_a_bf16_model(dtype: torch.dtype) -> None:
+    t = torch.tensor([1.0, 250.5, 999.0])
+    expected = TimestepEmbedding(128)(t)
+    torch.testing.assert_close(TimestepEmbedding(128).to(dtype)(t).float(), expected, rtol=0, atol=1e-2)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("variant", ["by class", "super-resolution"])
+def test_compiles_to_one_graph(variant: str) -> None:
+    """One graph without a break, and no second one for other timesteps or images."""
+    torch._dynamo.reset()
+    model = small_model(**VARIANTS[variant], learn_sigma=True).eval()
+    given = inputs(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for t in (0.0, 1.0, 250.5, 999.0):
+            given["timesteps"] = torch.full((2,), t)
+            given["x"] = given["x"] * 0.9
+            torch.testing.assert_close(compiled(**given), model(**given), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_compiles_with_its_gradients() -> None:
+    torch._dynamo.reset()
+    model = small_model(use_checkpoint=True)
+    given = inputs(model)
+    out, grads = gradients(model, given)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    again = compiled(**given)
+    again.square().mean().backward()
+    torch.testing.assert_close(again.detach(), out, rtol=1e-5, atol=1e-5)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-5, msg=name)

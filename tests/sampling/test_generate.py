@@ -1,0 +1,84 @@
+"""Batches of images: how many, of which class, from which noise."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff import DiffusionConfig, SampleConfig, build_diffusion
+from fastdiff.kernels import philox_normal
+from fastdiff.sampling import generate
+from fastdiff.sampling.generate import to_uint8
+
+DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=4, noise_schedule="cosine", predict_xstart=True))
+CPU = torch.device("cpu")
+
+
+class Model:
+    """Predicts an x_0 that shows the class, and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+        self.calls.append((x.clone(), t, kwargs))
+        shade = kwargs["y"] / 10 if "y" in kwargs else kwargs["low_res"].mean((1, 2, 3)) if kwargs else 0 * t
+        return shade.view(-1, 1, 1, 1).expand_as(x).float()
+
+
+def run(model: Model | None = None, **flags: Any) -> list[np.ndarray]:
+    extra = {k: flags.pop(k) for k in ("labels", "low_res", "on_step") if k in flags}
+    model = model or Model()
+    return list(generate(model, DIFFUSION, SampleConfig(**flags), image_size=2, device=CPU, **extra))
+
+
+def test_batches_make_up_the_number_that_was_asked_for() -> None:
+    assert [len(batch) for batch in run(num_samples=5, batch_size=2)] == [2, 2, 1]
+    assert [len(batch) for batch in run(num_samples=4, batch_size=2)] == [2, 2]
+    assert [len(batch) for batch in run(num_samples=3, batch_size=16)] == [3]
+
+
+def test_the_model_always_sees_the_same_shape() -> None:
+    """Another shape would compile it again."""
+    model = Model()
+    run(model, num_samples=5, batch_size=2)
+    assert {tuple(x.shape) for x, *_ in model.calls} == {(2, 3, 2, 2)}
+    assert len(model.calls) == 3 * 4
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_every_image_has_its_own_class(sampler: str) -> None:
+    labels = np.array([0, 3, 6, 9, 1])
+    images = np.concatenate(run(num_samples=5, batch_size=2, labels=labels, sampler=sampler))
+    # the last step returns the predicted x_0 itself
+    expected = [int((label / 10 + 1) * 127.5) for label in labels]
+    assert images.reshape(5, -1).max(1).tolist() == images.reshape(5, -1).min(1).tolist() == expected
+
+
+def test_every_image_has_its_own_low_resolution_input() -> None:
+    low_res = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 1, 1)
+    images = np.concatenate(run(num_samples=5, batch_size=2, low_res=low_res))
+    assert images[:, 0, 0, 0].tolist() == [0, 63, 127, 191, 255]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_noise_is_a_function_of_seed_and_index(batch_size: int) -> None:
+    model = Model()
+    run(model, num_samples=5, batch_size=batch_size, seed=9)
+    first = torch.cat([x for x, t, _ in model.calls if float(t[0]) == max(float(t[0]) for _, t, _ in model.calls)])[:5]
+    assert torch.equal(first, philox_normal(9, torch.arange(5), 0, (3, 2, 2)))
+    assert len(first.unique()) == first.numel()
+
+
+def test_on_step_counts_wanted_images_only() -> None:
+    seen: list[int] = []
+    run(num_samples=5, batch_size=2, on_step=seen.append)
+    assert seen == [2] * 4 + [2] * 4 + [1] * 4
+
+
+def test_rounding_is_the_originals() -> None:
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, -1).expand(1, 3, 1, -1)
+    assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
+    assert to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)

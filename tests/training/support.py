@@ -1,0 +1,79 @@
+"""A training of a few updates without the command line."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fastdiff import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
+from fastdiff.data import load_dataset
+from fastdiff.runtime.device import Runtime
+from fastdiff.training import Trainer
+from fastdiff.training.run_folder import RunConfig
+
+TINY: dict[str, Any] = {
+    "image_size": 8,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1",
+    "diffusion_steps": 20,
+    "noise_schedule": "cosine",
+    "batch_size": 4,
+    "preview_interval": 0,
+    "log_interval": 1,
+}
+
+
+class Lines(list[str]):
+    """The log of a run."""
+
+    def __call__(self, line: str, *, shown: bool = True) -> None:
+        self.append(line)
+
+
+def run_config(data_dir: Path, **flags: Any) -> RunConfig:
+    values = {**TINY, "data_dir": str(data_dir), **flags}
+    if values.get("class_cond"):
+        values.setdefault("num_classes", 4)
+    kinds = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
+    known = {f.name for kind in kinds for f in fields(kind)}
+    assert set(values) <= known, set(values) - known
+    return RunConfig(*(kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in kinds))
+
+
+def trainer(run_dir: Path, data_dir: Path, precision: str = "fp32", **flags: Any) -> Trainer:
+    config = run_config(data_dir, **flags)
+    dataset = load_dataset(config.data, config.model.image_size, labelled=config.model.class_cond)
+    runtime = Runtime.resolve(RuntimeConfig(device="cpu", precision=precision, compile="off"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return Trainer(config, dataset, runtime, run_dir, Lines())
+
+
+def randomise(trainer: Trainer) -> Trainer:
+    """Weights that are nowhere zero: with the usual ones the first gradient is zero but in the last layer."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return trainer
+
+
+def each_step(call: Callable[[int], None]) -> Callable[[int, int, str], None]:
+    return lambda step, steps, note: call(step)
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
