@@ -15,16 +15,18 @@ _TRAIN = {
     "image_size": SIZE,
     "num_channels": 32,
     "num_res_blocks": 1,
+    "attention_resolutions": "8",
     "class_cond": True,
     "noise_schedule": "cosine",
-    "steps": 1200,
+    "predict_xstart": True,  # learns faster than the noise on so small a set
+    "steps": 1500,
     "batch_size": 32,
     "lr": 1e-3,
     "lr_warmup_steps": 50,
-    "lr_anneal_steps": 1200,
-    "ema_rate": "0.99",
+    "lr_anneal_steps": 1500,
+    "ema_rate": "0.995",
     "log_interval": 100,
-    "preview_interval": 600,
+    "preview_interval": 500,
 }
 _SAMPLE = {"num_samples": 32, "batch_size": 32, "sampler": "ddim", "steps": 50}
 
@@ -33,7 +35,7 @@ _MADE = {
     "samples.png": "the images it drew, and samples.npz, the same as an array",
     "previews/": "what it drew while it learnt",
     "progress.csv": "the loss, step by step",
-    f"ema_0.99_{_TRAIN['steps']:06}.safetensors": "the model: fastdiff sample runs/demo",
+    f"ema_0.995_{_TRAIN['steps']:06}.safetensors": "the model: fastdiff sample runs/demo",
 }
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 GRID_IMAGES = 100
 """The grid beside the npz shows the first of them."""
 
+MOST_COLUMNS = 16
+
 
 @with_flags(SampleConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
 def sample(
@@ -107,11 +109,16 @@ def run_sampling(
         images = np.concatenate(list(drawn))
         grid = out.with_suffix(".png")
         save_npz(out, images, labels)
-        save_grid(grid, images[:GRID_IMAGES])
+        save_grid(grid, images[:GRID_IMAGES], _columns(loaded.model_config))
         display.line(f"wrote {out} and {grid}, {config.num_samples / meter.seconds:.2f} images/s")
         if png_dir is not None:
             save_pngs(png_dir, images, _names(loaded.class_names, labels, len(images)))
             display.line(f"wrote {len(images)} PNG files in {png_dir}")
+
+
+def _columns(model: ModelConfig) -> int | None:
+    """One column a class where they are few: the classes are drawn in turn."""
+    return model.num_classes if model.class_cond and 1 < model.num_classes <= MOST_COLUMNS else None
 
 
 class _Meter:

@@ -8,13 +8,15 @@ from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "cross", "square", "triangle")
 _OVERSAMPLING = 8
+_GROUND = (24, 28, 44)
+_INKS = ((226, 74, 66), (64, 140, 230), (80, 180, 90), (245, 190, 60))
 
 
 def draw_shape(name: str, size: int, rng: np.random.Generator) -> Image.Image:
     """A shape of SHAPES in a random place, size, turn and colour, size x size pixels with smooth edges."""
     side = size * _OVERSAMPLING
-    ground, ink = _colours(rng)
-    image = Image.new("RGB", (side, side), ground)
+    ink = _INKS[rng.integers(len(_INKS))]
+    image = Image.new("RGB", (side, side), _GROUND)
     radius = side * rng.uniform(0.26, 0.36)
     x, y = rng.uniform(radius, side - radius, size=2)
     turn = rng.uniform(-0.25, 0.25)
@@ -54,11 +56,3 @@ _OUTLINES = {
 def _turned(points: list[tuple[float, float]], angle: float) -> list[tuple[float, float]]:
     c, s = math.cos(angle), math.sin(angle)
     return [(c * x - s * y, s * x + c * y) for x, y in points]
-
-
-_INKS = ((220, 50, 47), (38, 110, 210), (50, 160, 70), (240, 180, 40), (150, 70, 180))
-_GROUNDS = ((245, 240, 230), (25, 30, 45))
-
-
-def _colours(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    return _GROUNDS[rng.integers(len(_GROUNDS))], _INKS[rng.integers(len(_INKS))]
