@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # whose tables cut long flags off on a terminal of 80 columns
 )
 app.command("train")(train.train)
 app.command("sample")(sample.sample)

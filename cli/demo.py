@@ -43,7 +43,10 @@ def demo(
     run_dir: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
     debug: DebugFlag = False,
 ) -> None:
-    """Draw a small set of shapes, train on it and sample, in about three minutes on two cores."""
+    """Try the whole way on drawn shapes, in two minutes.
+
+    Draws a small labelled set of PNG files, trains a model on it and samples a grid. Nothing is downloaded.
+    """
     began = time.perf_counter()
     data = run_dir / "shapes"
     from fastdiff.data.shapes import SHAPES, write_shapes

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from enum import StrEnum
 from types import UnionType
 from typing import Annotated, Any, TypeVar, get_args
@@ -25,14 +25,6 @@ Command = Callable[..., None]
 Flags = dict[str, Any]
 """The flags that were given, by their fields' names; a flag that was not given is absent."""
 
-_PANELS: dict[type[Config], str] = {
-    ModelConfig: "Model",
-    DiffusionConfig: "Diffusion",
-    DataConfig: "Data",
-    TrainConfig: "Training",
-    SampleConfig: "Sampling",
-    RuntimeConfig: "Where and how it runs",
-}
 _TRUE, _FALSE = {"true", "1", "yes", "t", "y"}, {"false", "0", "no", "f", "n"}
 
 PresetFlag = Annotated[str | None, typer.Option(help="A released model's flags, see fastdiff presets.")]
@@ -49,7 +41,7 @@ def with_flags(
     derived: dict[str, inspect.Parameter] = {}
     for config in configs:
         for f in fields(config):  # type: ignore[arg-type]  # every Config is a dataclass
-            derived.setdefault(f.name, _parameter(f.name, f.type, f.default, f.metadata["help"], _PANELS[config]))
+            derived.setdefault(f.name, _parameter(f.name, f.type, f.default, f.metadata["help"]))
 
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
@@ -66,23 +58,25 @@ def with_flags(
     return decorate
 
 
-def _parameter(name: str, kind: Any, default: Any, help: str, panel: str) -> inspect.Parameter:
+def _parameter(name: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
     if isinstance(kind, UnionType):
         kind = next(k for k in get_args(kind) if k is not type(None))
     flag = name.replace("_", "-")
     spelling = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     if kind not in (bool, int, float) and not (isinstance(kind, type) and issubclass(kind, StrEnum)):
         kind = str  # tuples, as "16,8", too
-    option = typer.Option(spelling, help=help, show_default=_shown(default), rich_help_panel=panel)
+    option = typer.Option(spelling, help=help + _shown(default), show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
 
 
-def _shown(default: Any) -> Any:
-    if default is None or default == "" or default is MISSING:
-        return False
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _shown(default: Any) -> str:
+    if default is None or default == "":
+        return ""  # the text says what happens without it
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    return f" [default: {','.join(map(str, default)) if isinstance(default, tuple) else default}]"
 
 
 def all_flags(flags: Flags, preset: str | None, *only: type[Config]) -> Flags:
@@ -137,8 +131,8 @@ def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> lis
 
 SWITCHES = frozenset(
     f.name.replace("_", "-")
-    for config in _PANELS
-    for f in fields(config)  # type: ignore[arg-type]
+    for config in (DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig, TrainConfig)
+    for f in fields(config)
     if f.type is bool
 )
 """Every flag that is on or off."""
