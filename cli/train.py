@@ -46,12 +46,12 @@ def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, in
     from fastdiff.runtime.device import Runtime
     from fastdiff.training import Trainer, run_folder
 
-    runtime = Runtime.resolve(build(RuntimeConfig, flags))
     run_dir = run_dir or Path("runs") / (Path(flags.get("data_dir", "")).resolve().name or "root")
     resuming = resume and run_folder.holds_run(run_dir)
     if not resuming:
         run_folder.refuse_other_run(run_dir)
     config = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir) if resuming else _new_run(flags)
+    runtime = Runtime.resolve(config.runtime)
     build_diffusion(config.diffusion)  # a respacing that does not fit is told before the images are read
 
     with Display() as display:
@@ -99,14 +99,17 @@ def _new_run(flags: Flags) -> "RunConfig":
     train = build(TrainConfig, flags)
     from fastdiff.training.run_folder import RunConfig
 
-    return RunConfig(model, diffusion, data, train)
+    return RunConfig(model, diffusion, data, train, build(RuntimeConfig, flags))
 
 
 def _continued_run(config: "RunConfig", flags: Flags, run_dir: Path) -> "RunConfig":
-    """The run of the folder with the flags that may change on the way: data and training, never the model."""
+    """The run of the folder with the flags that may change on the way: all but the model and the process."""
     refuse_contradiction(flags, str(run_dir), config.model, config.diffusion)
     return replace(
-        config, data=build(DataConfig, flags, base=config.data), train=build(TrainConfig, flags, base=config.train)
+        config,
+        data=build(DataConfig, flags, base=config.data),
+        train=build(TrainConfig, flags, base=config.train),
+        runtime=build(RuntimeConfig, flags, base=config.runtime),
     )
 
 

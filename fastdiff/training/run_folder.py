@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastdiff.checkpoint import replacing, saved_steps
-from fastdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from fastdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
 
 _CONFIGS: dict[str, type[Config]] = {
     "model": ModelConfig,
     "diffusion": DiffusionConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "runtime": RuntimeConfig,
 }
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that defines a run's result, as config.json holds it."""
+    """All that a run was begun with, as config.json holds it."""
 
     model: ModelConfig
     diffusion: DiffusionConfig
     data: DataConfig
     train: TrainConfig
+    runtime: RuntimeConfig
     class_names: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -84,13 +84,12 @@ class TrainState:
             averages, about = checkpoint.read_tensors(ema_path, kind="model")
             ema.load((averages[name] for name in self.names), about["ema_updates"])
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            moments = {
-                key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}.{name}" in tensors
+            self.optimizer.state[parameter] = {
+                "step": tensors[f"step.{name}"].to(parameter.device),
+                # in the parameter's own layout, which the file does not keep
+                "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
+                "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
             }
-            if moments:
-                like_parameter = {k: torch.empty_like(parameter).copy_(v) for k, v in moments.items() if k != "step"}
-                step_count = moments["step"].to(parameter.device)
-                self.optimizer.state[parameter] = {"step": step_count, **like_parameter}
         if self.scaler.is_enabled() and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
         if isinstance(self.sampler, LossSecondMomentSampler) and "sampler.history" in tensors:

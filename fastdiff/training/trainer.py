@@ -107,8 +107,8 @@ class Trainer:
         """
         train = self.config.train
         forward = self.runtime.prepare(self.model.train(), self.model_calls)
-        files = ProgressFiles(self.run_dir, self.state.step, train.tensorboard)
         data = batches(self.dataset, self.config.data, train.batch_size, train.seed, self.state.step)
+        files = ProgressFiles(self.run_dir, self.state.step, train.tensorboard)
         clock, saved = Clock(), self.state.step
         with StopRequest() as stop, files, closing(data):  # type: ignore[type-var]  # a generator has close()
             while self.state.step < train.steps and not stop.received:
@@ -141,9 +141,9 @@ class Trainer:
 
     @property
     def model_calls(self) -> int:
-        """Forward passes that this run still takes."""
+        """Forward passes of the whole run: a resumed one decides to compile as the run that it goes on with."""
         train = self.config.train
-        return (train.steps - self.state.step) * -(-train.batch_size // self.microbatch)
+        return train.steps * -(-train.batch_size // self.microbatch)
 
     @property
     def microbatch(self) -> int:

@@ -258,3 +258,10 @@ def test_weights_do_not_depend_on_the_log(train: Cli, tmp_path: Path) -> None:
     third = weights(tmp_path / "other/model000003.safetensors")
     assert not all(torch.equal(one[key], third[key]) for key in one)
     assert np.isfinite([float(value.sum()) for value in third.values()]).all()
+
+
+def test_resume_keeps_the_precision_that_the_run_was_begun_with(cli: Cli, shapes: Path, tmp_path: Path) -> None:
+    run = ["train", "--data-dir", shapes, "--run-dir", "runs/a", *TINY, "--batch-size", "4", "--preview-interval", "0"]
+    succeeded(cli(*run, "--steps", 1, "--precision", "fp16", "--device", "cpu"))
+    assert "fp16" in succeeded(cli("train", "--run-dir", "runs/a", "--steps", 2, "--resume")).out
+    assert "fp32" in succeeded(cli("train", "--run-dir", "runs/a", "--steps", 3, "--resume", "--precision", "fp32")).out

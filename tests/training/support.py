@@ -39,18 +39,17 @@ def run_config(data_dir: Path, **flags: Any) -> RunConfig:
     values = {**TINY, "data_dir": str(data_dir), **flags}
     if values.get("class_cond"):
         values.setdefault("num_classes", 4)
-    kinds = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig)
+    kinds = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, RuntimeConfig)
     known = {f.name for kind in kinds for f in fields(kind)}
     assert set(values) <= known, set(values) - known
     return RunConfig(*(kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in kinds))
 
 
 def trainer(run_dir: Path, data_dir: Path, precision: str = "fp32", **flags: Any) -> Trainer:
-    config = run_config(data_dir, **flags)
+    config = run_config(data_dir, device="cpu", precision=precision, compile="off", **flags)
     dataset = load_dataset(config.data, config.model.image_size, labelled=config.model.class_cond)
-    runtime = Runtime.resolve(RuntimeConfig(device="cpu", precision=precision, compile="off"))
     run_dir.mkdir(parents=True, exist_ok=True)
-    return Trainer(config, dataset, runtime, run_dir, Lines())
+    return Trainer(config, dataset, Runtime.resolve(config.runtime), run_dir, Lines())
 
 
 def randomise(trainer: Trainer) -> Trainer:
