@@ -28,7 +28,10 @@ class Display:
 
     def line(self, text: str) -> None:
         """A line of the log."""
-        self.console.print(text)
+        try:
+            self.console.print(text)
+        except (OSError, SystemExit):  # nobody reads any more (rich exits on a broken pipe): the job goes on, silent
+            self.console.quiet = True
 
     def advance(self, what: str, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` of the job called ``what``; a note stays on the bar until the next, or is a line."""

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -197,7 +198,8 @@ def _names(class_names: tuple[str, ...], labels: "NDArray[np.int64] | None", cou
     """File names that begin with the class, so that the folder can be trained on as it is."""
     if labels is None or not class_names:
         return [f"{i:06d}" for i in range(count)]
-    names = dict(enumerate(class_names))  # a model may have room for more classes
+    # A name comes from a file that may be anybody's: it must not lead out of the folder.
+    names = {i: re.sub(r"[/\\\0]|^\.+", "_", name) for i, name in enumerate(class_names)}
     return [f"{names.get(int(label), label)}_{i:06d}" for i, label in enumerate(labels)]
 
 

@@ -1,5 +1,6 @@
 """``fastdiff train``: a folder of images in, a run folder out."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,11 +32,18 @@ def train(
     debug: DebugFlag = False,
 ) -> None:
     """Train a model on a folder of images."""
-    raise typer.Exit(run_training(all_flags(flags, preset), run_dir, resume=resume, init_from=init_from))
+    raise typer.Exit(run_training(flags, run_dir, preset=preset, resume=resume, init_from=init_from))
 
 
-def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, init_from: Path | None = None) -> int:
-    """Train as ``flags`` say; returns the exit status."""
+def run_training(
+    flags: Flags,
+    run_dir: Path | None,
+    *,
+    preset: str | None = None,
+    resume: bool = False,
+    init_from: Path | None = None,
+) -> int:
+    """Train as preset and flags say, or go on as the folder's run and flags do; returns the exit status."""
     if "data_dir" not in flags and not resume:
         raise ValueError("no data: name a folder of images with --data-dir")
     if "steps" not in flags and flags.get("lr_anneal_steps"):
@@ -50,7 +58,13 @@ def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, in
     resuming = resume and run_folder.holds_run(run_dir)
     if not resuming:
         run_folder.refuse_other_run(run_dir)
-    config = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir) if resuming else _new_run(flags)
+    if "data_dir" in flags and run_dir.resolve().is_relative_to(Path(flags["data_dir"]).resolve()):
+        raise ValueError(f"run_dir {run_dir} lies inside the data folder, whose images it would add to: name another")
+    config = (
+        _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir)
+        if resuming
+        else _new_run(all_flags(flags, preset))
+    )
     runtime = Runtime.resolve(config.runtime)
     build_diffusion(config.diffusion)  # a respacing that does not fit is told before the images are read
 
@@ -86,8 +100,9 @@ def run_training(flags: Flags, run_dir: Path | None, *, resume: bool = False, in
                 if trainer.state.step == 0:  # nothing came of it: a second attempt needs no other folder
                     (run_dir / "config.json").unlink(missing_ok=True)
                 raise
-            again = f"fastdiff train --data-dir {config.data.data_dir} --run-dir {run_dir} --resume"
-            log(f"go on with: {again}" if status else f"sample with: fastdiff sample {run_dir} --out samples.npz")
+            again = ["fastdiff", "train", "--data-dir", config.data.data_dir, "--run-dir", str(run_dir), "--resume"]
+            drawing = ["fastdiff", "sample", str(run_dir), "--out", "samples.npz"]
+            log(f"go on with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
     return status
 
 
@@ -96,6 +111,7 @@ def _new_run(flags: Flags) -> "RunConfig":
     data, model, diffusion = build(DataConfig, flags), build(ModelConfig, flags), build(DiffusionConfig, flags)
     if not data.data_dir:
         raise ValueError("no data: name a folder of images with --data-dir")
+    data = replace(data, data_dir=str(Path(data.data_dir).resolve()))  # a run may be resumed from elsewhere
     train = build(TrainConfig, flags)
     from fastdiff.training.run_folder import RunConfig
 

@@ -27,7 +27,7 @@ from fastdiff.models import UNet, build_model
 FORMAT = "fastdiff-1"
 _DESCRIBED = {"model_config", "diffusion_config"}
 _ANY = "*.safetensors"
-_NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.]+)_)(?P<step>\d{6,})\.safetensors")
+_NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.e-]+)_)(?P<step>\d{6,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,16 @@ def load_checkpoint(
         raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     if path.suffix == ".safetensors":
         state, metadata = read_tensors(path, kind="model")
-        model_config = ModelConfig.from_dict(metadata["model_config"])
-        diffusion_config = DiffusionConfig.from_dict(metadata["diffusion_config"])
+        if model_config is not None or diffusion_config is not None:
+            raise ValueError(f"{path} says itself what it is: configurations are for bare state dicts")
+        try:
+            model_config = ModelConfig.from_dict(metadata["model_config"])
+            diffusion_config = DiffusionConfig.from_dict(metadata["diffusion_config"])
+            class_names = tuple(map(str, metadata["class_names"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} holds a configuration of no model of this version: {error}") from None
     else:
-        state, metadata = openai.load_state_dict(path), {}
+        state, metadata, class_names = openai.load_state_dict(path), {}, ()
         if model_config is None or diffusion_config is None:
             raise ValueError(
                 f"{path} is a bare state dict: say what it is with --preset or with the flags it was trained with"
@@ -119,7 +125,7 @@ def load_checkpoint(
         model_config,
         diffusion_config,
         metadata.get("step", 0),
-        tuple(metadata.get("class_names", ())),
+        class_names,
         metadata,
     )
 

@@ -393,7 +393,7 @@ class SampleConfig(Config):
     def check(self) -> None:
         for name in ("num_samples", "batch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
-        self.require(self.eta >= 0, "eta", "at least 0")
+        self.require(0 <= self.eta <= 1, "eta", "between 0 and 1")
         self.require(0 <= self.seed < 2**64, "seed", "at least 0 and below 2^64")
         if self.steps is not None:
             self.require(_number(int, "steps", self.steps) > 0, "steps", "positive")
@@ -408,7 +408,7 @@ class SampleConfig(Config):
 
 @dataclass(frozen=True)
 class RuntimeConfig(Config):
-    """Where and how the model runs; never what it computes."""
+    """Where and how the model runs; but for the precision, never what it computes."""
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option(Precision.AUTO, "Arithmetic of the model; auto is bf16 where the device has it.")

@@ -217,12 +217,12 @@ def _reopen(folder: ImageFolder, file: Path, notes: Path) -> tuple[NDArray[np.ui
 
 
 def _key(folder: ImageFolder) -> str:
-    """Changes with whatever may change a pixel: names, sizes and times of the files, and how they are decoded."""
+    """Changes with whatever may change a pixel: the files, by name, size, times and inode, and how they are decoded."""
     digest = hashlib.sha256(f"{_FORMAT} {folder.image_size}\n".encode())
     for name, path in zip(folder.names, folder.paths, strict=True):
         try:
             stat = path.stat()
-            state = f"{stat.st_size} {stat.st_mtime_ns}"
+            state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
         except OSError:  # gone meanwhile; decoding will say so
             state = "missing"
         digest.update(os.fsencode(name) + f"\0{state}\n".encode())

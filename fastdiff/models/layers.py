@@ -95,7 +95,18 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv(_repeat_pixels(x))
+
+
+def _repeat_pixels(x: Tensor) -> Tensor:
+    """Every pixel twice in both directions. (N, C, H, W) -> (N, C, 2H, 2W)"""
+    if not torch.compiler.is_compiling():
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    # Not interpolate: under autocast to bf16 on a CPU, Inductor (PyTorch 2.13) gives it a gradient of zero in this
+    # model, without a word. tests/runtime/test_device.py holds the compiled model's gradients to the eager one's.
+    n, c, h, w = x.shape
+    tokens = x.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(n, h, 2, w, 2, c)
+    return tokens.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):

@@ -1,5 +1,6 @@
 """Where a model runs and in which arithmetic, decided once."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -36,9 +37,7 @@ class Runtime:
             keep_freed_memory()
         precision = resolve_precision(config.precision, device)
         if config.compile is Compile.ON and not _has_compiler(device):
-            raise ValueError(
-                "compile on: torch.compile needs g++ or clang++ on a CPU; install one, or use --compile off"
-            )
+            raise ValueError("compile on: torch.compile needs a C++ compiler (g++): install one, or use --compile off")
         return cls(device, precision, config.compile, config.kernels, config.memory_format)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -97,10 +96,12 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 def has_native_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have none
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 def _has_compiler(device: torch.device) -> bool:
-    return device.type == "cuda" or bool(shutil.which("g++") or shutil.which("clang++"))
+    # what Triton and Inductor look for
+    name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
+    return shutil.which(name) is not None

@@ -69,6 +69,8 @@ def generate(
             sample = out["sample"]
             if on_step is not None:
                 on_step(wanted)
+        if not bool(sample.isfinite().all()):
+            raise ValueError("the model drew numbers that are not finite: its weights are damaged, or need fp32")
         yield to_uint8(sample)[:wanted]
 
 

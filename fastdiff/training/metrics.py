@@ -22,6 +22,8 @@ COLUMNS = (
     "data_wait",
 )
 
+_KINDS: dict[str, type[int] | type[float]] = {"step": int, "samples": int}
+
 
 class LossSums:
     """Means of the loss terms since the last reading: over all timesteps, and over each quarter of them (_q0 to _q3).
@@ -33,7 +35,7 @@ class LossSums:
         self._totals = {term: torch.zeros(4, device=device) for term in TERMS}
         self._counts = {term: torch.zeros(4, device=device) for term in TERMS}
         self._grad_norm = torch.zeros((), device=device)
-        self._steps = 0
+        self._updates = torch.zeros((), device=device)
 
     def add(self, terms: Mapping[str, Tensor], t: Tensor, num_timesteps: int) -> None:
         """Take in per-sample terms (N,) at timesteps t (N,)."""
@@ -44,13 +46,15 @@ class LossSums:
                 self._counts[term].index_add_(0, quarter, torch.ones_like(terms[term], dtype=torch.float32))
 
     def add_grad_norm(self, norm: Tensor) -> None:
-        """Take in the gradient's norm of one update."""
-        self._grad_norm += norm
-        self._steps += 1
+        """Take in the gradient's norm of one update; one that is not finite belongs to a skipped update."""
+        finite = norm.isfinite()
+        self._grad_norm += torch.where(finite, norm, 0)
+        self._updates += finite
 
     def read(self) -> dict[str, float]:
         """The means, and start again. A quarter without a sample is left out."""
-        values = torch.stack([*self._totals.values(), *self._counts.values()]).cpu().double()
+        norms = torch.stack([self._grad_norm, self._updates]).repeat(2)  # (4,), as wide as the rest
+        values = torch.stack([*self._totals.values(), *self._counts.values(), norms]).cpu().double()
         means: dict[str, float] = {}
         for i, term in enumerate(TERMS):
             totals, counts = values[i], values[i + len(TERMS)]
@@ -59,10 +63,10 @@ class LossSums:
             for q in range(4):
                 if counts[q] > 0:
                     means[f"{term}_q{q}"] = float(totals[q] / counts[q])
-        means["grad_norm"] = float(self._grad_norm) / max(self._steps, 1)
-        for tensor in (*self._totals.values(), *self._counts.values(), self._grad_norm):
+        norm, updates = values[-1][:2].tolist()
+        means["grad_norm"] = norm / max(updates, 1)
+        for tensor in (*self._totals.values(), *self._counts.values(), self._grad_norm, self._updates):
             tensor.zero_()
-        self._steps = 0
         return means
 
 
@@ -112,15 +116,18 @@ class ProgressFiles:
             self._tensorboard.close()
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[dict[str, float]]:
+    """The lines of an earlier run; what is none of ours, like the last line of a killed run, is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+                known = [name for name in COLUMNS if name in row]
+                values = {name: math.nan if row[name] is None else _KINDS.get(name, float)(row[name]) for name in known}
+                rows.append(values | {"step": int(row["step"])})
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
     return rows
 
 

@@ -42,8 +42,8 @@ class RunConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
-            return cls(**configs, class_names=tuple(values["class_names"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return cls(**configs, class_names=tuple(map(str, values["class_names"])))
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): restore it, or start a new run in another --run-dir"
             ) from None

@@ -1,11 +1,13 @@
-"""Ctrl-C and SIGTERM as a wish that the loop reads at a step's end, so that work is saved before the process stops."""
+"""Ctrl-C, SIGTERM and a closed terminal as a wish that the loop reads at a step's end, so that work is saved."""
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class StopRequest:
@@ -17,7 +19,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process that ended by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        """What a shell expects of a process that this signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.received if self.received is not None else 0
 
     def __enter__(self) -> Self:
@@ -33,4 +35,6 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        with contextlib.suppress(OSError):  # print is not safe in a signal handler
+            os.write(2, b"\nstopping and saving after this step; once more stops at once, without saving\n")
         signal.signal(number, self._before[self.received])  # type: ignore[arg-type]

@@ -51,12 +51,18 @@ class TrainState:
         """
         norms = torch.stack(torch._foreach_norm(self.parameters))
         if not bool(norms.isfinite().all()):
-            raise ValueError(f"the weights of step {self.step} are not finite and were not saved")
+            steps = checkpoint.saved_steps(run_dir)
+            good = checkpoint.model_path(run_dir, steps[-1]) if steps else "none was saved yet"
+            raise ValueError(
+                f"the weights of step {self.step} are not finite and were not saved: lower --lr; "
+                f"the last good checkpoint: {good}"
+            )
         described: dict[str, Any] = {
             "model_config": self.config.model,
             "diffusion_config": self.config.diffusion,
             "step": self.step,
             "class_names": self.config.class_names,
+            "run_config": self.config.to_dict(),
         }
         checkpoint.save_checkpoint(checkpoint.model_path(run_dir, self.step), self.model, **described)
         for ema in self.emas:
@@ -67,7 +73,12 @@ class TrainState:
         if isinstance(self.sampler, LossSecondMomentSampler):
             state = self.sampler.state_dict()
             tensors |= {f"sampler.{key}": torch.from_numpy(np.array(value)) for key, value in state.items()}
-        metadata = {"kind": "optimizer", "step": self.step, "scaler": self.scaler.state_dict()}
+        metadata = {
+            "kind": "optimizer",
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "run_config": self.config.to_dict(),
+        }
         checkpoint.write_tensors(checkpoint.optimizer_path(run_dir, self.step), tensors, metadata)
 
     def load(self, run_dir: Path, step: int) -> None:

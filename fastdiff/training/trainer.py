@@ -1,8 +1,8 @@
 """The training loop on one process."""
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from fastdiff.training.state import TrainState
 
 NOISE_STREAM = 0xFFFFFFFF
 """The Philox step that training draws from; sampling counts its own from 0."""
+
+TIMESTEP_STREAM = 2
+"""What keeps the timesteps' random numbers apart from those of the order of the images."""
 
 MAX_NONFINITE_STEPS = 25
 """So many updates in a row with a gradient that is not finite end the run. fp16's first search for a scale, which
@@ -68,6 +71,7 @@ class Trainer:
         self.diffusion = build_diffusion(config.diffusion)
         self.model = build_model(config.model, runtime.kernels, runtime.memory_format).to(self.device)
         self.state = TrainState(config, self.model, self.diffusion, runtime.precision)
+        self.saved_step = 0
         self.sums = LossSums(self.device)
         self.nonfinite_steps = torch.zeros((), device=self.device)  # in a row
 
@@ -92,6 +96,7 @@ class Trainer:
             except ValueError as error:
                 self.log(f"warning: cannot resume at step {step}: {error}")
             else:
+                self.saved_step = step
                 self.log(f"resumed at step {step}")
                 return
         if steps:
@@ -103,14 +108,14 @@ class Trainer:
 
         ``on_update(step, steps, note)`` is called after each update, with a note every log_interval.
 
-        0 at the run's end, 130 after Ctrl-C and 143 after SIGTERM, all with the last update saved.
+        0 at the run's end, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, all with the last update saved.
         """
         train = self.config.train
         forward = self.runtime.prepare(self.model.train(), self.model_calls)
         data = batches(self.dataset, self.config.data, train.batch_size, train.seed, self.state.step)
         files = ProgressFiles(self.run_dir, self.state.step, train.tensorboard)
-        clock, saved = Clock(), self.state.step
-        with StopRequest() as stop, files, closing(data):  # type: ignore[type-var]  # a generator has close()
+        clock = Clock()
+        with StopRequest() as stop, files, closing(data), self._no_update_lost():  # type: ignore[type-var]  # a generator has close()
             while self.state.step < train.steps and not stop.received:
                 asked = time.perf_counter()
                 images, labels = next(data)
@@ -128,16 +133,22 @@ class Trainer:
                 paused = time.perf_counter()
                 if step % train.save_interval == 0 or step == train.steps:
                     self._save()
-                    saved = step
                 if train.preview_interval and (step % train.preview_interval == 0 or step == train.steps):
                     self._preview()
                 clock.paused += time.perf_counter() - paused
-            if saved < self.state.step:
-                self._save()
         if stop.received is not None and self.state.step < train.steps:
             self.log(f"stopped by {stop.received.name} at step {self.state.step}, which is saved")
             return stop.exit_status
         return 0
+
+    @contextmanager
+    def _no_update_lost(self) -> Iterator[None]:
+        """Save at the end, whatever the end was: the last step, a signal, a disk that is full or a bug."""
+        try:
+            yield
+        finally:
+            if self.saved_step < self.state.step:
+                self._save()
 
     @property
     def model_calls(self) -> int:
@@ -152,22 +163,27 @@ class Trainer:
         return train.batch_size if train.microbatch == -1 else min(train.microbatch, train.batch_size)
 
     def _update(self, forward: Callable[..., Tensor], images: Tensor, labels: Tensor | None) -> None:
-        """One update of the weights from uint8 images (B, H, W, 3). Nothing in it waits for the device."""
+        """One update of the weights from uint8 images (B, H, W, 3).
+
+        It waits for the device only where the timestep sampler learns from the losses.
+        """
         state, train, step = self.state, self.config.train, self.state.step
         # Everything random is a function of seed and step alone, so that a resumed run goes on as if never stopped.
         torch.manual_seed((train.seed << 32) + step)  # dropout's
-        t_drawn, weights_drawn = draw(state.sampler, len(images), np.random.default_rng([train.seed, step]))
+        t_drawn, weights_drawn = draw(
+            state.sampler, len(images), np.random.default_rng([train.seed, step, TIMESTEP_STREAM])
+        )
         t = torch.from_numpy(t_drawn).to(self.device)
         weights = torch.from_numpy(weights_drawn).to(self.device)
         x_start = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
         numbers = torch.arange(step * len(images), (step + 1) * len(images), device=self.device)
-        noise = philox_normal(train.seed, numbers, NOISE_STREAM, x_start.shape[1:])
         conditions = self._conditions(x_start, labels)
 
         losses = []
         for part in _slices(len(images), self.microbatch):
             kwargs = {name: value[part] for name, value in conditions.items()}
-            terms = self.diffusion.training_losses(forward, x_start[part], t[part], kwargs, noise[part])
+            noise = philox_normal(train.seed, numbers[part], NOISE_STREAM, x_start.shape[1:])
+            terms = self.diffusion.training_losses(forward, x_start[part], t[part], kwargs, noise)
             # divided by the whole batch: micro-batches average to what one batch would give
             state.scaler.scale((terms["loss"] * weights[part]).sum() / len(images)).backward()
             self.sums.add({k: v * weights[part] for k, v in terms.items()}, t[part], self.diffusion.num_timesteps)
@@ -189,7 +205,7 @@ class Trainer:
 
     def _step_optimizer(self, lr: float) -> None:
         state, train = self.state, self.config.train
-        state.scaler.unscale_(state.optimizer) if state.scaler.is_enabled() else None
+        state.scaler.unscale_(state.optimizer)
         gradients = [p.grad for p in state.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if train.grad_clip:
@@ -231,6 +247,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.state.save(self.run_dir)
+        self.saved_step = self.state.step
         self.log(f"saved step {self.state.step} in {self.run_dir.resolve()}")
         keep = self.config.train.keep_last
         # Later steps are damaged ones that the run fell back from: they count for nothing.

@@ -45,25 +45,28 @@ def test_autocast_covers_the_model_alone() -> None:
     assert linear(torch.ones(1, 2)).dtype is torch.float32
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("precision", "tolerance"), [(Precision.FP32, 1e-4), (Precision.BF16, 3e-2)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [(Precision.BF16, 3e-2), pytest.param(Precision.FP32, 1e-4, marks=pytest.mark.slow)],
+)
 def test_the_compiled_model_computes_the_same(precision: Precision, tolerance: float) -> None:
-    config = ModelConfig(image_size=16, num_channels=32, num_res_blocks=1, channel_mult=(1, 2), class_cond=True)
+    """Every gradient too: Inductor once gave most of them as zero while the output was right."""
+    config = ModelConfig(image_size=16, num_channels=64, num_res_blocks=1, channel_mult=(1, 2), class_cond=True)
     torch.manual_seed(0)
     model = build_model(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     x, t, y = torch.randn(3, 3, 16, 16), torch.tensor([1.0, 500.5, 999.0]), torch.tensor([0, 7, 999])
-    found = {}
+    found = []
     for compile in (Compile.OFF, Compile.ON):
         runtime = Runtime.resolve(RuntimeConfig(device="cpu", precision=precision, compile=compile))
         model.zero_grad()
         out = runtime.prepare(model, calls=1)(x, t, y=y)
-        out.square().sum().backward()
-        found[compile] = [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-    whole = [torch.cat([part.flatten() for part in parts]) for parts in found.values()]
-    assert float((whole[0] - whole[1]).norm() / whole[0].norm()) < tolerance
+        out.square().mean().backward()
+        found.append({"output": out.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()})
+    for name, eager in found[0].items():
+        assert float((found[1][name] - eager).norm()) <= tolerance * float(eager.norm()), name
 
 
 @pytest.mark.parametrize(
