@@ -85,7 +85,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         if header != list(rows[0]):
             raise ValueError(f"{path} has other columns: move it away or name another file with --csv")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
