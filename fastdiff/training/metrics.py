@@ -64,7 +64,7 @@ class LossSums:
                 if counts[q] > 0:
                     means[f"{term}_q{q}"] = float(totals[q] / counts[q])
         norm, updates = values[-1][:2].tolist()
-        means["grad_norm"] = norm / max(updates, 1)
+        means["grad_norm"] = norm / updates if updates else math.nan
         for tensor in (*self._totals.values(), *self._counts.values(), self._grad_norm, self._updates):
             tensor.zero_()
         return means
