@@ -5,13 +5,20 @@ offers. ``triton`` is this project's own kernel. ``auto`` is the fastest right o
 is asked for by name never falls back to another.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
-Implementation = Callable[..., Tensor]
+Implementation = Callable[..., Any]
+
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton interprets kernels, on any device; like Triton itself, this is read once."""
 
 
 class Backend(StrEnum):
@@ -23,18 +30,49 @@ class Backend(StrEnum):
     REFERENCE = "reference"
 
 
-def choose(op: str, backend: Backend | str, implementations: Mapping[Backend, Implementation]) -> Implementation:
-    """The implementation of ``op`` for ``backend``; ValueError where it has none."""
+def choose(
+    op: str,
+    backend: Backend | str,
+    implementations: Mapping[Backend, Implementation],
+    x: Tensor,
+    refusal: str = "",
+    wins: bool = True,
+) -> Implementation:
+    """The implementation of ``op`` for ``backend`` and the main input ``x``; ValueError where it cannot run.
+
+    ``refusal`` is why the kernels cannot run these arguments, if they cannot. ``wins`` is whether they are the fastest
+    for them on a GPU. Both only concern ``triton`` and what ``auto`` makes of it.
+    """
     try:
         backend = Backend(backend)
     except ValueError:
         raise ValueError(f"backend must be one of {', '.join(Backend)}, not {backend!r}") from None
     if backend is Backend.AUTO:
-        backend = Backend.TORCH
-    if backend not in implementations:
-        have = ", ".join(implementations)
-        raise ValueError(f"{op} has no {backend} implementation in this version: use auto or one of {have}")
+        ours = x.device.type == "cuda" and wins and not (refusal or _refusal(x))
+        backend = Backend.TRITON if ours and Backend.TRITON in implementations else Backend.TORCH
+    elif backend is Backend.TRITON:
+        refusal = refusal or _refusal(x)
+        if refusal:
+            raise ValueError(f"{op}: backend triton {refusal}; use auto or torch")
     return implementations[backend]
+
+
+def _refusal(x: Tensor) -> str:
+    """Why no kernel takes ``x``, or nothing."""
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    if x.device.type != "cuda" and not INTERPRETED:
+        return f"needs a GPU, and the tensor is on {x.device.type} (TRITON_INTERPRET=1 interprets it there, slowly)"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"computes in fp32, fp16 and bf16, not in {x.dtype}"
+    if x.dtype is torch.bfloat16 and x.device.type == "cuda" and not _has_bf16(x.device):
+        return "needs a GPU of compute capability 8.0 for bf16; use fp16 there"
+    return ""
+
+
+def _has_bf16(device: torch.device) -> bool:
+    # of all ways to ask, this is the one that torch.compile takes as a constant
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 def require(holds: bool, op: str, message: str, *values: Any) -> None:

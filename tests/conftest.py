@@ -1,9 +1,13 @@
 """What the tests of training, sampling and the command line share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel: without a GPU they are interpreted
 
 from fastdiff.data.shapes import write_shapes
 

@@ -18,4 +18,4 @@ def attention(qkv: Tensor, heads: int, *, backend: Backend | str = Backend.AUTO)
     require(qkv.ndim == 3, "attention", "qkv must be (N, T, 3C), not {}", tuple(qkv.shape))
     fits = heads > 0 and qkv.shape[2] % (3 * heads) == 0
     require(fits, "attention", "{} channels of qkv do not divide into 3 * {} heads", qkv.shape[2], heads)
-    return choose("attention", backend, IMPLEMENTATIONS)(qkv, heads)
+    return choose("attention", backend, IMPLEMENTATIONS, qkv)(qkv, heads)

@@ -42,7 +42,7 @@ def group_norm_silu(
         require(
             fits, op, "{} must be (N, C) = {}, not {}", name, tuple(x.shape[:2]), tuple(getattr(optional, "shape", ()))
         )
-    run = choose(op, backend, IMPLEMENTATIONS)
+    run = choose(op, backend, IMPLEMENTATIONS, x)
     # Autocast would widen the norm and with it everything after: precision is decided here, by x's dtype.
     with torch.autocast(x.device.type, enabled=False):
         return run(x, weight, bias, groups, eps, scale, shift, silu)

@@ -1,9 +1,45 @@
 """What the kernel tests share: the error budget, which comes from float64."""
 
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRITON_DTYPES = DTYPES if DEVICE.type == "cuda" else [torch.float32, torch.float16]
+"""What the kernels are tested in: Triton's interpreter is no measure of bf16."""
+
+
+def pairwise(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A small choice of the product of the axes in which every pair of values of every two axes occurs."""
+    names = list(axes)
+    open_pairs = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(axes[a]))
+        for j in range(len(axes[b]))
+    }
+    chosen = []
+    while open_pairs:
+        a, i, b, j = min(open_pairs, key=lambda pair: (names.index(pair[0]), pair[1], names.index(pair[2]), pair[3]))
+        picked = {a: i, b: j}
+        for name in names:
+            if name not in picked:
+                gains = [
+                    sum(
+                        ((m, picked[m], name, k) if names.index(m) < names.index(name) else (name, k, m, picked[m]))
+                        in open_pairs
+                        for m in picked
+                    )
+                    for k in range(len(axes[name]))
+                ]
+                picked[name] = gains.index(max(gains))
+        open_pairs -= {(m, picked[m], n, picked[n]) for m, n in itertools.combinations(names, 2)}
+        chosen.append({name: axes[name][picked[name]] for name in names})
+    return chosen
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
