@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import triton
@@ -21,6 +21,8 @@ TARGETS: Mapping[str, GPUTarget] = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+MATRIX_UNITS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 _TYPES = {
     torch.float32: "fp32",
@@ -45,7 +47,7 @@ class Compiled:
     wide_loads: int  # those of 16 bytes
     stores: int
     wide_stores: int
-    tensor_cores: bool
+    matrix_units: str  # the instruction that multiplies matrices, if there is one
     text: str  # PTX or AMDGCN assembly
 
 
@@ -74,41 +76,87 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+@dataclass(frozen=True)
+class Program:
+    """A kernel with its compile-time choices: all that a compiler needs, and none of a launch's tensors."""
+
+    source: ASTSource
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, launch: Launch) -> Self:
+        """What the launch runs."""
+        return cls(source(launch), launch.num_warps, launch.num_stages)
+
+    @property
+    def name(self) -> str:
+        """The kernel and its warps."""
+        return f"{self.source.name} {self.num_warps}w"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for programs that are compiled to the same code."""
+        return self.source.hash(), self.num_warps, self.num_stages
+
+    def compile_for(self, target: str) -> Compiled:
+        """Compile for one of TARGETS and read what the result uses."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        built = triton.compile(self.source, target=TARGETS[target], options=options)
+        found = _read_amd(built) if target.startswith("gfx") else _read_nvidia(built, target)
+        if not found.loads:  # what asks for too much of Blackwell's tensor memory is compiled to a trap, without a word
+            raise ValueError(f"{self.name} for {target} reads nothing: the compiler has given it up")
+        return found
+
+
 def compile_for(launch: Launch, target: str) -> Compiled:
     """Compile the launch for one of TARGETS and read what it uses."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    built = triton.compile(source(launch), target=TARGETS[target], options=options)
-    if target == "gfx942":
-        text = built.asm["amdgcn"]
-        count = {key: int(value) for key, value in re.findall(r"\.(\w+_count|group_segment_fixed_size):\s+(\d+)", text)}
-        registers, spills = count["vgpr_count"], count["vgpr_spill_count"] + count["sgpr_spill_count"]
-        shared = count["group_segment_fixed_size"] or built.metadata.shared
-        memory = re.findall(r"\b(?:global|buffer)_(load|store)_(\w+)", text)
-        wide = [kind for kind, width in memory if width.startswith("dwordx4")]
-        tensor_cores = "v_mfma" in text
-        kinds = [kind for kind, _ in memory]
-    else:
-        text = built.asm["ptx"]
-        usage = _resource_usage(built.asm["cubin"])
-        registers, spills, shared = usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared
-        memory = re.findall(r"\b(ld|st)\.global\S*?((?:\.v\d)?\.b\d+)\s", text)
-        copies = re.findall(r"\bcp\.async\.c\w\.shared\S* .*?, (0x\w+|\d+),? ", text)
-        wide = [{"ld": "load", "st": "store"}[k] for k, width in memory if width in (".v4.b32", ".v2.b64")]
-        wide += ["load"] * sum(int(size, 0) == 16 for size in copies)
-        kinds = [{"ld": "load", "st": "store"}[k] for k, _ in memory] + ["load"] * len(copies)
-        tensor_cores = any(name in text for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+    return Program.of(launch).compile_for(target)
+
+
+def _read_nvidia(built: Any, target: str) -> Compiled:
+    text = built.asm["ptx"]
+    usage = _resource_usage(built.asm["cubin"])
+    memory = re.findall(r"\b(ld|st)\.global\S*?((?:\.v\d)?\.b\d+)\s", text)
+    copies = [int(size, 0) for size in re.findall(r"\bcp\.async\.c\w\.shared\S* .*?, (0x\w+|\d+),? ", text)]
+    wide = [kind for kind, width in memory if width in (".v4.b32", ".v2.b64")]
+    kinds = [kind for kind, _ in memory]
     return Compiled(
-        target,
-        registers,
-        spills,
-        shared,
-        kinds.count("load"),
-        wide.count("load"),
-        kinds.count("store"),
-        wide.count("store"),
-        tensor_cores,
-        text,
+        target=target,
+        registers=usage["REG"],
+        spills=usage["STACK"] + usage["LOCAL"],
+        shared=built.metadata.shared,
+        loads=kinds.count("ld") + len(copies),
+        wide_loads=wide.count("ld") + copies.count(16),
+        stores=kinds.count("st"),
+        wide_stores=wide.count("st"),
+        matrix_units=_matrix_units(text),
+        text=text,
     )
+
+
+def _read_amd(built: Any) -> Compiled:
+    text = built.asm["amdgcn"]
+    count = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
+    memory = re.findall(r"\b(?:global|buffer)_(load|store)_(\w+)", text)
+    wide = [kind for kind, width in memory if width.startswith("dwordx4")]
+    kinds = [kind for kind, _ in memory]
+    return Compiled(
+        target="gfx942",
+        registers=count["vgpr_count"],
+        spills=count["vgpr_spill_count"] + count["sgpr_spill_count"],
+        shared=built.metadata.shared,
+        loads=kinds.count("load"),
+        wide_loads=wide.count("load"),
+        stores=kinds.count("store"),
+        wide_stores=wide.count("store"),
+        matrix_units=_matrix_units(text),
+        text=text,
+    )
+
+
+def _matrix_units(text: str) -> str:
+    return next((name for name in MATRIX_UNITS if name in text), "")
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

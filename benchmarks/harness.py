@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -50,18 +51,47 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            _synchronize(device)
-            began = time.perf_counter()
-            run()
-            _synchronize(device)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(_timed(run, device))
     baseline = next(iter(seconds.values()))
     return [Timing(name, values, baseline) for name, values in seconds.items()]
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def seconds_of(run: Callable[[], object], rounds: int, device: torch.device, warmup: int = 2) -> list[float]:
+    """The seconds of so many rounds of one candidate."""
+    return list(interleaved({"": run}, rounds, warmup, device)[0].seconds)
+
+
+def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """On a GPU, ``run`` captured as a CUDA graph, so that what launching costs the host is not timed; else itself.
+
+    ``run`` has been called before, so that nothing is compiled during the capture, and within ``side_stream``: no graph
+    can be captured on the default stream, and a backward pass runs on the stream of its forward pass.
+    """
+    if device.type != "cuda":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        run()
+    return graph.replay
+
+
+def side_stream(device: torch.device) -> AbstractContextManager[object]:
+    """A stream on which CUDA graphs can be captured; nothing on a CPU."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    torch.cuda.synchronize(device)
+    began_event, ended_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began_event.record()
+    run()
+    ended_event.record()
+    ended_event.synchronize()
+    return began_event.elapsed_time(ended_event) / 1000
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -49,11 +49,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run the model: the function to call, and the module whose parameters it uses."""
+    """A way to run the model: the function to call, the module whose parameters it uses, and the process's backend."""
 
     module: nn.Module
     call: Callable[..., Tensor]
     fused_optimizer: bool = True
+    kernels: Kernels = Kernels.AUTO
 
 
 def candidates(workload: Workload, ours: RuntimeConfig) -> dict[str, Candidate]:
@@ -76,7 +77,7 @@ def candidates(workload: Workload, ours: RuntimeConfig) -> dict[str, Candidate]:
         module = build_model(workload.model, runtime.kernels, runtime.memory_format)
         module.load_state_dict(initial)
         module.to(workload.device)
-        found[name] = Candidate(module, runtime.prepare(module, calls=0))
+        found[name] = Candidate(module, runtime.prepare(module, calls=0), kernels=runtime.kernels)
         _check(name, found[name], found["plain"], workload, TOLERANCE[runtime.precision])
     if find_spec("diffusers") and not workload.model.class_cond:
         found["diffusers"] = _diffusers_peer(workload)
@@ -97,10 +98,10 @@ def unet_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, 
 def train_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
     """One update: loss, gradients, AdamW."""
     x, t, kwargs = _inputs(workload)
-    diffusion = build_diffusion(workload.diffusion)
 
     def stepper(candidate: Candidate) -> Callable[[], None]:
         candidate.module.train()
+        diffusion = build_diffusion(workload.diffusion, candidate.kernels)
         optimizer = torch.optim.AdamW(candidate.module.parameters(), lr=1e-4, fused=candidate.fused_optimizer)
 
         def step() -> None:
@@ -116,7 +117,8 @@ def train_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str,
 def sample_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
     """One batch of images in 10 DDIM steps, noise drawn and pixels brought to the host."""
     respaced = {**workload.diffusion.to_dict(), "timestep_respacing": str(SAMPLING_STEPS)}
-    diffusion = build_diffusion(DiffusionConfig.from_dict(respaced))
+    process = DiffusionConfig.from_dict(respaced)
+    diffusions = {candidate.kernels: build_diffusion(process, candidate.kernels) for candidate in found.values()}
     size = workload.batch_size
     config = SampleConfig(num_samples=size, batch_size=size, sampler=Sampler.DDIM)
     labels = _labels(workload)
@@ -125,7 +127,7 @@ def sample_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str
         candidate.module.eval()
         drawn = generate(
             candidate.call,
-            diffusion,
+            diffusions[candidate.kernels],
             config,
             image_size=workload.model.image_size,
             device=workload.device,

@@ -168,7 +168,7 @@ def _load(path: Path, flags: Flags, config: SampleConfig, runtime: "Runtime") ->
     if config.respacing is None:
         return loaded
     respaced = replace(loaded.diffusion_config, timestep_respacing=config.respacing)
-    return replace(loaded, diffusion=build_diffusion(respaced), diffusion_config=respaced)
+    return replace(loaded, diffusion=build_diffusion(respaced, runtime.kernels), diffusion_config=respaced)
 
 
 def _labels(loaded: "Checkpoint", wanted: str | None, count: int) -> "NDArray[np.int64] | None":

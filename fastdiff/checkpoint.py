@@ -121,7 +121,7 @@ def load_checkpoint(
     load_weights(model, state, path)
     return Checkpoint(
         model.eval().to(device),
-        build_diffusion(diffusion_config),
+        build_diffusion(diffusion_config, kernels),
         model_config,
         diffusion_config,
         metadata.get("step", 0),

@@ -5,7 +5,17 @@ Each takes ``backend="auto"|"triton"|"torch"|"reference"``; see ``backend.py`` f
 
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.backend import Backend
+from fastdiff.kernels.diffusion_loss import diffusion_loss
+from fastdiff.kernels.diffusion_step import diffusion_step
 from fastdiff.kernels.group_norm_silu import group_norm_silu
 from fastdiff.kernels.philox import philox_normal, philox_uint32
 
-__all__ = ["Backend", "attention", "group_norm_silu", "philox_normal", "philox_uint32"]
+__all__ = [
+    "Backend",
+    "attention",
+    "diffusion_loss",
+    "diffusion_step",
+    "group_norm_silu",
+    "philox_normal",
+    "philox_uint32",
+]

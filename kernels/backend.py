@@ -7,6 +7,7 @@ is asked for by name never falls back to another.
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from importlib.util import find_spec
 from typing import Any
@@ -73,6 +74,12 @@ def _refusal(x: Tensor) -> str:
 def _has_bf16(device: torch.device) -> bool:
     # of all ways to ask, this is the one that torch.compile takes as a constant
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast changes no dtype on the device of ``x``."""
+    available = torch.amp.autocast_mode.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
 
 
 def require(holds: bool, op: str, message: str, *values: Any) -> None:

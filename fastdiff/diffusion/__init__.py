@@ -2,10 +2,12 @@
 
 from fastdiff.config import DiffusionConfig
 from fastdiff.diffusion.gaussian import GaussianDiffusion
+from fastdiff.diffusion.noise import Philox
 from fastdiff.diffusion.parameterization import LossType, ModelMeanType, ModelVarType
 from fastdiff.diffusion.respacing import space_timesteps
 from fastdiff.diffusion.schedule import get_named_beta_schedule
 from fastdiff.diffusion.timestep_sampler import LossSecondMomentSampler, UniformSampler
+from fastdiff.kernels import Backend
 
 __all__ = [
     "GaussianDiffusion",
@@ -13,6 +15,7 @@ __all__ = [
     "LossType",
     "ModelMeanType",
     "ModelVarType",
+    "Philox",
     "UniformSampler",
     "build_diffusion",
     "get_named_beta_schedule",
@@ -20,8 +23,11 @@ __all__ = [
 ]
 
 
-def build_diffusion(config: DiffusionConfig) -> GaussianDiffusion:
-    """The process that the configuration describes; ValueError where its timestep_respacing does not fit."""
+def build_diffusion(config: DiffusionConfig, kernels: Backend | str = Backend.AUTO) -> GaussianDiffusion:
+    """The process that the configuration describes; ValueError where its timestep_respacing does not fit.
+
+    ``kernels`` is the backend (fastdiff.kernels) of the sampling steps and the training objective.
+    """
     if config.use_kl:
         loss_type = LossType.RESCALED_KL
     else:
@@ -38,4 +44,5 @@ def build_diffusion(config: DiffusionConfig) -> GaussianDiffusion:
         loss_type=loss_type,
         rescale_timesteps=config.rescale_timesteps,
         use_timesteps=space_timesteps(config.diffusion_steps, respacing) if respacing else None,
+        kernels=kernels,
     )

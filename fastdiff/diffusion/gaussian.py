@@ -6,6 +6,7 @@ t is (N,) int64 in 0..T-1. A model is any callable ``model(x, timesteps, **model
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import likelihood, losses
-from fastdiff.diffusion.noise import draws_of
+from fastdiff.diffusion.noise import Philox, draws_of
 from fastdiff.diffusion.parameterization import LossType, ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedule import Float64Array
+from fastdiff.kernels import Backend, diffusion_step
+from fastdiff.kernels.diffusion_step.reference import advance
+from fastdiff.kernels.gaussian import TABLES, Sampler
+from fastdiff.kernels.gaussian.reference import Coefficients, Prediction, coefficients, eps_from_xstart, predict
 
 Model = Callable[..., Tensor]
 ModelKwargs = Mapping[str, Any] | None
@@ -24,6 +29,8 @@ Denoised = Callable[[Tensor], Tensor] | None
 
 class GaussianDiffusion:
     """A diffusion process over ``betas``, or over the timesteps ``use_timesteps`` of them.
+
+    ``kernels`` is the backend (fastdiff.kernels) of the sampling steps and the training objective.
 
     With ``use_timesteps`` the process has as many steps as there are timesteps kept, its betas are those that give the
     same alphas_cumprod at these, and the model is still given the timesteps of the long process. With
@@ -41,6 +48,7 @@ class GaussianDiffusion:
         loss_type: LossType = LossType.MSE,
         rescale_timesteps: bool = False,
         use_timesteps: Iterable[int] | None = None,
+        kernels: Backend | str = Backend.AUTO,
     ) -> None:
         beta: Float64Array = np.asarray(betas, dtype=np.float64)
         if beta.ndim != 1 or not len(beta) or not ((beta > 0) & (beta < 1)).all():
@@ -49,6 +57,7 @@ class GaussianDiffusion:
         self.model_var_type = ModelVarType(model_var_type)
         self.loss_type = LossType(loss_type)
         self.rescale_timesteps = rescale_timesteps
+        self.kernels = Backend(kernels)
         self.original_num_steps = len(beta)
         self.timestep_map = np.arange(len(beta))
         if use_timesteps is not None:
@@ -66,6 +75,7 @@ class GaussianDiffusion:
         alphas = 1 - betas
         self.alphas_cumprod = np.cumprod(alphas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.one_minus_alphas_cumprod_prev = 1 - self.alphas_cumprod_prev
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
         # q(x_t | x_0) and its inverses
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
@@ -92,6 +102,15 @@ class GaussianDiffusion:
         if key not in self._device_tables:
             self._device_tables[key] = torch.tensor(getattr(self, name), dtype=dtype, device=like.device)
         return self._device_tables[key][t].view(-1, *[1] * (like.ndim - 1))
+
+    def step_tables(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tables of diffusion_step and diffusion_loss, (T, len(TABLES)), in ``dtype`` but at least fp32."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        key = ("step_tables", device, dtype)
+        if key not in self._device_tables:
+            columns = np.stack([getattr(self, name) for name in TABLES], axis=1)
+            self._device_tables[key] = torch.tensor(columns, dtype=dtype, device=device)
+        return self._device_tables[key]
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps that the model is given for t: those of the long process, scaled if so configured. (N,) fp32"""
@@ -137,61 +156,27 @@ class GaussianDiffusion:
 
         ``denoised_fn`` is applied to the predicted x_0 before it is clipped to [-1, 1].
         """
-        output, var_values = self.model_output(model, x, t, model_kwargs)
-        variance, log_variance = self._variance(var_values, t, x)
+        output = self.model_output(model, x, t, model_kwargs)
+        return self._predict(x, output, self._coefficients(x, t), clip_denoised, denoised_fn)._asdict()
 
-        def process(x_start: Tensor) -> Tensor:
-            x_start = denoised_fn(x_start) if denoised_fn is not None else x_start
-            return x_start.clamp(-1, 1) if clip_denoised else x_start
-
-        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
-            pred_xstart, mean = process(self._xstart_from_xprev(x, t, output)), output
-        else:
-            predicts_eps = self.model_mean_type is ModelMeanType.EPSILON
-            pred_xstart = process(self._xstart_from_eps(x, t, output) if predicts_eps else output)
-            mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
-
-    def model_output(self, model: Model, x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> tuple[Tensor, Tensor]:
-        """What the model says of mean and variance at x_t, (N, C, ...) each; the latter has no channels if fixed."""
+    def model_output(self, model: Model, x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> Tensor:
+        """What the model says at x_t: (N, C, ...), or (N, 2C, ...) where the variance is learned."""
         output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
-        channels = x.shape[1]
-        expected = (x.shape[0], channels * (2 if self.model_var_type.learned else 1), *x.shape[2:])
+        expected = (x.shape[0], x.shape[1] * (2 if self.model_var_type.learned else 1), *x.shape[2:])
         if output.shape != expected:
             kind = "learned" if self.model_var_type.learned else "fixed"
             raise ValueError(f"the model returned {tuple(output.shape)}, a {kind} variance asks for {expected}")
-        return output[:, :channels], output[:, channels:]
+        return output
 
-    def _variance(self, var_values: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        match self.model_var_type:
-            case ModelVarType.LEARNED:
-                log_variance = var_values
-            case ModelVarType.LEARNED_RANGE:
-                # improved DDPM equation 15, the model's v in [-1, 1]
-                low = self.table("posterior_log_variance_clipped", t, x)
-                high = self.table("log_betas", t, x)
-                fraction = (var_values + 1) / 2
-                log_variance = fraction * high + (1 - fraction) * low
-            case ModelVarType.FIXED_LARGE:
-                fixed = self.table("fixed_large_variance", t, x), self.table("fixed_large_log_variance", t, x)
-                return fixed[0].expand_as(x), fixed[1].expand_as(x)
-            case ModelVarType.FIXED_SMALL:
-                fixed = self.table("posterior_variance", t, x), self.table("posterior_log_variance_clipped", t, x)
-                return fixed[0].expand_as(x), fixed[1].expand_as(x)
-        return log_variance.exp(), log_variance
+    def _coefficients(self, x: Tensor, t: Tensor) -> Coefficients:
+        return coefficients(self.step_tables(x.device, x.dtype), t, x.ndim)
 
-    def _xstart_from_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        scale = self.table("sqrt_recip_alphas_cumprod", t, x)
-        return scale * x - self.table("sqrt_recipm1_alphas_cumprod", t, x) * eps
-
-    def _xstart_from_xprev(self, x: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
-        coef1, coef2 = self.table("posterior_mean_coef1", t, x), self.table("posterior_mean_coef2", t, x)
-        return xprev / coef1 - coef2 / coef1 * x
+    def _predict(self, x: Tensor, output: Tensor, at: Coefficients, clip: bool, denoised_fn: Denoised) -> Prediction:
+        return predict(x, output, at, self.model_mean_type, self.model_var_type, clip, denoised_fn)
 
     def eps_from_xstart(self, x: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         """The noise that x_t and x_0 imply."""
-        scale = self.table("sqrt_recip_alphas_cumprod", t, x)
-        return (scale * x - pred_xstart) / self.table("sqrt_recipm1_alphas_cumprod", t, x)
+        return eps_from_xstart(x, pred_xstart, self._coefficients(x, t))
 
     def p_sample(
         self,
@@ -201,13 +186,14 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         denoised_fn: Denoised = None,
         model_kwargs: ModelKwargs = None,
-        noise: Tensor | None = None,
+        noise: Tensor | Philox | None = None,
+        pred_xstart: bool = True,
     ) -> dict[str, Tensor]:
-        """One ancestral step to x_{t-1} (DDPM algorithm 2): a dict with sample and pred_xstart."""
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = torch.randn_like(x) if noise is None else noise
-        sample = out["mean"] + _unless_first(t, x) * torch.exp(0.5 * out["log_variance"]) * noise
-        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+        """One ancestral step to x_{t-1} (DDPM algorithm 2): a dict with sample and pred_xstart.
+
+        ``noise`` is drawn afresh unless it is given. ``pred_xstart=False`` leaves that out, which saves its memory.
+        """
+        return self._step(Sampler.DDPM, model, x, t, clip_denoised, denoised_fn, model_kwargs, 0.0, noise, pred_xstart)
 
     def ddim_sample(
         self,
@@ -218,22 +204,57 @@ class GaussianDiffusion:
         denoised_fn: Denoised = None,
         model_kwargs: ModelKwargs = None,
         eta: float = 0.0,
-        noise: Tensor | None = None,
+        noise: Tensor | Philox | None = None,
+        pred_xstart: bool = True,
     ) -> dict[str, Tensor]:
-        """One DDIM step to x_{t-1} (Song et al. 2021, equation 12): a dict with sample and pred_xstart.
+        """One DDIM step to x_{t-1} (Song et al. 2021, equation 12): a dict as p_sample's.
 
         ``eta`` 0 is deterministic, 1 has the ancestral step's noise.
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        eps = self.eps_from_xstart(x, t, out["pred_xstart"])
-        alpha_bar = self.table("alphas_cumprod", t, x)
-        alpha_bar_prev = self.table("alphas_cumprod_prev", t, x)
-        sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
-        sample = out["pred_xstart"] * alpha_bar_prev.sqrt() + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
-        if eta:
-            noise = torch.randn_like(x) if noise is None else noise
-            sample = sample + _unless_first(t, x) * sigma * noise
-        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+        return self._step(Sampler.DDIM, model, x, t, clip_denoised, denoised_fn, model_kwargs, eta, noise, pred_xstart)
+
+    def _step(
+        self,
+        sampler: Sampler,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool,
+        denoised_fn: Denoised,
+        model_kwargs: ModelKwargs,
+        eta: float,
+        noise: Tensor | Philox | None,
+        pred_xstart: bool,
+    ) -> dict[str, Tensor]:
+        output = self.model_output(model, x, t, model_kwargs)
+        if noise is None and (sampler is Sampler.DDPM or eta):
+            noise = torch.randn_like(x)
+        if denoised_fn is not None:
+            # no kernel can call a function of the caller's
+            at = self._coefficients(x, t)
+            p = self._predict(x, output, at, clip_denoised, denoised_fn)
+            given = noise.of_update(self.num_timesteps - t, x.shape) if isinstance(noise, Philox) else noise
+            sample = advance(p, x, t, at, sampler, eta, given)
+            return {"sample": sample, "pred_xstart": p.pred_xstart}
+        philox = noise if isinstance(noise, Philox) else None
+        step = diffusion_step(
+            x,
+            output,
+            t,
+            self.step_tables(x.device, x.dtype),
+            mean_type=self.model_mean_type,
+            var_type=self.model_var_type,
+            sampler=sampler,
+            eta=eta,
+            clip=clip_denoised,
+            noise=None if isinstance(noise, Philox) else noise,
+            seed=philox.seed if philox else None,
+            samples=philox.samples if philox else None,
+            pred_xstart=pred_xstart,
+            backend=self.kernels,
+        )
+        out = {"sample": step.sample}
+        return out if step.pred_xstart is None else out | {"pred_xstart": step.pred_xstart}
 
     def ddim_reverse_sample(
         self,
@@ -255,11 +276,11 @@ class GaussianDiffusion:
 
     def p_sample_loop(self, model: Model, shape: Sequence[int], **kwargs: Any) -> Tensor:
         """Ancestral sampling from noise to images, (N, C, H, W); keywords as in p_sample_loop_progressive."""
-        return _last(self.p_sample_loop_progressive(model, shape, **kwargs))
+        return _last(self.p_sample_loop_progressive(model, shape, pred_xstart=False, **kwargs))
 
     def ddim_sample_loop(self, model: Model, shape: Sequence[int], eta: float = 0.0, **kwargs: Any) -> Tensor:
         """DDIM sampling from noise to images, (N, C, H, W); keywords as in p_sample_loop_progressive."""
-        return _last(self.ddim_sample_loop_progressive(model, shape, eta=eta, **kwargs))
+        return _last(self.ddim_sample_loop_progressive(model, shape, eta=eta, pred_xstart=False, **kwargs))
 
     def p_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], **kwargs: Any
@@ -268,7 +289,8 @@ class GaussianDiffusion:
 
         Keywords: ``noise`` is x_T (default: fresh), ``step_noise`` one tensor a step in the order of the steps, as a
         stacked tensor or any iterable (default: fresh), ``clip_denoised``, ``denoised_fn``, ``model_kwargs``, and
-        ``device`` (default: the noise's, else the model's parameters').
+        ``device`` (default: the noise's, else the model's parameters'). Either noise may be a ``Philox``, which draws
+        it where it is used. ``pred_xstart=False`` leaves the predicted x_0 out.
         """
         return self._loop(self.p_sample, model, shape, **kwargs)
 
@@ -283,17 +305,20 @@ class GaussianDiffusion:
         step: Callable[..., dict[str, Tensor]],
         model: Model,
         shape: Sequence[int],
-        noise: Tensor | None = None,
-        step_noise: Tensor | Iterable[Tensor] | None = None,
+        noise: Tensor | Philox | None = None,
+        step_noise: Tensor | Philox | Iterable[Tensor] | None = None,
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Iterator[dict[str, Tensor]]:
+        if isinstance(noise, Philox):
+            noise = noise.of_start(shape, self.kernels)
         if device is None:
             device = noise.device if noise is not None else _device_of(model)
         x = torch.randn(*shape, device=device) if noise is None else noise
         if x.shape != tuple(shape):
             raise ValueError(f"noise must be of the shape {tuple(shape)}, not {tuple(x.shape)}")
-        draws = draws_of(step_noise)
+        # a Philox serves every step
+        draws = repeat(step_noise) if isinstance(step_noise, Philox) else draws_of(step_noise)
         # every t is on the device before the first step, so that no step waits for a copy
         timesteps = torch.arange(self.num_timesteps, device=device).flip(0)[:, None].expand(-1, shape[0])
         for t in timesteps:
@@ -344,11 +369,6 @@ class GaussianDiffusion:
         Columns are in the order in which the steps run, t = T-1 first.
         """
         return likelihood.calc_bpd_loop(self, model, x_start, clip_denoised, model_kwargs, step_noise)
-
-
-def _unless_first(t: Tensor, x: Tensor) -> Tensor:
-    """1 where t > 0 and 0 where t = 0, as (N, 1, ...): the last step adds no noise."""
-    return (t != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def _device_of(model: Model) -> torch.device:

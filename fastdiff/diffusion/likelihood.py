@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.losses import mean_flat, normal_kl
 from fastdiff.diffusion.noise import draws_of
+from fastdiff.kernels.diffusion_loss.reference import mean_flat, normal_kl
 
 if TYPE_CHECKING:
     from fastdiff.diffusion.gaussian import GaussianDiffusion

@@ -1,39 +1,5 @@
 """What a model's output stands for, and what it is trained on: the closed choices of a diffusion process."""
 
-from enum import StrEnum
+from fastdiff.kernels.gaussian import LossType, ModelMeanType, ModelVarType
 
-
-class ModelMeanType(StrEnum):
-    """What the first channels of the model's output predict."""
-
-    PREVIOUS_X = "previous_x"  # the mean of x_{t-1}
-    START_X = "start_x"  # x_0
-    EPSILON = "epsilon"  # the noise (Ho et al. 2020, equation 14)
-
-
-class ModelVarType(StrEnum):
-    """Where the variance of p(x_{t-1} | x_t) comes from."""
-
-    LEARNED = "learned"  # the model predicts log sigma^2
-    FIXED_SMALL = "fixed_small"  # the posterior's variance, a lower bound
-    FIXED_LARGE = "fixed_large"  # beta_t, an upper bound
-    LEARNED_RANGE = "learned_range"  # the model interpolates the two logs (Nichol & Dhariwal 2021, equation 15)
-
-    @property
-    def learned(self) -> bool:
-        """Whether half of the model's output channels are for the variance."""
-        return self in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
-
-
-class LossType(StrEnum):
-    """The training objective (Nichol & Dhariwal 2021, section 3)."""
-
-    MSE = "mse"  # L_simple, plus L_vlb for a learned variance
-    RESCALED_MSE = "rescaled_mse"  # the same with L_vlb weighed by T / 1000: the hybrid objective
-    KL = "kl"  # L_vlb
-    RESCALED_KL = "rescaled_kl"  # T * L_vlb, an estimate of the whole bound
-
-    @property
-    def is_vb(self) -> bool:
-        """Whether the loss is the variational bound itself."""
-        return self in (LossType.KL, LossType.RESCALED_KL)
+__all__ = ["LossType", "ModelMeanType", "ModelVarType"]

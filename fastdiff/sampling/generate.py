@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.config import SampleConfig, Sampler
-from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.kernels import philox_normal
+from fastdiff.diffusion import GaussianDiffusion, Philox
 
 Uint8Array = NDArray[np.uint8]
 
@@ -47,24 +46,20 @@ def generate(
         if low_res is not None:
             conditions["low_res"] = low_res[torch.from_numpy(rows)].to(device)
 
-        def normal(step: int, indices: Tensor = indices) -> Tensor:
-            return philox_normal(config.seed, indices, step, shape)
-
-        steps = range(1, diffusion.num_timesteps + 1)
+        noise = Philox(config.seed, indices)
         loop = {
-            "noise": normal(0),
+            "noise": noise,
+            "step_noise": noise,
+            "device": device,
             "clip_denoised": config.clip_denoised,
             "model_kwargs": conditions,
+            "pred_xstart": False,
         }
+        images = (batch_size, *shape)
         if config.sampler is Sampler.DDIM:
-            draws = map(normal, steps) if config.eta else None
-            progress = diffusion.ddim_sample_loop_progressive(
-                model, (batch_size, *shape), eta=config.eta, step_noise=draws, **loop
-            )
+            progress = diffusion.ddim_sample_loop_progressive(model, images, eta=config.eta, **loop)
         else:
-            progress = diffusion.p_sample_loop_progressive(
-                model, (batch_size, *shape), step_noise=map(normal, steps), **loop
-            )
+            progress = diffusion.p_sample_loop_progressive(model, images, **loop)
         for out in progress:
             sample = out["sample"]
             if on_step is not None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.config import DiffusionConfig, ModelConfig, SampleConfig, Sampler
+from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, SampleConfig, Sampler
 from fastdiff.diffusion import build_diffusion
 from fastdiff.sampling import generate, save_grid
 
@@ -22,11 +22,12 @@ def save_preview(
     diffusion_config: DiffusionConfig,
     device: torch.device,
     low_res: Tensor | None = None,
+    kernels: Kernels = Kernels.AUTO,
 ) -> None:
     """A grid of 16 images in 25 DDIM steps from always the same noise, classes in turn."""
     steps = min(STEPS, diffusion_config.diffusion_steps)
     values = {**diffusion_config.to_dict(), "timestep_respacing": str(steps)}
-    diffusion = build_diffusion(DiffusionConfig.from_dict(values))
+    diffusion = build_diffusion(DiffusionConfig.from_dict(values), kernels)
     labels = np.arange(IMAGES) % model_config.num_classes if model_config.class_cond else None
     config = SampleConfig(num_samples=IMAGES, batch_size=IMAGES, sampler=Sampler.DDIM)
     batches = generate(

@@ -68,7 +68,7 @@ class Trainer:
         self.run_dir = run_dir
         self.log = log
         self.device = runtime.device
-        self.diffusion = build_diffusion(config.diffusion)
+        self.diffusion = build_diffusion(config.diffusion, runtime.kernels)
         self.model = build_model(config.model, runtime.kernels, runtime.memory_format).to(self.device)
         self.state = TrainState(config, self.model, self.diffusion, runtime.precision)
         self.saved_step = 0
@@ -272,7 +272,9 @@ class Trainer:
                     return functional_call(self.model, state, args, kwargs)
 
             path = self.run_dir / "previews" / f"{self.state.step:06d}_{name}.png"
-            save_preview(path, model, self.config.model, self.config.diffusion, self.device, low_res)
+            save_preview(
+                path, model, self.config.model, self.config.diffusion, self.device, low_res, self.runtime.kernels
+            )
         self.model.train()
 
 

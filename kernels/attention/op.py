@@ -1,21 +1,63 @@
 """The public operation: arguments checked, implementation chosen."""
 
+import torch
 from torch import Tensor
 
 from fastdiff.kernels.attention import pytorch, reference
-from fastdiff.kernels.backend import Backend, choose, require
+from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require
 
 IMPLEMENTATIONS = {Backend.TORCH: pytorch.attention, Backend.REFERENCE: reference.attention}
+if HAS_TRITON:
+    from fastdiff.kernels.attention import kernel
+
+    IMPLEMENTATIONS[Backend.TRITON] = kernel.Attention.apply
+
+MOST_TOKENS = 4096
+FASTEST_UP_TO = 1024
 
 
 def attention(qkv: Tensor, heads: int, *, backend: Backend | str = Backend.AUTO) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for every head, the softmax in fp32 (Vaswani et al. 2017, equation 1).
 
     qkv: (N, T, 3C) with any strides, packed as improved-diffusion packs it: heads outermost, then q, k and v of
-    d = C / heads channels each. Returns (N, T, C), heads outermost. ValueError where 3C is no multiple of 3 * heads or
-    the backend cannot run.
+    d = C / heads channels each. Returns (N, T, C), heads outermost; under autocast of its dtype. The kernels take d of
+    16 to 256 in steps of 8, and up to 4096 tokens. ValueError where 3C is no multiple of 3 * heads or the backend
+    cannot run.
     """
     require(qkv.ndim == 3, "attention", "qkv must be (N, T, 3C), not {}", tuple(qkv.shape))
     fits = heads > 0 and qkv.shape[2] % (3 * heads) == 0
     require(fits, "attention", "{} channels of qkv do not divide into 3 * {} heads", qkv.shape[2], heads)
-    return choose("attention", backend, IMPLEMENTATIONS, qkv)(qkv, heads)
+    qkv = _autocast(qkv)
+    tokens, head_dim = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    run = choose(
+        "attention", backend, IMPLEMENTATIONS, qkv, _refusal(tokens, head_dim), _kernels_win(tokens, qkv.dtype)
+    )
+    return run(qkv, heads)
+
+
+def _refusal(tokens: int, head_dim: int) -> str:
+    """Why the kernels do not take these sizes, or nothing."""
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        return f"takes head dimensions from 16 to 256 in steps of 8, not {head_dim}"
+    if tokens > MOST_TOKENS:
+        return f"takes up to {MOST_TOKENS} tokens, not {tokens}"
+    return ""
+
+
+def _kernels_win(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels are taken to be faster than the best of SDPA with its split and concatenation.
+
+    Not measured by this project yet: it rests on counting bytes and on published figures. Up to 256 tokens attention is
+    bound by memory, and here one packed gradient spares the concatenation; at 1024 Triton's own tutorial kernel reaches
+    0.75 to 0.95 of FlashAttention-3, at more it falls back. In fp32 the kernels use no tensor cores.
+    ``benchmarks/gpu_check.sh bars`` prints what this should be.
+    """
+    return dtype is not torch.float32 and tokens <= FASTEST_UP_TO
+
+
+def _autocast(qkv: Tensor) -> Tensor:
+    """qkv in the dtype in which autocast would compute the products, once for q, k and v."""
+    device = qkv.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+        return qkv.to(torch.get_autocast_dtype(device))
+    return qkv

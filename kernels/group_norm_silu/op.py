@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.backend import Backend, choose, require
+from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require, without_autocast
 from fastdiff.kernels.group_norm_silu import pytorch, reference
 
 IMPLEMENTATIONS = {Backend.TORCH: pytorch.group_norm_silu, Backend.REFERENCE: reference.group_norm_silu}
+if HAS_TRITON:
+    from fastdiff.kernels.group_norm_silu import kernel
+
+    IMPLEMENTATIONS[Backend.TRITON] = kernel.GroupNormSiLU.apply
 
 
 def group_norm_silu(
@@ -42,7 +46,15 @@ def group_norm_silu(
         require(
             fits, op, "{} must be (N, C) = {}, not {}", name, tuple(x.shape[:2]), tuple(getattr(optional, "shape", ()))
         )
-    run = choose(op, backend, IMPLEMENTATIONS, x)
+    run = choose(op, backend, IMPLEMENTATIONS, x, _refusal(weight, bias, scale, shift))
     # Autocast would widen the norm and with it everything after: precision is decided here, by x's dtype.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return run(x, weight, bias, groups, eps, scale, shift, silu)
+
+
+def _refusal(*layer: Tensor | None) -> str:
+    """Why no kernel takes these weights and conditions, or nothing."""
+    for tensor in layer:
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"takes weight, bias, scale and shift in fp32, fp16 and bf16, not in {tensor.dtype}"
+    return ""

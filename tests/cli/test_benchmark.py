@@ -28,6 +28,19 @@ def test_every_suite_writes_a_row_a_candidate(cli: Cli) -> None:
         assert row["candidate"] != "plain" or float(row["ratio_to_plain"]) == 1
 
 
+def test_kernels_have_rows_of_their_own(cli: Cli) -> None:
+    result = cli("benchmark", "kernels", "--rounds", "1", "--device", "cpu", "--csv", "rows.csv")
+    succeeded(result)
+    assert "these are CPU figures" in result.out
+    with open("rows_kernels.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["candidate"] for row in rows} >= {"reference", "torch"}
+    assert {row["op"] for row in rows} == {"group_norm_silu", "attention", "diffusion_step", "diffusion_loss"}
+    for row in rows:
+        assert float(row["median_us"]) > 0
+        assert row["commit"]
+
+
 def test_no_speed_from_a_red_check(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "TOLERANCE", dict.fromkeys(suites.TOLERANCE, 1e-12))
     result = cli("benchmark", "unet", *QUICK, *ONCE, "--precision", "bf16")

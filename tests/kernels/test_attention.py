@@ -1,6 +1,5 @@
 """attention: every implementation against the formula in float64, forward and gradient."""
 
-import math
 from typing import Any
 
 import pytest
@@ -10,29 +9,10 @@ from torch import Tensor
 from fastdiff.kernels import attention
 from fastdiff.kernels.attention.pytorch import CPU_PRODUCTS_UP_TO
 
+from .attention_formula import VIEWS, run
 from .support import DTYPES, assert_within_budget, error, random, rounding
 
 BACKENDS = ["torch", "reference"]
-
-
-def formula(qkv: Tensor, heads: int) -> Tensor:
-    """The definition head by head: C channels of a head are its q, then its k, then its v."""
-    d = qkv.shape[2] // (3 * heads)
-    outs = []
-    for block in qkv.split(3 * d, dim=2):
-        q, k, v = block.split(d, dim=2)  # (N, T, D) each
-        scores = q @ k.transpose(1, 2) / math.sqrt(d)
-        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-        outs.append(weights @ v / weights.sum(-1, keepdim=True))
-    return torch.cat(outs, dim=2)
-
-
-def run(backend: str, qkv: Tensor, heads: int, grad: Tensor) -> dict[str, Tensor]:
-    """y and the gradient of qkv from one implementation; "truth" is the formula in float64."""
-    leaf = (qkv.double() if backend == "truth" else qkv).detach().requires_grad_()
-    y = formula(leaf, heads) if backend == "truth" else attention(leaf, heads, backend=backend)
-    (dqkv,) = torch.autograd.grad(y, leaf, grad.to(y.dtype))
-    return {"y": y.detach(), "dqkv": dqkv}
 
 
 def hold(qkv: Tensor, heads: int, grad: Tensor | None = None) -> None:
@@ -78,16 +58,6 @@ def test_a_few_roundings_from_the_formula(backend: str, dtype: torch.dtype) -> N
     truth, found = run("truth", qkv, 2, grad), run(backend, qkv, 2, grad)
     for name, value in truth.items():
         assert error(found[name], value) <= 16 * rounding(value, dtype), name
-
-
-VIEWS = {
-    "(N, 3C, T) transposed": lambda t: random(2, 144, t, seed=7).transpose(1, 2),
-    "time outermost": lambda t: random(t, 2, 144, seed=7).transpose(0, 1),
-    "channel slice": lambda t: random(2, t, 200, seed=7)[:, :, 20:164],
-    "every second channel": lambda t: random(2, t, 288, seed=7)[:, :, ::2],
-    "every second token": lambda t: random(2, 2 * t, 144, seed=7)[:, ::2],
-    "one image for all": lambda t: random(1, t, 144, seed=7).expand(2, -1, -1),
-}
 
 
 @pytest.mark.parametrize("tokens", [19, CPU_PRODUCTS_UP_TO + 1])

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from fastdiff.kernels import group_norm_silu
 
-from .support import DTYPES, assert_within_budget, error, random, rounding
+from .support import DEVICE, DTYPES, TRITON_DTYPES, assert_within_budget, error, pairwise, random, rounding
 
-BACKENDS = ["torch", "reference"]
+PYTORCH = ["torch", "reference"]
+BACKENDS = [*PYTORCH, "triton"]
+IN_DTYPES = [(b, d) for b in BACKENDS for d in (TRITON_DTYPES if b == "triton" else DTYPES)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 NAMES = ["y", "dx", "dweight", "dbias", "dscale", "dshift"]
 
@@ -31,8 +33,17 @@ def formula(
     return y / (1 + torch.exp(-y)) if silu else y
 
 
+def on_device(tensor: Tensor) -> Tensor:
+    """The same view of the same memory on the device of the kernels."""
+    memory = torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage()).to(DEVICE)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 class Case:
-    """Inputs and an upstream gradient, all exact in ``dtype``; weights and conditions in their own dtype."""
+    """Inputs and an upstream gradient, all exact in ``dtype``; weights and conditions in their own dtype.
+
+    All are on the CPU, where truth and references are computed; kernels get them where they run.
+    """
 
     def __init__(
         self,
@@ -62,21 +73,24 @@ class Case:
         """y and every gradient from one implementation; "truth" is the formula in float64."""
         if backend == "truth":
             leaves = [t if t is None else t.double().requires_grad_() for t in self.tensors()]
-            y = formula(*leaves, self.silu)  # type: ignore[arg-type]
+            y = formula(*leaves, self.silu, **kwargs)  # type: ignore[arg-type]
         else:
-            leaves = [t if t is None else t.detach().requires_grad_() for t in self.tensors()]
+            there = on_device if backend == "triton" else Tensor.detach
+            leaves = [t if t is None else there(t.detach()).requires_grad_() for t in self.tensors()]
             x, weight, bias, scale, shift = leaves
             assert x is not None
             assert weight is not None
             assert bias is not None
             y = group_norm_silu(x, weight, bias, scale=scale, shift=shift, silu=self.silu, backend=backend, **kwargs)
         wanted = {name: leaf for name, leaf in zip(NAMES[1:], leaves, strict=True) if leaf is not None}
-        gradients = torch.autograd.grad(y, list(wanted.values()), self.grad.to(y.dtype))
-        return {"y": y.detach()} | dict(zip(wanted, gradients, strict=True))
+        grad = on_device(self.grad) if backend == "triton" else self.grad.to(y.dtype)
+        gradients = torch.autograd.grad(y, list(wanted.values()), grad)
+        return {"y": y.detach().cpu()} | {name: g.cpu() for name, g in zip(wanted, gradients, strict=True)}
 
 
-def hold(case: Case) -> None:
-    truth, reference, found = (case.run(backend) for backend in ("truth", "reference", "torch"))
+def hold(case: Case, backend: str = "torch", **kwargs: Any) -> None:
+    truth = case.run("truth", **kwargs)
+    reference, found = case.run("reference", **kwargs), case.run(backend, **kwargs)
     assert set(found) == set(truth)
     for name in truth:
         assert found[name].dtype == reference[name].dtype
@@ -97,14 +111,28 @@ def test_budget(channels: int, spatial: tuple[int, int], batch: int, dtype: torc
     hold(Case((batch, channels, *spatial), dtype, layout))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CHANNELS = [32, 96, 160, 192, 224, 384, 576, 1152]
+SPATIAL = [(1, 1), (3, 5), (7, 7), (8, 8), (32, 32)]
+SELECTED = pairwise(
+    {"channels": CHANNELS, "spatial": SPATIAL, "batch": [1, 3], "layout": list(LAYOUTS), "dtype": TRITON_DTYPES}
+)
+
+
+@pytest.mark.parametrize("chosen", SELECTED, ids=lambda chosen: "-".join(map(str, chosen.values())))
+def test_budget_of_triton(chosen: dict[str, Any]) -> None:
+    if chosen["channels"] == 32 and chosen["spatial"] == (1, 1):
+        pytest.skip("one value a group has a test of its own")
+    hold(Case((chosen["batch"], chosen["channels"], *chosen["spatial"]), chosen["dtype"], chosen["layout"]), "triton")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), IN_DTYPES, ids=str)
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize(("scale", "shift"), [(False, False), (True, False), (False, True), (True, True)])
-def test_budget_of_every_variant(scale: bool, shift: bool, silu: bool, dtype: torch.dtype) -> None:
-    hold(Case((2, 96, 5, 3), dtype, scale=scale, shift=shift, silu=silu))
+def test_budget_of_every_variant(scale: bool, shift: bool, silu: bool, dtype: torch.dtype, backend: str) -> None:
+    hold(Case((2, 96, 5, 3), dtype, scale=scale, shift=shift, silu=silu), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTORCH)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 96, 3, 5), (1, 32, 8, 8), (2, 64, 7), (2, 32, 2, 3, 4)], ids=str)
 def test_float64_is_the_formula(shape: tuple[int, ...], layout: str, backend: str) -> None:
@@ -116,8 +144,7 @@ def test_float64_is_the_formula(shape: tuple[int, ...], layout: str, backend: st
         torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), IN_DTYPES, ids=str)
 def test_a_few_roundings_from_the_formula(backend: str, dtype: torch.dtype) -> None:
     """The budget is relative to the reference: here is what the reference itself may cost."""
     case = Case((3, 96, 8, 8), dtype)
@@ -126,16 +153,19 @@ def test_a_few_roundings_from_the_formula(backend: str, dtype: torch.dtype) -> N
         assert error(found[name], value) <= 16 * rounding(value, dtype), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), [*IN_DTYPES, *((b, torch.float64) for b in PYTORCH)], ids=str)
 @pytest.mark.parametrize("shape", [(3, 96, 3, 5), (1, 64, 1, 7), (2, 32, 8, 8)], ids=str)
 def test_dtype_and_memory_format_stay(shape: tuple[int, ...], dtype: torch.dtype, layout: str, backend: str) -> None:
     case = Case(shape, dtype, layout)
     assert case.scale is not None
     # conditions of another dtype must not widen the result
+    there = on_device if backend == "triton" else Tensor.detach
     for scale in (case.scale, case.scale.float(), case.scale.double()):
-        y = group_norm_silu(case.x, case.weight, case.bias, scale=scale, shift=scale, backend=backend)
+        if backend == "triton" and scale.dtype == torch.float64:
+            continue
+        x, weight, bias, condition = map(there, (case.x, case.weight, case.bias, scale))
+        y = group_norm_silu(x, weight, bias, scale=condition, shift=condition, backend=backend)
         assert y.dtype == dtype
         assert y.shape == shape
         assert y.is_contiguous(memory_format=LAYOUTS[layout])
@@ -156,27 +186,38 @@ VIEWS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_any_strides(view: str) -> None:
+def test_any_strides(view: str, backend: str) -> None:
     case = Case((2, 96, 6, 5))
     case.x = VIEWS[view]()
     case.grad = random(2, 6, 96, 5, seed=8).transpose(1, 2)
     both = random(2, 192, seed=9)
     case.scale, case.shift = both.chunk(2, dim=1)
-    hold(case)
+    hold(case, backend)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_of_the_other_layout(layout: str) -> None:
+def test_gradient_of_the_other_layout(layout: str, backend: str) -> None:
     case = Case((2, 96, 6, 5), layout=layout)
     other = "contiguous" if layout == "channels_last" else "channels_last"
     case.grad = case.grad.contiguous(memory_format=LAYOUTS[other])
-    hold(case)
+    hold(case, backend)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("expanded", [(1, 1, 1, 1), (1, 96, 1, 1), (2, 96, 6, 1), (2, 1, 6, 5)], ids=str)
+def test_expanded_gradient(expanded: tuple[int, ...], backend: str) -> None:
+    case = Case((2, 96, 6, 5))
+    case.grad = random(*expanded, seed=8).expand(2, 96, 6, 5)
+    hold(case, backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shape", [(2, 96, 7), (1, 64, 1), (2, 64, 3, 2, 5)], ids=str)
-def test_other_numbers_of_spatial_dimensions(shape: tuple[int, ...]) -> None:
-    hold(Case(shape))
+def test_other_numbers_of_spatial_dimensions(shape: tuple[int, ...], backend: str) -> None:
+    hold(Case(shape), backend)
 
 
 FAR = [(10_000.0, 0.1), (100.0, 0.1), (-2.3, 0.5), (0.0, 1e-4), (0.0, 1e4)]
@@ -194,22 +235,24 @@ def test_steady_far_from_zero(offset: float, spread: float, layout: str, backend
         assert error(found[name], value) <= (1e-5 + 4 * of_the_mean) * float(value.abs().max()), name
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("offset", "spread"), FAR)
-def test_budget_far_from_zero(offset: float, spread: float) -> None:
-    hold(Case((2, 96, 8, 8), offset=offset, spread=spread))
+def test_budget_far_from_zero(offset: float, spread: float, layout: str, backend: str) -> None:
+    hold(Case((2, 96, 8, 8), layout=layout, offset=offset, spread=spread), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_constant_image(backend: str) -> None:
-    weight, bias = torch.ones(64), torch.linspace(-1, 1, 64)
-    y = group_norm_silu(torch.full((2, 64, 4, 4), 3.0), weight, bias, silu=False, backend=backend)
+    device = DEVICE if backend == "triton" else "cpu"
+    weight, bias = torch.ones(64, device=device), torch.linspace(-1, 1, 64, device=device)
+    y = group_norm_silu(torch.full((2, 64, 4, 4), 3.0, device=device), weight, bias, silu=False, backend=backend)
     torch.testing.assert_close(y, bias.view(1, -1, 1, 1).expand_as(y), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [pytest.param(1), 3])
+@pytest.mark.parametrize(("backend", "dtype"), IN_DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
 def test_one_value_a_group(batch: int, dtype: torch.dtype, layout: str, backend: str) -> None:
     """The value is its own mean: y = act(bias * (1 + scale) + shift), and x has no gradient."""
     case = Case((batch, 32, 1, 1), dtype, layout)
@@ -230,7 +273,8 @@ def test_one_value_a_group(batch: int, dtype: torch.dtype, layout: str, backend:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_eps_and_groups(backend: str) -> None:
-    x, weight, bias = random(2, 12, 5, seed=1), random(12, seed=2), random(12, seed=3)
+    device = DEVICE if backend == "triton" else "cpu"
+    x, weight, bias = (random(*size, seed=1).to(device) for size in ((2, 12, 5), (12,), (12,)))
     y = group_norm_silu(x, weight, bias, groups=3, eps=0.5, silu=False, backend=backend)
     g = x.double().view(2, 3, -1)
     normal = (g - g.mean(-1, keepdim=True)) / (g.var(-1, unbiased=False, keepdim=True) + 0.5).sqrt()
@@ -243,21 +287,19 @@ def test_samples_do_not_see_each_other(backend: str) -> None:
     case = Case((3, 96, 4, 4))
     whole = case.run(backend)["y"]
     assert case.scale is not None
-    assert case.shift is not None
     for i in range(3):
         rows = slice(i, i + 1)
-        alone = group_norm_silu(
-            case.x[rows], case.weight, case.bias, scale=case.scale[rows], shift=case.shift[rows], backend=backend
-        )
-        torch.testing.assert_close(alone, whole[rows], rtol=1e-6, atol=1e-6)
+        one = Case((1, 96, 4, 4))
+        assert case.shift is not None
+        one.x, one.scale, one.shift = case.x[rows], case.scale[rows], case.shift[rows]
+        torch.testing.assert_close(one.run(backend)["y"], whole[rows], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), IN_DTYPES, ids=str)
 def test_autocast_changes_nothing(dtype: torch.dtype, backend: str) -> None:
     case = Case((2, 96, 4, 4), dtype)
     plain = case.run(backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type if backend == "triton" else "cpu", dtype=torch.bfloat16):
         cast = case.run(backend)
     for name, value in plain.items():
         assert cast[name].dtype == value.dtype

@@ -1,14 +1,17 @@
 """Philox 4x32-10: Random123's known answers, what is counted where, and the distribution."""
 
 import math
+import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fastdiff.kernels import philox, philox_normal, philox_uint32
+from fastdiff.kernels import philox_normal, philox_uint32
+from fastdiff.kernels.philox import pytorch
+
+from .support import DEVICE
 
 WORD = 2**32 - 1
 
@@ -52,17 +55,63 @@ def test_known_answers(counter: str, key: str, result: str, monkeypatch: pytest.
     assert words(k[0] | k[1] << 32, sample - (sample >> 63 << 64), c[1]) == hexes(result)
 
 
-@given(
-    seed=st.integers(0, 2**64 - 1),
-    sample=st.integers(-(2**63), 2**63 - 1),
-    step=st.integers(0, WORD),
-    elements=st.integers(1, 40),
-)
-def test_counter_and_key(seed: int, sample: int, step: int, elements: int) -> None:
+@pytest.mark.parametrize("case", range(50))
+def test_counter_and_key(case: int) -> None:
     """Counter (element / 4, step, sample low, sample high), key the 64-bit seed."""
+    rng = random.Random(case)
+    seed, sample, step = rng.getrandbits(64), rng.getrandbits(64) - 2**63, rng.getrandbits(32)
+    elements = rng.randint(1, 40)
     counters = [[block, step, sample & WORD, sample >> 32 & WORD] for block in range(-(-elements // 4))]
     expected = [word for counter in counters for word in philox4x32(counter, [seed & WORD, seed >> 32])]
     assert words(seed, sample, step, elements) == expected[:elements]
+
+
+@pytest.mark.parametrize("elements", [1, 3, 4, 5, 192, 1023, 4100])
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 7, 2**63 - 1, 2**63 + 5, 2**64 - 1])
+def test_the_kernel_draws_the_twins_words(seed: int, elements: int) -> None:
+    samples = torch.tensor([0, 7, 2**31, 2**40, -1, 2**63 - 1], device=DEVICE)
+    for step in (0, 1, 4000, 2**31, 2**32 - 1):
+        twin, kernel = (philox_uint32(seed, samples, step, elements, backend=b) for b in ("torch", "triton"))
+        assert kernel.dtype == torch.int64
+        assert torch.equal(kernel, twin)
+    alone = philox_uint32(seed, samples[3:4], 9, elements, backend="triton")
+    assert torch.equal(alone, philox_uint32(seed, samples[::3], 9, elements, backend="triton")[1:])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 7, 7), (5,), (0,)], ids=str)
+def test_the_kernels_normals_are_the_twins_to_a_few_roundings(shape: tuple[int, ...]) -> None:
+    samples = torch.tensor([5, 0, 2**40], device=DEVICE)
+    twin, kernel = (philox_normal(2**63 + 5, samples, 3, shape, backend=b) for b in ("torch", "triton"))
+    assert kernel.shape == twin.shape == (3, *shape)
+    assert kernel.dtype == torch.float32
+    torch.testing.assert_close(kernel, twin, rtol=1e-6, atol=2e-6)
+
+
+def test_the_kernels_angles() -> None:
+    """cos and sin all around the circle, the logarithm near both ends of (0, 1): from the uniforms in float64."""
+    samples = torch.arange(64, device=DEVICE)
+    w = philox_uint32(3, samples, 2, 4096, backend="triton")
+    u = (torch.where(w > 0x7FFFFFFF, WORD - w, w).float() * 4.6566127342e-10).double()
+    radius, angle = (-2 * u[:, ::2].clamp(min=1e-7).log()).sqrt(), 2 * math.pi * u[:, 1::2]
+    expected = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)
+    found = philox_normal(3, samples, 2, (4096,), backend="triton")
+    assert (found.double() - expected).abs().max() < 5e-6
+    assert (w < 2**23).any()  # small u1, large radius, is among them
+    assert found.abs().max() > 4
+
+
+@pytest.mark.parametrize("normal", [True, False])
+def test_opcheck(normal: bool) -> None:
+    samples = torch.arange(3, device=DEVICE)
+    torch.library.opcheck(torch.ops.fastdiff.philox_draw.default, (samples, -5, 2**32 - 1, 10, normal))
+
+
+def test_bad_samples() -> None:
+    for draw in (philox_uint32, philox_normal):
+        size: Any = 4 if draw is philox_uint32 else (4,)
+        for samples in (torch.zeros(2), torch.zeros(2, 2, dtype=torch.int64)):
+            with pytest.raises(ValueError, match=rf"^{draw.__name__}: samples must be \(N,\) int64, not "):
+                draw(0, samples, 0, size)
 
 
 @pytest.mark.parametrize("sample", [-1, -(2**63), 2**63 - 1, 2**32, 2**32 - 1, -(2**32)])
@@ -126,7 +175,7 @@ def test_normals_follow_from_the_words() -> None:
 def test_extreme_words_give_finite_normals(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = [0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
     pairs = torch.tensor([[a, b] for a in ends for b in ends]).flatten()[None]
-    monkeypatch.setattr(philox, "philox_uint32", lambda *_: pairs)
+    monkeypatch.setattr(pytorch, "philox_uint32", lambda *_: pairs)
     normals = philox_normal(0, torch.tensor([0]), 0, (pairs.numel(),))
     assert torch.isfinite(normals).all()
     assert normals.abs().max() <= math.sqrt(-2 * math.log(1e-7)) + 1e-5

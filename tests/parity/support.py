@@ -24,8 +24,11 @@ from fastdiff.diffusion.schedule import get_named_beta_schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 
-ENGINES = [("reference", "contiguous"), ("torch", "channels_last")]
-"""The implementations that run everywhere, each with the memory format that it is used with."""
+ENGINES = [("reference", "contiguous"), ("torch", "channels_last"), ("triton", "channels_last")]
+"""The implementations, each with the memory format that it is used with; without a GPU, Triton's are interpreted."""
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.backends.cudnn.allow_tf32 = False  # PyTorch would let convolutions round their inputs to 10 bits
 
 
 def golden_names(pattern: str) -> list[str]:
@@ -64,7 +67,7 @@ def tensor_for(key: str, shape: Iterable[int]) -> np.ndarray:
 def projection(key: str, tensor: torch.Tensor) -> float:
     """The component of ``tensor`` along the random direction that belongs to ``key`` (golden/README.md)."""
     r = np.random.default_rng(zlib.crc32(("proj:" + key).encode())).standard_normal(tuple(tensor.shape))
-    return float((tensor.detach().double().numpy() * r).sum() / np.linalg.norm(r))
+    return float((tensor.detach().double().cpu().numpy() * r).sum() / np.linalg.norm(r))
 
 
 def model_config(flags: Mapping[str, Any]) -> ModelConfig:
@@ -87,7 +90,12 @@ def golden_model(flags: Mapping[str, Any], kernels: str, memory_format: str) -> 
     model = build_model(model_config(flags), kernels=kernels, memory_format=memory_format)
     state = {key: torch.from_numpy(tensor_for(key, value.shape)) for key, value in model.state_dict().items()}
     model.load_state_dict(state, strict=True)
-    return model
+    return model.to(DEVICE)
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """The array on the device that the models are on."""
+    return torch.from_numpy(array).to(DEVICE)
 
 
 def golden_diffusion(config: Mapping[str, Any]) -> GaussianDiffusion:
@@ -105,7 +113,7 @@ def golden_diffusion(config: Mapping[str, Any]) -> GaussianDiffusion:
 
 def error_per_sample(actual: torch.Tensor | np.ndarray, golden: np.ndarray) -> np.ndarray:
     """||actual - golden|| / ||golden|| for each sample; a golden zero wants an exact zero."""
-    found = actual.detach().double().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual, np.float64)
+    found = actual.detach().double().cpu().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual, np.float64)
     assert found.shape == golden.shape
     flat = (len(golden), -1)
     distance = np.linalg.norm((found - golden).reshape(flat), axis=1)

@@ -6,12 +6,12 @@ import torch
 
 from fastdiff import build_diffusion
 
-from .support import ENGINES, diffusion_config, golden_model, golden_names, load
+from .support import ENGINES, diffusion_config, golden_model, golden_names, load, tensor
 
 
 def to_uint8(sample: torch.Tensor) -> np.ndarray:
     """[-1, 1] (N, C, H, W) -> 0..255 (N, H, W, C), as the original's scripts do it."""
-    return ((sample + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return ((sample + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 @pytest.mark.parametrize(("kernels", "memory_format"), ENGINES, ids=lambda value: value)
@@ -20,8 +20,8 @@ def test_sample_loop(name: str, kernels: str, memory_format: str) -> None:
     data = load(name)
     assert set(data) == {"flags", "sampler", "x_T", "step_noise", "sample", "uint8"}
     model = golden_model(data["flags"], kernels, memory_format).eval()
-    diffusion = build_diffusion(diffusion_config(data["flags"]))
-    noise = {key: torch.from_numpy(data[source]) for key, source in (("noise", "x_T"), ("step_noise", "step_noise"))}
+    diffusion = build_diffusion(diffusion_config(data["flags"]), kernels=kernels)
+    noise = {key: tensor(data[source]) for key, source in (("noise", "x_T"), ("step_noise", "step_noise"))}
     shape = data["x_T"].shape
     with torch.no_grad():
         if data["sampler"]["ddim"]:
@@ -32,6 +32,6 @@ def test_sample_loop(name: str, kernels: str, memory_format: str) -> None:
 
     levels = np.abs(to_uint8(sample).astype(int) - data["uint8"].astype(int))
     assert levels.max() <= 1
-    np.testing.assert_allclose(sample.numpy(), data["sample"], rtol=0, atol=1 / 127.5)
+    np.testing.assert_allclose(sample.cpu().numpy(), data["sample"], rtol=0, atol=1 / 127.5)
     # A level off should be a matter of rounding at the border of two levels.
     assert np.mean(levels > 0) < 1e-3

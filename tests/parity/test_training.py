@@ -7,7 +7,7 @@ import torch
 from fastdiff import build_diffusion
 from fastdiff.training.ema import EMA
 
-from .support import ENGINES, diffusion_config, golden_model, load, projection, tensor_for
+from .support import ENGINES, diffusion_config, golden_model, load, projection, tensor, tensor_for
 
 EMA_RATES = [0.9, 0.99]
 
@@ -22,7 +22,7 @@ def test_trajectory(kernels: str, memory_format: str) -> None:
     assert hyper["ema_rates"] == EMA_RATES
 
     model = golden_model(data["flags"], kernels, memory_format).train()
-    diffusion = build_diffusion(diffusion_config(data["flags"]))
+    diffusion = build_diffusion(diffusion_config(data["flags"]), kernels=kernels)
     names = [name for name, _ in model.named_parameters()]
     parameters = list(model.parameters())
     assert names == data["names"].tolist()
@@ -32,14 +32,14 @@ def test_trajectory(kernels: str, memory_format: str) -> None:
     losses, norms = [], []
     for images, t, noise in zip(data["x_start_u8"], data["t"], data["noise"], strict=True):
         optimizer.zero_grad()
-        x_start = torch.from_numpy(images).float() / 127.5 - 1
+        x_start = tensor(images).float() / 127.5 - 1
         for rows in torch.arange(len(t)).split(hyper["microbatch"]):
             terms = diffusion.training_losses(
-                model, x_start[rows], torch.from_numpy(t)[rows], noise=torch.from_numpy(noise)[rows]
+                model, x_start[rows], tensor(t)[rows], noise=tensor(noise)[rows]
             )
             # The original adds the micro-batches' gradients instead of averaging them.
             terms["loss"].mean().backward()
-            losses.append(terms["loss"].detach().numpy())
+            losses.append(terms["loss"].detach().cpu().numpy())
         norms.append(float(torch.stack([p.grad.double().square().sum() for p in parameters]).sum().sqrt()))
         optimizer.step()
         for average in averages.values():

@@ -4,25 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from .support import assert_close, golden_model, golden_names, load, projection
+from .support import assert_close, golden_model, golden_names, load, projection, tensor
 
 TOLERANCE = 1e-4
 KEYS = {"flags", "x", "t", "out_weight", "out", "grad_x", "grad_names", "grad_projection", "grad_norm"}
 
 
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("kernels", ["reference", "torch"])
+@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("name", golden_names("unet_*.npz"))
 def test_output_and_gradients(name: str, kernels: str, memory_format: str) -> None:
     data = load(name)
     model = golden_model(data["flags"], kernels, memory_format).eval()
-    conditions = {key: torch.from_numpy(data[key]) for key in ("y", "low_res") if key in data}
+    conditions = {key: tensor(data[key]) for key in ("y", "low_res") if key in data}
     assert set(data) == KEYS | set(conditions)
 
-    x = torch.from_numpy(data["x"]).requires_grad_()
-    out = model(x, torch.from_numpy(data["t"]), **conditions)
+    x = tensor(data["x"]).requires_grad_()
+    out = model(x, tensor(data["t"]), **conditions)
     assert_close(out, data["out"], TOLERANCE, "out")
-    (out * torch.from_numpy(data["out_weight"])).sum().backward()
+    (out * tensor(data["out_weight"])).sum().backward()
     assert_close(x.grad, data["grad_x"], TOLERANCE, "grad_x")
 
     parameters = dict(model.named_parameters())

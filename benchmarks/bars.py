@@ -1,0 +1,98 @@
+"""The marks that the kernels are to reach on a GPU, and the worst figure of a run against each."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fastdiff.benchmarks.kernels import Row
+from fastdiff.benchmarks.roofs import Roofs
+
+LARGE = 64 * 2**20
+"""Bytes of a tensor from which on a norm is to run at the speed of memory."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A mark, and the worst figure of a run against it."""
+
+    what: str
+    mark: float
+    worst: float
+    where: str
+
+    def __str__(self) -> str:
+        met = "met   " if self.worst >= self.mark else "MISSED"
+        return f"{met} {self.what}: {self.worst:.2f}, to be at least {self.mark:.2f} ({self.where})"
+
+
+def verdicts(rows: Sequence[Row], roofs: Roofs) -> list[Verdict]:
+    """Every mark that the rows say something about: shares of the floor, and ratios of a rival's time to ours."""
+    table = _Table(rows, roofs)
+    found: list[Verdict] = []
+
+    def judge(what: str, mark: float, figures: list[tuple[float, str]]) -> None:
+        if figures:
+            found.append(Verdict(what, mark, *min(figures)))
+
+    for direction, floor, inductor in (("forward", 0.8, 1.2), ("backward", 0.7, 1.3)):
+        norms = table.ours("group_norm_silu", direction)
+        large = [r for r in norms if r.problem.cost("forward")[0] > 2 * LARGE]
+        small = [r for r in norms if r.problem.shape.endswith((" 8x8", " 16x16"))]
+        judge(f"norm {direction} over 64 MB, share of the floor", floor, table.shares(large))
+        judge(f"norm {direction} against Inductor", inductor, table.ratios(norms, "compile"))
+        judge(f"norm {direction}, channels_last against contiguous", 0.95, table.layouts(norms))
+        rivals = ("reference", "torch", "eager", "compile")
+        judge(f"norm {direction}, 8 and 16 pixels, against eager and compile", 1.0, table.ratios(small, *rivals))
+    for direction, share in (("forward", 0.6), ("backward", 0.5)):
+        attentions = {r: _tokens(r) for r in table.ours("attention", direction)}
+        short = [r for r, tokens in attentions.items() if tokens in (64, 256)]
+        judge(f"attention {direction}, 64 and 256 tokens, share of the roof", share, table.shares(short))
+        up_to_512 = [r for r, tokens in attentions.items() if tokens <= 512]
+        judge(f"attention {direction}, up to 512 tokens, against SDPA", 1.0, table.ratios(up_to_512, "SDPA"))
+        up_to_1024 = [r for r, tokens in attentions.items() if tokens == 1024]
+        mark = 0.97 if direction == "forward" else 1.0
+        judge(f"attention {direction}, 1024 tokens, against SDPA", mark, table.ratios(up_to_1024, "SDPA"))
+    judge("diffusion_step, share of the floor", 0.8, table.shares(table.ours("diffusion_step", "forward")))
+    for direction in ("forward", "backward"):
+        losses = table.ours("diffusion_loss", direction)
+        judge(f"diffusion_loss {direction}, share of the floor", 0.7, table.shares(losses))
+    return found
+
+
+class _Table:
+    """The rows of a run, to look up what was timed on the same problem."""
+
+    def __init__(self, rows: Sequence[Row], roofs: Roofs) -> None:
+        self._rows = [row for row in rows if row.seconds]
+        self._roofs = roofs
+
+    def ours(self, op: str, direction: str) -> list[Row]:
+        return [r for r in self._rows if (r.candidate, r.problem.op, r.direction) == ("triton", op, direction)]
+
+    def shares(self, rows: Iterable[Row]) -> list[tuple[float, str]]:
+        return [(self._roofs.floor(*r.problem.cost(r.direction)) / r.median, _where(r)) for r in rows]
+
+    def ratios(self, rows: Iterable[Row], *rivals: str) -> list[tuple[float, str]]:
+        """The time of the best rival whose name begins so, to ours."""
+        found = []
+        for row in rows:
+            theirs = [
+                r.median
+                for r in self._rows
+                if r.problem is row.problem and r.direction == row.direction and r.candidate.startswith(rivals)
+            ]
+            if theirs:
+                found.append((min(theirs) / row.median, _where(row)))
+        return found
+
+    def layouts(self, rows: Sequence[Row]) -> list[tuple[float, str]]:
+        planar = {r.problem.shape: r.median for r in rows if r.problem.layout == "contiguous"}
+        last = [r for r in rows if r.problem.layout == "channels_last" and r.problem.shape in planar]
+        return [(planar[r.problem.shape] / r.median, _where(r)) for r in last]
+
+
+def _tokens(row: Row) -> int:
+    return int(row.problem.shape.split()[1].removeprefix("T"))
+
+
+def _where(row: Row) -> str:
+    return f"{row.problem.shape} {row.problem.layout}"

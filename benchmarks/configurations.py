@@ -1,0 +1,189 @@
+"""Every launch in use: what the presets' models make the kernels do, forward and backward, recorded without a GPU.
+
+``python -m fastdiff.benchmarks.configurations`` compiles them all and prints the registers and the memory they need.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
+
+import torch
+
+from fastdiff.benchmarks.ahead_of_time import TARGETS, Compiled, Program
+from fastdiff.benchmarks.shapes import AttentionShape, NormShape, preset_shapes
+from fastdiff.kernels.attention import op as attention_op
+from fastdiff.kernels.attention import plan as attention_plan
+from fastdiff.kernels.backend import Backend
+from fastdiff.kernels.diffusion_loss import op as loss_op
+from fastdiff.kernels.diffusion_step import op as step_op
+from fastdiff.kernels.gaussian import TABLES, LossType, ModelMeanType, ModelVarType, Sampler
+from fastdiff.kernels.group_norm_silu import op as norm_op
+from fastdiff.kernels.launch import recording
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+COLUMNS = "registers", "spills", "shared", "loads", "stores"
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes that one program may have."""
+MATRIX_UNITS_OF = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+MAY_SPILL = {"group_norm_silu": 16}
+"""Bytes a thread that the kernels of an operation may put aside. Of the norm's, ptxas parks one to four registers before
+a loop and takes them back behind it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
+BATCHES = [1, 64]  # sampling one image, and training
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A program that is in use, the first workload that runs it, and the targets where dispatch chooses it."""
+
+    workload: str
+    program: Program
+    targets: tuple[str, ...]
+
+
+def configurations(thorough: bool) -> list[Configuration]:
+    """Those of all four operations, each program once: in bf16 and channels_last, or ``thorough``, in every dtype and
+    layout.
+    """
+    found: dict[object, Configuration] = {}
+    for workload, run, targets in _workloads(thorough):
+        with recording() as launches:
+            run()
+        for launch in launches:
+            program = Program.of(launch)
+            found.setdefault((program.key, targets), Configuration(workload, program, targets))
+    return list(found.values())
+
+
+Workload = tuple[str, Callable[[], object], tuple[str, ...]]
+
+
+def _workloads(thorough: bool) -> Iterator[Workload]:
+    dtypes = [torch.bfloat16, torch.float16, torch.float32] if thorough else [torch.bfloat16]
+    layouts = list(LAYOUTS) if thorough else ["channels_last"]
+    norms, attentions = preset_shapes()
+    for dtype, n, layout, shape in itertools.product(dtypes, BATCHES, layouts, norms):
+        label = f"C{shape.channels} {shape.size}x{shape.size} N{n} {_short(dtype)} {layout}"
+        yield f"norm {label}", partial(_norm, shape, n, dtype, LAYOUTS[layout]), tuple(TARGETS)
+    for dtype, n, attended in itertools.product(dtypes, BATCHES, attentions):
+        d = attended.channels // attended.heads
+        if d <= 256 and dtype is not torch.float32:  # dispatch takes SDPA for the others
+            label = f"T{attended.tokens} H{attended.heads} d{d} N{n} {_short(dtype)}"
+            for warpgroups, targets in ((True, ("sm_90", "sm_100")), (False, ("sm_80", "gfx942"))):
+                yield f"attention {label}", partial(_attention, attended, n, dtype, warpgroups), targets
+    for n, size, layout in itertools.product(BATCHES, (32, 64, 128, 256), layouts):
+        label = f"{size}x{size} N{n} {layout}"
+        for sampler, inside in itertools.product(("ddpm", "ddim"), (True, False)):
+            yield f"{sampler} {label}", partial(_step, n, size, layout, sampler, inside), tuple(TARGETS)
+        for loss_type in ("rescaled_mse", "rescaled_kl"):
+            yield f"{loss_type} {label}", partial(_loss, n, size, layout, loss_type), tuple(TARGETS)
+
+
+def _norm(shape: NormShape, n: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    size = (n, shape.channels, shape.size, shape.size)
+    x = torch.empty(size, dtype=dtype, memory_format=memory_format).requires_grad_()
+    weight, bias = torch.empty(2, shape.channels).requires_grad_().unbind(0)
+    scale, shift = None, None
+    if shape.conditioned:
+        scale, shift = torch.empty(n, 2 * shape.channels, dtype=dtype).requires_grad_().chunk(2, dim=1)
+    run = norm_op.IMPLEMENTATIONS[Backend.TRITON]
+    y = run(x, weight, bias, 32, 1e-5, scale, shift, shape.silu)
+    torch.autograd.grad(y, [t for t in (x, weight, bias, scale, shift) if t is not None], torch.empty_like(y))
+
+
+def _attention(shape: AttentionShape, n: int, dtype: torch.dtype, warpgroups: bool) -> None:
+    qkv = torch.empty(n, shape.tokens, 3 * shape.channels, dtype=dtype).requires_grad_()
+    with patch.object(attention_plan, "WARPGROUPS_WITHOUT_A_GPU", warpgroups):
+        y = attention_op.IMPLEMENTATIONS[Backend.TRITON](qkv, shape.heads)
+        torch.autograd.grad(y, qkv, torch.empty_like(y))
+
+
+def _step(n: int, size: int, layout: str, sampler: str, inside: bool) -> None:
+    x, output, t, tables, noise = _process(n, size, layout)
+    choices = ModelMeanType.EPSILON, ModelVarType.LEARNED_RANGE, Sampler(sampler)
+    given = None if inside else noise
+    step_op.IMPLEMENTATIONS[Backend.TRITON](
+        x, output, t, tables, given, 1, None, *choices, float(sampler == "ddim"), True, False
+    )
+
+
+def _loss(n: int, size: int, layout: str, loss_type: str) -> None:
+    x, output, t, tables, noise = _process(n, size, layout)
+    output.requires_grad_()
+    choices = ModelMeanType.EPSILON, ModelVarType.LEARNED_RANGE, LossType(loss_type)
+    loss, *_ = loss_op.IMPLEMENTATIONS[Backend.TRITON](output, x, x, noise, t, tables, *choices)
+    torch.autograd.grad(loss, output, torch.empty_like(loss))
+
+
+def _process(n: int, size: int, layout: str) -> tuple[torch.Tensor, ...]:
+    x, noise = (torch.empty(n, 3, size, size) for _ in range(2))
+    output = torch.empty(n, 6, size, size, memory_format=LAYOUTS[layout])
+    return x, output, torch.zeros(n, dtype=torch.int64), torch.empty(1000, len(TABLES)), noise
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+def compile_all(found: list[Configuration], targets: Sequence[str]) -> Iterator[tuple[Configuration, Compiled]]:
+    """Each configuration compiled for each target, on all cores."""
+    jobs = [(c, target) for c in found for target in targets if target in c.targets]
+    # forked, because launches hold kernels and tensors that no other way of starting a process could pass on
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        _jobs[:] = jobs
+        for (configuration, _), compiled in zip(jobs, pool.map(_compile, range(len(jobs)), chunksize=4), strict=True):
+            yield configuration, compiled
+
+
+_jobs: list[tuple[Configuration, str]] = []
+
+
+def _compile(index: int) -> Compiled:
+    configuration, target = _jobs[index]
+    return configuration.program.compile_for(target)
+
+
+def faults(configuration: Configuration, built: Compiled) -> list[str]:
+    """What is wrong with a compiled configuration, or why it is named as an exception."""
+    found = []
+    kernel = configuration.program.source.name
+    if built.spills > max((size for op, size in MAY_SPILL.items() if kernel.startswith(op)), default=0):
+        found.append(f"spills {built.spills} bytes")
+    if built.shared > SHARED_LIMIT[built.target]:
+        found.append(f"needs {built.shared} bytes of shared memory of {SHARED_LIMIT[built.target]}")
+    long = configuration.workload.startswith("attention") and not configuration.workload.startswith("attention T16 ")
+    if long and built.matrix_units != MATRIX_UNITS_OF[built.target]:
+        found.append(f"multiplies matrices by {built.matrix_units or 'nothing'}, not {MATRIX_UNITS_OF[built.target]}")
+    return found
+
+
+def main() -> None:
+    """Print what every configuration in use needs on every target; exit status 1 where one has a fault."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("targets", nargs="*", default=[], metavar="TARGET", help="default: all")
+    parser.add_argument("--thorough", action="store_true", help="every dtype and layout, not only the default ones")
+    arguments = parser.parse_args()
+    targets = arguments.targets or list(TARGETS)
+    if unknown := [target for target in targets if target not in TARGETS]:
+        parser.error(f"no target {unknown[0]}: {', '.join(TARGETS)}")
+    layout = "{:39} {:48} {:7} {:>9} {:>6} {:>7} {:>8} {:>8}  {} {}"
+    print(layout.format("kernel", "workload", "target", *COLUMNS, "matrix units", ""))
+    wrong, compiled = 0, 0
+    for configuration, built in compile_all(configurations(arguments.thorough), targets):
+        loads, stores = f"{built.wide_loads}/{built.loads}", f"{built.wide_stores}/{built.stores}"
+        figures = built.registers, built.spills, built.shared, loads, stores, built.matrix_units
+        found = faults(configuration, built)
+        words = "; ".join(found).upper()
+        print(layout.format(configuration.program.name, configuration.workload, built.target, *figures, words))
+        compiled, wrong = compiled + 1, wrong + bool(found)
+    print(f"{compiled} programs compiled, {wrong} with a fault (loads and stores: those of 16 bytes / all)")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The parts of gpu_check.sh that measure: ``python -m fastdiff.benchmarks.gpu_check bars --csv rows.csv``.
+
+Runs where only PyTorch, Triton and numpy are installed, and stops asking for more when its seconds are over.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdiff.benchmarks.bars import verdicts
+from fastdiff.benchmarks.harness import append_rows, environment, graphed, interleaved, side_stream
+from fastdiff.benchmarks.kernels import Row, measure_all
+from fastdiff.benchmarks.problems import problems
+from fastdiff.benchmarks.roofs import measure_roofs
+from fastdiff.config import DiffusionConfig, ModelConfig
+from fastdiff.diffusion import build_diffusion
+from fastdiff.models import build_model
+from fastdiff.presets import preset_named
+
+
+def bars(device: torch.device, csv: Path, deadline: float) -> None:
+    """Every kernel beside what else computes the same, then the marks that were set."""
+    about = environment(device)
+    roofs = measure_roofs(device, torch.bfloat16)
+    print(f"copy {roofs.bytes_per_s / 1e9:.0f} GB/s, bf16 matrix product {roofs.flops_per_s / 1e12:.2f} TFLOP/s")
+    rows: list[Row] = []
+    for measured in measure_all(problems(device), 20 if device.type == "cuda" else 2, device):
+        for row in measured:
+            values = row.as_dict(roofs)
+            append_rows(csv, [{**values, **about}])
+            label = f"{row.problem.op} {row.direction} {row.problem.shape} {row.problem.layout}"
+            result = row.remark or f"{values['median_us']} us, {values['share_of_roof']:.0%} of the roof"
+            print(f"{label:64s} {row.candidate:24s} {result}")
+        rows += measured
+        if time.monotonic() > deadline:
+            print("the time is over: what follows was not measured")
+            break
+    for verdict in verdicts(rows, roofs):
+        print(verdict)
+
+
+def model(device: torch.device, csv: Path, deadline: float) -> None:
+    """A training step and sampling steps of a released model, kernels off and on, everything else equal."""
+    on_gpu = device.type == "cuda"
+    name = "imagenet64_uncond" if on_gpu else "cifar10_uncond"
+    about = environment(device)
+    roofs = measure_roofs(device, torch.bfloat16)
+    steps = [("training step", _training, 64 if on_gpu else 1)]
+    steps += [("sampling step", _sampling, batch_size) for batch_size in ((1, 16, 64, 256) if on_gpu else (1,))]
+    for what, suite, batch_size in steps:
+        if time.monotonic() > deadline:
+            print("the time is over: what follows was not measured")
+            return
+        candidates, flops = suite(name, batch_size, device)
+        for timing in interleaved(candidates, 10 if on_gpu else 2, 2 if on_gpu else 1, device):
+            row = {
+                "step": what,
+                "preset": name,
+                "batch_size": batch_size,
+                "candidate": timing.name,
+                "median_s": float(f"{timing.median:.5g}"),
+                "p20_s": float(f"{timing.quantile(0.2):.5g}"),
+                "p80_s": float(f"{timing.quantile(0.8):.5g}"),
+                "ratio_to_first": float(f"{timing.ratio:.4g}"),
+                "share_of_matmul": float(f"{flops / timing.median / roofs.flops_per_s:.4g}"),
+            }
+            append_rows(csv, [{**row, **about}])
+            print(row)
+
+
+Suite = tuple[dict[str, Callable[[], object]], float]
+
+
+def _training(name: str, batch_size: int, device: torch.device) -> Suite:
+    preset = preset_named(name)
+    config, process = preset.config(ModelConfig), preset.config(DiffusionConfig)
+    x = torch.rand(batch_size, 3, config.image_size, config.image_size, device=device) * 2 - 1
+    t = torch.randint(process.diffusion_steps, (batch_size,), device=device)
+    found: dict[str, Callable[[], object]] = {}
+    for label, backend, compiled in _ways(device):
+        net = build_model(config, kernels=backend).to(device).train()
+        diffusion = build_diffusion(process, kernels=backend)
+        call = torch.compile(net, dynamic=False) if compiled else net
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+
+        def step(
+            diffusion: object = diffusion,
+            call: Callable[..., Tensor] = call,
+            optimizer: torch.optim.Optimizer = optimizer,
+        ) -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = diffusion.training_losses(call, x, t)["loss"].mean()  # type: ignore[attr-defined]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        found[label] = step
+    return found, 3 * _flops(config) * batch_size
+
+
+def _sampling(name: str, batch_size: int, device: torch.device) -> Suite:
+    preset = preset_named(name)
+    config, process = preset.config(ModelConfig), preset.config(DiffusionConfig)
+    x = torch.randn(batch_size, 3, config.image_size, config.image_size, device=device)
+    t = torch.full((batch_size,), process.diffusion_steps // 2, device=device)
+    found: dict[str, Callable[[], object]] = {}
+    ways = [("torch kernels, max-autotune", "torch", "max-autotune-no-cudagraphs"), ("triton kernels", "triton", None)]
+    for label, backend, mode in ways if device.type == "cuda" else [("torch kernels", "torch", None)]:
+        net = build_model(config, kernels=backend).to(device).eval()
+        diffusion = build_diffusion(process, kernels=backend)
+        call = torch.compile(net, dynamic=False, mode=mode) if device.type == "cuda" else net
+
+        def step(diffusion: object = diffusion, call: Callable[..., Tensor] = call) -> None:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                diffusion.p_sample(call, x, t)  # type: ignore[attr-defined]
+
+        step()
+        found[label] = graphed(step, device)
+    return found, _flops(config) * batch_size
+
+
+def _ways(device: torch.device) -> Iterator[tuple[str, str, bool]]:
+    on_gpu = device.type == "cuda"
+    yield "torch kernels" + (", compiled" if on_gpu else ""), "torch", on_gpu
+    if on_gpu:
+        yield "triton kernels, compiled", "triton", True
+        yield "triton kernels, eager", "triton", False
+
+
+def _flops(config: ModelConfig) -> float:
+    """Floating-point operations of one image's forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net = build_model(config, kernels="reference")
+        x, t = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x, t)
+    return float(counter.get_total_flops())
+
+
+PARTS = {"bars": bars, "model": model}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=440)
+    arguments = parser.parse_args()
+    on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with side_stream(on):
+        PARTS[arguments.part](on, arguments.csv, time.monotonic() + arguments.seconds)

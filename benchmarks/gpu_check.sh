@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in parts of under eight minutes, the most important first:
+#
+#   benchmarks/gpu_check.sh [correct|sanitize|bars|tune|model] ...     (without a part: all of them)
+#
+# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest; pytest-xdist and Liger are used where present.
+# Rows are written as they come, to $OUT (default: gpu_check), so that a run that is cut off keeps what it had. Without
+# a GPU the kernels are interpreted and the figures are those of a small CPU run: good to see that the script works.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=$(realpath -m "${OUT:-gpu_check}")
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+failed=0
+
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "no GPU: the kernels are interpreted, and no figure says anything about a GPU"
+    export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+fi
+
+# The tests' own settings without the plugins that a bare machine lacks
+printf '[pytest]\naddopts = --import-mode=importlib\nmarkers = slow\n    timeout\nfilterwarnings = error\n' >"$OUT/pytest.ini"
+tests() { # tests FOLDER_OR_FILE [arguments]
+    "$PYTHON" -m pytest -q -c "$OUT/pytest.ini" --rootdir "$PWD" --confcutdir "$(dirname "$1/.")" -p no:cacheprovider "$@"
+}
+
+part() {
+    local name=$1 limit=$2
+    shift 2
+    echo "== $name"
+    local began=$SECONDS
+    timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    local status=${PIPESTATUS[0]}
+    echo "== $name: exit $status after $((SECONDS - began)) s"
+    ((status == 0)) || failed=1
+}
+export -f tests
+export OUT PYTHON
+
+for name in "${@:-correct sanitize bars tune model}"; do
+    for one in $name; do
+        case $one in
+            correct)
+                parallel=$("$PYTHON" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
+                part correct 470 bash -c "tests tests/kernels -m 'not slow' $parallel && tests tests/parity -k triton -m 'not slow'"
+                ;;
+            sanitize)
+                if command -v compute-sanitizer >/dev/null; then
+                    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor its own allocation, so that its end is seen
+                    for tool in memcheck racecheck; do
+                        part "sanitize_$tool" 230 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                            "$PYTHON" -m pytest -q -c "$OUT/pytest.ini" --rootdir "$PWD" --confcutdir tests/kernels \
+                            -p no:cacheprovider tests/kernels/test_every_kernel.py
+                    done
+                    unset PYTORCH_NO_CUDA_MEMORY_CACHING
+                else
+                    echo "== sanitize: left out, there is no compute-sanitizer here"
+                fi
+                ;;
+            bars | tune | model)
+                part "$one" 470 "$PYTHON" -m fastdiff.benchmarks.gpu_check "$one" --csv "$OUT/$one.csv" --seconds 440
+                ;;
+            *)
+                echo "gpu_check.sh: no part $one: correct, sanitize, bars, tune or model" >&2
+                exit 2
+                ;;
+        esac
+    done
+done
+exit $failed

@@ -1,0 +1,70 @@
+"""The shapes that the released models give the fused operations: read off the models themselves, not listed by hand."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from fastdiff.config import ModelConfig
+from fastdiff.models import build_model
+from fastdiff.models.blocks import AttentionBlock
+from fastdiff.models.layers import GroupNormSiLU
+from fastdiff.presets import PRESETS
+
+
+@dataclass(frozen=True, order=True)
+class NormShape:
+    """One group_norm_silu of a model, for one image."""
+
+    channels: int
+    size: int  # height and width
+    conditioned: bool  # with scale and shift
+    silu: bool
+
+
+@dataclass(frozen=True, order=True)
+class AttentionShape:
+    """One attention of a model, for one image."""
+
+    tokens: int
+    channels: int
+    heads: int
+
+
+@cache
+def shapes_of(config: ModelConfig) -> tuple[frozenset[NormShape], frozenset[AttentionShape]]:
+    """Every norm and every attention of the model, found by running it without data."""
+    norms: set[NormShape] = set()
+    attentions: set[AttentionShape] = set()
+
+    def see(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0]
+        if isinstance(module, GroupNormSiLU):
+            norms.add(NormShape(x.shape[1], x.shape[2], len(inputs) > 1, module.silu))
+        elif isinstance(module, AttentionBlock):
+            attentions.add(AttentionShape(x.shape[2] * x.shape[3], x.shape[1], module.heads))
+
+    with torch.device("meta"):
+        model = build_model(config, kernels="torch")
+        x, t = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
+        conditions = {}
+        if config.class_cond:
+            conditions["y"] = torch.empty(1, dtype=torch.int64)
+        if config.small_size:
+            conditions["low_res"] = torch.empty(1, 3, config.small_size, config.small_size)
+        for module in model.modules():
+            module.register_forward_pre_hook(see)
+        with torch.no_grad():
+            model(x, t, **conditions)
+    return frozenset(norms), frozenset(attentions)
+
+
+def preset_shapes() -> tuple[list[NormShape], list[AttentionShape]]:
+    """Those of all presets together, in order."""
+    norms: set[NormShape] = set()
+    attentions: set[AttentionShape] = set()
+    for preset in PRESETS.values():
+        found = shapes_of(preset.config(ModelConfig))
+        norms |= found[0]
+        attentions |= found[1]
+    return sorted(norms), sorted(attentions)

@@ -1,0 +1,114 @@
+"""How attention is divided among programs: a pure function of sequence, head dimension, dtype and kind of GPU.
+
+Tiles are the largest that compile for sm_80, sm_90, sm_100 and gfx942 without spilling registers, within the shared
+memory (and on Blackwell the tensor memory) of each. Nothing was measured on a GPU yet.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+AT_ONCE_UP_TO = 128
+"""Longest sequence whose scores are one tile."""
+ALL_KEYS_UP_TO = 256
+"""Longest one whose backward pass may hold dk and dv of all keys in registers."""
+WARPGROUPS_WITHOUT_A_GPU = True
+"""Whether plans are those of Hopper where there is no GPU: launches are only interpreted, or recorded."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program holds at a time, and with what: a block of queries, one of keys, warps, stages of loads."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int = 2
+
+
+def next_power(value: int) -> int:
+    """The smallest power of two that is no smaller."""
+    return 1 << (value - 1).bit_length()
+
+
+def parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Powers of two, 16 at least, that together hold the head dimension: 144 = 128 + 16, 64 = 64 + 0.
+
+    In fp32 always two, if they can be: sums over channels are chains of additions there, and two of half the length err
+    less than one.
+    """
+    whole = next_power(head_dim)
+    first = whole // 2
+    second = max(next_power(head_dim - first), 16)
+    if first + second < whole or (dtype is torch.float32 and first >= 16):
+        return first, second
+    return whole, 0
+
+
+@cache
+def _has_warpgroups(index: int | None) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] in (9, 10)
+
+
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether matrix products take their operands from shared memory, as on Hopper and on Blackwell's data centre GPUs.
+
+    Elsewhere operands fill registers, and shared memory may be as little as 99 KB, or 64 KB on AMD's GPUs.
+    """
+    return _has_warpgroups(device.index) if device.type == "cuda" else WARPGROUPS_WITHOUT_A_GPU
+
+
+def _fp32(head_dim: int) -> Tiles:
+    """In every pass the same, so that scores computed again have the same roundings: a softmax cancels those."""
+    return Tiles(16, 32 if head_dim <= 192 else 16, 4)
+
+
+def forward(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Tiles:
+    """Tiles of the forward pass."""
+    if dtype is torch.float32:
+        return _fp32(head_dim)
+    if tokens <= AT_ONCE_UP_TO and (warpgroups or (tokens <= 64 and head_dim <= 144)):
+        block = max(next_power(tokens), 16)
+        return Tiles(block, block, 4 if block <= 64 else 8)
+    if not warpgroups:
+        return Tiles(64, 64 if head_dim <= 144 else 32, 4)
+    if head_dim <= 64:
+        return Tiles(128, 64, 8, 3)  # in 128 registers: two programs share a multiprocessor
+    return Tiles(128, 128 if tokens >= 512 and head_dim <= 144 else 64, 8)
+
+
+def backward_at_once(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Tiles | None:
+    """Tiles of the backward pass where one launch does all of it, or None."""
+    if dtype is torch.float32 and tokens > 16:
+        return None
+    block = max(next_power(tokens), 16)
+    if tokens <= min(AT_ONCE_UP_TO, 64) and (warpgroups or head_dim <= 96):
+        return Tiles(block, block, 4)
+    if warpgroups and tokens <= AT_ONCE_UP_TO and head_dim <= 144:
+        return Tiles(block, block, 8)
+    if warpgroups and tokens <= ALL_KEYS_UP_TO and head_dim <= 64:
+        return Tiles(32, block, 8)
+    return None
+
+
+def backward_queries(head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Tiles:
+    """Tiles of the launch that computes dq."""
+    if dtype is torch.float32:
+        return _fp32(head_dim)
+    if warpgroups:
+        return Tiles(128, 64, 8) if head_dim <= 144 else Tiles(64, 64, 4)
+    return Tiles(64, 32, 4) if head_dim <= 192 else Tiles(32, 32, 4)
+
+
+def backward_keys(head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Tiles:
+    """Tiles of the launch that computes dk and dv."""
+    if dtype is torch.float32:
+        return _fp32(head_dim)
+    if warpgroups:
+        if head_dim <= 144:
+            return Tiles(64 if head_dim <= 128 else 32, 128, 8)
+        return Tiles(32 if head_dim <= 192 else 16, 64, 8)
+    if head_dim <= 144:
+        return Tiles(32 if head_dim <= 128 else 16, 64, 4)
+    return Tiles(16, 32, 4)

@@ -1,0 +1,157 @@
+"""What the attention kernels share: where a head lies, its tiles and their products.
+
+A head dimension that is no power of two is held in two parts that are, 144 as 128 + 16, and not padded to the next one:
+a tile is a tuple of one or two blocks (rows, channels). D1 and D2 are their widths, D2 = 0 where there is one.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sample_and_head(index, heads):
+    """Both in int64: offsets in large tensors are products of them."""
+    return (index // heads).to(tl.int64), (index % heads).to(tl.int64)
+
+
+@triton.jit
+def queries_keys_values(qkv, n, h, stride_n, stride_c, D: tl.constexpr):
+    """Where q, k and v of a head begin in the packed tensor."""
+    sample = qkv + n * stride_n
+    return sample + 3 * h * D * stride_c, sample + (3 * h + 1) * D * stride_c, sample + (3 * h + 2) * D * stride_c
+
+
+@triton.jit
+def _pointers(base, rows, stride_t, stride_c, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    channels = FIRST + tl.arange(0, WIDTH)
+    return base + (rows.to(tl.int64)[:, None] * stride_t + channels.to(tl.int64)[None, :] * stride_c)
+
+
+@triton.jit
+def _mask(rows, T, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Which of these elements there are, None where all of them."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    if FIRST + WIDTH <= D:
+        mask = None if EVEN else (rows < T)[:, None]
+    else:
+        mask = (channels < D)[None, :] if EVEN else (rows < T)[:, None] & (channels < D)[None, :]
+    return mask
+
+
+@triton.jit
+def _load_part(
+    base, rows, stride_t, stride_c, T, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr
+):
+    pointers = _pointers(base, rows, stride_t, stride_c, FIRST, WIDTH)
+    mask = _mask(rows, T, D, FIRST, WIDTH, EVEN)
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load(base, rows, stride_t, stride_c, T, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of one head, zero where there is nothing. EVEN: all rows are below T."""
+    first = _load_part(base, rows, stride_t, stride_c, T, D, 0, D1, EVEN)
+    return (first, _load_part(base, rows, stride_t, stride_c, T, D, D1, D2, EVEN)) if D2 else (first,)
+
+
+@triton.jit
+def _store_part(base, block, rows, stride_t, T, D: tl.constexpr, FIRST: tl.constexpr, EVEN: tl.constexpr):
+    pointers = _pointers(base, rows, stride_t, 1, FIRST, block.shape[1])
+    tl.store(pointers, block.to(base.dtype.element_ty), mask=_mask(rows, T, D, FIRST, block.shape[1], EVEN))
+
+
+@triton.jit
+def store(base, tile, rows, stride_t, T, D: tl.constexpr, EVEN: tl.constexpr):
+    """Write a tile, rounded, to channels that lie side by side."""
+    _store_part(base, tile[0], rows, stride_t, T, D, 0, EVEN)
+    if len(tile) == 2:
+        _store_part(base, tile[1], rows, stride_t, T, D, tile[0].shape[1], EVEN)
+
+
+@triton.jit
+def store_lse(base, highest, total, head, rows, T, APART: tl.constexpr):
+    """log2 of the sum of exponentials of each row, or APART their maximum and the inverse of the rest.
+
+    In fp32 a sum of the two would lose what the backward pass needs of them; in 16 bits nobody sees it.
+    """
+    if APART:
+        pointers = base + head * (2 * T) + rows
+        tl.store(pointers, highest, mask=rows < T)
+        tl.store(pointers + T, 1.0 / total, mask=rows < T)
+    else:
+        tl.store(base + head * T + rows, highest + tl.log2(total), mask=rows < T)
+
+
+@triton.jit
+def load_lse(base, head, rows, T, APART: tl.constexpr):
+    """What store_lse wrote, as a tuple."""
+    pointers = base + head * (2 * T if APART else T) + rows
+    first = tl.load(pointers, mask=rows < T, other=0.0)
+    return (first, tl.load(pointers + T, mask=rows < T, other=0.0)) if APART else (first,)
+
+
+@triton.jit
+def softmax_again(s, lse, AXIS: tl.constexpr):
+    """The weights of scores over ln 2, whose keys lie along AXIS."""
+    p = tl.exp2(s - tl.expand_dims(lse[0], AXIS))
+    return p * tl.expand_dims(lse[1], AXIS) if len(lse) == 2 else p
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """A tile to sum in."""
+    first = tl.zeros([ROWS, D1], tl.float32)
+    return (first, tl.zeros([ROWS, D2], tl.float32)) if D2 else (first,)
+
+
+@triton.jit
+def times(tile, factor):
+    """The tile times a number or a column (rows, 1) of them."""
+    return (tile[0] * factor, tile[1] * factor) if len(tile) == 2 else (tile[0] * factor,)
+
+
+@triton.jit
+def inner(a, b):
+    """a b^T: every row of a with every row of b, in fp32."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if len(a) == 2:
+        if a[0].dtype == tl.float32:
+            product += tl.dot(a[1], tl.trans(b[1]), input_precision="ieee")
+        else:
+            product = tl.dot(a[1], tl.trans(b[1]), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def add_weighted(total, weights, tile):
+    """total + weights tile in fp32, the weights rounded to the tile's dtype."""
+    w = weights.to(tile[0].dtype)
+    first = tl.dot(w, tile[0], total[0], input_precision="ieee")
+    return (first, tl.dot(w, tile[1], total[1], input_precision="ieee")) if len(total) == 2 else (first,)
+
+
+@triton.jit
+def _transposed_product(weights, part):
+    if weights.shape[1] < 64:  # Hopper's tensor cores take 64 rows at least: of few columns, let these be the channels
+        product = tl.trans(tl.dot(tl.trans(part), weights, input_precision="ieee"))
+    else:
+        product = tl.dot(tl.trans(weights), part, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def weighted_by_columns(weights, tile):
+    """weights^T tile in fp32, the weights (rows of the tile, others) in the tile's dtype."""
+    first = _transposed_product(weights, tile[0])
+    return (first, _transposed_product(weights, tile[1])) if len(tile) == 2 else (first,)
+
+
+@triton.jit
+def row_products(a, b):
+    """Of each row the sum of a * b over the channels, in fp32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    if len(a) == 2:
+        total += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
+    return total

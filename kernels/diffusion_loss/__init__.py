@@ -1,0 +1,5 @@
+"""The training objectives of improved-diffusion, one value a sample."""
+
+from fastdiff.kernels.diffusion_loss.op import Losses, diffusion_loss
+
+__all__ = ["Losses", "diffusion_loss"]

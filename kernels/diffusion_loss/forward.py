@@ -1,0 +1,150 @@
+"""The objectives in one pass, and a second launch where a sample is split among programs."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import triton
+import triton.language as tl
+
+from fastdiff.kernels.diffusion_loss.tile import terms, tile_of
+from fastdiff.kernels.gaussian.kernel import WIDTH
+
+
+@triton.jit
+def quotient(total, by):
+    """total / by of an fp64 sum to 40 bits, for fp32 ``by``: fp64's own division is a call, with a stack of its own."""
+    inverse = (1.0 / by).to(tl.float64)
+    return total * (inverse * (2.0 - by.to(tl.float64) * inverse))  # a step of Newton's
+
+
+@triton.jit
+def write_losses(mse, vb, loss, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE: tl.constexpr, VB: tl.constexpr):
+    """From a sample's sums to its mse, vb and loss."""
+    total = 0.0
+    if MSE:
+        mean = quotient(squares, per_mse).to(tl.float32)
+        total += mean
+        tl.store(mse + n, mean)
+    if VB:
+        term = quotient(bits, per_vb).to(tl.float32)
+        total += loss_of_vb * term
+        tl.store(vb + n, term)
+    tl.store(loss + n, total)
+
+
+@triton.jit
+def diffusion_loss_forward(
+    mse,
+    vb,
+    loss,
+    partial,
+    output,
+    x_start,
+    x_t,
+    noise,
+    t,
+    tables,
+    per_mse,
+    per_vb,
+    loss_of_vb,
+    pixels,
+    tiles,
+    per_split,
+    output_n,
+    output_c,
+    output_p,
+    x_start_n,
+    x_start_c,
+    x_start_p,
+    x_t_n,
+    x_t_c,
+    x_t_p,
+    noise_n,
+    noise_c,
+    noise_p,
+    t_n,
+    CHANNELS: tl.constexpr,
+    MEAN_TYPE: tl.constexpr,
+    VAR_TYPE: tl.constexpr,
+    MSE: tl.constexpr,
+    VB: tl.constexpr,
+    SPLITS: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+):
+    """mse = sum (output - target)^2 / per_mse,  vb = sum bound / per_vb,  loss = mse + loss_of_vb vb
+
+    All tensors (N, C, pixels) by their strides; one program per (sample, split), which takes per_split tiles of P
+    pixels by C channels; fp32 sums in a thread, fp64 across. Several splits put theirs in ``partial`` (2, N, SPLITS).
+    """
+    n = (tl.program_id(0) // SPLITS).to(tl.int64)
+    split = tl.program_id(0) % SPLITS
+    step = tl.load(t + n * t_n)
+    row = tables + step * WIDTH
+    squares = tl.zeros((P, C), tl.float32)
+    bits = tl.zeros((P, C), tl.float32)
+    for index in range(split * per_split, min(tiles, (split + 1) * per_split)):
+        p, c, mask = tile_of(index, pixels, CHANNELS, P, C)
+        difference, bit, _, _ = terms(
+            output,
+            x_start,
+            x_t,
+            noise,
+            row,
+            step,
+            n,
+            p,
+            c,
+            mask,
+            output_n,
+            output_c,
+            output_p,
+            x_start_n,
+            x_start_c,
+            x_start_p,
+            x_t_n,
+            x_t_c,
+            x_t_p,
+            noise_n,
+            noise_c,
+            noise_p,
+            CHANNELS,
+            MEAN_TYPE,
+            VAR_TYPE,
+            MSE,
+            VB,
+        )
+        squares += difference * difference  # 0 beside the mask, where both were read as 0
+        bits += tl.where(mask, bit, 0.0)
+    # the few sums of threads in fp64, which costs nothing and leaves the last digit to the elements' own rounding
+    squares = tl.sum(tl.sum(squares.to(tl.float64), 1), 0)
+    bits = tl.sum(tl.sum(bits.to(tl.float64), 1), 0)
+    if SPLITS == 1:
+        write_losses(mse, vb, loss, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE, VB)
+    else:
+        programs = tl.num_programs(0).to(tl.int64)
+        tl.store(partial + tl.program_id(0), squares.to(tl.float32))
+        tl.store(partial + programs + tl.program_id(0), bits.to(tl.float32))
+
+
+@triton.jit
+def diffusion_loss_finish(
+    mse,
+    vb,
+    loss,
+    partial,
+    per_mse,
+    per_vb,
+    loss_of_vb,
+    MSE: tl.constexpr,
+    VB: tl.constexpr,
+    SPLITS: tl.constexpr,
+    S: tl.constexpr,
+):
+    """The sums over a sample's splits;  partial: (2, N, SPLITS) fp32; one program per sample."""
+    n = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, S)
+    at = partial + n * SPLITS + split
+    further = at + tl.num_programs(0).to(tl.int64) * SPLITS
+    squares = tl.sum(tl.load(at, mask=split < SPLITS, other=0.0).to(tl.float64), 0)
+    bits = tl.sum(tl.load(further, mask=split < SPLITS, other=0.0).to(tl.float64), 0)
+    write_losses(mse, vb, loss, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE, VB)

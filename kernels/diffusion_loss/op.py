@@ -1,0 +1,58 @@
+"""The public operation: arguments checked, implementation chosen."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require
+from fastdiff.kernels.diffusion_loss import reference
+from fastdiff.kernels.gaussian import LossType, ModelMeanType, ModelVarType
+from fastdiff.kernels.gaussian.arguments import refusal, require_process
+
+IMPLEMENTATIONS = {Backend.TORCH: reference.diffusion_loss, Backend.REFERENCE: reference.diffusion_loss}
+if HAS_TRITON:
+    from fastdiff.kernels.diffusion_loss import kernel
+
+    IMPLEMENTATIONS[Backend.TRITON] = kernel.diffusion_loss
+
+
+class Losses(NamedTuple):
+    """The objective and its parts, each (N,); a part that it does not have is None."""
+
+    loss: Tensor
+    mse: Tensor | None
+    vb: Tensor | None
+
+
+def diffusion_loss(
+    model_output: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    tables: Tensor,
+    *,
+    mean_type: ModelMeanType | str = ModelMeanType.EPSILON,
+    var_type: ModelVarType | str = ModelVarType.LEARNED_RANGE,
+    loss_type: LossType | str = LossType.RESCALED_MSE,
+    backend: Backend | str = Backend.AUTO,
+) -> Losses:
+    """The objectives of Nichol & Dhariwal 2021, section 3, sample by sample.
+
+    mse is the mean squared error of what the model predicts; vb the variational bound's term at t in bits per dimension
+    (DDPM equation 5: the discretised likelihood at t = 0, else a KL divergence). MSE and RESCALED_MSE: loss = mse, plus
+    vb for a learned variance, which vb alone teaches; RESCALED_MSE weighs vb by T / 1000. KL: loss = vb; RESCALED_KL:
+    loss = T vb.
+
+    model_output: (N, C, *spatial), or (N, 2C, *spatial) where the variance is learned; x_start, x_t, noise:
+    (N, C, *spatial); all of any strides. t: (N,) int64 in 0..T-1, on the device, not checked there. tables:
+    (T, len(TABLES)), float64 where x_t is and fp32 otherwise. The gradient goes to model_output alone. ValueError where
+    shapes do not fit or the backend cannot run.
+    """
+    op = "diffusion_loss"
+    mean_type, var_type, loss_type = ModelMeanType(mean_type), ModelVarType(var_type), LossType(loss_type)
+    require_process(op, x_t, model_output, t, tables, var_type)
+    for name, tensor in (("x_start", x_start), ("noise", noise)):
+        require(tensor.shape == x_t.shape, op, "{} must be {}, not {}", name, tuple(x_t.shape), tuple(tensor.shape))
+    run = choose(op, backend, IMPLEMENTATIONS, x_t, refusal(model_output, x_start, noise))
+    return Losses(*run(model_output, x_start, x_t, noise, t, tables, mean_type, var_type, loss_type))

@@ -1,0 +1,5 @@
+"""One step of sampling, from x_t and the model's output to x_{t-1}."""
+
+from fastdiff.kernels.diffusion_step.op import Step, diffusion_step
+
+__all__ = ["Step", "diffusion_step"]

@@ -1,0 +1,90 @@
+"""The public operation: arguments checked, implementation chosen."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require
+from fastdiff.kernels.diffusion_step import reference
+from fastdiff.kernels.gaussian import ModelMeanType, ModelVarType, Sampler
+from fastdiff.kernels.gaussian.arguments import refusal, require_process
+
+IMPLEMENTATIONS = {Backend.TORCH: reference.diffusion_step, Backend.REFERENCE: reference.diffusion_step}
+if HAS_TRITON:
+    from fastdiff.kernels.diffusion_step import kernel
+
+    IMPLEMENTATIONS[Backend.TRITON] = kernel.step
+
+
+class Step(NamedTuple):
+    """x_{t-1}, and the x_0 predicted on the way to it where that was asked for."""
+
+    sample: Tensor
+    pred_xstart: Tensor | None
+
+
+def diffusion_step(
+    x: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    tables: Tensor,
+    *,
+    mean_type: ModelMeanType | str = ModelMeanType.EPSILON,
+    var_type: ModelVarType | str = ModelVarType.LEARNED_RANGE,
+    sampler: Sampler | str = Sampler.DDPM,
+    eta: float = 0.0,
+    clip: bool = True,
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    samples: Tensor | None = None,
+    pred_xstart: bool = False,
+    backend: Backend | str = Backend.AUTO,
+) -> Step:
+    """x_{t-1} from x_t and the model's output: ancestral (DDPM algorithm 2) or DDIM (Song et al. 2021, equation 12).
+
+    x: (N, C, *spatial); model_output: the same shape, or (N, 2C, *spatial) where the variance is learned; both of any
+    strides. t: (N,) int64 in 0..T-1, on the device, not checked there. tables: (T, len(TABLES)), float64 where x is and
+    fp32 otherwise. ``clip`` holds the predicted x_0 to [-1, 1]; ``eta`` is DDIM's: 0 is deterministic, 1 has the
+    ancestral noise.
+
+    The noise, which no sample gets at t = 0, is ``noise`` of x's shape, or Philox's (fastdiff.kernels.philox) for
+    ``seed`` in 0..2^64-1, the image numbers ``samples`` (N,) int64 (default 0..N-1), step T - t and the elements in
+    NCHW order: it depends on neither batch nor layout.
+
+    Returns sample and, if asked for, pred_xstart, of x's shape and the tables' dtype. Nothing waits for the device.
+    ValueError where shapes do not fit, the noise is missing, or the backend cannot run: the kernel has no gradient.
+    """
+    op = "diffusion_step"
+    mean_type, var_type, sampler = ModelMeanType(mean_type), ModelVarType(var_type), Sampler(sampler)
+    require_process(op, x, model_output, t, tables, var_type)
+    require(eta >= 0, op, "eta must not be negative, as {} is", eta)
+    if sampler is Sampler.DDPM or eta:
+        require((noise is None) != (seed is None), op, "give either noise or a seed{}", "")
+    if noise is not None:
+        require(noise.shape == x.shape, op, "noise must be {}, not {}", tuple(x.shape), tuple(noise.shape))
+    if seed is not None:
+        require(0 <= seed < 2**64, op, "seed must be in 0..2^64-1, not {}", seed)
+    if samples is not None:
+        fits = samples.shape == t.shape and samples.dtype is torch.int64
+        require(fits, op, "samples must be ({},) int64, not {} {}", len(x), tuple(samples.shape), samples.dtype)
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or model_output.requires_grad)
+    unfit = "has no gradient: call it under torch.no_grad()" if differentiable else refusal(model_output, noise)
+    run = choose(op, backend, IMPLEMENTATIONS, x, unfit)
+    return Step(
+        *run(
+            x,
+            model_output,
+            t,
+            tables,
+            noise,
+            seed or 0,
+            samples,
+            mean_type,
+            var_type,
+            sampler,
+            eta if sampler is Sampler.DDIM else 0.0,
+            clip,
+            pred_xstart,
+        )
+    )

@@ -1,0 +1,73 @@
+"""What the kernels of diffusion_step and diffusion_loss share: columns of the tables, x_0, and memory."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.gaussian.parameterization import TABLES
+
+WIDTH = tl.constexpr(len(TABLES))
+ALPHAS_CUMPROD_PREV = tl.constexpr(TABLES.index("alphas_cumprod_prev"))
+ONE_MINUS_ALPHAS_CUMPROD_PREV = tl.constexpr(TABLES.index("one_minus_alphas_cumprod_prev"))
+SQRT_RECIP_ALPHAS_CUMPROD = tl.constexpr(TABLES.index("sqrt_recip_alphas_cumprod"))
+SQRT_RECIPM1_ALPHAS_CUMPROD = tl.constexpr(TABLES.index("sqrt_recipm1_alphas_cumprod"))
+POSTERIOR_MEAN_COEF1 = tl.constexpr(TABLES.index("posterior_mean_coef1"))
+POSTERIOR_MEAN_COEF2 = tl.constexpr(TABLES.index("posterior_mean_coef2"))
+POSTERIOR_VARIANCE = tl.constexpr(TABLES.index("posterior_variance"))
+POSTERIOR_LOG_VARIANCE = tl.constexpr(TABLES.index("posterior_log_variance_clipped"))
+FIXED_LARGE_VARIANCE = tl.constexpr(TABLES.index("fixed_large_variance"))
+FIXED_LARGE_LOG_VARIANCE = tl.constexpr(TABLES.index("fixed_large_log_variance"))
+LOG_BETAS = tl.constexpr(TABLES.index("log_betas"))
+
+
+@triton.jit
+def xstart_coefficients(row, MEAN_TYPE: tl.constexpr):
+    """What predict_xstart needs of the row of the tables that belongs to t."""
+    if MEAN_TYPE == "epsilon":
+        a = tl.load(row + SQRT_RECIP_ALPHAS_CUMPROD)
+        b = tl.load(row + SQRT_RECIPM1_ALPHAS_CUMPROD)
+    else:
+        b = tl.load(row + POSTERIOR_MEAN_COEF1)
+        a = tl.math.div_rn(tl.load(row + POSTERIOR_MEAN_COEF2), b)
+    return a, b
+
+
+@triton.jit
+def predict_xstart(x, output, a, b, MEAN_TYPE: tl.constexpr):
+    """The x_0 that the model's output stands for."""
+    if MEAN_TYPE == "epsilon":
+        xstart = a * x - b * output
+    elif MEAN_TYPE == "previous_x":
+        xstart = tl.math.div_rn(output, b) - a * x
+    else:
+        xstart = output
+    return xstart
+
+
+@triton.jit
+def load(pointer, mask):
+    """In fp32, 0 beside the mask."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def exp(x):
+    """e^x to about a rounding, which tl.exp, 2 to the rounded power of x log2 e, is not far from 0."""
+    x = tl.clamp(x, -104.0, 89.0, propagate_nan=tl.PropagateNan.ALL)  # 0 and infinity lie within
+    k = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - k * 0.693359375) + k * 2.12194440e-4  # x - k ln 2, the first product exact
+    p = 4.1665795894e-2 + r * (8.3334519073e-3 + r * (1.3981999507e-3 + r * 1.9875691500e-4))  # Moshier's Cephes
+    return (1.0 + (r + r * r * (5.0000001201e-1 + r * (1.6666665459e-1 + r * p)))) * tl.exp2(k)
+
+
+def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Fresh memory of x's shape: channels last where x is dense that way, else contiguous."""
+    if x.movedim(1, -1).is_contiguous():
+        return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """The strides of x (N, C, S) as the kernels' arguments."""
+    return dict(zip((f"{name}_n", f"{name}_c", f"{name}_p"), x.stride(), strict=True))

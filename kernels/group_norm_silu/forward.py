@@ -1,0 +1,287 @@
+"""The forward pass in one launch, or in two where the pixels are split among programs."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import triton
+import triton.language as tl
+
+from fastdiff.kernels.group_norm_silu.tile import (
+    centred,
+    first_of_group,
+    inside,
+    layer,
+    over_groups,
+    place,
+    ratio,
+    read,
+    sigmoid,
+    two_parts,
+    write,
+)
+
+
+@triton.jit
+def _moments(
+    x,
+    first,
+    c,
+    real,
+    start,
+    stop,
+    x_c,
+    x_p,
+    GROUPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Mean of x less ``first`` in two parts, and sum of squared deviations, of the group over the pixels from start to
+    stop, for every channel.
+
+    Every element of the tile has statistics of its own over the chunks (Welford 1962), merged at the end (Chan et al.
+    1983): nothing is summed across threads on the way.
+    """
+    p = tl.arange(0, BLOCK_PIXELS)
+    mean = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+    deviation = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+    chunks = 0.0
+    for at in range(start, stop, BLOCK_PIXELS):
+        mask = inside(real, at + p, stop, EVEN)
+        value = read(x, c, at + p, x_c, x_p, mask) - first[:, None]
+        difference = value - mean
+        if not EVEN:
+            difference = tl.where(mask, difference, 0.0)
+        chunks += 1.0
+        mean += difference * (1.0 / chunks)
+        deviation += difference * (value - mean)
+    count = tl.maximum((stop - start - p + BLOCK_PIXELS - 1) // BLOCK_PIXELS, 0).to(tl.float32)[None, :]
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    values = DEPTH * tl.cast(stop - start, tl.float32)
+    middle = ratio(over_groups(tl.sum(mean * count, 1), GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
+    apart = tl.where(real[:, None], mean - middle[:, None], 0.0)
+    rest = tl.zeros_like(middle)
+    if EXACT:
+        rest = ratio(over_groups(tl.sum(count * apart, 1), GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
+    deviation = over_groups(tl.sum(deviation + count * apart * apart, 1), GROUPS, DEPTH, BLOCK_CHANNELS)
+    return middle, rest, deviation
+
+
+@triton.jit
+def _rstd(squares, values, eps, EXACT: tl.constexpr):
+    """rstd from the sum of squared deviations of so many values."""
+    variance = ratio(squares, values, EXACT)
+    if EXACT:
+        return tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    else:
+        return tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def _activated(from_mean, rstd, w, b, gain, offset, SILU: tl.constexpr, EXACT: tl.constexpr):
+    z = from_mean * (rstd * w)[:, None] + b[:, None]  # not folded into one factor: fewer roundings in a row
+    z = z * gain[:, None] + offset[:, None]
+    if SILU:
+        if EXACT:  # one rounding less
+            z = z / (1.0 + tl.exp(-z))
+        else:
+            z *= sigmoid(z, EXACT)
+    return z
+
+
+@triton.jit
+def group_norm_silu_forward(
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    y,
+    high_out,
+    low_out,
+    rstd_out,
+    channels,
+    pixels,
+    eps,
+    x_n,
+    x_c,
+    x_p,
+    y_n,
+    y_c,
+    y_p,
+    scale_n,
+    scale_c,
+    shift_n,
+    shift_c,
+    SILU: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    EVEN: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+):
+    """y, and mean in two parts and rstd fp32 (N, G).
+
+    Grid: a program for every sample and block of GROUPS groups of DEPTH channels.
+    """
+    n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    x += n * x_n
+    y += n * y_n
+    first = first_of_group(x, c, real, x_c, DEPTH)
+    w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
+    values = DEPTH * tl.cast(pixels, tl.float32)
+    p = tl.arange(0, BLOCK_PIXELS)
+    if ON_CHIP:
+        mask = inside(real, p, pixels, EVEN)
+        value = read(x, c, p, x_c, x_p, mask)
+        difference = value - first[:, None]
+        if not EVEN:
+            difference = tl.where(mask, difference, 0.0)
+        mean = over_groups(tl.sum(difference, 1), GROUPS, DEPTH, BLOCK_CHANNELS)
+        mean = tl.where(real, ratio(mean, values, EXACT), 0.0)
+        high, low = two_parts(first, mean)
+        apart = centred(value, high, low, EXACT)
+        if not EVEN:
+            apart = tl.where(mask, apart, 0.0)
+        if EXACT:  # what rounding has left of the mean
+            rest = over_groups(tl.sum(apart, 1), GROUPS, DEPTH, BLOCK_CHANNELS)
+            low += tl.where(real, ratio(rest, values, EXACT), 0.0)
+            apart = centred(value, high, low, EXACT)
+            if not EVEN:
+                apart = tl.where(mask, apart, 0.0)
+        deviation = over_groups(tl.sum(apart * apart, 1), GROUPS, DEPTH, BLOCK_CHANNELS)
+        rstd = _rstd(deviation, values, eps, EXACT)
+        write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, p, y_c, y_p, mask)
+    else:
+        mean, rest, deviation = _moments(
+            x, first, c, real, 0, pixels, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN
+        )
+        rstd = _rstd(deviation, values, eps, EXACT)
+        high, low = two_parts(first, mean)
+        low += rest
+        for done in range(0, pixels, BLOCK_PIXELS):
+            at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
+            mask = inside(real, at + p, pixels, EVEN)
+            apart = centred(read(x, c, at + p, x_c, x_p, mask), high, low, EXACT)
+            write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
+    group = n * (channels // DEPTH) + c // DEPTH
+    leads = real & (c % DEPTH == 0)
+    tl.store(high_out + group, high, mask=leads)
+    tl.store(low_out + group, low, mask=leads)
+    tl.store(rstd_out + group, rstd, mask=leads)
+
+
+@triton.jit
+def group_norm_silu_statistics(
+    x,
+    partial_mean,
+    partial_rest,
+    partial_deviation,
+    channels,
+    pixels,
+    pixels_per_split,
+    x_n,
+    x_c,
+    x_p,
+    GROUPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Mean of x less its group's first value in two parts, and sum of squared deviations, fp32 (N, splits, G).
+
+    Grid: a program for every sample and block of groups, times splits of the pixels.
+    """
+    n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
+    x += n * x_n
+    first = first_of_group(x, c, real, x_c, DEPTH)
+    start = tl.program_id(1) * pixels_per_split
+    stop = tl.minimum(start + pixels_per_split, pixels)
+    mean, rest, deviation = _moments(
+        x, first, c, real, start, stop, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN
+    )
+    group = (n * tl.num_programs(1) + tl.program_id(1)) * (channels // DEPTH) + c // DEPTH
+    leads = real & (c % DEPTH == 0)
+    tl.store(partial_mean + group, mean, mask=leads)
+    tl.store(partial_rest + group, rest, mask=leads)
+    tl.store(partial_deviation + group, deviation, mask=leads)
+
+
+@triton.jit
+def group_norm_silu_apply(
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    partial_mean,
+    partial_rest,
+    partial_deviation,
+    y,
+    high_out,
+    low_out,
+    rstd_out,
+    channels,
+    pixels,
+    pixels_per_split,
+    eps,
+    x_n,
+    x_c,
+    x_p,
+    y_n,
+    y_c,
+    y_p,
+    scale_n,
+    scale_c,
+    shift_n,
+    shift_c,
+    SILU: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """What the single launch writes, from what ``group_norm_silu_statistics`` wrote.
+
+    The same grid, from the last program to the first: what was read last is still in the cache.
+    """
+    n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, True)
+    splits = tl.num_programs(1)
+    split = splits - 1 - tl.program_id(1)
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    x += n * x_n
+    y += n * y_n
+    first = first_of_group(x, c, real, x_c, DEPTH)
+    w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
+
+    s = tl.arange(0, BLOCK_SPLITS)
+    present = (s < splits)[:, None] & real[None, :]
+    count = DEPTH * tl.maximum(tl.minimum(pixels - s * pixels_per_split, pixels_per_split), 0).to(tl.float32)[:, None]
+    partial = (n * splits + s[:, None]) * (channels // DEPTH) + (c // DEPTH)[None, :]
+    means = tl.load(partial_mean + partial, mask=present, other=0.0)
+    rests = tl.load(partial_rest + partial, mask=present, other=0.0)
+    deviations = tl.load(partial_deviation + partial, mask=present, other=0.0)
+    values = DEPTH * tl.cast(pixels, tl.float32)
+    mean = ratio(tl.sum(count * means, 0), values, EXACT)
+    off = tl.where(present, (means - mean[None, :]) + rests, 0.0)
+    rstd = _rstd(tl.sum(deviations + count * off * off, 0), values, eps, EXACT)
+    high, low = two_parts(first, mean)
+    low += ratio(tl.sum(count * off, 0), values, EXACT)
+
+    p = tl.arange(0, BLOCK_PIXELS)
+    start = split * pixels_per_split
+    stop = tl.minimum(start + pixels_per_split, pixels)
+    for at in range(start, stop, BLOCK_PIXELS):
+        mask = inside(real, at + p, stop, EVEN)
+        apart = centred(read(x, c, at + p, x_c, x_p, mask), high, low, EXACT)
+        write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
+    group = n * (channels // DEPTH) + c // DEPTH
+    leads = real & (c % DEPTH == 0) & (split == 0)
+    tl.store(high_out + group, high, mask=leads)
+    tl.store(low_out + group, low, mask=leads)
+    tl.store(rstd_out + group, rstd, mask=leads)

@@ -1,0 +1,125 @@
+"""What the programs of group_norm_silu share: their place in the tensor, its tiles, sums over groups."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import math
+
+import triton
+import triton.language as tl
+
+MINUS_LOG2_E: tl.constexpr = tl.constexpr(-math.log2(math.e))
+
+
+@triton.jit
+def place(channels, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, REVERSED: tl.constexpr):
+    """This program's sample, its channels (BLOCK_CHANNELS,), and which of these are real."""
+    blocks = tl.cdiv(channels, GROUPS * DEPTH)
+    index = tl.program_id(0)
+    if REVERSED:
+        index = tl.num_programs(0) - 1 - index
+    lane = tl.arange(0, BLOCK_CHANNELS)
+    c = index % blocks * (GROUPS * DEPTH) + lane
+    return (index // blocks).to(tl.int64), c, (lane < GROUPS * DEPTH) & (c < channels)
+
+
+@triton.jit
+def over_groups(values, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """For every channel the sum of ``values`` (BLOCK_CHANNELS,) over the channels of its group."""
+    PADDED_GROUPS: tl.constexpr = triton.next_power_of_2(GROUPS)
+    PADDED_DEPTH: tl.constexpr = triton.next_power_of_2(DEPTH)
+    if GROUPS == 1:
+        return tl.zeros_like(values) + tl.sum(values, 0)
+    elif DEPTH & (DEPTH - 1) == 0:
+        by_group = tl.reshape(values, (BLOCK_CHANNELS // DEPTH, DEPTH))
+        sums = tl.sum(by_group, 1)[:, None]
+        return tl.reshape(tl.broadcast_to(sums, (BLOCK_CHANNELS // DEPTH, DEPTH)), (BLOCK_CHANNELS,))
+    else:
+        lane = tl.arange(0, PADDED_DEPTH)
+        member = tl.arange(0, PADDED_GROUPS)[:, None] * DEPTH + lane[None, :]
+        real = (lane < DEPTH)[None, :] & (member < BLOCK_CHANNELS)
+        index = tl.reshape(tl.where(real, member, 0), (PADDED_GROUPS * PADDED_DEPTH,))
+        by_group = tl.reshape(tl.gather(values, index, 0), (PADDED_GROUPS, PADDED_DEPTH))
+        sums = tl.sum(tl.where(real, by_group, 0.0), 1)
+        return tl.gather(sums, tl.minimum(tl.arange(0, BLOCK_CHANNELS) // DEPTH, PADDED_GROUPS - 1), 0)
+
+
+@triton.jit
+def first_of_group(x, c, real, x_c, DEPTH: tl.constexpr):
+    """For every channel the first value of its group, where x is fp32; 0 where it is not, and needs no such care."""
+    if x.dtype.element_ty == tl.float32:
+        return tl.load(x + (c // DEPTH * DEPTH).to(tl.int64) * x_c, mask=real, other=0.0)
+    else:
+        return tl.zeros_like(c).to(tl.float32)
+
+
+@triton.jit
+def ratio(a, b, EXACT: tl.constexpr):
+    """a / b; rounded correctly only where x is fp32, because that is a call, which costs registers."""
+    if EXACT:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def two_parts(first, mean):
+    """``mean`` + ``first`` as an fp32 number and what that leaves (Knuth's two-sum)."""
+    high = first + mean
+    of_mean = high - first
+    return high, (first - (high - of_mean)) + (mean - of_mean)
+
+
+@triton.jit
+def centred(x, high, low, EXACT: tl.constexpr):
+    """A tile (channels, pixels) of fp32 numbers less the mean of its group in two parts."""
+    x -= high[:, None]
+    if EXACT:
+        x -= low[:, None]
+    return x
+
+
+@triton.jit
+def layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c):
+    """weight, bias, 1 + scale and shift, for every channel."""
+    w = tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
+    gain = tl.full(w.shape, 1.0, tl.float32)
+    if scale is not None:
+        gain += tl.load(scale + n * scale_n + c.to(tl.int64) * scale_c, mask=real, other=0.0).to(tl.float32)
+    offset = tl.zeros_like(w)
+    if shift is not None:
+        offset = tl.load(shift + n * shift_n + c.to(tl.int64) * shift_c, mask=real, other=0.0).to(tl.float32)
+    return w, b, gain, offset
+
+
+@triton.jit
+def inside(real, p, stop, EVEN: tl.constexpr):
+    """Mask of a tile (channels, pixels), or of (channels, 1) where the pixels are a whole number of tiles."""
+    if EVEN:
+        return real[:, None]
+    else:
+        return real[:, None] & (p < stop)[None, :]
+
+
+@triton.jit
+def sigmoid(z, EXACT: tl.constexpr):
+    """1 / (1 + exp(-z)). The square of rsqrt is a few roundings off, and three instructions less than a division."""
+    if EXACT:
+        return 1.0 / (1.0 + tl.exp(-z))
+    else:
+        root = tl.rsqrt(1.0 + tl.exp2(z * MINUS_LOG2_E))
+        return root * root
+
+
+@triton.jit
+def read(x, c, p, x_c, x_p, mask):
+    """A tile (channels, pixels), 0 outside the mask."""
+    pointers = x + c.to(tl.int64)[:, None] * x_c + p.to(tl.int64)[None, :] * x_p
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(y, value, c, p, y_c, y_p, mask):
+    """A tile (channels, pixels) rounded to the dtype of y."""
+    pointers = y + c.to(tl.int64)[:, None] * y_c + p.to(tl.int64)[None, :] * y_p
+    tl.store(pointers, value.to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,306 @@
+"""group_norm_silu in Triton: every plan and shape, large offsets, repeatability, and how it sits in PyTorch."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff.kernels import group_norm_silu
+from fastdiff.kernels.launch import recording
+
+from .support import DEVICE, TRITON_DTYPES, pairwise, random
+from .test_group_norm_silu import CHANNELS, LAYOUTS, SPATIAL, Case, hold
+
+plans = pytest.importorskip("fastdiff.kernels.group_norm_silu.plan")
+kernel = pytest.importorskip("fastdiff.kernels.group_norm_silu.kernel")
+
+
+def change_plan(monkeypatch: pytest.MonkeyPatch, kind: str, groups: int = 32) -> None:
+    """Every plan from now on is of this kind, as the heuristic would choose for larger images."""
+
+    def plan(samples: int, channels: int, pixels: int, of: int, *rest: Any) -> Any:
+        k = min(groups, of)
+        width, whole = plans.next_power(k * channels // of), plans.next_power(pixels)
+        height = whole if kind == "on chip" else max(whole // 4, 1)
+        span = 2 * height if kind == "split" else pixels
+        return plans.Plan(k, width, height, -(-pixels // span), span, warps=4)
+
+    monkeypatch.setattr(plans, "plan", plan)
+
+
+KINDS = ["on chip", "walk", "split"]
+FORCED = pairwise(
+    {
+        "kind": KINDS,
+        "channels": [96, 192, 224],
+        "spatial": [(3, 5), (7, 7), (8, 8), (11,)],
+        "groups": [3, 8, 32],
+        "layout": list(LAYOUTS),
+        "dtype": TRITON_DTYPES,
+        "scale": [True, False],
+        "shift": [True, False],
+    }
+)
+
+
+@pytest.mark.parametrize("chosen", FORCED, ids=lambda chosen: "-".join(map(str, chosen.values())))
+def test_budget_of_every_plan(chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    change_plan(monkeypatch, chosen["kind"], chosen["groups"])
+    shape = (2, chosen["channels"], *chosen["spatial"])
+    hold(Case(shape, chosen["dtype"], chosen["layout"], scale=chosen["scale"], shift=chosen["shift"]), "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("offset", "spread"), [(10_000.0, 0.1), (-2.3, 0.5), (0.0, 1e4)])
+def test_every_plan_is_steady(
+    offset: float, spread: float, layout: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_plan(monkeypatch, kind)
+    hold(Case((2, 96, 8, 8), layout=layout, offset=offset, spread=spread), "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_outlier_comes_first(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What x is taken less of may be far from all the rest: the mean is corrected for what that costs."""
+    change_plan(monkeypatch, kind)
+    case = Case((2, 64, 8, 8))
+    case.x[:, ::2, 0, 0] = 1000.0
+    hold(case, "triton")
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float16])
+def test_parameters_in_half_precision(parameters: torch.dtype, dtype: torch.dtype) -> None:
+    case = Case((2, 96, 5, 3), dtype)
+    case.weight, case.bias = case.weight.to(parameters), case.bias.to(parameters)
+    hold(case, "triton")
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 3, 12, 96])
+def test_other_numbers_of_groups(groups: int, dtype: torch.dtype) -> None:
+    hold(Case((2, 96, 5, 3), dtype), "triton", groups=groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_runs_equal_bits(layout: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_plan(monkeypatch, kind)
+    case = Case((3, 96, 7, 7), layout=layout)
+    first, second = case.run("triton"), case.run("triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("spatial", SPATIAL, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_budget_of_every_shape(
+    channels: int, spatial: tuple[int, int], batch: int, layout: str, dtype: torch.dtype
+) -> None:
+    if channels == 32 and spatial == (1, 1):
+        pytest.skip("one value a group has a test of its own")
+    hold(Case((batch, channels, *spatial), dtype, layout), "triton")
+
+
+# The plan
+
+
+def plan_of(shape: tuple[int, ...], layout: str, tensors: int, processors: int = 132) -> Any:
+    n, channels, pixels = shape[0], shape[1], shape[2] * shape[3]
+    return plans.plan(n, channels, pixels, 32, layout == "channels_last", 2, tensors, processors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tensors", [1, 2])
+def test_plans_cover_every_value_once(layout: str, tensors: int) -> None:
+    for n, channels, side in itertools.product([1, 3, 32], CHANNELS, [1, 7, 8, 16, 32, 64, 256]):
+        plan = plan_of((n, channels, side, side), layout, tensors)
+        assert plan.groups * channels // 32 <= plan.block_channels
+        assert (plan.splits - 1) * plan.pixels_per_split < side * side <= plan.splits * plan.pixels_per_split
+        assert plan.splits == 1 or plan.pixels_per_split % plan.block_pixels == 0
+        assert plan.block_channels * plan.block_pixels <= plans.ON_CHIP[tensors]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tensors", [1, 2])
+def test_small_images_take_one_launch(layout: str, tensors: int) -> None:
+    for n, channels, side in itertools.product([1, 2, 32, 128], [128, 192, 384, 512, 768, 1152, 1536], [8, 16]):
+        assert plan_of((n, channels, side, side), layout, tensors).splits == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_large_image_keeps_the_processors_busy(layout: str) -> None:
+    plan = plan_of((1, 128, 256, 256), layout, 1)
+    assert plan.splits * plan.blocks(32) >= 132
+
+
+def test_launches() -> None:
+    """One forward; backward one more, which only the parameters need."""
+    x, weight, mean = torch.empty(2, 64, 8, 8), torch.empty(64), torch.empty(2, 32)
+    with recording() as launches:
+        kernel.group_norm_silu(x, weight, weight, None, None, 32, 1e-5, True)
+        assert len(launches) == 1
+        for parameters in (False, True):
+            launches.clear()
+            kernel.group_norm_silu_backward(x, x, weight, weight, None, None, mean, mean, True, parameters)
+            assert len(launches) == 1 + parameters
+
+
+# Offsets
+
+
+FAR_APART = {
+    "samples": ((2, 32, 5), (2**31 + 16, 5, 1)),
+    "channels": ((1, 64, 5), (64 * 2**26, 2**26, 1)),
+    "pixels": ((2, 32, 5), (32, 1, 2**30)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("apart", FAR_APART)
+def test_offsets_past_two_to_the_31(apart: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Views of a file that has only the few pages in it that are written; a GPU needs the memory itself."""
+    shape, strides = FAR_APART[apart]
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    assert size > 2**31
+    change_plan(monkeypatch, kind)
+    case = Case(shape, torch.float16)
+    near = case.run("triton")
+    if DEVICE.type == "cuda":
+        if torch.cuda.mem_get_info()[0] < 2.5 * 2 * size:
+            pytest.skip("needs more memory than this GPU has free")
+        memory = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    else:
+        memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
+
+    def far(tensor: Tensor) -> Tensor:
+        return memory.as_strided(shape, strides).copy_(tensor)
+
+    layer = [t.to(DEVICE) for t in (case.weight, case.bias, case.scale, case.shift) if t is not None]
+    y, mean, rstd = kernel.group_norm_silu(far(case.x), *layer, 32, 1e-5, True)
+    close = {"rtol": 2**-9, "atol": 1e-3}  # a strange layout is read in tiles of another shape, summed in another order
+    torch.testing.assert_close(y.cpu(), near["y"], **close)
+    for far_x, far_dy in ((True, False), (False, True)):  # one at a time: they share the memory
+        x, dy = far(case.x) if far_x else case.x.to(DEVICE), far(case.grad) if far_dy else case.grad.to(DEVICE)
+        dx, *_ = kernel.group_norm_silu_backward(dy, x, *layer, mean, rstd, True, True)
+        torch.testing.assert_close(dx.cpu(), near["dx"], **close)
+
+
+# Inside PyTorch
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 8, 8), (2, 64, 0, 8)], ids=str)
+def test_nothing_to_norm(shape: tuple[int, ...]) -> None:
+    case = Case(shape)
+    found = case.run("triton")
+    assert found["y"].shape == found["dx"].shape == shape
+    for name in ("dweight", "dbias", "dscale", "dshift"):
+        assert not found[name].any(), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "conditioned", "silu"),
+    [("contiguous", True, True), ("channels_last", True, True), ("channels_last", False, False)],
+)
+def test_opcheck(layout: str, conditioned: bool, silu: bool) -> None:
+    case = Case((2, 64, 3, 4), layout=layout, scale=conditioned, shift=conditioned)
+    x, *layer = (t if t is None else t.to(DEVICE) for t in case.tensors())
+    forward, backward = torch.ops.fastdiff.group_norm_silu, torch.ops.fastdiff.group_norm_silu_backward
+    arguments = (x, *layer, 32, 1e-5, silu)
+    torch.library.opcheck(forward.default, arguments)
+    _, mean, rstd = forward(*arguments)
+    for parameters in (True, False):
+        gradient = case.grad.to(DEVICE).mT.contiguous().mT
+        torch.library.opcheck(backward.default, (gradient, x, *layer, mean, rstd, silu, parameters))
+
+
+class Layer(nn.Module):
+    """Two norms with a product between them, the second without condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GroupNorm(32, 64), nn.GroupNorm(32, 64)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = condition.chunk(2, dim=1)
+        first, second = self.first, self.second
+        x = group_norm_silu(x, first.weight, first.bias, scale=scale, shift=shift, backend="triton")
+        return group_norm_silu(2 * x + 1, second.weight, second.bias, backend="triton")
+
+
+def gradients(run: Callable[..., Tensor], layer: Layer, layout: str) -> list[Tensor]:
+    x = random(2, 64, 4, 4, seed=1).contiguous(memory_format=LAYOUTS[layout]).to(DEVICE).requires_grad_()
+    condition = random(2, 128, seed=2).to(DEVICE).requires_grad_()
+    y = run(x, condition)
+    y.backward(random(2, 64, 4, 4, seed=3).to(DEVICE))
+    leaves = [x, condition, *layer.parameters()]
+    found = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert len(found) == len(leaves)
+    for leaf in leaves:
+        leaf.grad = None
+    return [y.detach(), *found]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+# torch 2.13: Dynamo itself makes an instance of each autograd.Function that it traces, which it has deprecated
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_whole(compiler: str, layout: str) -> None:
+    torch.compiler.reset()
+    layer = Layer().to(DEVICE)
+    eager = gradients(layer, layer, layout)
+    compiled = gradients(torch.compile(layer, backend=compiler, fullgraph=True), layer, layout)
+    for found, expected in zip(compiled, eager, strict=True):
+        assert found.stride() == expected.stride()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_checkpointed() -> None:
+    layer = Layer().to(DEVICE)
+    plain = gradients(layer, layer, "contiguous")
+    again = gradients(lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False), layer, "contiguous")
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+
+
+def test_without_gradients() -> None:
+    layer = Layer().to(DEVICE)
+    x, condition = random(2, 64, 4, 4, seed=1).to(DEVICE), random(2, 128, seed=2).to(DEVICE)
+    with torch.no_grad():
+        y = layer(x, condition)
+    assert not y.requires_grad
+    assert torch.equal(y, layer(x, condition))
+
+
+def test_only_the_wanted_gradients() -> None:
+    case = Case((2, 64, 4, 4))
+    whole = case.run("triton")
+    x, weight, bias, scale, shift = (t.to(DEVICE) for t in case.tensors() if t is not None)
+    y = group_norm_silu(x, weight, bias, scale=scale.requires_grad_(), shift=shift, backend="triton")
+    y.backward(case.grad.to(DEVICE))
+    assert scale.grad is not None
+    assert torch.equal(scale.grad.cpu(), whole["dscale"])
+    assert weight.grad is None
+
+
+def test_a_float64_weight_is_refused() -> None:
+    case = Case((2, 64, 4, 4))
+    x, weight, bias = (t.to(DEVICE) for t in (case.x, case.weight, case.bias))
+    with pytest.raises(ValueError, match=r"^group_norm_silu: backend triton takes weight, bias, scale and shift in"):
+        group_norm_silu(x, weight.double(), bias, backend="triton")
+
+
+def test_no_second_derivative() -> None:
+    case = Case((2, 64, 4, 4))
+    x = case.x.to(DEVICE).requires_grad_()
+    y = group_norm_silu(x, case.weight.to(DEVICE), case.bias.to(DEVICE), backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
