@@ -32,8 +32,8 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 """Bytes that one program may have."""
 MATRIX_UNITS_OF = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 MAY_SPILL = {"group_norm_silu": 16}
-"""Bytes a thread that the kernels of an operation may put aside. Of the norm's, ptxas parks one to four registers before
-a loop and takes them back behind it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
+"""Bytes a thread that an operation's kernels may put aside. Of the norm's, ptxas parks one to four registers before a
+loop and takes them back behind it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
 BATCHES = [1, 64]  # sampling one image, and training
 
 

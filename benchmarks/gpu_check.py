@@ -4,20 +4,27 @@ Runs where only PyTorch, Triton and numpy are installed, and stops asking for mo
 """
 
 import argparse
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from fastdiff.benchmarks.bars import verdicts
 from fastdiff.benchmarks.harness import append_rows, environment, graphed, interleaved, side_stream
-from fastdiff.benchmarks.kernels import Row, measure_all
+from fastdiff.benchmarks.kernels import Row, measure, measure_all
 from fastdiff.benchmarks.problems import problems
 from fastdiff.benchmarks.roofs import measure_roofs
 from fastdiff.config import DiffusionConfig, ModelConfig
 from fastdiff.diffusion import build_diffusion
+from fastdiff.kernels.attention.plan import Tiles
+from fastdiff.kernels.group_norm_silu import plan as norm_plan
 from fastdiff.models import build_model
 from fastdiff.presets import preset_named
 
@@ -143,7 +150,51 @@ def _flops(config: ModelConfig) -> float:
     return float(counter.get_total_flops())
 
 
-PARTS = {"bars": bars, "model": model}
+Variants = Mapping[str, Mapping[str, Any]]
+
+NORM_VARIANTS: Variants = {
+    "as it is": {},
+    "larger tiles": {"ON_CHIP": {1: 32768, 2: 16384}},
+    "smaller tiles": {"ON_CHIP": {1: 8192, 2: 4096}},
+    "larger chunks": {"CHUNK": 8192},
+    "smaller chunks": {"CHUNK": 2048},
+}
+ATTENTION_VARIANTS: Variants = {
+    "as it is": {},
+    "128 queries, 64 keys": {"forward": lambda *_: Tiles(128, 64, 8)},
+    "128 queries, 128 keys": {"forward": lambda *_: Tiles(128, 128, 8)},
+    "64 queries, 64 keys": {"forward": lambda *_: Tiles(64, 64, 4)},
+    "one tile up to 64 tokens": {"AT_ONCE_UP_TO": 64},
+    "never all keys at once": {"ALL_KEYS_UP_TO": 0},
+}
+"""What the plans' constants and tiles are replaced with, by name."""
+
+
+def tune(device: torch.device, csv: Path, deadline: float) -> None:
+    """Other divisions of the work than the plans choose: what wins belongs into the plans."""
+    if device.type != "cuda":
+        print("nothing to tune without a GPU")
+        return
+    about = environment(device)
+    roofs = measure_roofs(device, torch.bfloat16)
+    for problem in problems(device):
+        variants = {"group_norm_silu": NORM_VARIANTS, "attention": ATTENTION_VARIANTS}.get(problem.op, {})
+        ours = replace(problem, candidates={"triton": problem.candidates["triton"]})
+        for direction, (variant, changes) in itertools.product(problem.directions, variants.items()):
+            if time.monotonic() > deadline:
+                print("the time is over: what follows was not measured")
+                return
+            plan = import_module(f"fastdiff.kernels.{problem.op}.plan")
+            with patch.multiple(plan, **changes):
+                norm_plan.plan.cache_clear()
+                (row,) = measure(ours, direction, 10, device)
+            values = row.as_dict(roofs)
+            append_rows(csv, [{"variant": variant, **values, **about}])
+            print(f"{problem.shape} {problem.layout} {direction} {variant}: {row.remark or values['median_us']}")
+        norm_plan.plan.cache_clear()
+
+
+PARTS = {"bars": bars, "tune": tune, "model": model}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

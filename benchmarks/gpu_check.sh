@@ -43,7 +43,7 @@ for name in "${@:-correct sanitize bars tune model}"; do
         case $one in
             correct)
                 parallel=$("$PYTHON" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
-                part correct 470 bash -c "tests tests/kernels -m 'not slow' $parallel && tests tests/parity -k triton -m 'not slow'"
+                part correct 470 bash -c "tests tests/kernels -m 'not slow' $parallel && tests tests/parity -k triton"
                 ;;
             sanitize)
                 if command -v compute-sanitizer >/dev/null; then

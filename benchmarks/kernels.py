@@ -3,14 +3,15 @@
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fastdiff.benchmarks.harness import graphed, interleaved, side_stream
-from fastdiff.benchmarks.problems import Problem
+from fastdiff.benchmarks.problems import Forward, Inputs, Problem
 from fastdiff.benchmarks.roofs import Roofs
 
 CACHE_BYTES = 120 * 2**20
@@ -60,24 +61,45 @@ class Row:
         }
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a problem's results are in float64, and how far off a candidate may be."""
+
+    results: Sequence[Tensor]
+    error: float
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs, direction: str) -> Self:
+        """Twice the reference's own error in the problem's dtype, and a rounding."""
+        truth = _results(problem.reference, problem.widened(inputs), direction)
+        own = _error(_results(problem.reference, inputs, direction), truth)
+        return cls(truth, 2 * own + torch.finfo(problem.dtype).eps)
+
+
+def checked(
+    problem: Problem, direction: str, name: str, inputs: Sequence[Inputs], expected: Expected
+) -> Callable[[], None]:
+    """A call of the candidate on each of the inputs; ValueError where what it computes from the first is wrong."""
+    candidate = problem.candidates[name]
+    error = _error(_results(candidate, inputs[0], direction), expected.results)
+    if not error <= expected.error:
+        raise ValueError(f"not timed: error {error:.1e} of the norm, allowed {expected.error:.1e}")
+    return _over_all_sets(candidate, inputs, direction)
+
+
 def measure(problem: Problem, direction: str, rounds: int, device: torch.device) -> Iterator[Row]:
     """Time the problem's candidates in one direction, "forward" or "backward"; those that are wrong are not timed."""
     n_bytes, _ = problem.cost(direction)
     sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / n_bytes)))
     inputs = [problem.inputs(seed, device) for seed in range(sets)]
-    truth = _results(problem.reference, problem.widened(inputs[0]), direction)
-    allowed = 2 * _error(_results(problem.reference, inputs[0], direction), truth) + torch.finfo(problem.dtype).eps
+    expected = Expected.of(problem, inputs[0], direction)
     ready: dict[str, Callable[[], object]] = {}
     remarks: dict[str, str] = {}
-    for name, candidate in problem.candidates.items():
+    for name in problem.candidates:
         try:
-            error = _error(_results(candidate, inputs[0], direction), truth)
-            if error <= allowed:
-                ready[name] = graphed(_over_all_sets(candidate, inputs, direction), device)
-            else:
-                remarks[name] = f"not timed: error {error:.1e} of the norm, allowed {allowed:.1e}"
+            ready[name] = graphed(checked(problem, direction, name, inputs, expected), device)
         except (RuntimeError, ValueError, ImportError) as reason:
-            remarks[name] = f"does not run: {str(reason).splitlines()[0][:80]}"
+            remarks[name] = str(reason).splitlines()[0][:100]
     timings = {t.name: t for t in interleaved(ready, rounds, 2, device)} if ready else {}
     for name in problem.candidates:
         seconds = [s / sets for s in timings[name].seconds] if name in timings else []
@@ -92,12 +114,7 @@ def measure_all(problems: Iterable[Problem], rounds: int, device: torch.device) 
                 yield list(measure(problem, direction, rounds, device))
 
 
-Forward = Callable[..., Tensor]
-
-
-def _over_all_sets(
-    candidate: Forward, inputs: Sequence[Mapping[str, Tensor | None]], direction: str
-) -> Callable[[], None]:
+def _over_all_sets(candidate: Forward, inputs: Sequence[Inputs], direction: str) -> Callable[[], None]:
     """One call for each set of inputs; of a backward pass, without the forward pass before it."""
     if direction == "forward":
 
@@ -118,7 +135,7 @@ def _over_all_sets(
     return backward
 
 
-def _results(candidate: Forward, tensors: Mapping[str, Tensor | None], direction: str) -> list[Tensor]:
+def _results(candidate: Forward, tensors: Inputs, direction: str) -> list[Tensor]:
     """The output, or every gradient."""
     if direction == "forward":
         with torch.no_grad():
@@ -127,11 +144,11 @@ def _results(candidate: Forward, tensors: Mapping[str, Tensor | None], direction
     return list(torch.autograd.grad(candidate(**_arguments(tensors)), leaves, gradient))
 
 
-def _arguments(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+def _arguments(tensors: Inputs) -> dict[str, Tensor | None]:
     return {name: tensor for name, tensor in tensors.items() if name != "gradient"}
 
 
-def _leaves_and_gradient(tensors: Mapping[str, Tensor | None]) -> tuple[list[Tensor], Tensor]:
+def _leaves_and_gradient(tensors: Inputs) -> tuple[list[Tensor], Tensor]:
     gradient = tensors["gradient"]
     assert gradient is not None
     return [t for t in tensors.values() if t is not None and t.requires_grad], gradient

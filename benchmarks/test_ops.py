@@ -1,41 +1,34 @@
-"""The fused operations under pytest-benchmark: ``pytest fastdiff/benchmarks`` or ``pytest benchmarks``."""
-
-from collections.abc import Callable
+"""The fused operations under pytest-benchmark: ``pytest benchmarks``, on the GPU where there is one."""
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastdiff.kernels import attention, group_norm_silu
+from fastdiff.benchmarks.kernels import Expected, checked
+from fastdiff.benchmarks.problems import Problem, problems
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize(("channels", "size"), [(64, 32), (128, 16), (256, 16)])
-def test_group_norm_silu(benchmark: BenchmarkFixture, backend: str, channels: int, size: int) -> None:
-    """Forward in bf16 and channels_last, batch 16, with scale and shift."""
-    x = torch.randn(16, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.ones(channels, device=DEVICE), torch.zeros(channels, device=DEVICE)
-    scale, shift = torch.randn(2, 16, channels, device=DEVICE, dtype=torch.bfloat16)
-    benchmark(_timed(lambda: group_norm_silu(x, weight, bias, scale=scale, shift=shift, backend=backend)))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("tokens", [64, 256])
-def test_attention(benchmark: BenchmarkFixture, backend: str, tokens: int) -> None:
-    """Forward in bf16, batch 16, four heads of 32."""
-    qkv = torch.randn(16, tokens, 3 * 128, device=DEVICE, dtype=torch.bfloat16)
-    benchmark(_timed(lambda: attention(qkv, 4, backend=backend)))
+def cases() -> list[object]:
+    """Every problem's candidates in every direction."""
+    return [
+        pytest.param(p, direction, name, id=f"{p.op}-{direction}-{p.shape}-{p.layout}-{name}".replace(" ", "_"))
+        for p in problems(DEVICE)
+        for direction in p.directions
+        for name in p.candidates
+    ]
 
 
-def _timed(run: Callable[[], object]) -> Callable[[], None]:
-    """``run``, and waiting until the device has done it."""
+@pytest.mark.parametrize(("problem", "direction", "name"), cases())
+def test_speed(benchmark: BenchmarkFixture, problem: Problem, direction: str, name: str) -> None:
+    """Right first: a wrong candidate fails here and gets no time."""
+    inputs = [problem.inputs(0, DEVICE)]
+    run = checked(problem, direction, name, inputs, Expected.of(problem, inputs[0], direction))
 
-    def wrapped() -> None:
+    def wait() -> None:
         run()
-        if DEVICE == "cuda":
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    return wrapped
+    benchmark(wait)

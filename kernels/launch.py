@@ -74,5 +74,7 @@ def _processors(index: int) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of the device; those of an H100 where kernels are only interpreted."""
-    return _processors(device.index) if device.type == "cuda" else 132
+    """Multiprocessors (compute units) of the device; an H100's where launches are recorded, one where interpreted."""
+    if device.type == "cuda":
+        return _processors(device.index)
+    return 1 if _recorded is None else 132

@@ -15,6 +15,7 @@ from fastdiff.kernels.gaussian.kernel import (
     POSTERIOR_VARIANCE,
     exp,
     predict_xstart,
+    reciprocal,
     xstart_coefficients,
 )
 
@@ -86,8 +87,13 @@ def bound(x_start, x_t, output, values, row, step, MEAN_TYPE: tl.constexpr, VAR_
     else:
         pred_xstart = predict_xstart(x_t, output, a, b, MEAN_TYPE)
         mean = pred_xstart  # at t = 0, the only t where it counts: coef1 is 1 there, coef2 0
-        d = coef1 * (x_start - pred_xstart)
-        mean_by_output = -coef1 * b if MEAN_TYPE == "epsilon" else coef1
+        if MEAN_TYPE == "epsilon":
+            # the near numbers first: their difference is exact, where pred_xstart is rounded to its own size
+            d = coef1 * ((x_start - a * x_t) + b * output)
+            mean_by_output = -coef1 * b
+        else:
+            d = coef1 * (x_start - pred_xstart)
+            mean_by_output = coef1
     if VAR_TYPE == "learned":
         u = values - true_log_variance
         by_values = 1.0
@@ -111,14 +117,14 @@ def bound(x_start, x_t, output, values, row, step, MEAN_TYPE: tl.constexpr, VAR_
             precision = exp(-values)
         elif VAR_TYPE == "learned_range":
             ratio = exp(-u)
-            precision = ratio * tl.math.div_rn(1.0, true_variance)
+            precision = ratio * reciprocal(true_variance)
         elif VAR_TYPE == "fixed_large":
             ratio = tl.math.div_rn(true_variance, fixed_variance)
-            precision = tl.math.div_rn(1.0, fixed_variance)
+            precision = reciprocal(fixed_variance)
             u = -tl.log(ratio)
         else:
             ratio = 1.0
-            precision = tl.math.div_rn(1.0, true_variance)
+            precision = reciprocal(true_variance)
         squared = d * d * precision
         term = 0.5 * (((u - 1.0) + ratio) + squared)
         by_mean = -d * precision

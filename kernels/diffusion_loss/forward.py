@@ -12,8 +12,8 @@ from fastdiff.kernels.gaussian.kernel import WIDTH
 @triton.jit
 def quotient(total, by):
     """total / by of an fp64 sum to 40 bits, for fp32 ``by``: fp64's own division is a call, with a stack of its own."""
-    inverse = (1.0 / by).to(tl.float64)
-    return total * (inverse * (2.0 - by.to(tl.float64) * inverse))  # a step of Newton's
+    inverse = tl.cast(1.0 / by, tl.float64)
+    return total * (inverse * (2.0 - tl.cast(by, tl.float64) * inverse))  # a step of Newton's
 
 
 @triton.jit
@@ -116,8 +116,8 @@ def diffusion_loss_forward(
         squares += difference * difference  # 0 beside the mask, where both were read as 0
         bits += tl.where(mask, bit, 0.0)
     # the few sums of threads in fp64, which costs nothing and leaves the last digit to the elements' own rounding
-    squares = tl.sum(tl.sum(squares.to(tl.float64), 1), 0)
-    bits = tl.sum(tl.sum(bits.to(tl.float64), 1), 0)
+    squares = tl.sum(squares.to(tl.float64))
+    bits = tl.sum(bits.to(tl.float64))
     if SPLITS == 1:
         write_losses(mse, vb, loss, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE, VB)
     else:

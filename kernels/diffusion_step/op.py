@@ -68,7 +68,8 @@ def diffusion_step(
     if samples is not None:
         fits = samples.shape == t.shape and samples.dtype is torch.int64
         require(fits, op, "samples must be ({},) int64, not {} {}", len(x), tuple(samples.shape), samples.dtype)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or model_output.requires_grad)
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, model_output, noise))
+    differentiable = wanted and torch.is_grad_enabled()
     unfit = "has no gradient: call it under torch.no_grad()" if differentiable else refusal(model_output, noise)
     run = choose(op, backend, IMPLEMENTATIONS, x, unfit)
     return Step(

@@ -20,6 +20,7 @@ from fastdiff.kernels.gaussian.kernel import (
     exp,
     load,
     predict_xstart,
+    reciprocal,
     xstart_coefficients,
 )
 from fastdiff.kernels.philox.generator import draw_normals, in_a_row
@@ -80,7 +81,7 @@ def diffusion_step(
         of_eps = tl.math.sqrt_rn(tl.load(row + ONE_MINUS_ALPHAS_CUMPROD_PREV) - variance)
         # eps = (sqrt(1 / alpha_bar) x_t - x_0) / sqrt(1 / alpha_bar - 1)
         scale = tl.load(row + SQRT_RECIP_ALPHAS_CUMPROD)
-        inverse = tl.math.div_rn(1.0, tl.load(row + SQRT_RECIPM1_ALPHAS_CUMPROD))
+        inverse = reciprocal(tl.load(row + SQRT_RECIPM1_ALPHAS_CUMPROD))
         std = tl.math.sqrt_rn(variance)
     else:
         of_xstart, of_x = tl.load(row + POSTERIOR_MEAN_COEF1), tl.load(row + POSTERIOR_MEAN_COEF2)

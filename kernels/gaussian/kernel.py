@@ -52,6 +52,13 @@ def load(pointer, mask):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x to a rounding for x far from fp32's ends. tl.math.div_rn has a call for those, and the call a stack."""
+    r = 1.0 / x
+    return tl.fma(tl.fma(-x, r, 1.0), r, r)
+
+
+@triton.jit
 def exp(x):
     """e^x to about a rounding, which tl.exp, 2 to the rounded power of x log2 e, is not far from 0."""
     x = tl.clamp(x, -104.0, 89.0, propagate_nan=tl.PropagateNan.ALL)  # 0 and infinity lie within

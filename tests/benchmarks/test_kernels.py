@@ -49,7 +49,7 @@ def test_a_wrong_candidate_gets_no_time(direction: str) -> None:
     for name in ("off", "nan"):
         assert not rows[name].seconds
         assert rows[name].remark.startswith("not timed: error")
-    assert rows["broken"].remark == "does not run: no such kernel"
+    assert rows["broken"].remark == "no such kernel"
     assert math.isnan(rows["off"].median)
 
 

@@ -25,7 +25,7 @@ AXES: dict[str, list[Any]] = {
     "sampler": [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)],
     "clip": [True, False],
     "noise": ["given", "philox"],
-    "shape": [(1, 3, 1, 1), (3, 3, 3, 5), (3, 3, 7, 7), (1, 3, 8, 8), (3, 5, 8, 8), (3, 3, 32, 32)],
+    "shape": [(16, 3, 1, 1), (3, 3, 3, 5), (3, 3, 7, 7), (1, 3, 8, 8), (3, 5, 8, 8), (3, 3, 32, 32)],
     "layout": list(LAYOUTS),
     "output_layout": list(LAYOUTS),
     "dtype": TRITON_DTYPES,
@@ -42,37 +42,43 @@ def hold(
     layout: str,
     output_layout: str,
     dtype: torch.dtype,
-    first: int = 0,
 ) -> None:
-    """Sample and pred_xstart within the error budget of the reference in fp32."""
-    n = shape[0]
-    x_start, z, t = images(*shape, seed=1), random(*shape, seed=2).to(DEVICE), timesteps(n, first)
-    x = LAYOUTS[layout](process().q_sample(x_start, t, z))
-    learned = ModelVarType(var_type).learned
-    output = LAYOUTS[output_layout](model_output(mean_type, x_start, z, learned, seed=3).to(dtype))
+    """Sample and pred_xstart within the error budget of the reference in fp32, over all timesteps together.
+
+    One batch alone would hold the few numbers that are large to what may be the reference's luck.
+    """
+    n, learned = shape[0], ModelVarType(var_type).learned
     chosen = {"mean_type": mean_type, "var_type": var_type, "sampler": sampler[0], "eta": sampler[1], "clip": clip}
-
     samples = torch.arange(n, device=DEVICE) + 2**40
-    if noise == "philox":
-        # what the kernel's normals may be off by is test_philox's
-        given = [
-            philox_normal(SEED, samples[i : i + 1], STEPS - int(t[i]), shape[1:], backend="triton") for i in range(n)
-        ]
-        drawn = torch.cat(given)
-    else:
-        drawn = LAYOUTS[layout](random(*shape, seed=4).to(DEVICE))
 
-    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        inside = noise == "philox" and backend == "triton"
-        given: dict[str, Any] = {"seed": SEED, "samples": samples} if inside else {"noise": drawn.to(dtype)}
-        values = output.double() if dtype is torch.float64 else output
-        step = diffusion_step(
-            x.to(dtype), values, t, tables(dtype), **given, **chosen, pred_xstart=True, backend=backend
-        )
-        return {name: value for name, value in step._asdict().items() if value is not None}
+    def run_all(first: int) -> list[dict[str, Tensor]]:
+        """Truth, reference and kernel for a batch of its own."""
+        x_start, z, t = images(*shape, seed=first), random(*shape, seed=first + 10).to(DEVICE), timesteps(n, first)
+        x = LAYOUTS[layout](process().q_sample(x_start, t, z))
+        output = LAYOUTS[output_layout](model_output(mean_type, x_start, z, learned, seed=first + 20).to(dtype))
+        if noise == "philox":
+            # what the kernel's normals may be off by is test_philox's
+            steps = [STEPS - step for step in t.tolist()]
+            one = [philox_normal(SEED, samples[i : i + 1], steps[i], shape[1:], backend="triton") for i in range(n)]
+            drawn = torch.cat(one)
+        else:
+            drawn = LAYOUTS[layout](random(*shape, seed=first + 30).to(DEVICE))
 
-    truth, reference = run("reference", torch.float64), run("reference", torch.float32)
-    found = run("triton", torch.float32)
+        def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+            inside = noise == "philox" and backend == "triton"
+            given: dict[str, Any] = {"seed": SEED, "samples": samples} if inside else {"noise": drawn.to(dtype)}
+            values = output.double() if dtype is torch.float64 else output
+            step = diffusion_step(
+                x.to(dtype), values, t, tables(dtype), **given, **chosen, pred_xstart=True, backend=backend
+            )
+            return {name: value for name, value in step._asdict().items() if value is not None}
+
+        return [run("reference", torch.float64), run("reference", torch.float32), run("triton", torch.float32)]
+
+    batches = [run_all(first) for first in range(0, 5, n)]
+    truth, reference, found = (
+        {name: torch.cat([p[name] for p in ps]) for name in ps[0]} for ps in zip(*batches, strict=True)
+    )
     assert set(found) == {"sample", "pred_xstart"}
     for name, value in truth.items():
         assert found[name].dtype == torch.float32
@@ -88,10 +94,11 @@ def test_budget(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mean_type", ModelMeanType)
 @pytest.mark.parametrize("var_type", ModelVarType)
 def test_budget_of_every_combination(mean_type: str, var_type: str) -> None:
-    rest = {name: AXES[name] for name in ("sampler", "clip", "noise", "shape", "output_layout")}
-    for i, values in enumerate(product(*rest.values())):
-        turning = {"layout": list(LAYOUTS)[(i + i // 4) % 4], "dtype": TRITON_DTYPES[i // 2 % len(TRITON_DTYPES)]}
-        hold(mean_type, var_type, **turning, **dict(zip(rest, values, strict=True)), first=i)
+    """Of the kernel's switches, each with a share of the pairs of shapes, layouts and dtypes."""
+    tensors = pairwise({name: AXES[name] for name in ("shape", "layout", "output_layout", "dtype")})
+    for i, (sampler, clip, noise) in enumerate(product(AXES["sampler"], AXES["clip"], AXES["noise"])):
+        for case in tensors[i % 4 :: 4]:
+            hold(mean_type, var_type, sampler, clip, noise, **case)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 20, 4, 4), (2, 3, 6), (2, 3, 2, 4, 5), (2, 3, 40, 52)], ids=str)
@@ -136,7 +143,7 @@ def drawn(
     return diffusion_step(x, output, t, tables(), **chosen, backend=backend).sample
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 7), (3, 3, 5), (3, 40, 52), (4, 1, 1), (1, 33, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 7), (3, 3, 5), (3, 24, 28), (4, 1, 1), (1, 33, 31)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_noise_is_philox_whatever_layout_batch_and_block(
     layout: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

@@ -113,7 +113,9 @@ def golden_diffusion(config: Mapping[str, Any]) -> GaussianDiffusion:
 
 def error_per_sample(actual: torch.Tensor | np.ndarray, golden: np.ndarray) -> np.ndarray:
     """||actual - golden|| / ||golden|| for each sample; a golden zero wants an exact zero."""
-    found = actual.detach().double().cpu().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual, np.float64)
+    found = (
+        actual.detach().double().cpu().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual, np.float64)
+    )
     assert found.shape == golden.shape
     flat = (len(golden), -1)
     distance = np.linalg.norm((found - golden).reshape(flat), axis=1)

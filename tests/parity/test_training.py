@@ -12,7 +12,11 @@ from .support import ENGINES, diffusion_config, golden_model, load, projection, 
 EMA_RATES = [0.9, 0.99]
 
 
-@pytest.mark.parametrize(("kernels", "memory_format"), ENGINES, ids=lambda value: value)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("kernels", "memory_format"),
+    [pytest.param(*engine, marks=[pytest.mark.slow] if engine[0] == "triton" else []) for engine in ENGINES],
+)
 def test_trajectory(kernels: str, memory_format: str) -> None:
     data = load("train_hybrid.npz")
     hyper = data["hyper"]
@@ -34,9 +38,7 @@ def test_trajectory(kernels: str, memory_format: str) -> None:
         optimizer.zero_grad()
         x_start = tensor(images).float() / 127.5 - 1
         for rows in torch.arange(len(t)).split(hyper["microbatch"]):
-            terms = diffusion.training_losses(
-                model, x_start[rows], tensor(t)[rows], noise=tensor(noise)[rows]
-            )
+            terms = diffusion.training_losses(model, x_start[rows], tensor(t)[rows], noise=tensor(noise)[rows])
             # The original adds the micro-batches' gradients instead of averaging them.
             terms["loss"].mean().backward()
             losses.append(terms["loss"].detach().cpu().numpy())

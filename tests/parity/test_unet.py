@@ -1,18 +1,29 @@
 """UNet outputs and gradients for given weights, under every implementation that runs on a CPU."""
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
-import torch
 
 from .support import assert_close, golden_model, golden_names, load, projection, tensor
 
 TOLERANCE = 1e-4
+LAYOUTS = ("contiguous", "channels_last")
 KEYS = {"flags", "x", "t", "out_weight", "out", "grad_x", "grad_names", "grad_projection", "grad_norm"}
 
 
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("kernels", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("name", golden_names("unet_*.npz"))
+def cases() -> list[Any]:
+    """Every model in every engine and layout; of the interpreted ones only the small models are quick."""
+    found = []
+    engines = itertools.product(golden_names("unet_*.npz"), ("reference", "torch", "triton"), LAYOUTS)
+    for name, kernels, layout in engines:
+        slow = kernels == "triton" and (layout == "contiguous" or "32" not in name)
+        found.append(pytest.param(name, kernels, layout, marks=[pytest.mark.slow] if slow else []))
+    return found
+
+
+@pytest.mark.parametrize(("name", "kernels", "memory_format"), cases())
 def test_output_and_gradients(name: str, kernels: str, memory_format: str) -> None:
     data = load(name)
     model = golden_model(data["flags"], kernels, memory_format).eval()
