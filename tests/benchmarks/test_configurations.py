@@ -39,6 +39,9 @@ KERNELS = [
     "attention_backward_all_keys",
     "attention_backward_queries",
     "attention_backward_keys",
+    "diffusion_step",
+    "diffusion_loss_forward",
+    "diffusion_loss_backward",
 ]
 
 

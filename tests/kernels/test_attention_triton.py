@@ -286,7 +286,6 @@ def gradients(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) ->
 
 
 # Dynamo makes such an object itself, and catches the warning only where warnings are no errors
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("tokens", "autocast"), [(16, False), (40, False), (17, True), (300, True)])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(compiler: str, tokens: int, autocast: bool) -> None:
@@ -304,7 +303,6 @@ def test_compiles_as_one_graph(compiler: str, tokens: int, autocast: bool) -> No
             torch.testing.assert_close(compiled(x), module(x), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_for_every_length() -> None:
     torch.compiler.reset()
     compiled = torch.compile(Attending(), backend="aot_eager", fullgraph=True, dynamic=True).to(DEVICE, HALF)
