@@ -1,5 +1,6 @@
 """The marks that the kernels are to reach on a GPU, and the worst figure of a run against each."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class Verdict:
     where: str
 
     def __str__(self) -> str:
-        met = "met   " if self.worst >= self.mark else "MISSED"
+        met = "      " if math.isnan(self.worst) else "met   " if self.worst >= self.mark else "MISSED"
         return f"{met} {self.what}: {self.worst:.2f}, to be at least {self.mark:.2f} ({self.where})"
 
 
@@ -30,8 +31,7 @@ def verdicts(rows: Sequence[Row], roofs: Roofs) -> list[Verdict]:
     found: list[Verdict] = []
 
     def judge(what: str, mark: float, figures: list[tuple[float, str]]) -> None:
-        if figures:
-            found.append(Verdict(what, mark, *min(figures)))
+        found.append(Verdict(what, mark, *min(figures, default=(math.nan, "not measured"))))
 
     for direction, floor, inductor in (("forward", 0.8, 1.2), ("backward", 0.7, 1.3)):
         norms = table.ours("group_norm_silu", direction)
@@ -62,14 +62,14 @@ class _Table:
     """The rows of a run, to look up what was timed on the same problem."""
 
     def __init__(self, rows: Sequence[Row], roofs: Roofs) -> None:
-        self._rows = [row for row in rows if row.seconds]
+        self._rows = list(rows)
         self._roofs = roofs
 
     def ours(self, op: str, direction: str) -> list[Row]:
         return [r for r in self._rows if (r.candidate, r.problem.op, r.direction) == ("triton", op, direction)]
 
     def shares(self, rows: Iterable[Row]) -> list[tuple[float, str]]:
-        return [(self._roofs.floor(*r.problem.cost(r.direction)) / r.median, _where(r)) for r in rows]
+        return [(_or_zero(self._roofs.floor(*r.problem.cost(r.direction)) / r.median), _where(r)) for r in rows]
 
     def ratios(self, rows: Iterable[Row], *rivals: str) -> list[tuple[float, str]]:
         """The time of the best rival whose name begins so, to ours."""
@@ -79,15 +79,21 @@ class _Table:
                 r.median
                 for r in self._rows
                 if r.problem is row.problem and r.direction == row.direction and r.candidate.startswith(rivals)
+                if r.seconds
             ]
             if theirs:
-                found.append((min(theirs) / row.median, _where(row)))
+                found.append((_or_zero(min(theirs) / row.median), _where(row)))
         return found
 
     def layouts(self, rows: Sequence[Row]) -> list[tuple[float, str]]:
         planar = {r.problem.shape: r.median for r in rows if r.problem.layout == "contiguous"}
         last = [r for r in rows if r.problem.layout == "channels_last" and r.problem.shape in planar]
-        return [(planar[r.problem.shape] / r.median, _where(r)) for r in last]
+        return [(_or_zero(planar[r.problem.shape] / r.median), _where(r)) for r in last]
+
+
+def _or_zero(figure: float) -> float:
+    """What has no time, because it was wrong or did not run, is as bad as can be."""
+    return 0.0 if math.isnan(figure) else figure
 
 
 def _tokens(row: Row) -> int:

@@ -20,9 +20,23 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 # The tests' own settings without the plugins that a bare machine lacks
-printf '[pytest]\naddopts = --import-mode=importlib\nmarkers = slow\n    timeout\nfilterwarnings = error\n' >"$OUT/pytest.ini"
+cat >"$OUT/pytest.ini" <<'INI'
+[pytest]
+addopts = --import-mode=importlib
+markers = slow
+    timeout
+filterwarnings = error
+    ignore:`torch.jit.script_method` is:DeprecationWarning
+    ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning
+INI
 tests() { # tests FOLDER_OR_FILE [arguments]
-    "$PYTHON" -m pytest -q -c "$OUT/pytest.ini" --rootdir "$PWD" --confcutdir "$(dirname "$1/.")" -p no:cacheprovider "$@"
+    local folder=$1
+    [[ -d $folder ]] || folder=$(dirname "$folder")
+    "$PYTHON" -m pytest -q -c "$OUT/pytest.ini" --rootdir "$PWD" --confcutdir "$folder" -p no:cacheprovider "$@"
+}
+
+tests_of_models() { # the golden numbers through the kernels
+    tests tests/parity/test_unet.py tests/parity/test_loops.py tests/parity/test_training.py -k triton
 }
 
 part() {
@@ -30,12 +44,12 @@ part() {
     shift 2
     echo "== $name"
     local began=$SECONDS
-    timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    timeout "$limit" bash -c '"$@"' part "$@" 2>&1 | tee "$OUT/$name.log"
     local status=${PIPESTATUS[0]}
     echo "== $name: exit $status after $((SECONDS - began)) s"
     ((status == 0)) || failed=1
 }
-export -f tests
+export -f tests tests_of_models
 export OUT PYTHON
 
 for name in "${@:-correct sanitize bars tune model}"; do
@@ -43,7 +57,9 @@ for name in "${@:-correct sanitize bars tune model}"; do
         case $one in
             correct)
                 parallel=$("$PYTHON" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
-                part correct 470 bash -c "tests tests/kernels -m 'not slow' $parallel && tests tests/parity -k triton"
+                part correct_first 120 tests tests/kernels/test_every_kernel.py
+                part correct_model 350 tests_of_models
+                part correct_kernels 470 tests tests/kernels -m "not slow" $parallel
                 ;;
             sanitize)
                 if command -v compute-sanitizer >/dev/null; then

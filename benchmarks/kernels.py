@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 from torch import Tensor
 
 from fastdiff.benchmarks.harness import graphed, interleaved, side_stream
@@ -78,7 +80,7 @@ class Expected:
 
 def checked(
     problem: Problem, direction: str, name: str, inputs: Sequence[Inputs], expected: Expected
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """A call of the candidate on each of the inputs; ValueError where what it computes from the first is wrong."""
     candidate = problem.candidates[name]
     error = _error(_results(candidate, inputs[0], direction), expected.results)
@@ -89,6 +91,8 @@ def checked(
 
 def measure(problem: Problem, direction: str, rounds: int, device: torch.device) -> Iterator[Row]:
     """Time the problem's candidates in one direction, "forward" or "backward"; those that are wrong are not timed."""
+    # a compiled candidate would otherwise become an eager one after eight shapes
+    torch._dynamo.reset()
     n_bytes, _ = problem.cost(direction)
     sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / n_bytes)))
     inputs = [problem.inputs(seed, device) for seed in range(sets)]
@@ -98,8 +102,8 @@ def measure(problem: Problem, direction: str, rounds: int, device: torch.device)
     for name in problem.candidates:
         try:
             ready[name] = graphed(checked(problem, direction, name, inputs, expected), device)
-        except (RuntimeError, ValueError, ImportError) as reason:
-            remarks[name] = str(reason).splitlines()[0][:100]
+        except Exception as reason:  # whatever keeps a candidate from running or being right is its remark
+            remarks[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:100]}"
     timings = {t.name: t for t in interleaved(ready, rounds, 2, device)} if ready else {}
     for name in problem.candidates:
         seconds = [s / sets for s in timings[name].seconds] if name in timings else []
@@ -108,28 +112,30 @@ def measure(problem: Problem, direction: str, rounds: int, device: torch.device)
 
 def measure_all(problems: Iterable[Problem], rounds: int, device: torch.device) -> Iterator[list[Row]]:
     """The rows of each problem, direction by direction."""
-    with side_stream(device):
+    # the default would let a compiled backward pass overwrite what its second call needs
+    with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
         for problem, direction in itertools.product(problems, ("forward", "backward")):
             if direction in problem.directions:
                 yield list(measure(problem, direction, rounds, device))
 
 
-def _over_all_sets(candidate: Forward, inputs: Sequence[Inputs], direction: str) -> Callable[[], None]:
-    """One call for each set of inputs; of a backward pass, without the forward pass before it."""
+def _over_all_sets(candidate: Forward, inputs: Sequence[Inputs], direction: str) -> Callable[[], object]:
+    """One call for each set of inputs; of a backward pass, without the forward pass before it.
+
+    The results of all are kept until the last: written to the same memory, they would never leave the cache.
+    """
     if direction == "forward":
 
-        def forward() -> None:
+        def forward() -> list[Tensor]:
             with torch.no_grad():
-                for tensors in inputs:
-                    candidate(**_arguments(tensors))
+                return [candidate(**_arguments(tensors)) for tensors in inputs]
 
         forward()
         return forward
     recorded = [(candidate(**_arguments(tensors)), *_leaves_and_gradient(tensors)) for tensors in inputs]
 
-    def backward() -> None:
-        for y, leaves, gradient in recorded:
-            torch.autograd.grad(y, leaves, gradient, retain_graph=True)
+    def backward() -> list[tuple[Tensor, ...]]:
+        return [torch.autograd.grad(y, leaves, gradient, retain_graph=True) for y, leaves, gradient in recorded]
 
     backward()
     return backward

@@ -130,10 +130,10 @@ def norm_problem(
         "eager ATen": _aten_norm,
     }
     if on_gpu:
-        candidates["compile"] = torch.compile(_aten_norm, dynamic=False)
+        candidates["compile"] = torch.compile(_aten_norm, dynamic=False, fullgraph=True)
         if autotune:
             candidates["compile, max-autotune"] = torch.compile(
-                _aten_norm, dynamic=False, mode="max-autotune-no-cudagraphs"
+                _aten_norm, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs"
             )
         if find_spec("liger_kernel"):
             candidates["Liger norm, then eager"] = _liger_norm
@@ -244,7 +244,7 @@ def _process_candidates(run: Forward, on_gpu: bool, compiled: bool) -> dict[str,
     if on_gpu:
         candidates = {"triton": partial(run, backend="triton"), **candidates}
         if compiled:
-            candidates["compile"] = torch.compile(partial(run, backend="reference"), dynamic=False)
+            candidates["compile"] = torch.compile(partial(run, backend="reference"), dynamic=False, fullgraph=True)
     return candidates
 
 

@@ -55,14 +55,22 @@ __all__ = [
     "space_timesteps",
 ]
 
-_HOMES = ("config", "presets", "checkpoint", "data", "diffusion", "models")
+_HOMES = {
+    "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
+    "config": ("DataConfig", "DiffusionConfig", "ModelConfig", "RuntimeConfig", "SampleConfig", "TrainConfig"),
+    "data": ("ImageFolder",),
+    "diffusion": (
+        *("GaussianDiffusion", "LossSecondMomentSampler", "LossType", "ModelMeanType", "ModelVarType"),
+        *("UniformSampler", "build_diffusion", "space_timesteps"),
+    ),
+    "models": ("SuperResUNet", "UNet", "build_model"),
+    "presets": ("PRESETS", "Preset"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up on first use: `fastdiff --help` must not wait for torch.
-    if name in __all__:
-        for home in _HOMES:
-            module = import_module(f"fastdiff.{home}")
-            if hasattr(module, name):
-                return getattr(module, name)
+    # Looked up on first use: `fastdiff --help` must not wait for torch, nor a kernel for Pillow.
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"fastdiff.{home}"), name)
     raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")

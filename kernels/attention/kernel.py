@@ -95,6 +95,8 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | 
     """dqkv, contiguous, for dy (N, T, C) with any strides; y and lse where the forward pass made an lse."""
     dqkv = _gradient(dy, qkv, y, lse, heads)
     n, t, _ = qkv.shape
+    if not t:  # a grid of all heads would have nothing to mask
+        return dqkv
     gradients: dict[str, Any] = {"dy": dy, **_strides("dy", dy), "dqkv": dqkv, "scale": _head_dim(qkv, heads) ** -0.5}
     tiles = _backward_at_once(qkv, heads)
     if tiles is not None:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require
@@ -46,13 +47,15 @@ def diffusion_loss(
 
     model_output: (N, C, *spatial), or (N, 2C, *spatial) where the variance is learned; x_start, x_t, noise:
     (N, C, *spatial); all of any strides. t: (N,) int64 in 0..T-1, on the device, not checked there. tables:
-    (T, len(TABLES)), float64 where x_t is and fp32 otherwise. The gradient goes to model_output alone. ValueError where
-    shapes do not fit or the backend cannot run.
+    (T, len(TABLES)), float64 where x_t is and fp32 otherwise. ValueError where shapes do not fit or the backend cannot
+    run: the kernels have a gradient for model_output alone.
     """
     op = "diffusion_loss"
     mean_type, var_type, loss_type = ModelMeanType(mean_type), ModelVarType(var_type), LossType(loss_type)
     require_process(op, x_t, model_output, t, tables, var_type)
     for name, tensor in (("x_start", x_start), ("noise", noise)):
         require(tensor.shape == x_t.shape, op, "{} must be {}, not {}", name, tuple(x_t.shape), tuple(tensor.shape))
-    run = choose(op, backend, IMPLEMENTATIONS, x_t, refusal(model_output, x_start, noise))
+    others = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_start, x_t, noise))
+    unfit = "has a gradient for model_output alone" if others else refusal(model_output, x_start, noise)
+    run = choose(op, backend, IMPLEMENTATIONS, x_t, unfit)
     return Losses(*run(model_output, x_start, x_t, noise, t, tables, mean_type, var_type, loss_type))

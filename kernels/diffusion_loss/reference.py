@@ -36,7 +36,8 @@ def diffusion_loss(
             target = x_start
         case ModelMeanType.EPSILON:
             target = noise
-    mse = mean_flat(F.mse_loss(output.to(torch.promote_types(output.dtype, target.dtype)), target, reduction="none"))
+    wide = torch.promote_types(x_t.dtype, torch.float32)
+    mse = mean_flat(F.mse_loss(output.to(wide), target.to(wide), reduction="none"))
     if not var_type.learned:
         return mse, mse, None
     # The bound teaches the variance alone: its mean is detached (improved DDPM, section 3.1).

@@ -62,7 +62,7 @@ def terms(
     if VB:
         values = out
         if VAR_TYPE == "learned" or VAR_TYPE == "learned_range":
-            values = load(at + CHANNELS * output_c, mask)
+            values = load(at + CHANNELS * tl.cast(output_c, tl.int64), mask)
         bits, by_output, by_values = bound(start, xt, out, values, row, step, MEAN_TYPE, VAR_TYPE)
     if MSE:
         if MEAN_TYPE == "epsilon":

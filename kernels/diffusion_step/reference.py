@@ -53,7 +53,7 @@ def drawn(x: Tensor, t: Tensor, steps: int, seed: int, samples: Tensor | None) -
     """The Philox noise of the update at t: step 0 drew x_T, and t = T-1 is step 1. Of x's shape."""
     if samples is None:
         samples = torch.arange(len(x), device=x.device)
-    return philox_normal(seed, samples, steps - t, x[0].numel()).view(x.shape)
+    return philox_normal(seed, samples, steps - t, x.shape[1:].numel()).view(x.shape)
 
 
 def _unless_first(t: Tensor, like: Tensor) -> Tensor:

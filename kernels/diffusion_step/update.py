@@ -126,10 +126,10 @@ def diffusion_step(
         else:
             mean = out if MEAN_TYPE == "previous_x" else of_xstart * xstart + of_x * xt
             if VAR_TYPE == "learned":
-                new = mean + exp(0.5 * load(at_output + CHANNELS * output_c, mask)) * z
+                new = mean + exp(0.5 * load(at_output + CHANNELS * tl.cast(output_c, tl.int64), mask)) * z
             elif VAR_TYPE == "learned_range":
                 # half the log of sigma^2 over the posterior's variance
-                half = 0.25 * (load(at_output + CHANNELS * output_c, mask) + 1.0) * log_ratio
+                half = 0.25 * (load(at_output + CHANNELS * tl.cast(output_c, tl.int64), mask) + 1.0) * log_ratio
                 new = mean + std * exp(half) * z
             else:
                 new = mean + std * z

@@ -10,6 +10,8 @@ CHUNK = 4096
 CACHE = 40 * 2**20
 """Bytes that are still in the cache when they are read a second time."""
 MOST_SPLITS = 64
+PARTIALS = 2048
+"""Partial results, of splits times channels, that a program can hold to put them together."""
 NEVER_SPLIT = 1024
 """Pixels up to which a second launch would cost more than idle processors do."""
 
@@ -92,7 +94,7 @@ def plan(
     chunks, programs = -(-pixels // height), samples * -(-groups // k)
     splits, span = 1, pixels
     if pixels > max(NEVER_SPLIT, height) and programs < processors:
-        splits = min(-(-4 * processors // programs), chunks, MOST_SPLITS)
+        splits = min(-(-4 * processors // programs), chunks, MOST_SPLITS, max(PARTIALS // width, 1))
         span = -(-chunks // splits) * height
         splits = -(-pixels // span)
     return Plan(k, width, height, splits, span, warps=min(max(width * height // 512, 1), 8))

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from importlib import import_module
 
 import pytest
 import torch
 
 from fastdiff.benchmarks.bars import verdicts
+from fastdiff.benchmarks.gpu_check import ATTENTION_VARIANTS, NORM_VARIANTS, Variants
 from fastdiff.benchmarks.kernels import Row, measure
 from fastdiff.benchmarks.problems import Problem, attention_problem, norm_problem
 from fastdiff.benchmarks.roofs import Roofs
@@ -48,8 +50,8 @@ def test_a_wrong_candidate_gets_no_time(direction: str) -> None:
     assert rows["right"].seconds
     for name in ("off", "nan"):
         assert not rows[name].seconds
-        assert rows[name].remark.startswith("not timed: error")
-    assert rows["broken"].remark == "no such kernel"
+        assert rows[name].remark.startswith("ValueError: not timed: error")
+    assert rows["broken"].remark == "RuntimeError: no such kernel"
     assert math.isnan(rows["off"].median)
 
 
@@ -72,7 +74,21 @@ def test_marks_are_judged_by_the_worst_figure() -> None:
     inductor = found["norm forward against Inductor"]
     assert (inductor.worst, inductor.where) == (pytest.approx(1.1), "N64 C768 8x8 contiguous")
     assert str(inductor).startswith("MISSED")
-    assert not any("backward" in what or "attention" in what for what in found)
+    unmeasured = [v for what, v in found.items() if "backward" in what or "attention" in what]
+    assert unmeasured
+    assert all(v.where == "not measured" and math.isnan(v.worst) for v in unmeasured)
+
+
+def test_a_kernel_without_a_time_misses_its_mark() -> None:
+    large = norm_problem(64, 192, 64, torch.bfloat16, "contiguous", False)
+    rows = [
+        Row(large, "forward", "triton", [], "ValueError: not timed: error 1"),
+        Row(large, "forward", "compile", [1.0]),
+    ]
+    found = {v.what: v for v in verdicts(rows, ROOFS)}
+    for what in ("norm forward over 64 MB, share of the floor", "norm forward against Inductor"):
+        assert found[what].worst == 0
+        assert str(found[what]).startswith("MISSED")
 
 
 def test_layouts_are_compared_shape_by_shape() -> None:
@@ -82,3 +98,11 @@ def test_layouts_are_compared_shape_by_shape() -> None:
     rows = [Row(planar, "forward", "triton", [1.0]), Row(last, "forward", "triton", [1.25])]
     found = {v.what: v for v in verdicts(rows, ROOFS)}
     assert found["norm forward, channels_last against contiguous"].worst == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(("op", "variants"), [("group_norm_silu", NORM_VARIANTS), ("attention", ATTENTION_VARIANTS)])
+def test_what_is_tuned_exists(op: str, variants: Variants) -> None:
+    plan = import_module(f"fastdiff.kernels.{op}.plan")
+    for changes in variants.values():
+        for name, value in changes.items():
+            assert callable(value) == callable(getattr(plan, name)), name

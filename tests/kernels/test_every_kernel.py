@@ -65,3 +65,29 @@ def test_the_process(memory_format: torch.memory_format, size: tuple[int, int]) 
             )
             found += list(step)
     assert all(torch.isfinite(value).all() for value in found)
+
+
+def test_no_tokens() -> None:
+    qkv = leaf(2, 0, 3 * 64, seed=1, dtype=torch.float32)
+    y = attention(qkv, 2, backend="triton")
+    (dqkv,) = torch.autograd.grad(y, qkv, torch.ones_like(y))
+    assert (y.shape, dqkv.shape) == ((2, 0, 64), (2, 0, 192))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_no_images(backend: str) -> None:
+    tables = torch.rand(10, len(TABLES), device=DEVICE)
+    x, output, t = torch.zeros(0, 3, 4, 4), torch.zeros(0, 6, 4, 4), torch.zeros(0, dtype=torch.int64)
+    x, output, t = x.to(DEVICE), output.to(DEVICE), t.to(DEVICE)
+    assert diffusion_step(x, output, t, tables, seed=1, backend=backend).sample.shape == x.shape
+    assert diffusion_loss(output, x, x, x, t, tables, backend=backend).loss.shape == (0,)
+
+
+def test_gradients_that_the_loss_has_not_are_refused() -> None:
+    tables = torch.rand(10, len(TABLES), device=DEVICE)
+    x, output = (leaf(2, channels, 4, 4, seed=channels, dtype=torch.float32) for channels in (3, 6))
+    t = torch.tensor([1, 2], device=DEVICE)
+    with pytest.raises(ValueError, match="diffusion_loss: backend triton has a gradient for model_output alone"):
+        diffusion_loss(output, x.detach(), x, x.detach(), t, tables, backend="triton")
+    loss = diffusion_loss(output, x.detach(), x, x.detach(), t, tables, loss_type="kl", backend="auto").loss
+    assert torch.autograd.grad(loss.sum(), x)[0].any()
