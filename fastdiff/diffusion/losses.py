@@ -7,18 +7,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels import diffusion_loss
-from fastdiff.kernels.diffusion_loss.reference import (
-    bound,
-    discretized_gaussian_log_likelihood,
-    mean_flat,
-    normal_kl,
-)
+from fastdiff.kernels.diffusion_loss.reference import bound
 from fastdiff.kernels.gaussian.reference import coefficients
 
 if TYPE_CHECKING:
     from fastdiff.diffusion.gaussian import GaussianDiffusion
-
-__all__ = ["discretized_gaussian_log_likelihood", "mean_flat", "normal_kl", "training_losses", "vb_terms_bpd"]
 
 
 def vb_terms_bpd(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastdiff import DiffusionConfig, build_diffusion
 from fastdiff.diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, gaussian, space_timesteps
-from fastdiff.diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from fastdiff.kernels.diffusion_loss.reference import discretized_gaussian_log_likelihood, normal_kl
 
 from .support import constant, gather, process, randn
 
