@@ -26,7 +26,7 @@ from fastdiff.config import DiffusionConfig, ModelConfig
 from fastdiff.diffusion import build_diffusion
 from fastdiff.kernels.attention.plan import Tiles
 from fastdiff.kernels.group_norm_silu import plan as norm_plan
-from fastdiff.models import build_model
+from fastdiff.models import build_model, forward_flops
 from fastdiff.presets import preset_named
 
 
@@ -108,7 +108,7 @@ def _training(name: str, batch_size: int, device: torch.device) -> Suite:
             optimizer.zero_grad(set_to_none=True)
 
         found[label] = step
-    return found, 3 * _flops(config) * batch_size
+    return found, 3 * forward_flops(config) * batch_size
 
 
 def _sampling(name: str, batch_size: int, device: torch.device) -> Suite:
@@ -129,7 +129,7 @@ def _sampling(name: str, batch_size: int, device: torch.device) -> Suite:
 
         step()
         found[label] = graphed(step, device)
-    return found, _flops(config) * batch_size
+    return found, forward_flops(config) * batch_size
 
 
 def _ways(device: torch.device) -> Iterator[tuple[str, str, bool]]:
@@ -138,18 +138,6 @@ def _ways(device: torch.device) -> Iterator[tuple[str, str, bool]]:
     if on_gpu:
         yield "triton kernels, compiled", "triton", True
         yield "triton kernels, eager", "triton", False
-
-
-def _flops(config: ModelConfig) -> float:
-    """Floating-point operations of one image's forward pass."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        net = build_model(config, kernels="reference")
-        x, t = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(x, t)
-    return float(counter.get_total_flops())
 
 
 Variants = Mapping[str, Mapping[str, Any]]

@@ -33,7 +33,7 @@ PLAIN = {
 """improved-diffusion's own operations in their order: what every ratio is quoted against."""
 
 SAMPLING_STEPS = 10
-TOLERANCE = {Precision.FP32: 1e-4, Precision.BF16: 5e-2, Precision.FP16: 1e-2}
+TOLERANCE = {Precision.FP32: 1e-4, Precision.TF32: 1e-2, Precision.BF16: 5e-2, Precision.FP16: 1e-2}
 """Largest relative error of a candidate's output against the plain path's, beyond which no speed is told."""
 
 

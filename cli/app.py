@@ -1,5 +1,6 @@
 """The command line: one Typer application, one file a command. Nothing here imports torch before a command runs."""
 
+import os
 import sys
 import traceback
 import warnings
@@ -58,5 +59,17 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         text = error.format_message() if isinstance(error, _UsageError) else str(error)
-        typer.echo(f"error: {' '.join(text.split())}", err=True)
+        if (speaker := _speaker(error)) is not None:
+            typer.echo(f"{speaker}error: {' '.join(text.split())}", err=True)
         sys.exit(2)
+
+
+def _speaker(error: Exception) -> str | None:
+    """What an error's line begins with where torchrun started this process; None where another process tells it."""
+    rank = os.environ.get("RANK", "0")
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return "" if os.environ.get("LOCAL_RANK", "0") == "0" else None  # the same flags, the same error
+    if type(error).__name__ == "SaidElsewhere":
+        return None
+    return "" if rank == "0" else f"process {rank}: "

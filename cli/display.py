@@ -7,24 +7,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class Display:
-    """A progress bar under the lines of a log. Where stdout is no terminal there is no bar, only the lines."""
+    """A progress bar under the lines of a log. Where stdout is no terminal there is no bar, only the lines.
 
-    def __init__(self) -> None:
-        self.console = Console(soft_wrap=True, highlight=False, markup=False)
+    A ``silent`` one shows nothing: of several processes one speaks.
+    """
+
+    def __init__(self, silent: bool = False) -> None:
+        self.console = Console(soft_wrap=True, highlight=False, markup=False, quiet=silent)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self.live,
         )
         self._tasks: dict[str, TaskID] = {}
 
     @property
     def live(self) -> bool:
         """Whether there is a bar."""
-        return self.console.is_terminal
+        return self.console.is_terminal and not self.console.quiet
 
     def line(self, text: str) -> None:
         """A line of the log."""

@@ -60,7 +60,8 @@ def with_flags(
 
 def _parameter(name: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
     if isinstance(kind, UnionType):
-        kind = next(k for k in get_args(kind) if k is not type(None))
+        kinds = [k for k in get_args(kind) if k is not type(None)]
+        kind = str if str in kinds else kinds[0]
     flag = name.replace("_", "-")
     spelling = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     if kind not in (bool, int, float) and not (isinstance(kind, type) and issubclass(kind, StrEnum)):

@@ -1,7 +1,8 @@
 """``fastdiff train``: a folder of images in, a run folder out."""
 
 import shlex
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +17,20 @@ from fastdiff.cli.options import (
     refuse_contradiction,
     with_flags,
 )
-from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig, is_table_size
+from fastdiff.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    Parallel,
+    RuntimeConfig,
+    TrainConfig,
+    is_table_size,
+)
 
 if TYPE_CHECKING:
+    from fastdiff.cli.display import Display
+    from fastdiff.data import Dataset
+    from fastdiff.runtime.distributed import World
     from fastdiff.training.run_folder import RunConfig
 
 
@@ -28,11 +40,34 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME of the data.")] = None,
     preset: PresetFlag = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Resume although the data set or the diffusion process has changed."),
+    ] = False,
     init_from: Annotated[Path | None, typer.Option(help="Begin with the weights of this checkpoint.")] = None,
+    batch_size_per_process: Annotated[
+        int | None, typer.Option(min=1, help="Images per update and process, instead of --batch-size.")
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds after which a process that waits for the others gives up.")
+    ] = 600,
     debug: DebugFlag = False,
 ) -> None:
-    """Train a model on a folder of images."""
-    raise typer.Exit(run_training(flags, run_dir, preset=preset, resume=resume, init_from=init_from))
+    """Train a model on a folder of images.
+
+    Several processes share the work when torchrun starts them: torchrun --nproc-per-node=8 -m fastdiff train ...
+    """
+    status = run_training(
+        flags,
+        run_dir,
+        preset=preset,
+        resume=resume,
+        allow_changes=allow_changes,
+        init_from=init_from,
+        batch_size_per_process=batch_size_per_process,
+        timeout=timeout,
+    )
+    raise typer.Exit(status)
 
 
 def run_training(
@@ -41,69 +76,178 @@ def run_training(
     *,
     preset: str | None = None,
     resume: bool = False,
+    allow_changes: bool = False,
     init_from: Path | None = None,
+    batch_size_per_process: int | None = None,
+    timeout: int = 600,
 ) -> int:
     """Train as preset and flags say, or go on as the folder's run and flags do; returns the exit status."""
     if "data_dir" not in flags and not resume:
         raise ValueError("no data: name a folder of images with --data-dir")
     if "steps" not in flags and flags.get("lr_anneal_steps"):
         flags = flags | {"steps": flags["lr_anneal_steps"]}  # improved-diffusion's way to say how long
-    from fastdiff.cli.display import Display
-    from fastdiff.data import load_dataset
-    from fastdiff.diffusion import build_diffusion
-    from fastdiff.runtime.device import Runtime
-    from fastdiff.training import Trainer, run_folder
-
     run_dir = run_dir or Path("runs") / (Path(flags.get("data_dir", "")).resolve().name or "root")
-    resuming = resume and run_folder.holds_run(run_dir)
-    if not resuming:
-        run_folder.refuse_other_run(run_dir)
     if "data_dir" in flags and run_dir.resolve().is_relative_to(Path(flags["data_dir"]).resolve()):
         raise ValueError(f"run_dir {run_dir} lies inside the data folder, whose images it would add to: name another")
-    config = (
-        _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir)
-        if resuming
-        else _new_run(all_flags(flags, preset))
-    )
-    runtime = Runtime.resolve(config.runtime)
-    build_diffusion(config.diffusion)  # a respacing that does not fit is told before the images are read
+    from fastdiff.runtime.distributed import World
 
-    with Display() as display:
-        labelled = config.model.class_cond
-        dataset = load_dataset(
+    world = World.join(timeout)
+    if batch_size_per_process is not None:
+        if "batch_size" in flags:
+            raise ValueError("batch_size and batch_size_per_process both say how large a batch is: give one of them")
+        flags = flags | {"batch_size": batch_size_per_process * world.size}
+    with ExitStack() as held:
+        plan = world.from_main(lambda: _decide(flags, preset, run_dir, resume, allow_changes, held))
+        status = _run(plan, init_from, world, held)
+    world.leave()
+    return status
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The run to train, and what is to be said of it."""
+
+    run_dir: Path
+    config: "RunConfig"
+    resuming: bool
+    fixed_classes: bool
+    allow_changes: bool
+    notes: list[str]
+
+
+def _decide(
+    flags: Flags, preset: str | None, run_dir: Path, resume: bool, allow_changes: bool, held: ExitStack
+) -> _Plan:
+    """What the flags and the folder ask for.
+
+    A folder that holds a run is held from here on, so that no other process writes to it.
+    """
+    from fastdiff.runtime.distributed import launcher, restarted
+    from fastdiff.training import run_folder
+    from fastdiff.training.lease import Lease
+
+    notes = []
+    if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
+        resume = True
+        notes.append("torchrun started this process anew: going on with the run")
+    if not resume or not run_folder.holds_run(run_dir):
+        run_folder.refuse_other_run(run_dir)
+        if resume:
+            notes.append(f"{run_dir} holds no run yet: beginning afresh")
+        config = _new_run(all_flags(flags, preset))
+        return _Plan(run_dir, config, False, "num_classes" in flags, allow_changes, notes)
+    held.enter_context(Lease(run_dir, launcher()))
+    config, changes = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir, allow_changes)
+    return _Plan(run_dir, config, True, True, allow_changes, notes + changes)
+
+
+def _run(plan: _Plan, init_from: Path | None, world: "World", held: ExitStack) -> int:
+    from fastdiff.cli.display import Display
+    from fastdiff.diffusion import build_diffusion
+    from fastdiff.runtime.device import Runtime
+    from fastdiff.runtime.distributed import launcher
+    from fastdiff.training import Trainer, run_folder
+    from fastdiff.training.lease import Lease
+
+    run_dir, config, resuming = plan.run_dir, plan.config, plan.resuming
+
+    def resolve() -> Runtime:
+        _refuse_division(config.train, world.size)
+        build_diffusion(config.diffusion)  # a respacing that does not fit is told before the images are read
+        return Runtime.resolve(config.runtime, world.local_rank if world.size > 1 else None)
+
+    runtime = world.together(resolve)
+    world.check(runtime.device)
+    display = held.enter_context(Display(silent=not world.main))
+    dataset = _load(config, display, world)
+    config, changes = world.together(lambda: _with_data(plan, dataset))
+
+    def open_folder() -> run_folder.Log | run_folder.Silence:
+        if not world.main:
+            return run_folder.Silence()
+        if not resuming:
+            held.enter_context(Lease(run_dir, launcher()))
+            run_folder.refuse_other_run(run_dir)  # another one may have begun meanwhile
+        return held.enter_context(run_folder.Log(run_dir, display.line))
+
+    log = world.together(open_folder)
+    for line in (*plan.notes, f"data: {dataset.preflight.line()}", *changes):
+        log(line)
+    trainer = Trainer(config, dataset, runtime, run_dir, log, world)
+    if resuming:
+        trainer.resume()
+    if init_from is not None and trainer.state.step == 0:
+        world.together(lambda: trainer.init_from(init_from))
+    elif init_from is not None:
+        log(f"the weights of {init_from} are not taken: the run goes on with its own")
+    if world.main:
+        trainer.config.write(run_dir)
+    train = trainer.config.train
+    log(f"model: {describe_model(config.model, trainer.state.num_parameters)}")
+    log(f"on: {world.describe()}, {runtime.describe(trainer.model_calls)}")
+    log(
+        f"run: {run_dir.resolve()}, step {trainer.state.step} of {train.steps}, "
+        f"a checkpoint every {train.save_interval} steps and at the end"
+    )
+    try:
+        status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
+    except (ValueError, OSError):
+        if world.main and trainer.state.step == 0:  # nothing came of it: a second attempt needs no other folder
+            (run_dir / "config.json").unlink(missing_ok=True)
+        raise
+    again = ["fastdiff", "train", "--data-dir", config.data.data_dir, "--run-dir", str(run_dir), "--resume"]
+    drawing = ["fastdiff", "sample", str(run_dir), "--out", "samples.npz"]
+    log(f"go on with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
+    return status
+
+
+def _refuse_division(train: TrainConfig, processes: int) -> None:
+    """ValueError where so many processes cannot share the work."""
+    if processes > 1 and train.parallel is Parallel.FSDP and train.microbatch == "auto":
+        raise ValueError("microbatch auto: not with --parallel fsdp, whose processes run in step; name a number")
+    if (batch_size := train.batch_size) % processes:
+        below = batch_size // processes * processes
+        near = f"{below} or {below + processes}" if below else f"{processes}"
+        raise ValueError(
+            f"batch_size {batch_size} does not divide among {processes} processes: use {near}, or "
+            "--batch-size-per-process"
+        )
+
+
+def _load(config: "RunConfig", display: "Display", world: "World") -> "Dataset":
+    """The images. Of the processes of a machine one decodes them, and the others find what it wrote."""
+    from fastdiff.data import load_dataset
+
+    dataset = world.one_by_machine_first(
+        lambda: load_dataset(
             config.data,
             config.model.image_size,
-            labelled=labelled,
+            labelled=config.model.class_cond,
             on_progress=lambda done, total: display.advance("images", done, total),
+            processes=world.local_size,
         )
-        display.finish("images")
-        if labelled:
-            config = _with_classes(config, dataset.class_names, given=resuming or "num_classes" in flags)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with run_folder.Log(run_dir, display.line) as log:
-            log(f"data: {dataset.preflight.line()}")
-            trainer = Trainer(config, dataset, runtime, run_dir, log)
-            if resume:
-                trainer.resume()
-            if init_from is not None and trainer.state.step == 0:
-                trainer.init_from(init_from)
-            config.write(run_dir)
-            log(f"model: {describe_model(config.model, trainer.state.num_parameters)}")
-            log(f"on: {runtime.describe(trainer.model_calls)}")
-            log(
-                f"run: {run_dir.resolve()}, step {trainer.state.step} of {config.train.steps}, "
-                f"a checkpoint every {config.train.save_interval} steps and at the end"
-            )
-            try:
-                status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
-            except (ValueError, OSError):
-                if trainer.state.step == 0:  # nothing came of it: a second attempt needs no other folder
-                    (run_dir / "config.json").unlink(missing_ok=True)
-                raise
-            again = ["fastdiff", "train", "--data-dir", config.data.data_dir, "--run-dir", str(run_dir), "--resume"]
-            drawing = ["fastdiff", "sample", str(run_dir), "--out", "samples.npz"]
-            log(f"go on with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
-    return status
+    )
+    display.finish("images")
+    prints = world.gathered(dataset.fingerprint)
+    if (other := next((rank for rank, found in enumerate(prints) if found != prints[0]), None)) is not None:
+        raise ValueError(
+            f"data_dir {config.data.data_dir}: process {other} sees other images than process 0; every machine needs "
+            "the same folder"
+        )
+    return dataset
+
+
+def _with_data(plan: _Plan, dataset: "Dataset") -> tuple["RunConfig", list[str]]:
+    """The run with what the data say of themselves, and what is to be said of that."""
+    config, notes = plan.config, []
+    if config.model.class_cond:
+        config = _with_classes(config, dataset.class_names, given=plan.fixed_classes)
+    if plan.resuming and config.data_fingerprint not in ("", dataset.fingerprint):
+        said = f"the images in {config.data.data_dir} are not those that the run was trained on"
+        if not plan.allow_changes:
+            raise ValueError(f"{said}: restore them, go on with --allow-changes, or begin anew with --init-from")
+        notes.append(f"warning: {said}")
+    return replace(config, data_fingerprint=dataset.fingerprint), notes
 
 
 def _new_run(flags: Flags) -> "RunConfig":
@@ -118,15 +262,34 @@ def _new_run(flags: Flags) -> "RunConfig":
     return RunConfig(model, diffusion, data, train, build(RuntimeConfig, flags))
 
 
-def _continued_run(config: "RunConfig", flags: Flags, run_dir: Path) -> "RunConfig":
-    """The run of the folder with the flags that may change on the way: all but the model and the process."""
-    refuse_contradiction(flags, str(run_dir), config.model, config.diffusion)
-    return replace(
+def _continued_run(
+    config: "RunConfig", flags: Flags, run_dir: Path, allow_changes: bool
+) -> tuple["RunConfig", list[str]]:
+    """The run of the folder with the flags that may change on the way, and what is to be said of them.
+
+    The model never changes, the process only where that is allowed.
+    """
+    refuse_contradiction(flags, str(run_dir), config.model)
+    diffusion, notes = config.diffusion, []
+    try:
+        refuse_contradiction(flags, str(run_dir), diffusion)
+    except ValueError as error:
+        if not allow_changes:
+            raise ValueError(f"{error}, or go on with --allow-changes") from None
+        diffusion = build(DiffusionConfig, flags, base=diffusion)
+        notes.append(f"warning: the process changes: {error}")
+    changed = replace(
         config,
+        diffusion=diffusion,
         data=build(DataConfig, flags, base=config.data),
         train=build(TrainConfig, flags, base=config.train),
         runtime=build(RuntimeConfig, flags, base=config.runtime),
     )
+    before, after = config.train.to_dict(), changed.train.to_dict()
+    differing = [f"{name} {before[name]} becomes {after[name]}" for name in before if before[name] != after[name]]
+    if differing:
+        notes.append(f"changed: {', '.join(differing)}")
+    return changed, notes
 
 
 def _with_classes(config: "RunConfig", names: tuple[str, ...], given: bool) -> "RunConfig":

@@ -54,12 +54,31 @@ class Sampler(StrEnum):
 
 
 class Precision(StrEnum):
-    """The arithmetic of the model's forward and backward; parameters and their updates are always fp32."""
+    """The arithmetic of the model's forward and backward; parameters and their updates are always fp32.
+
+    tf32 is fp32 whose matrix products and convolutions round their inputs to 10 bits, on GPUs that have it.
+    """
 
     AUTO = "auto"
     FP32 = "fp32"
+    TF32 = "tf32"
     BF16 = "bf16"
     FP16 = "fp16"
+
+
+class Parallel(StrEnum):
+    """What several processes share: ddp keeps the whole model on each, fsdp a part of it (FSDP2, fully_shard)."""
+
+    DDP = "ddp"
+    FSDP = "fsdp"
+
+
+class Tracker(StrEnum):
+    """A service that the log goes to besides the files: Weights & Biases, or trackio."""
+
+    NONE = "none"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
 
 
 class Compile(StrEnum):
@@ -336,7 +355,9 @@ class TrainConfig(Config):
 
     steps: int = option(200_000, "Updates in total; without it --lr-anneal-steps is the total.")
     batch_size: int = option(16, "Images per update, over all processes.")
-    microbatch: int = option(-1, "Images per forward pass, to save memory; -1 means the whole batch.")
+    microbatch: int | str = option(
+        -1, "Images per forward pass of a process, to save memory; -1 means all of them, auto as many as fit."
+    )
     lr: float = option(1e-4, "Learning rate.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     lr_anneal_steps: int = option(0, "Let the learning rate fall linearly to 0 over this many updates; 0 means never.")
@@ -349,11 +370,21 @@ class TrainConfig(Config):
     log_interval: int = option(10, "Updates between two lines of the log.")
     save_interval: int = option(10_000, "Updates between two checkpoints; the last update is always saved.")
     keep_last: int = option(0, "Keep only this many of the newest checkpoints; 0 keeps all.")
+    keep_every: int = option(0, "Never delete the checkpoints of every so many updates; 0 means none is spared.")
     preview_interval: int = option(1000, "Updates between two preview grids; 0 means none.")
     tensorboard: bool = option(False, "Write TensorBoard event files too (extra 'tensorboard').")
+    tracker: Tracker = option(Tracker.NONE, "Send the log to wandb or trackio too (extra of that name).")
+    spike_guard: float = option(
+        0.0, "Skip an update whose loss is more than so many times the mean of those before it; 0 means never."
+    )
+    parallel: Parallel = option(
+        Parallel.DDP, "What several processes share: ddp the work, fsdp the model too, where it does not fit."
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ema_rate", _tuple_of(float, "ema_rate", self.ema_rate))
+        if isinstance(self.microbatch, str) and self.microbatch.removeprefix("-").isdecimal():
+            object.__setattr__(self, "microbatch", int(self.microbatch))
         super().__post_init__()
 
     def check(self) -> None:
@@ -365,12 +396,18 @@ class TrainConfig(Config):
             "lr_warmup_steps",
             "grad_clip",
             "keep_last",
+            "keep_every",
             "preview_interval",
+            "spike_guard",
         ):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.lr > 0, "lr", "positive")
         self.require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2^32")
-        self.require(self.microbatch == -1 or self.microbatch > 0, "microbatch", "positive, or -1 for the whole batch")
+        self.require(
+            self.microbatch in (-1, "auto") or (type(self.microbatch) is int and self.microbatch > 0),
+            "microbatch",
+            "positive, -1 for the whole batch, or auto",
+        )
         self.require(all(0 <= rate < 1 for rate in self.ema_rate), "ema_rate", "at least 0 and below 1")
         self.require(len(set(self.ema_rate)) == len(self.ema_rate), "ema_rate", "different rates")
 

@@ -5,6 +5,7 @@ from fastdiff.data.cache import Dataset, load_dataset
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight
 from fastdiff.data.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, decode, load, resize_and_crop
 from fastdiff.data.order import batch_indices, epoch_order
+from fastdiff.data.prefetch import on_device
 
 __all__ = [
     "EXTENSIONS",
@@ -20,5 +21,6 @@ __all__ = [
     "epoch_order",
     "load",
     "load_dataset",
+    "on_device",
     "resize_and_crop",
 ]

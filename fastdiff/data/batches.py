@@ -1,16 +1,22 @@
-"""Batches of decoded images: a gather from the cache, one batch ahead of the training step."""
+"""Batches of decoded images: a gather from the cache, ahead of the training step."""
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastdiff.config import DataConfig
 from fastdiff.data.cache import Dataset
 from fastdiff.data.order import batch_indices
+
+AHEAD = 2
+"""So many batches wait for their step: one more than needed, so that a slow read now and then costs nothing."""
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -23,31 +29,45 @@ def batches(
     start_step: int,
     *,
     rows: slice = slice(None),
-) -> Iterator[Batch]:
+    pin: bool = False,
+) -> Generator[Batch, None, None]:
     """The batches of updates start_step, start_step + 1, ... (0-based) without end.
 
-    Each is uint8 (B, H, W, 3) images, mirrored at random if config.flip, and int64 (B,) labels or None, on the CPU.
-    ``rows`` is the part of the batch that this process trains on: however many processes share a batch, together they
-    see the same images. Warns if a batch is larger than the data. Closing the iterator ends its thread.
+    Each is uint8 (B, H, W, 3) images, mirrored at random if config.flip, and int64 (B,) labels or None, on the CPU;
+    ``pin``, where there is CUDA, has them gathered into pinned memory. ``rows`` is the part of the batch that this
+    process trains on: however many processes share a batch, together they see the same images. Warns if a batch is
+    larger than the data. Closing the iterator ends its thread.
+
+    Raises OSError as Dataset.check does, before a batch. A file that shrinks during the gather itself, or a disk that
+    fails under it, ends the process with SIGBUS, which nothing in Python can catch.
     """
     if batch_size > (n := len(dataset.images)):
         warnings.warn(
             f"batch_size {batch_size} is larger than the {n:,} images, which are drawn repeatedly", stacklevel=2
         )
 
-    def gather(step: int) -> Batch:
-        indices, flips = (part[rows] for part in batch_indices(n, batch_size, seed, step))
-        images = np.asarray(dataset.images[indices])  # (B, H, W, 3), a copy
-        if config.flip:
-            images[flips] = images[flips, :, ::-1]
-        labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[indices])
-        return torch.from_numpy(images), labels
+    def take(source: NDArray[Any], indices: NDArray[np.int64], dtype: torch.dtype) -> torch.Tensor:
+        taken = torch.empty((len(indices), *source.shape[1:]), dtype=dtype, pin_memory=pin)
+        np.take(source, indices, axis=0, out=taken.numpy(), mode="clip")  # mode raise would go through a copy
+        return taken
 
-    def prefetched() -> Iterator[Batch]:
+    def gather(step: int) -> Batch:
+        dataset.check()
+        drawn, flips = batch_indices(n, batch_size, seed, step)
+        indices = drawn[rows]
+        images = take(dataset.images, indices, torch.uint8)  # (B, H, W, 3)
+        if config.flip:
+            pixels = images.numpy()
+            mirrored = flips[rows]
+            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        return images, None if dataset.labels is None else take(dataset.labels, indices, torch.int64)
+
+    def prefetched() -> Generator[Batch, None, None]:
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            ahead = pool.submit(gather, start_step)
-            for step in itertools.count(start_step + 1):
-                ready, ahead = ahead, pool.submit(gather, step)
-                yield ready.result()
+            ahead = deque(pool.submit(gather, start_step + i) for i in range(AHEAD))
+            for step in itertools.count(start_step + AHEAD):
+                ready = ahead.popleft().result()
+                ahead.append(pool.submit(gather, step))
+                yield ready
 
     return prefetched()

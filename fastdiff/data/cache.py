@@ -3,17 +3,18 @@
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import compress, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,31 @@ _Loaded = tuple[NDArray[np.uint8], tuple[int, int]] | UnreadableImage
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Decoded images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None."""
+    """Decoded images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None.
+
+    ``names`` are those of the N images below the data folder, ``fingerprint`` 64 hex digits of what the folder holds:
+    the names and lengths in bytes of the N images, the class of each, and the classes. It stays the same for a copy of
+    the folder, for other times of its files and for another image_size, and it does not see what is left out, nor a
+    file of the same length with other bytes.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...]
     preflight: Preflight
+    names: tuple[str, ...]
+    fingerprint: str
+
+    def check(self) -> None:
+        """OSError where the mapped file has become shorter: reading its end would kill the process (SIGBUS)."""
+        file: Any = self.images.base  # the mapping keeps its file open
+        if isinstance(self.images, np.memmap) and isinstance(file, mmap.mmap):
+            missing = self.images.offset + self.images.nbytes - file.size()
+            if missing > 0:
+                raise OSError(
+                    f"{self.images.filename}, the decoded images, has lost {missing:,} bytes while in use; "
+                    "start again with --resume, which decodes them anew"
+                )
 
 
 @dataclass
@@ -64,34 +84,38 @@ def load_dataset(
     """Every readable image of config.data_dir at image_size, in the folder's order.
 
     Unreadable images are left out and named in the preflight. ``on_progress(done, total)`` is called after each image
-    that is decoded, in the caller's thread. ``processes`` of this machine share its memory, each with its own copy of
-    the images; let one of them load a folder first, and the others find its file where one is needed.
+    that is decoded, in the caller's thread. Where several ``processes`` of this machine load the folder, cache auto
+    takes the file, which they map all at once, and cache memory gives each a copy of its own: let one of them load the
+    folder first, and the others find its file.
 
     Raises ValueError for a folder without images that can be read, for unreadable images if config.strict, and where
     neither the memory nor the disk can hold the decoded images.
     """
     folder = ImageFolder(config.data_dir, image_size, config.labels if labelled else None)
+    key, lengths = _key_and_lengths(folder)
     if _in_memory(config.cache, len(folder) * _image_bytes(image_size), processes):
         images, decoded = _decode_to_memory(folder, on_progress)
     else:
-        images, decoded = _decode_to_disk(folder, _cache_dir(config), on_progress)
+        images, decoded = _decode_to_disk(folder, key, _cache_dir(config), on_progress)
     if decoded.unreadable and config.strict:
         name, reason = next(iter(decoded.unreadable.items()))
         raise ValueError(
             f"strict: {len(decoded.unreadable):,} of {len(folder):,} images in {folder.root} cannot be read, the first "
             f"is {printable(name)} ({reason}); mend or remove them, or leave strict off to skip them"
         )
-    readable = [name not in decoded.unreadable for name in folder.names]
+    readable = np.array([name not in decoded.unreadable for name in folder.names])
+    names = tuple(compress(folder.names, readable))
     unreadable = [LeftOut(name, reason) for name, reason in decoded.unreadable.items()]
     preflight = Preflight(
-        extension_counts([name for name in folder.names if name not in decoded.unreadable]),
+        extension_counts(names),
         folder.class_names,
         decoded.smallest,
         decoded.largest,
         (*unreadable, *folder.left_out),
     )
     labels = None if folder.labels is None else folder.labels[readable]
-    return Dataset(images, labels, folder.class_names, preflight)
+    fingerprint = _fingerprint(names, lengths[readable], labels, folder.class_names)
+    return Dataset(images, labels, folder.class_names, preflight, names, fingerprint)
 
 
 def available_memory() -> int:
@@ -113,7 +137,7 @@ def _in_memory(cache: Cache, needed: int, processes: int) -> bool:
         raise ValueError(
             f"cache memory: the decoded images take {_gib(needed)} and {_gib(available)} are available; use cache disk"
         )
-    return cache is Cache.MEMORY or needed <= MEMORY_SHARE * available
+    return cache is Cache.MEMORY or (processes == 1 and needed <= MEMORY_SHARE * available)
 
 
 def _decode_to_memory(folder: ImageFolder, on_progress: Progress | None) -> tuple[NDArray[np.uint8], _Decoded]:
@@ -130,9 +154,8 @@ def _decode_to_memory(folder: ImageFolder, on_progress: Progress | None) -> tupl
 
 
 def _decode_to_disk(
-    folder: ImageFolder, cache_dir: Path, on_progress: Progress | None
+    folder: ImageFolder, key: str, cache_dir: Path, on_progress: Progress | None
 ) -> tuple[NDArray[np.uint8], _Decoded]:
-    key = _key(folder)
     file, notes = cache_dir / f"{key}.npy", cache_dir / f"{key}.json"
     if (found := _reopen(folder, file, notes)) is not None:
         return found
@@ -148,8 +171,11 @@ def _decode_to_disk(
                 _write_header(out, folder, len(folder) - len(decoded.unreadable))
                 out.flush()
                 os.fsync(out.fileno())
-            # The notes first: the images are the sign that both are there. Another process may do the same at the
-            # same time; its files are equal.
+            # Another machine may have done the same meanwhile. Its file stays where it is: to replace a file that
+            # other machines have mapped takes it from under them on NFS.
+            if (found := _reopen(folder, file, notes)) is not None:
+                return found
+            # The notes first: the images are the sign that both are there.
             unfinished = temporary.with_suffix(".json.tmp")
             unfinished.write_text(json.dumps(asdict(decoded)))
             unfinished.replace(notes)
@@ -216,16 +242,35 @@ def _reopen(folder: ImageFolder, file: Path, notes: Path) -> tuple[NDArray[np.ui
     return (images, decoded) if images.shape == expected and images.dtype == np.uint8 else None
 
 
-def _key(folder: ImageFolder) -> str:
-    """Changes with whatever may change a pixel: the files, by name, size, times and inode, and how they are decoded."""
+def _key_and_lengths(folder: ImageFolder) -> tuple[str, NDArray[np.int64]]:
+    """The cache file's name, and the length of every image file in bytes, from one look at each.
+
+    The name changes with whatever may change a pixel: the files, by name, length, times and inode, and how they are
+    decoded.
+    """
     digest = hashlib.sha256(f"{_FORMAT} {folder.image_size}\n".encode())
-    for name, path in zip(folder.names, folder.paths, strict=True):
+    lengths = np.zeros(len(folder), np.int64)
+    for i, (name, path) in enumerate(zip(folder.names, folder.paths, strict=True)):
         try:
             stat = path.stat()
+            lengths[i] = stat.st_size
             state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
         except OSError:  # gone meanwhile; decoding will say so
             state = "missing"
         digest.update(os.fsencode(name) + f"\0{state}\n".encode())
+    return digest.hexdigest(), lengths
+
+
+def _fingerprint(
+    names: Sequence[str],
+    lengths: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
+    class_names: tuple[str, ...],
+) -> str:
+    digest = hashlib.sha256(json.dumps(class_names).encode())
+    classes = repeat(None) if labels is None else labels.tolist()
+    for name, length, label in zip(names, lengths.tolist(), classes, strict=False):
+        digest.update(os.fsencode(name) + f"\0{length} {label}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,10 +1,12 @@
 """The models: plain PyTorch modules whose norms and attention come from fastdiff.kernels."""
 
+import torch
+
 from fastdiff.config import Kernels, MemoryFormat, ModelConfig
 from fastdiff.models.super_res import SuperResUNet
 from fastdiff.models.unet import UNet
 
-__all__ = ["SuperResUNet", "UNet", "build_model"]
+__all__ = ["SuperResUNet", "UNet", "build_model", "forward_flops"]
 
 
 def build_model(
@@ -14,3 +16,24 @@ def build_model(
 ) -> UNet:
     """The model that the configuration describes, with fresh weights: a SuperResUNet where it has a small_size."""
     return (SuperResUNet if config.small_size else UNet)(config, kernels, memory_format)
+
+
+def forward_flops(config: ModelConfig) -> float:
+    """Floating-point operations of one image's forward pass, counted without running it; a training step takes three.
+
+    They are those of convolutions and matrix products, two for each multiply-add, whichever kernels run them; what
+    use_checkpoint computes a second time is not among them.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = build_model(config, Kernels.REFERENCE)
+        x, timesteps = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
+        conditions = {}
+        if config.class_cond:
+            conditions["y"] = torch.empty(1, dtype=torch.int64)
+        if config.small_size:
+            conditions["low_res"] = torch.empty(1, 3, config.small_size, config.small_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x, timesteps, **conditions)
+    return float(counter.get_total_flops())

@@ -30,12 +30,21 @@ class Runtime:
     memory_format: MemoryFormat
 
     @classmethod
-    def resolve(cls, config: RuntimeConfig) -> Self:
-        """Decide; ValueError where the machine cannot do what is asked for by name."""
-        device = resolve_device(config.device)
+    def resolve(cls, config: RuntimeConfig, local_rank: int | None = None) -> Self:
+        """Decide; ValueError where the machine cannot do what is asked for by name.
+
+        ``local_rank`` is the number of this process on its machine, where there are several: each takes its own GPU.
+        """
+        device = resolve_device(config.device, local_rank)
         if device.type == "cpu":
             keep_freed_memory()
+        elif device.index is not None:
+            torch.cuda.set_device(device)
         precision = resolve_precision(config.precision, device)
+        if device.type == "cuda":
+            rounded = precision is Precision.TF32
+            torch.set_float32_matmul_precision("high" if rounded else "highest")
+            torch.backends.cudnn.allow_tf32 = rounded
         if config.compile is Compile.ON and not _has_compiler(device):
             raise ValueError("compile on: torch.compile needs a C++ compiler (g++): install one, or use --compile off")
         return cls(device, precision, config.compile, config.kernels, config.memory_format)
@@ -68,10 +77,22 @@ class Runtime:
         return f"{self.device}, {self.precision}, {compiled}, {self.memory_format}, kernels {self.kernels}"
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called ``name``, ``auto`` being CUDA where there is one; ValueError where it is not to be had."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device called ``name``, ``auto`` being CUDA where there is one; ValueError where it is not to be had.
+
+    Of several processes on a machine each takes the GPU of its number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(f"device {name}: each of several processes takes a GPU of its own; use --device cuda")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank + 1} of this machine has no GPU: PyTorch sees {torch.cuda.device_count()}; start "
+                "as many processes as there are GPUs (--nproc-per-node)"
+            )
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -88,6 +109,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     native = has_native_bf16(device)
     if precision is Precision.AUTO:
         return Precision.BF16 if native else Precision.FP32
+    if precision is Precision.TF32 and device.type != "cuda":
+        raise ValueError("precision tf32: only GPUs have it; use fp32 or bf16")
     if precision is Precision.BF16 and device.type == "cuda" and not native:
         raise ValueError("precision bf16: this GPU does not do it natively; use fp16 or fp32")
     return precision

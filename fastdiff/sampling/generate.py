@@ -21,14 +21,16 @@ def generate(
     *,
     image_size: int,
     device: torch.device,
+    indices: NDArray[np.int64] | None = None,
     labels: NDArray[np.int64] | None = None,
     low_res: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[Uint8Array]:
     """Yield batches of images, uint8 (n, H, W, 3), num_samples in all.
 
-    ``labels`` (num_samples,) are the classes of a class-conditional model's images; ``low_res`` (num_samples, 3, h, w)
-    in [-1, 1] the inputs of a super-resolution model. ``on_step`` is told after each step how many images took it.
+    ``indices`` (num_samples,) are the images' numbers, by default 0, 1, 2, ...; ``labels`` (num_samples,) the classes
+    of a class-conditional model's images; ``low_res`` (num_samples, 3, h, w) in [-1, 1] the inputs of a
+    super-resolution model. ``on_step`` is told after each step how many images took it.
 
     The noise of an image is a function of seed and index alone (fastdiff.kernels.philox): the same seed draws the same
     image whatever the batch size.
@@ -38,15 +40,15 @@ def generate(
     for start in range(0, total, batch_size):
         wanted = min(batch_size, total - start)
         # A last batch that is not full is filled up with more images: another shape would compile the model again.
-        indices = torch.arange(start, start + batch_size, device=device)
-        conditions: dict[str, Any] = {}
         rows = np.arange(start, start + batch_size) % total
+        numbers = torch.from_numpy(rows if indices is None else indices[rows]).to(device)
+        conditions: dict[str, Any] = {}
         if labels is not None:
             conditions["y"] = torch.from_numpy(labels[rows]).to(device)
         if low_res is not None:
             conditions["low_res"] = low_res[torch.from_numpy(rows)].to(device)
 
-        noise = Philox(config.seed, indices)
+        noise = Philox(config.seed, numbers)
         loop = {
             "noise": noise,
             "step_noise": noise,

@@ -1,14 +1,18 @@
-"""What a run reports: sums kept on the device, read when a line is due, written as CSV, JSON lines and TensorBoard."""
+"""What a run reports: sums kept on the device, read when a line is due, written as CSV and JSON lines."""
 
 import csv
+import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from fastdiff.checkpoint import replacing
+from fastdiff.training.trackers import Sink
 
 TERMS = ("loss", "mse", "vb")
 COLUMNS = (
@@ -16,124 +20,139 @@ COLUMNS = (
     "samples",
     *(name for term in TERMS for name in (term, *(f"{term}_q{q}" for q in range(4)))),
     "grad_norm",
+    "skipped",
     "lg_loss_scale",
     "lr",
     "images_per_s",
+    "mfu",
     "data_wait",
+    "memory_gib",
 )
 
-_KINDS: dict[str, type[int] | type[float]] = {"step": int, "samples": int}
+_KINDS: dict[str, type[int] | type[float]] = {"step": int, "samples": int, "skipped": int}
 
 
 class LossSums:
-    """Means of the loss terms since the last reading: over all timesteps, and over each quarter of them (_q0 to _q3).
+    """Means of the loss terms since the last reading, over all timesteps and over each quarter of them (_q0 to _q3).
 
-    Adding never waits for the device; reading does, once.
+    Adding never waits for the device; reading does, once. Sums are float64 and their order is fixed, so that the same
+    run adds up to the same bits. A term that is not finite belongs to a skipped update, and is left out.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._totals = {term: torch.zeros(4, device=device) for term in TERMS}
-        self._counts = {term: torch.zeros(4, device=device) for term in TERMS}
-        self._grad_norm = torch.zeros((), device=device)
-        self._updates = torch.zeros((), device=device)
+        self._sums = torch.zeros(8 * len(TERMS) + 3, dtype=torch.float64, device=device)
+        # Of this process's samples: (term, total or count, quarter). Of the updates, alike on every process: the sum
+        # of their gradients' norms, how many they are, and how many were skipped.
+        self._terms, self._updates = self._sums[:-3].view(-1, 2, 4), self._sums[-3:]
+        self._quarters = torch.arange(4, device=device)[:, None]
 
     def add(self, terms: Mapping[str, Tensor], t: Tensor, num_timesteps: int) -> None:
-        """Take in per-sample terms (N,) at timesteps t (N,)."""
-        quarter = 4 * t // num_timesteps
-        for term in TERMS:
-            if term in terms:
-                self._totals[term].index_add_(0, quarter, terms[term].detach().float())
-                self._counts[term].index_add_(0, quarter, torch.ones_like(terms[term], dtype=torch.float32))
+        """Take in per-sample terms (N,), the loss at least, at timesteps t (N,)."""
+        absent = torch.full_like(terms["loss"], math.nan)
+        values = torch.stack([terms.get(term, absent).detach() for term in TERMS]).double()[:, None]  # (terms, 1, N)
+        counted = values.isfinite() & (self._quarters == 4 * t // num_timesteps)  # (terms, 4, N)
+        self._terms[:, 0] += torch.where(counted, values, 0).sum(-1)
+        self._terms[:, 1] += counted.sum(-1)
 
-    def add_grad_norm(self, norm: Tensor) -> None:
-        """Take in the gradient's norm of one update; one that is not finite belongs to a skipped update."""
-        finite = norm.isfinite()
-        self._grad_norm += torch.where(finite, norm, 0)
-        self._updates += finite
+    def add_grad_norm(self, norm: Tensor, skipped: Tensor) -> None:
+        """Take in the gradient's norm of one update, and whether the update was skipped: both 0-d, on the device."""
+        kept = skipped == 0
+        self._updates += torch.stack([torch.where(kept, norm, 0).double(), kept.double(), (~kept).double()])
 
-    def read(self) -> dict[str, float]:
-        """The means, and start again. A quarter without a sample is left out."""
-        norms = torch.stack([self._grad_norm, self._updates]).repeat(2)  # (4,), as wide as the rest
-        values = torch.stack([*self._totals.values(), *self._counts.values(), norms]).cpu().double()
-        means: dict[str, float] = {}
-        for i, term in enumerate(TERMS):
-            totals, counts = values[i], values[i + len(TERMS)]
-            if counts.sum() > 0:
+    def read(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The means, and start again. A quarter without a sample is left out; loss and grad_norm of nothing are NaN.
+
+        ``all_reduce`` returns the sum over the processes of the one tensor that it is given.
+        """
+        terms = all_reduce(self._terms.clone()) if all_reduce else self._terms
+        values = torch.cat([terms.flatten(), self._updates]).cpu()
+        self._sums.zero_()
+        means = {"loss": math.nan}
+        for term, (totals, counts) in zip(TERMS, values[:-3].view(-1, 2, 4), strict=True):
+            if counts.any():
                 means[term] = float(totals.sum() / counts.sum())
-            for q in range(4):
-                if counts[q] > 0:
-                    means[f"{term}_q{q}"] = float(totals[q] / counts[q])
-        norm, updates = values[-1][:2].tolist()
-        means["grad_norm"] = norm / updates if updates else math.nan
-        for tensor in (*self._totals.values(), *self._counts.values(), self._grad_norm, self._updates):
-            tensor.zero_()
-        return means
+            means |= {f"{term}_q{q}": float(totals[q] / counts[q]) for q in range(4) if counts[q]}
+        norms, updates, skipped = values[-3:].tolist()
+        return means | {"grad_norm": norms / updates if updates else math.nan, "skipped": int(skipped)}
+
+    def state(self) -> Tensor:
+        """The sums of this process since the last reading, (n,) float64 on the device, as a copy."""
+        return self._sums.clone()
+
+    def load_state(self, state: Tensor) -> None:
+        """Go on from a state, (n,).
+
+        For another number of processes than it was taken on, one of them takes in all states, (processes, n), and the
+        others none.
+        """
+        states = state.view(-1, len(self._sums))
+        self._sums.copy_(torch.cat([states[:, :-3].sum(0), states[0, -3:]]))
 
 
-class ProgressFiles:
-    """progress.csv and progress.jsonl in a run folder, and TensorBoard's event files if asked for.
+class ProgressFiles(Sink):
+    """progress.jsonl, the history of a run, and progress.csv, the same as a table.
 
-    On resume the lines past ``step`` are dropped, so that no step stands there twice.
+    On resume the lines past ``step`` are dropped, so that no step stands there twice: each file is replaced as a whole,
+    or left alone where nothing changes. OSError, naming the file, where one cannot be written.
     """
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
-        csv_path, jsonl_path = run_dir / "progress.csv", run_dir / "progress.jsonl"
-        self._tensorboard = _summary_writer(run_dir) if tensorboard else None  # before anything is opened for writing
-        rows = [row for row in _rows(jsonl_path) if row["step"] <= step]
-        self._jsonl = jsonl_path.open("w", encoding="utf-8")
-        self._csv_file = csv_path.open("w", encoding="utf-8", newline="")
-        self._csv = csv.DictWriter(self._csv_file, COLUMNS, restval="")
-        self._csv.writeheader()
-        for row in rows:
-            self._write_lines(row)
-        self._flush()
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self._csv, self._jsonl = run_dir / "progress.csv", run_dir / "progress.jsonl"
+        history = [(line, row) for line, row in _history(self._jsonl) if row["step"] <= step]
+        _make(self._jsonl, "".join(f"{line}\n" for line, _ in history))
+        # The table is made anew from the history: one of another version has other columns.
+        _make(self._csv, _table((row for _, row in history), header=True))
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add a line."""
-        self._write_lines(row)
-        self._flush()
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                self._tensorboard.add_scalar(name, value, row["step"])
-
-    def _write_lines(self, row: Mapping[str, float]) -> None:
-        self._csv.writerow(row)
-        # JSON has no NaN: null says the same and every reader takes it
+        # JSON has no NaN or infinity: null says the same and every reader takes it.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._jsonl.write(json.dumps(finite) + "\n")
-
-    def _flush(self) -> None:
-        self._csv_file.flush()
-        self._jsonl.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._csv_file.close()
-        self._jsonl.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        _append(self._jsonl, json.dumps(finite) + "\n")
+        _append(self._csv, _table([_numbers(finite)]))
 
 
-def _rows(path: Path) -> list[dict[str, float]]:
+def _history(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """The lines of an earlier run; what is none of ours, like the last line of a killed run, is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-                known = [name for name in COLUMNS if name in row]
-                values = {name: math.nan if row[name] is None else _KINDS.get(name, float)(row[name]) for name in known}
-                rows.append(values | {"step": int(row["step"])})
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-    return rows
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            yield line, _numbers(row) | {"step": int(row["step"])}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
 
 
-def _summary_writer(run_dir: Path) -> Any:
+def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
+    """What of a JSON row has a column, as numbers."""
+    known = {name: row[name] for name in COLUMNS if name in row}
+    return {name: math.nan if v is None else _KINDS.get(name, float)(v) for name, v in known.items()}
+
+
+def _table(rows: Iterable[Mapping[str, float]], header: bool = False) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _make(path: Path, text: str) -> None:
+    """Let the file hold this text, at no moment less, and do not touch it where it does."""
+    content = text.encode()
+    if not path.exists() or path.read_bytes() != content:
+        with _named(path), replacing(path) as temporary:
+            temporary.write_bytes(content)
+
+
+def _append(path: Path, text: str) -> None:
+    with _named(path), path.open("ab") as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard is not installed: pip install tensorboard") from None
-    return SummaryWriter(run_dir / "tensorboard")
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,36 +1,90 @@
 """A look at what the model draws while it trains."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, SampleConfig, Sampler
+from fastdiff.config import DiffusionConfig, SampleConfig, Sampler
+from fastdiff.data import Dataset
 from fastdiff.diffusion import build_diffusion
+from fastdiff.models import UNet
+from fastdiff.runtime.device import Runtime
 from fastdiff.sampling import generate, save_grid
+from fastdiff.sampling.generate import Uint8Array
+from fastdiff.training.state import TrainState
 
 IMAGES = 16
 STEPS = 25
 
 
-def save_preview(
-    path: Path,
-    model: Callable[..., Tensor],
-    model_config: ModelConfig,
-    diffusion_config: DiffusionConfig,
-    device: torch.device,
-    low_res: Tensor | None = None,
-    kernels: Kernels = Kernels.AUTO,
-) -> None:
-    """A grid of 16 images in 25 DDIM steps from always the same noise, classes in turn."""
-    steps = min(STEPS, diffusion_config.diffusion_steps)
-    values = {**diffusion_config.to_dict(), "timestep_respacing": str(steps)}
-    diffusion = build_diffusion(DiffusionConfig.from_dict(values), kernels)
-    labels = np.arange(IMAGES) % model_config.num_classes if model_config.class_cond else None
-    config = SampleConfig(num_samples=IMAGES, batch_size=IMAGES, sampler=Sampler.DDIM)
-    batches = generate(
-        model, diffusion, config, image_size=model_config.image_size, device=device, labels=labels, low_res=low_res
+def save_previews(folder: Path, state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) -> list[Path]:
+    """Grids of 16 images in 25 DDIM steps from raw and averaged weights, always from the same noise, classes in turn.
+
+    Each process draws some of the images, and the first writes the files, whose paths it returns. Drawn by the model
+    as it is, not compiled: the shapes are not training's.
+    """
+    weights = {"raw": None} | {f"ema_{ema.rate}": ema for ema in state.emas}
+    paths = []
+    model.eval()
+    for name, ema in weights.items():
+        parts = None if ema is None else list(state.ema_parts(ema).values())
+        with _holding(state.parameters, parts):
+            images = _draw(state, model, dataset, runtime)
+        if state.world.main:
+            paths.append(folder / f"{state.step:06d}_{name}.png")
+            save_grid(paths[-1], images)
+    model.train()
+    return paths
+
+
+def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) -> Uint8Array:
+    world, config, process = state.world, state.config.model, state.config.diffusion
+    steps = min(STEPS, process.diffusion_steps)
+    values = {**process.to_dict(), "timestep_respacing": str(steps)}
+    # As many on every process: under FSDP they must all call the model the same number of times.
+    ours = (np.arange(world.rank, world.rank + world.size * -(-IMAGES // world.size), world.size)) % IMAGES
+    low_res = None
+    if config.small_size is not None:
+        rows = np.asarray(dataset.images[ours % len(dataset.images)])
+        images = torch.from_numpy(rows).permute(0, 3, 1, 2) / 127.5 - 1
+        low_res = F.interpolate(images, config.small_size, mode="area")
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        with runtime.autocast():
+            return model(*args, **kwargs)
+
+    drawn = generate(
+        call,
+        build_diffusion(DiffusionConfig.from_dict(values), runtime.kernels),
+        SampleConfig(num_samples=len(ours), batch_size=len(ours), sampler=Sampler.DDIM),
+        image_size=config.image_size,
+        device=runtime.device,
+        indices=ours,
+        labels=ours % config.num_classes if config.class_cond else None,
+        low_res=low_res,
     )
-    save_grid(path, np.concatenate(list(batches)))
+    found: dict[int, Uint8Array] = {}
+    for indices, images_of_one in world.gathered((ours, np.concatenate(list(drawn)))):
+        found |= zip(indices.tolist(), images_of_one, strict=True)
+    return np.stack([found[index] for index in range(IMAGES)])
+
+
+@contextmanager
+def _holding(parameters: list[Tensor], others: list[Tensor] | None) -> Iterator[None]:
+    """While entered, the parameters have the values of ``others``."""
+    if others is None:
+        yield
+        return
+    with torch.no_grad():
+        before = [p.detach().clone() for p in parameters]
+        torch._foreach_copy_(parameters, others)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, before)

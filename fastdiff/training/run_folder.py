@@ -1,13 +1,15 @@
 """A run's folder: its configuration, its log, and the rule that one folder holds one run."""
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from fastdiff.checkpoint import replacing, saved_steps
+from fastdiff.checkpoint import holds_checkpoint, replacing
 from fastdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
 
 _CONFIGS: dict[str, type[Config]] = {
@@ -29,11 +31,12 @@ class RunConfig:
     train: TrainConfig
     runtime: RuntimeConfig
     class_names: tuple[str, ...] = ()
+    data_fingerprint: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         values: dict[str, Any] = {name: getattr(self, name).to_dict() for name in _CONFIGS}
-        return {**values, "class_names": list(self.class_names)}
+        return {**values, "class_names": list(self.class_names), "data_fingerprint": self.data_fingerprint}
 
     @classmethod
     def read(cls, run_dir: Path) -> Self:
@@ -42,7 +45,8 @@ class RunConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
-            return cls(**configs, class_names=tuple(map(str, values["class_names"])))
+            names = tuple(map(str, values["class_names"]))
+            return cls(**configs, class_names=names, data_fingerprint=str(values.get("data_fingerprint", "")))
         except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): restore it, or start a new run in another --run-dir"
@@ -56,7 +60,7 @@ class RunConfig:
 
 def holds_run(run_dir: Path) -> bool:
     """Whether a run was begun in ``run_dir``."""
-    return (run_dir / "config.json").exists() or bool(saved_steps(run_dir))
+    return (run_dir / "config.json").exists() or holds_checkpoint(run_dir)
 
 
 def refuse_other_run(run_dir: Path) -> None:
@@ -69,21 +73,33 @@ def refuse_other_run(run_dir: Path) -> None:
 
 
 class Log:
-    """Lines on the terminal and, with the time, in log.txt."""
+    """Lines on the terminal and, with the time, in log.txt. Any thread may add one."""
 
     def __init__(self, run_dir: Path, show: Callable[[str], None]) -> None:
         self._file = (run_dir / "log.txt").open("a", encoding="utf-8")
         self._show = show
+        self._lock = threading.Lock()
 
     def __call__(self, line: str, *, shown: bool = True) -> None:
         """Add a line; ``shown=False`` leaves it to others to show it."""
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-        self._file.flush()
-        if shown:
-            self._show(line)
+        with self._lock:
+            # A disk that is full stops the training when a checkpoint does not fit, not here.
+            with contextlib.suppress(OSError):
+                self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+                self._file.flush()
+            if shown:
+                self._show(line)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class Silence:
+    """The log of a process that is not the first."""
+
+    def __call__(self, line: str, *, shown: bool = True) -> None:
+        """Nothing."""

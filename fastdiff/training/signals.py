@@ -7,20 +7,22 @@ import threading
 from types import FrameType
 from typing import Self
 
+from fastdiff.runtime.distributed import launcher
+
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class StopRequest:
-    """While entered, the first signal is kept in ``received``; a second one of its kind acts as it always does."""
+    """While entered, the first signal is kept in ``received``; a second one of its kind acts as it always does.
+
+    Not so in a process that torchrun started: there the second one is torchrun's, which hands on what it got itself and
+    has a time-out of its own.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
-
-    @property
-    def exit_status(self) -> int:
-        """What a shell expects of a process that this signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + self.received if self.received is not None else 0
+        self._handed_on = launcher() != ""
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -35,6 +37,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        if self._handed_on:
+            return
         with contextlib.suppress(OSError):  # print is not safe in a signal handler
             os.write(2, b"\nstopping and saving after this step; once more stops at once, without saving\n")
         signal.signal(number, self._before[self.received])  # type: ignore[arg-type]

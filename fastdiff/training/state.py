@@ -1,114 +1,163 @@
 """Everything that an update changes, and its way to and from the files of a checkpoint."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import checkpoint
 from fastdiff.config import Precision, ScheduleSampler
 from fastdiff.diffusion import GaussianDiffusion, LossSecondMomentSampler, UniformSampler
 from fastdiff.models import UNet
+from fastdiff.runtime.distributed import World
 from fastdiff.training.ema import EMA
+from fastdiff.training.guard import Guard
+from fastdiff.training.metrics import LossSums
+from fastdiff.training.parallel import own_part, part_of, whole_of
 from fastdiff.training.run_folder import RunConfig
+from fastdiff.training.saver import CheckpointFile
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TrainState:
-    """Weights, averages, optimizer, loss scale and timestep history after ``step`` updates."""
+    """Weights, averages, optimizer, loss scale, timestep history and the sums of the log after ``step`` updates.
 
-    def __init__(self, config: RunConfig, model: UNet, diffusion: GaussianDiffusion, precision: Precision) -> None:
+    ``held`` are the model's parameters, ``parameters`` what this process updates of them: the same, but under FSDP.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: UNet,
+        diffusion: GaussianDiffusion,
+        precision: Precision,
+        world: World | None = None,
+    ) -> None:
         train = config.train
         self.config = config
-        self.model = model
+        self.world = world or World()
         self.step = 0
-        self.names, self.parameters = map(list, zip(*model.named_parameters(), strict=True))
-        self.emas = [EMA(self.parameters, rate, train.ema_warmup) for rate in train.ema_rate]
+        self.names, self.held = map(list, zip(*model.named_parameters(), strict=True))
+        self.parameters = [p if (part := own_part(p)) is p else nn.Parameter(part) for p in self.held]
+        self.sharded = self.parameters[0] is not self.held[0]
+        # Under FSDP the averages are split as the parameters are.
+        everyone = World() if self.sharded else self.world
+        self.emas = [EMA(self.parameters, rate, train.ema_warmup, everyone) for rate in train.ema_rate]
         device = self.parameters[0].device
         # The fused update skips a step with an infinite gradient by itself, without a word from the host.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is Precision.FP16)
+        self.guard = Guard(train.spike_guard, device)
+        self.sums = LossSums(device)
         self.sampler: UniformSampler | LossSecondMomentSampler
         if train.schedule_sampler is ScheduleSampler.LOSS_SECOND_MOMENT:
-            self.sampler = LossSecondMomentSampler(diffusion.num_timesteps)
+            self.sampler = LossSecondMomentSampler(diffusion.num_timesteps, device=device)
         else:
-            self.sampler = UniformSampler(diffusion.num_timesteps)
+            self.sampler = UniformSampler(diffusion.num_timesteps, device)
 
     @property
     def num_parameters(self) -> int:
         """Numbers that are learned."""
-        return sum(p.numel() for p in self.parameters)
+        return sum(p.numel() for p in self.held)
 
-    def ema_state(self, ema: EMA) -> dict[str, Tensor]:
-        """An average as a state dict."""
+    @property
+    def saved_bytes(self) -> int:
+        """About what a checkpoint takes on the disk: weights, averages and two moments."""
+        return 4 * self.num_parameters * (3 + len(self.emas))
+
+    @torch.no_grad()
+    def set_weights(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Take over the state dict of a file; ValueError where it is of another architecture."""
+        checkpoint.refuse_other_architecture(dict(zip(self.names, self.held, strict=True)), weights, path)
+        for name, parameter, held in zip(self.names, self.parameters, self.held, strict=True):
+            parameter.copy_(part_of(weights[name], held))
+
+    def ema_parts(self, ema: EMA) -> dict[str, Tensor]:
+        """An average as a state dict of what this process would hold of it. Collective."""
         return dict(zip(self.names, ema.tensors(), strict=True))
 
-    def save(self, run_dir: Path) -> None:
-        """Write the files of this step, the optimizer's last: only with it does the step count as saved.
+    def snapshot(self, run_dir: Path) -> list[CheckpointFile]:
+        """The files of this step, copied to the host: nothing that comes after changes them. Collective.
 
-        ValueError, and nothing written, where a weight is not finite.
+        On CUDA the copies are only under way when this returns. Processes but the first get an empty list.
         """
-        norms = torch.stack(torch._foreach_norm(self.parameters))
-        if not bool(norms.isfinite().all()):
-            steps = checkpoint.saved_steps(run_dir)
-            good = checkpoint.model_path(run_dir, steps[-1]) if steps else "none was saved yet"
-            raise ValueError(
-                f"the weights of step {self.step} are not finite and were not saved: lower --lr; "
-                f"the last good checkpoint: {good}"
-            )
-        described: dict[str, Any] = {
-            "model_config": self.config.model,
-            "diffusion_config": self.config.diffusion,
-            "step": self.step,
-            "class_names": self.config.class_names,
-            "run_config": self.config.to_dict(),
-        }
-        checkpoint.save_checkpoint(checkpoint.model_path(run_dir, self.step), self.model, **described)
+        config = self.config
+        described = checkpoint.model_metadata(
+            config.model, config.diffusion, self.step, config.class_names, run_config=config.to_dict()
+        )
+        weights = self._on_host(zip(self.names, self.parameters, strict=True))
+        files = [CheckpointFile(checkpoint.model_path(run_dir, self.step), weights, described)]
         for ema in self.emas:
             path = checkpoint.ema_path(run_dir, ema.rate, self.step)
-            described |= {"ema_rate": ema.rate, "ema_warmup": ema.warmup, "ema_updates": ema.updates}
-            checkpoint.save_checkpoint(path, self.ema_state(ema), **described)
-        tensors = {f"{key}.{name}": value for name, key, value in self._moments()}
+            about = {"ema_rate": ema.rate, "ema_warmup": ema.warmup, "ema_updates": ema.updates}
+            averages = self._on_host(self.ema_parts(ema).items())
+            files.append(CheckpointFile(path, averages, described | about))
+        path = checkpoint.optimizer_path(run_dir, self.step)
+        said = {"kind": "optimizer", "step": self.step, "scaler": self.scaler.state_dict()}
+        files.append(CheckpointFile(path, self._optimizer_tensors(), said | {"run_config": config.to_dict()}))
+        return files if self.world.main else []
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for key in _MOMENTS:
+            moments = ((name, self.optimizer.state[p]) for name, p in zip(self.names, self.parameters, strict=True))
+            found |= self._on_host(((name, moment[key]) for name, moment in moments), f"{key}.")
         if isinstance(self.sampler, LossSecondMomentSampler):
-            state = self.sampler.state_dict()
-            tensors |= {f"sampler.{key}": torch.from_numpy(np.array(value)) for key, value in state.items()}
-        metadata = {
-            "kind": "optimizer",
-            "step": self.step,
-            "scaler": self.scaler.state_dict(),
-            "run_config": self.config.to_dict(),
-        }
-        checkpoint.write_tensors(checkpoint.optimizer_path(run_dir, self.step), tensors, metadata)
+            found |= {f"sampler.{key}": on_host(value) for key, value in self.sampler.state_dict().items()}
+        sums = self.world.concatenated(self.sums.state()[None])  # (processes, n)
+        return found | {"guard": on_host(self.guard.state()), "log_sums": on_host(sums)}
+
+    def _on_host(self, parts: Iterable[tuple[str, Tensor]], prefix: str = "") -> dict[str, Tensor]:
+        """Copies of the tensors of which these are this process's parts; of them the first process alone gets any."""
+        found = {}
+        for (name, part), held in zip(parts, self.held, strict=True):
+            whole = whole_of(part, held)
+            if self.world.main:
+                found[prefix + name] = on_host(whole)
+        return found
 
     def load(self, run_dir: Path, step: int) -> None:
-        """Go on from the files of ``step``; ValueError where one is damaged or does not fit."""
+        """Go on from the files of ``step``; ValueError where one is missing or does not fit."""
         path = checkpoint.model_path(run_dir, step)
         weights, _ = checkpoint.read_tensors(path, kind="model")
-        opt_path = checkpoint.optimizer_path(run_dir, step)
-        tensors, metadata = checkpoint.read_tensors(opt_path, kind="optimizer")
-        checkpoint.load_weights(self.model, weights, path)
-        for ema in self.emas:
-            ema_path = checkpoint.ema_path(run_dir, ema.rate, step)
-            if not ema_path.exists():
-                raise ValueError(f"{ema_path} is missing: go on with the ema_rate that the run was begun with")
-            averages, about = checkpoint.read_tensors(ema_path, kind="model")
-            ema.load((averages[name] for name in self.names), about["ema_updates"])
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            self.optimizer.state[parameter] = {
-                "step": tensors[f"step.{name}"].to(parameter.device),
+        tensors, metadata = checkpoint.read_tensors(checkpoint.optimizer_path(run_dir, step), kind="optimizer")
+        averages = [self._read_average(run_dir, ema, step) for ema in self.emas]
+        self.set_weights(weights, path)
+        for ema, (average, updates) in zip(self.emas, averages, strict=True):
+            ema.load((part_of(average[n], held) for n, held in zip(self.names, self.held, strict=True)), updates)
+        for name, parameter, held in zip(self.names, self.parameters, self.held, strict=True):
+            self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device)} | {
                 # in the parameter's own layout, which the file does not keep
-                "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
+                key: torch.empty_like(parameter).copy_(part_of(tensors[f"{key}.{name}"], held))
+                for key in _MOMENTS[1:]
             }
         if self.scaler.is_enabled() and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
-        if isinstance(self.sampler, LossSecondMomentSampler) and "sampler.history" in tensors:
-            self.sampler.load_state_dict({k: tensors[f"sampler.{k}"].numpy() for k in ("history", "counts")})
+        if isinstance(self.sampler, LossSecondMomentSampler):
+            history = tensors.get("sampler.history")
+            # A run that is told to go on with another process, or sampler, learns it afresh.
+            if history is not None and history.shape == self.sampler.history.shape:
+                self.sampler.load_state_dict({"history": history, "counts": tensors["sampler.counts"]})
+        self.guard.load_state(tensors["guard"])
+        sums = tensors["log_sums"]
+        if len(sums) == self.world.size:
+            self.sums.load_state(sums[self.world.rank])
+        elif self.world.main:
+            self.sums.load_state(sums)
         self.step = step
 
-    def _moments(self) -> list[tuple[str, str, Tensor]]:
-        moments = []
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            moments += [(name, key, value) for key, value in self.optimizer.state[parameter].items()]
-        return moments
+    def _read_average(self, run_dir: Path, ema: EMA, step: int) -> tuple[dict[str, Tensor], int]:
+        path = checkpoint.ema_path(run_dir, ema.rate, step)
+        if not path.exists():
+            raise ValueError(f"{path} is missing: go on with the ema_rate that the run was begun with")
+        averages, about = checkpoint.read_tensors(path, kind="model")
+        return averages, about["ema_updates"]
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory; one from a GPU is only under way when this returns."""
+    pinned = tensor.device.type == "cuda"
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    return copy.copy_(tensor.detach(), non_blocking=pinned)

@@ -33,8 +33,9 @@ def test_a_run_folder_holds_what_the_plan_says(train: Cli, tmp_path: Path) -> No
     run_dir = tmp_path / "runs/cats"
     kinds = ("model{:06d}", "ema_0.9_{:06d}", "ema_0.5_{:06d}", "opt{:06d}")
     checkpoints = {kind.format(step) + ".safetensors" for kind in kinds for step in (2, 4, 5)}
+    checkpoints |= {f"manifest{step:06d}.json" for step in (2, 4, 5)}
     assert {path.name for path in run_dir.iterdir()} == checkpoints | {
-        *("config.json", "progress.csv", "progress.jsonl", "log.txt", "previews")
+        *("config.json", "progress.csv", "progress.jsonl", "log.txt", "previews", ".lease")
     }
     previews = {path.name for path in (run_dir / "previews").iterdir()}
     assert previews == {"000005_raw.png", "000005_ema_0.9.png", "000005_ema_0.5.png"}

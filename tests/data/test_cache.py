@@ -199,7 +199,7 @@ def test_a_killed_run_leaves_nothing_that_matters(data: Path, monkeypatch: pytes
         load_dataset(config(data), 8, labelled=True, on_progress=killed)
     cache = data.parent / "cache"
     assert list(cache.iterdir()) == []
-    key = module._key(ImageFolder(data, 8))
+    key = module._key_and_lengths(ImageFolder(data, 8))[0]
     old, live = cache / f"{key}.old.tmp", cache / f"{key}.live.tmp"  # of a run killed outright; of one beside us
     old.write_bytes(b"half")
     live.write_bytes(b"half")
@@ -211,10 +211,108 @@ def test_a_killed_run_leaves_nothing_that_matters(data: Path, monkeypatch: pytes
 
 def test_auto_goes_by_the_share_of_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 6 * 8 * 8 * 3
-    for available, processes, on_disk in [(4 * needed, 1, False), (4 * needed - 1, 1, True), (4 * needed, 2, True)]:
+    for available, processes, on_disk in [(4 * needed, 1, False), (4 * needed - 1, 1, True), (2**40, 2, True)]:
         monkeypatch.setattr(module, "available_memory", lambda n=available: n)
         dataset = load_dataset(config(data, Cache.AUTO), 8, labelled=False, processes=processes)
         assert isinstance(dataset.images, np.memmap) == on_disk
+
+
+def test_of_several_processes_one_decodes_and_all_map_its_file(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = count_decoded(monkeypatch)
+    first, second = (load_dataset(config(data, Cache.AUTO), 8, labelled=True, processes=2) for _ in range(2))
+    assert len(decoded) == 6
+    assert first.images.filename == second.images.filename
+    assert first.fingerprint == second.fingerprint
+
+
+def test_memory_by_name_is_a_copy_for_each_process(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 6 * 8 * 8 * 3
+    monkeypatch.setattr(module, "available_memory", lambda: 2 * needed)
+    images = load_dataset(config(data, Cache.MEMORY), 8, labelled=False, processes=2).images
+    assert not isinstance(images, np.memmap)
+    with pytest.raises(ValueError, match=r"cache memory: .* use cache disk"):
+        load_dataset(config(data, Cache.MEMORY), 8, labelled=False, processes=3)
+
+
+def test_the_file_that_another_machine_wrote_meanwhile_stays(data: Path) -> None:
+    inodes = []
+
+    def other_machine(done: int, total: int) -> None:
+        if done == total and not inodes:
+            inodes.append(0)
+            load_dataset(config(data), 8, labelled=True)
+            (file,) = (data.parent / "cache").glob("*.npy")
+            inodes[0] = file.stat().st_ino
+
+    images = load_dataset(config(data), 8, labelled=True, on_progress=other_machine).images
+    assert Path(images.filename).stat().st_ino == inodes[0]
+    assert sorted(p.suffix for p in (data.parent / "cache").iterdir()) == [".json", ".npy"]
+
+
+@pytest.mark.parametrize("cache", [Cache.MEMORY, Cache.DISK])
+def test_names_are_those_of_the_images(data: Path, cache: Cache) -> None:
+    for _ in range(2):  # the second time from the file
+        assert load_dataset(config(data, cache), 8, labelled=False).names == (
+            "a_1.png",
+            "b_1.jpg",
+            "c_2.png",
+            "sub/b_2.PNG",
+        )
+
+
+def fingerprint(root: Path, labelled: bool = True, cache: Cache = Cache.MEMORY, **options: object) -> str:
+    return load_dataset(config(root, cache, **options), 8, labelled=labelled).fingerprint
+
+
+def test_the_fingerprint_of_a_copy_is_the_same(data: Path) -> None:
+    before = fingerprint(data)
+    assert len(before) == 64
+    copy = Path(shutil.copytree(data, data.parent / "copy"))
+    os.utime(copy / "a_1.png", (1, 1))
+    (copy / "notes.txt").write_text("what is left out does not count")
+    (copy / "a_0.png").write_bytes(b"GIF")
+    save(copy / ".hidden.png")
+    assert fingerprint(copy) == before
+    assert fingerprint(copy, cache=Cache.DISK) == fingerprint(copy, cache=Cache.DISK) == before
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "longer", "broken", "class", "labels", "unlabelled"])
+def test_the_fingerprint_sees_another_set(data: Path, change: str) -> None:
+    (data / "a_0.png").unlink()
+    before, labelled, options = fingerprint(data), change != "unlabelled", {}
+    if change == "added":
+        save(data / "a_2.png")
+    elif change == "removed":
+        (data / "b_1.jpg").unlink()
+    elif change == "renamed":
+        (data / "a_1.png").rename(data / "a_01.png")
+    elif change == "longer":
+        (data / "a_1.png").write_bytes((data / "a_1.png").read_bytes() + b"\0")
+    elif change == "broken":  # as long as before, and the images after it move up
+        (data / "a_1.png").write_bytes(bytes((data / "a_1.png").stat().st_size))
+    elif change == "class":  # of an image that cannot be read, and yet it renumbers the others
+        (data / "aa_1.png").write_bytes(b"")
+    elif change == "labels":
+        for name in ("a_1.png", "b_1.jpg", "c_1.png", "c_2.png"):
+            (data / name).rename(data / "sub" / name)
+        before, options = fingerprint(data), {"labels": "folder"}
+    assert fingerprint(data, labelled, **options) != before
+
+
+def test_the_fingerprint_does_not_see_the_bytes(data: Path) -> None:
+    save(data / "a_1.bmp", noise(8, 8, seed=1))
+    before = fingerprint(data)
+    save(data / "a_1.bmp", noise(8, 8, seed=2))
+    assert fingerprint(data) == before  # as its docstring says
+
+
+def test_every_image_is_looked_at_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Path] = []
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda self, **options: (looks.append(self), stat(self, **options))[1])
+    load_dataset(config(data), 8, labelled=True)
+    images = {data / name for name in ImageFolder(data, 8).names}
+    assert sorted(path for path in looks if path in images) == sorted(images)
 
 
 def test_memory_that_is_too_small_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

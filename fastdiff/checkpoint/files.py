@@ -1,0 +1,110 @@
+"""Single files: they appear whole or not at all, and say what they are."""
+
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdiff.interop import openai
+
+FORMAT = "fastdiff-1"
+_FORMATS = re.compile(r"fastdiff-(\d+)")
+_DESCRIBED = {"model_config", "diffusion_config"}
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+_being_written: set[str] = set()  # names, which are random: one folder has many paths
+_lock = threading.Lock()  # for who looks: a folder that is there and of this process is in the set
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a fastdiff file of the kind "model" or "optimizer"; ValueError where it is not one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = file.metadata() or {}
+            for key in raw:
+                refuse_newer(path, key)
+            metadata = json.loads(raw.get(FORMAT, "{}"))
+            if (
+                not isinstance(metadata, dict)
+                or "kind" not in metadata
+                or (kind == "model" and not metadata.keys() >= _DESCRIBED and metadata["kind"] == kind)
+            ):
+                raise ValueError(f"{path} is a safetensors file, but not one of fastdiff's")
+            if metadata["kind"] != kind:
+                other = (
+                    "the model*.safetensors or ema_*.safetensors file beside it" if kind == "model" else "the opt* file"
+                )
+                raise ValueError(f"{path} is a file of the kind {metadata['kind']}, not {kind}: name {other}")
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118  # not a dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({openai.first_line(error)})") from None
+
+
+def refuse_newer(path: Path, written: str) -> None:
+    """ValueError where the format that ``path`` was written in is one of a later version."""
+    match, ours = _FORMATS.fullmatch(written), _FORMATS.fullmatch(FORMAT)
+    if match and ours and int(match[1]) > int(ours[1]):
+        raise ValueError(f"{path} was made by a newer fastdiff: upgrade with pip install --upgrade fastdiff")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write tensors and metadata as one safetensors file, whole or not at all."""
+    packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(packed, temporary, metadata={FORMAT: json.dumps(metadata)})
+        except SafetensorError as error:  # a full disk, too, is one of these
+            raise OSError(f"{path} cannot be written: {openai.first_line(error)}") from error
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, on the disk of ``path``; on success it takes path's place, on failure it is gone.
+
+    The file is on the disk before it is renamed, and has the mode that the umask gives any new file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own, which holds the temporary files of the libraries that write to it, too: safetensors'
+    # have names that nobody could tell from others', and a process that is killed leaves them.
+    with _lock:
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        _being_written.add(Path(folder.name).name)
+    try:
+        with folder:
+            temporary = Path(folder.name) / path.name
+            temporary.touch()
+            mode = temporary.stat().st_mode  # of any new file; safetensors' own is its owner's alone
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(mode)
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        with _lock:
+            _being_written.discard(Path(folder.name).name)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """The temporary folders in ``folder`` that no thread of this process is writing to."""
+    with _lock:
+        return [p for p in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(p.name) and p.name not in _being_written]
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a rename needs no such thing
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,142 @@
+"""A model's checkpoint: its weights with its configuration, in one file."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.checkpoint.files import read_tensors, write_tensors
+from fastdiff.config import DiffusionConfig, Kernels, MemoryFormat, ModelConfig, with_multipliers
+from fastdiff.diffusion import GaussianDiffusion, build_diffusion
+from fastdiff.interop import openai
+from fastdiff.models import UNet, build_model
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is ready to use, and what its file says of it."""
+
+    model: UNet
+    diffusion: GaussianDiffusion
+    model_config: ModelConfig
+    diffusion_config: DiffusionConfig
+    step: int
+    class_names: tuple[str, ...]
+    metadata: Mapping[str, Any]
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module | Mapping[str, Tensor],
+    *,
+    model_config: ModelConfig,
+    diffusion_config: DiffusionConfig,
+    step: int = 0,
+    class_names: tuple[str, ...] = (),
+    **metadata: Any,
+) -> Path:
+    """Write a model, or its state dict, with its configuration; further keywords become metadata (JSON values).
+
+    The file appears whole or not at all. OSError where it cannot be written.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    return write_tensors(
+        Path(path), state, model_metadata(model_config, diffusion_config, step, class_names, **metadata)
+    )
+
+
+def model_metadata(
+    model_config: ModelConfig,
+    diffusion_config: DiffusionConfig,
+    step: int,
+    class_names: tuple[str, ...] = (),
+    **metadata: Any,
+) -> dict[str, Any]:
+    """What a model's file says of it, as JSON can hold it."""
+    return {
+        "kind": "model",
+        "model_config": with_multipliers(model_config).to_dict(),
+        "diffusion_config": diffusion_config.to_dict(),
+        "step": step,
+        "class_names": list(class_names),
+        **metadata,
+    }
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    model_config: ModelConfig | None = None,
+    diffusion_config: DiffusionConfig | None = None,
+    device: torch.device | str = "cpu",
+    kernels: Kernels | str = Kernels.AUTO,
+    memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
+) -> Checkpoint:
+    """A fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict with the configurations given.
+
+    The model is on ``device``, in evaluation mode. ValueError, in one line, where the file is missing, damaged, of
+    another kind or architecture, or, for a bare state dict, where the configurations are missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        state, metadata = read_tensors(path, kind="model")
+        if model_config is not None or diffusion_config is not None:
+            raise ValueError(f"{path} says itself what it is: configurations are for bare state dicts")
+        try:
+            model_config = ModelConfig.from_dict(metadata["model_config"])
+            diffusion_config = DiffusionConfig.from_dict(metadata["diffusion_config"])
+            class_names = tuple(map(str, metadata["class_names"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} holds a configuration of no model of this version: {error}") from None
+    else:
+        state, metadata, class_names = openai.load_state_dict(path), {}, ()
+        if model_config is None or diffusion_config is None:
+            raise ValueError(
+                f"{path} is a bare state dict: say what it is with --preset or with the flags it was trained with"
+            )
+    model = build_model(model_config, kernels, memory_format)
+    load_weights(model, state, path)
+    return Checkpoint(
+        model.eval().to(device),
+        build_diffusion(diffusion_config, kernels),
+        model_config,
+        diffusion_config,
+        metadata.get("step", 0),
+        class_names,
+        metadata,
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a fastdiff checkpoint or an improved-diffusion ``.pt`` file; ValueError as load_checkpoint."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        return read_tensors(path, kind="model")[0]
+    return openai.load_state_dict(path)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Copy a state dict into a model; ValueError, naming the first difference, where it is of another architecture."""
+    refuse_other_architecture(model.state_dict(), state, path)
+    model.load_state_dict(dict(state))
+
+
+def refuse_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError, naming the first difference, where a file's state dict has other names or shapes than ``own``."""
+    wanted = {key: value.shape for key, value in own.items()}
+    theirs = {key: value.shape for key, value in state.items()}
+    if wanted != theirs:
+        key = next(key for key in [*wanted, *theirs] if wanted.get(key) != theirs.get(key))
+        says = [tuple(shapes[key]) if key in shapes else "absent" for shapes in (theirs, wanted)]
+        differing = sum(wanted.get(key) != theirs.get(key) for key in wanted.keys() | theirs.keys())
+        raise ValueError(
+            f"{path} is of another architecture: {key} is {says[0]} in the file and {says[1]} in the model "
+            f"({differing} tensors differ)"
+        )

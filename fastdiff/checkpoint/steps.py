@@ -1,0 +1,180 @@
+"""The checkpoints of a run folder.
+
+That of step 500 is ``model000500.safetensors``, one ``ema_0.9999_000500.safetensors`` per rate,
+``opt000500.safetensors``, and ``manifest000500.json``, which is written last; the number counts completed updates.
+A step that is being saved or deleted has a file ``.unfinished000500``.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdiff.checkpoint.files import FORMAT, abandoned, refuse_newer, replacing, sync_folder
+
+_ANY = "*.safetensors"
+_NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.e-]+)_)(?P<step>\d{6,})\.safetensors")
+_MANIFEST = re.compile(r"manifest(?P<step>\d{6,})\.json")
+_MARK = re.compile(r"\.unfinished(?P<step>\d{6,})")
+
+
+def model_path(run_dir: Path, step: int) -> Path:
+    """Where a run keeps the raw weights of a step."""
+    return run_dir / f"model{step:06d}.safetensors"
+
+
+def ema_path(run_dir: Path, rate: float, step: int) -> Path:
+    """Where a run keeps the averaged weights of a step."""
+    return run_dir / f"ema_{rate}_{step:06d}.safetensors"
+
+
+def optimizer_path(run_dir: Path, step: int) -> Path:
+    """Where a run keeps the optimizer's state of a step."""
+    return run_dir / f"opt{step:06d}.safetensors"
+
+
+def manifest_path(run_dir: Path, step: int) -> Path:
+    """Where a run keeps the lengths and SHA-256 of a step's files; only with it the step is saved."""
+    return run_dir / f"manifest{step:06d}.json"
+
+
+def _mark_path(run_dir: Path, step: int) -> Path:
+    return run_dir / f".unfinished{step:06d}"
+
+
+def begin_step(run_dir: Path, step: int) -> None:
+    """Say that files of a step are about to be written, so that remove_leftovers knows them if it comes to no end."""
+    if manifest_path(run_dir, step).exists():
+        delete_step(run_dir, step)  # a damaged one: what replaces it must not be measured by its manifest
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _mark_path(run_dir, step).touch()
+    sync_folder(run_dir)
+
+
+def write_manifest(run_dir: Path, step: int, paths: Sequence[Path]) -> None:
+    """Declare the files of a step whole, which are on the disk by now; OSError where that cannot be written."""
+    assert all(path.parent == run_dir and _NAME.fullmatch(path.name) for path in paths)
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    with replacing(manifest_path(run_dir, step)) as temporary:
+        text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    _mark_path(run_dir, step).unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """The steps of a run that were saved to their end, oldest first: those with a manifest."""
+    return sorted(int(m["step"]) for p in run_dir.glob("manifest*.json") if (m := _MANIFEST.fullmatch(p.name)))
+
+
+def holds_checkpoint(run_dir: Path) -> bool:
+    """Whether there is any file that a checkpoint is made of."""
+    return any(_NAME.fullmatch(p.name) or _MANIFEST.fullmatch(p.name) for p in run_dir.glob("*"))
+
+
+def verify_step(run_dir: Path, step: int) -> None:
+    """Read every file of a step; ValueError, naming the first, where one is not what the manifest says."""
+    for name, said in _read_manifest(manifest_path(run_dir, step), step).items():
+        path = run_dir / name
+        try:
+            length = path.stat().st_size
+            if length != said["bytes"]:
+                raise ValueError(f"{path} is damaged: it has {length} bytes, {said['bytes']} were saved")
+            if _sha256(path) != said["sha256"]:
+                raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved")
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _read_manifest(path: Path, step: int) -> dict[str, Any]:
+    written = ""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        written = str(manifest["format"])
+        files: dict[str, Any] = manifest["files"]
+        whole = written == FORMAT and manifest["step"] == step and len(files) > 0
+        for name, said in files.items():
+            whole &= not {"/", "\\"} & set(name) and type(said["bytes"]) is int and type(said["sha256"]) is str
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: step {step} was not saved to its end") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    refuse_newer(path, written)
+    if not whole:
+        raise ValueError(f"{path} is damaged")
+    return files
+
+
+def delete_step(run_dir: Path, step: int) -> None:
+    """Delete every file of a step, the manifest first: what is left cannot be taken for a whole checkpoint."""
+    mark = _mark_path(run_dir, step)
+    if manifest_path(run_dir, step).exists():
+        manifest_path(run_dir, step).replace(mark)
+    else:
+        mark.touch()
+    sync_folder(run_dir)
+    for path in _files(run_dir, step):
+        path.unlink(missing_ok=True)
+    mark.unlink(missing_ok=True)
+
+
+def _files(run_dir: Path, step: int) -> list[Path]:
+    return [p for p in run_dir.glob(_ANY) if (m := _NAME.fullmatch(p.name)) and int(m["step"]) == step]
+
+
+def remove_leftovers(run_dir: Path) -> list[str]:
+    """Remove what killed processes left in a run folder, whose lease the caller holds; returns the names.
+
+    That is temporary files, and the files of steps that were being saved or deleted. Files of steps that have neither
+    a manifest nor the mark of having been begun are not ours to delete: someone put them there.
+    """
+    removed = [path for folder in (run_dir, run_dir / "previews") for path in abandoned(folder)]
+    for path in removed:
+        shutil.rmtree(path)
+    for mark in run_dir.glob(".unfinished*"):
+        match = _MARK.fullmatch(mark.name)
+        if match and manifest_path(run_dir, int(match["step"])).exists():
+            mark.unlink()  # saved to its end, all but the mark
+        elif match:
+            removed += _files(run_dir, int(match["step"]))
+            delete_step(run_dir, int(match["step"]))
+    return sorted(path.name for path in removed)
+
+
+def find_checkpoint(place: Path | None, runs: Path = Path("runs")) -> Path:
+    """The file to sample from: ``place`` itself, or the newest one in the run folder ``place`` or in the newest run.
+
+    In a run folder the average of the highest rate is taken, else the raw weights. ValueError where there is none.
+    """
+    if place is not None and not place.is_dir():
+        return place
+    found = [p for p in (place.glob(_ANY) if place is not None else runs.glob(f"*/{_ANY}")) if _is_model(p)]
+    if not found:
+        where = f"in {place}" if place is not None else f"in any folder of {runs}/"
+        raise ValueError(f"no checkpoint {where}: train a model first (fastdiff train --data-dir DIR) or name a file")
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns).parent
+    there = [path for path in found if path.parent == newest]
+    whole = set(saved_steps(newest))  # a killed process may leave a later step without its averages
+    return max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
+
+
+def _is_model(path: Path) -> bool:
+    match = _NAME.fullmatch(path.name)
+    return match is not None and match["kind"] != "opt"
+
+
+def _rank(path: Path) -> tuple[int, float]:
+    match = _NAME.fullmatch(path.name)
+    assert match
+    return int(match["step"]), float(match["rate"] or 0)

@@ -1,0 +1,42 @@
+"""How many images of a batch fit into the memory at once, found by trying."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastdiff.runtime.distributed import World
+
+
+def largest_that_fits(most: int, attempt: Callable[[int], None], world: World) -> int:
+    """The first of ``most``, half of it, half of that, ... with which ``attempt`` has memory enough on every process.
+
+    ValueError where not even one does.
+    """
+    size = most
+    while not all(world.gathered(_fits(attempt, size))):
+        if size == 1:
+            raise ValueError(
+                "out of memory with one image in a forward pass: use --use-checkpoint, a smaller model, or --parallel "
+                "fsdp on several GPUs"
+            )
+        size = -(-size // 2)
+    return size
+
+
+def _fits(attempt: Callable[[int], None], size: int) -> bool:
+    try:
+        attempt(size)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        fits = False
+    else:
+        fits = True
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return fits
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

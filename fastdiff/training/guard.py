@@ -1,0 +1,56 @@
+"""Which updates are skipped: decided on the device, alike on every process, without a word from the host."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RATE = 0.99
+"""Of the running mean that a spike is measured against."""
+
+WARM = 100
+"""Updates before the first loss can be called a spike."""
+
+
+class Guard:
+    """Skips an update whose gradient or loss is not finite or, with ``factor``, whose loss is a spike.
+
+    A spike is a loss of more than ``factor`` times the running mean of the losses that were not skipped.
+    """
+
+    def __init__(self, factor: float, device: torch.device) -> None:
+        self.factor = factor
+        self.in_a_row = torch.zeros((), device=device)
+        self._mean = torch.zeros((), device=device)
+        self._seen = torch.zeros((), device=device)
+        self.step = torch.full((), -1, device=device)
+        """The last update that was skipped, counted from 0."""
+        self.losses = torch.zeros(0, device=device)
+        """This process's losses in that update, (N,)."""
+
+    def judge(self, step: int, norm: Tensor, losses: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
+        """1 where the update is to be skipped, else 0, as an fp32 scalar.
+
+        norm: of the whole gradient; losses: (N,) of this process, whose mean ``mean`` takes over all processes. A loss
+        that is not finite is expected to have spoilt the gradient.
+        """
+        skip = ~norm.isfinite()
+        if self.factor:
+            loss = mean(losses)
+            skip = skip | ((self._seen >= WARM) & (loss > self.factor * self._mean / (1 - RATE**self._seen)))
+            self._mean = torch.where(skip, self._mean, self._mean.lerp(loss, 1 - RATE))
+            self._seen = torch.where(skip, self._seen, self._seen + 1)
+        if self.losses.shape != losses.shape:
+            self.losses = torch.zeros_like(losses)
+        self.losses = torch.where(skip, losses, self.losses)
+        self.step = torch.where(skip, step, self.step)
+        self.in_a_row = torch.where(skip, self.in_a_row + 1, 0)
+        return skip.float()
+
+    def state(self) -> Tensor:
+        """What a checkpoint keeps, (3,)."""
+        return torch.stack([self.in_a_row, self._mean, self._seen])
+
+    def load_state(self, state: Tensor) -> None:
+        """The inverse of state."""
+        self.in_a_row, self._mean, self._seen = state.to(self.in_a_row.device).unbind()

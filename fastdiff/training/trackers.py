@@ -1,0 +1,145 @@
+"""Where the log goes besides the run folder's own files: TensorBoard, Weights & Biases, trackio."""
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastdiff.checkpoint import replacing
+from fastdiff.config import Tracker, TrainConfig
+
+PROJECT = "fastdiff"
+"""What Weights & Biases and trackio file every run under."""
+
+
+class Sink:
+    """Takes the lines of the log, and what it can show of images. Steps come in order."""
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Add a line; ``row["step"]`` is its step."""
+        raise NotImplementedError
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Show the image in the file ``path`` under ``name``, which is the same at every step."""
+
+    def close(self) -> None:
+        """Finish: nothing more comes."""
+
+
+def open_sinks(config: TrainConfig, run_dir: Path, about: Mapping[str, Any], log: Callable[[str], None]) -> list[Sink]:
+    """The sinks that ``config`` asks for; ``about``, the run's configuration as JSON can hold it, is shown with them.
+
+    ValueError where a package is missing. A sink that fails, at its start or later, becomes one line of ``log`` and is
+    silent from then on: the run does without it.
+    """
+    starts: dict[str, Callable[[], Sink]] = {}
+    if config.tensorboard:
+        starts["tensorboard"] = partial(_TensorBoard, _package("torch.utils.tensorboard", "tensorboard"), run_dir)
+    if config.tracker is not Tracker.NONE:
+        starts[config.tracker] = partial(_Service, _package(config.tracker, config.tracker), run_dir, about)
+    return [_Careful(name, start, log) for name, start in starts.items()]
+
+
+def _package(module: str, name: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ValueError(f"{name} is not installed: pip install {name}") from None
+
+
+class _TensorBoard(Sink):
+    """Event files in the run folder's ``tensorboard/``."""
+
+    def __init__(self, package: ModuleType, run_dir: Path) -> None:
+        self._open = partial(package.SummaryWriter, run_dir / "tensorboard")
+        self._writer: Any = None
+
+    def write(self, row: Mapping[str, float]) -> None:
+        step = int(row["step"])
+        for name, value in row.items():
+            if name != "step":
+                self._at(step).add_scalar(name, value, step)
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
+        self._at(step).add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _at(self, step: int) -> Any:
+        # After a crash the steps past the checkpoint come a second time: TensorBoard forgets the first.
+        self._writer = self._writer or self._open(purge_step=step)
+        return self._writer
+
+
+class _Service(Sink):
+    """A run of Weights & Biases or trackio, whose calls are the same."""
+
+    def __init__(self, package: ModuleType, run_dir: Path, about: Mapping[str, Any]) -> None:
+        # Weights & Biases knows a run by an id, which the run folder keeps; trackio knows it by its name.
+        kept = run_dir / "tracker_id"
+        resumed = kept.exists()
+        if not resumed:
+            with replacing(kept) as temporary:
+                temporary.write_text(uuid.uuid4().hex)
+        known: dict[str, Any] = {"resume": "allow" if resumed else "never"}
+        if package.__name__ == Tracker.WANDB:
+            known |= {"id": kept.read_text().strip(), "dir": str(run_dir.resolve())}
+        self._image = package.Image
+        self._run = package.init(project=PROJECT, name=run_dir.resolve().name, config=dict(about), **known)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        # After a crash the steps past the checkpoint come a second time, with the same values: Weights & Biases drops
+        # them, trackio shows them twice.
+        self._run.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        self._run.log({name: self._image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Careful(Sink):
+    """A sink that never fails: the first error is a line of warning, and the last that is heard of it."""
+
+    def __init__(self, name: str, start: Callable[[], Sink], log: Callable[[str], None]) -> None:
+        self._name = name
+        self._log = log
+        self._sink: Sink | None = None
+        with self._warned():
+            self._sink = start()
+
+    def write(self, row: Mapping[str, float]) -> None:
+        with self._warned():
+            if self._sink is not None:
+                self._sink.write(row)
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        with self._warned():
+            if self._sink is not None:
+                self._sink.image(name, path, step)
+
+    def close(self) -> None:
+        with self._warned():
+            if self._sink is not None:
+                self._sink.close()
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, it is not worth a run
+            self._sink = None
+            said = " ".join(str(error).split()) or type(error).__name__
+            self._log(f"warning: {self._name} failed and gets no more of this run: {said}")

@@ -1,0 +1,159 @@
+"""One update of the weights: forward and backward in micro-batches, and the optimizer's step, without a wait."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.config import TrainConfig
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.diffusion.timestep_sampler import draw
+from fastdiff.kernels import philox_normal, philox_uint32
+from fastdiff.runtime.distributed import World
+from fastdiff.training.parallel import accumulating, own_part, total_norm
+from fastdiff.training.run_folder import RunConfig
+from fastdiff.training.state import TrainState
+
+NOISE_STREAM, TIMESTEP_STREAM = 0xFFFFFFFF, 0xFFFFFFFE
+"""The Philox steps that training draws from; sampling counts its own from 0."""
+
+
+class Updater:
+    """Updates a TrainState from batches.
+
+    ``module`` is the model, or what DDP makes of it, and ``forward`` the same as it is to be called: in its precision,
+    perhaps compiled.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        state: TrainState,
+        diffusion: GaussianDiffusion,
+        module: nn.Module,
+        forward: Callable[..., Tensor],
+        world: World,
+    ) -> None:
+        self._config = config
+        self._state = state
+        self._diffusion = diffusion
+        self._module = module
+        self._forward = forward
+        self._world = world
+        self._device = state.parameters[0].device
+
+    def __call__(self, images: Tensor, labels: Tensor | None) -> None:
+        """One update from this process's part of a batch: uint8 images (B, H, W, 3), int64 labels (B,)."""
+        state, train, step = self._state, self._config.train, self._state.step
+        # Everything random is a function of seed, step and sample, so that a resumed run goes on as if never stopped.
+        torch.manual_seed(dropout_seed(train.seed, step, self._world.rank))
+        first = step * train.batch_size + self._world.rank * len(images)
+        numbers = torch.arange(first, first + len(images), device=self._device)
+        t, weights = draw(state.sampler, philox_uint32(train.seed, numbers, TIMESTEP_STREAM, 2))
+        x_start = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        conditions = conditions_of(self._config, x_start, labels)
+        losses = []
+        parts = micro_batches(train, self._world.size)
+        for part in parts:
+            kwargs = {name: value[part] for name, value in conditions.items()}
+            noise = philox_normal(train.seed, numbers[part], NOISE_STREAM, x_start.shape[1:])
+            with accumulating(self._module) if part is not parts[-1] else nullcontext():
+                terms = self._diffusion.training_losses(self._forward, x_start[part], t[part], kwargs, noise)
+                weighted = terms["loss"] * weights[part]
+                # divided by the whole batch: micro-batches and processes average to what one batch would give
+                loss = weighted.sum() / len(images)
+                # A loss that is not finite spoils the gradient for sure, and so is seen by every process.
+                state.scaler.scale(loss * (1 + (loss - loss).detach())).backward()
+            state.sums.add({k: v * weights[part] for k, v in terms.items()}, t[part], self._diffusion.num_timesteps)
+            losses.append((terms["loss"].detach(), weighted.detach()))
+        raw, weighted = (torch.cat(values) for values in zip(*losses, strict=True))
+        if state.sampler.learns:
+            seen = self._world.concatenated(torch.stack([t.double(), raw.double()], dim=1))  # (B of all, 2)
+            state.sampler.update(seen[:, 0].long(), seen[:, 1])
+        self._step_optimizer(weighted)
+        for ema in state.emas:
+            ema.update()
+        state.step += 1
+
+    def _step_optimizer(self, losses: Tensor) -> None:
+        state, train = self._state, self._config.train
+        for parameter, held in zip(state.parameters, state.held, strict=True):
+            if parameter is not held and held.grad is not None:
+                parameter.grad = own_part(held.grad)
+        state.scaler.unscale_(state.optimizer)
+        gradients = [p.grad for p in state.parameters if p.grad is not None]
+        norm = total_norm(gradients, state.held)
+        skip = state.guard.judge(state.step, norm, losses, self._mean)
+        if train.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(state.parameters, train.grad_clip, norm)
+        # A fused optimizer skips the update on the device where found_inf is 1: GradScaler hands it its own finding,
+        # which must be everybody's; without a scaler it is handed ours.
+        if state.scaler.is_enabled():
+            for found in state.scaler._found_inf_per_device(state.optimizer).values():
+                found.copy_(torch.maximum(found, skip))
+        else:
+            state.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(train, state.step)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        self._module.zero_grad(set_to_none=True)  # under FSDP its parameters are not the optimizer's
+        state.sums.add_grad_norm(norm, skip)
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        return self._world.sum_(losses.mean()) / self._world.size
+
+
+def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """What the model is given besides the noisy images."""
+    conditions = {} if labels is None else {"y": labels}
+    if config.model.small_size is not None:
+        conditions["low_res"] = F.interpolate(x_start, config.model.small_size, mode="area")
+    return conditions
+
+
+def trial(config: RunConfig, diffusion: GaussianDiffusion, forward: Callable[..., Tensor], x_start: Tensor) -> None:
+    """A forward and a backward pass that train nothing, of images (N, 3, H, W)."""
+    none = torch.zeros(len(x_start), dtype=torch.int64, device=x_start.device)
+    conditions = conditions_of(config, x_start, none if config.model.class_cond else None)
+    diffusion.training_losses(forward, x_start, none, conditions, x_start)["loss"].sum().backward()
+
+
+def warm_up(
+    config: RunConfig, diffusion: GaussianDiffusion, module: nn.Module, forward: Callable[..., Tensor], world: World
+) -> None:
+    """One update's passes without the update.
+
+    By the first backward pass DDP arranges the messages of its gradients, and by them the order in which it adds. A
+    resumed run must find them as the run did that it goes on with, or its sums differ in their last bits.
+    """
+    size, device = config.model.image_size, next(module.parameters()).device
+    parts = micro_batches(config.train, world.size)
+    for part in parts:
+        with accumulating(module) if part is not parts[-1] else nullcontext():
+            trial(config, diffusion, forward, torch.zeros(part.stop - part.start, 3, size, size, device=device))
+    module.zero_grad(set_to_none=True)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of what PyTorch's own generator draws in an update."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of the update after ``step`` updates: warm-up, then constant, or linear to 0 over lr_anneal_steps."""
+    warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    left = max(0.0, 1 - step / config.lr_anneal_steps) if config.lr_anneal_steps else 1.0
+    return config.lr * warm * left
+
+
+def micro_batches(config: TrainConfig, processes: int) -> list[slice]:
+    """The parts in which a process takes its share of a batch."""
+    share = config.batch_size // processes
+    assert isinstance(config.microbatch, int), "auto is decided before the first update"
+    size = share if config.microbatch == -1 else min(config.microbatch, share)
+    return [slice(start, min(start + size, share)) for start in range(0, share, size)]

@@ -1,0 +1,74 @@
+"""Checkpoints of models: with everything in them that is needed to use them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from fastdiff import DiffusionConfig, build_model, load_checkpoint, save_checkpoint
+
+from .support import DIFFUSION, MODEL, save
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+    model = build_model(MODEL)
+    path = tmp_path / "new" / "m.safetensors"
+    described = {"model_config": MODEL, "diffusion_config": DIFFUSION, "step": 12, "class_names": ("a", "b", "c")}
+    assert save_checkpoint(path, model, **described, ema_rate=0.99) == path
+    loaded = load_checkpoint(str(path))
+    assert (loaded.model_config, loaded.diffusion_config) == (MODEL, DIFFUSION)
+    assert (loaded.step, loaded.class_names, loaded.metadata["ema_rate"]) == (12, ("a", "b", "c"), 0.99)
+    assert loaded.diffusion.num_timesteps == 5
+    assert not loaded.model.training
+    ours, theirs = model.state_dict(), loaded.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_metadata_are_plain_json_with_the_widths_written_out(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", replace(MODEL, channel_mult=None))
+    with safe_open(path, framework="pt") as file:
+        (text,) = file.metadata().values()
+    metadata = json.loads(text)
+    assert metadata["kind"] == "model"
+    assert metadata["model_config"]["channel_mult"] == [1, 2, 2]  # 8 pixels have no entry in the original's table
+    assert metadata["diffusion_config"]["noise_schedule"] == "cosine"
+    assert load_checkpoint(path).model_config.channel_mult == (1, 2, 2)
+
+
+def test_device_and_kernels_are_the_readers_choice(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors")
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 2])
+    outputs = [load_checkpoint(path, kernels=kernels).model(x, t, y) for kernels in ("reference", "torch")]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_is_not_overruled_by_another_process(tmp_path: Path) -> None:
+    """A checkpoint knows its process; another one is for bare state dicts."""
+    path = save(tmp_path / "m.safetensors")
+    other = DiffusionConfig(diffusion_steps=1000)
+    try:
+        loaded = load_checkpoint(path, diffusion_config=other)
+    except ValueError:
+        return  # a refusal would do too
+    assert loaded.diffusion_config == DIFFUSION
+
+
+def test_a_bare_state_dict_needs_its_configurations(tmp_path: Path) -> None:
+    model = build_model(MODEL)
+    path = tmp_path / "model.pt"
+    torch.save(model.state_dict(), path)
+    for given in ({}, {"model_config": MODEL}, {"diffusion_config": DIFFUSION}):
+        with pytest.raises(ValueError, match=r"model\.pt is a bare state dict: .*--preset"):
+            load_checkpoint(path, **given)
+    loaded = load_checkpoint(path, model_config=MODEL, diffusion_config=DIFFUSION)
+    assert (loaded.model_config, loaded.diffusion_config, loaded.step) == (MODEL, DIFFUSION, 0)
+    assert loaded.class_names == ()
+    assert torch.equal(loaded.model.state_dict()["out.0.weight"], model.state_dict()["out.0.weight"])
+    with pytest.raises(ValueError, match=r"another architecture: label_emb\.weight is \(3, 128\) in the file and \(4"):
+        load_checkpoint(path, model_config=replace(MODEL, num_classes=4), diffusion_config=DIFFUSION)
+    with pytest.raises(ValueError, match=r"another architecture: label_emb\.weight is \(3, 128\) in the file and abs"):
+        load_checkpoint(path, model_config=replace(MODEL, class_cond=False), diffusion_config=DIFFUSION)

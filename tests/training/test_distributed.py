@@ -1,0 +1,226 @@
+"""Several processes train as one does, and what is killed goes on as if nothing had been."""
+
+import csv
+import hashlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..cli.support import Result, finish, refused, start
+
+WORKER = Path(__file__).with_name("worker.py")
+MODEL = [
+    *("--image-size", "8", "--num-channels", "32", "--num-res-blocks", "1", "--channel-mult", "1"),
+    *("--diffusion-steps", "4", "--noise-schedule", "cosine", "--class-cond", "--learn-sigma"),
+    *("--compile", "off", "--device", "cpu", "--preview-interval", "0", "--log-interval", "1"),
+    *("--batch-size", "16", "--ema-rate", "0.9999,0.5", "--lr", "1e-3", "--flip"),
+]
+LEARNING = ["--schedule-sampler", "loss-second-moment"]
+MEASURED = ("images_per_s", "mfu", "data_wait", "memory_gib")
+
+
+def launch(
+    processes: int, *args: str, cwd: Path, torchrun: Sequence[str] = (), **environment: str
+) -> subprocess.Popen[str]:
+    """``fastdiff train`` alone or as several processes, through a worker that can be told to come to harm."""
+    command = [sys.executable, str(WORKER), "train", *args]
+    if processes > 1 or torchrun:
+        run = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", *torchrun]
+        command = [sys.executable, *run, str(WORKER), "train", *args]
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")},
+            "PYTHONPATH": root,
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(cwd / "cache"),
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(processes: int, run_dir: str, *args: str, cwd: Path, data: Path, status: int = 0, **more: Any) -> Result:
+    flags = ["--data-dir", str(data), "--run-dir", run_dir, *MODEL, *args]
+    result = finish(launch(processes, *flags, cwd=cwd, **more))
+    assert result.status == status, result
+    return result
+
+
+def hashes(run_dir: Path, step: int) -> dict[str, str]:
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run_dir.glob(f"*{step:06d}.safetensors")}
+    assert len(found) == 4, found  # weights, two averages, optimizer
+    return found
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """progress.csv without what a clock has measured."""
+    with (run_dir / "progress.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_is_straight_on(tmp_path: Path, shapes: Path, processes: int, precision: str) -> None:
+    """20 steps at once; 11 steps, SIGKILL, and on to 20. The last checkpoint before the end is that of step 9."""
+    flags = [*LEARNING, "--precision", precision, "--dropout", "0.1", "--save-interval", "3"]
+    common = {"cwd": tmp_path, "data": shapes}
+    train(processes, "straight", *flags, "--steps", "20", **common)
+    killed = 1 if processes > 1 else -9
+    train(processes, "killed", *flags, "--steps", "20", status=killed, KILL_AFTER_STEP="11", **common)
+    assert (tmp_path / "killed/progress.csv").read_text().splitlines()[-1].startswith("11,")
+    result = train(processes, "killed", "--resume", **common)
+    assert "resumed at step 9\n" in result.out
+    assert hashes(tmp_path / "straight", 20) == hashes(tmp_path / "killed", 20)
+    assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
+    assert [row["step"] for row in rows(tmp_path / "killed")] == [str(step) for step in range(1, 21)]
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes: Path) -> None:
+    """For ten steps losses and gradient norms are equal to 1e-5, with micro-batches as without."""
+    flags = [*LEARNING, "--precision", "fp32", "--steps", "10", "--spike-guard", "50", "--grad-clip", "1"]
+    kinds: dict[str, tuple[int, list[str]]] = {
+        "one": (1, []),
+        "ddp": (2, []),
+        "fsdp": (2, ["--parallel", "fsdp"]),
+        "parts": (2, ["--microbatch", "3"]),
+        "fsdp_parts": (2, ["--parallel", "fsdp", "--microbatch", "3", "--use-checkpoint"]),
+    }
+    found = {}
+    for name, (processes, more) in kinds.items():
+        train(processes, name, *flags, *more, cwd=tmp_path, data=shapes)
+        found[name] = rows(tmp_path / name)
+    compared = ("loss", "mse", "vb", *(f"loss_q{q}" for q in range(4)), "grad_norm")
+    for name, step in itertools.product(found, range(10)):
+        ours, one = found[name][step], found["one"][step]
+        assert ours["skipped"] == "0"
+        for column in compared:
+            assert (ours[column] == "") == (one[column] == ""), (name, column)
+            if one[column]:
+                assert float(ours[column]) == pytest.approx(float(one[column]), rel=1e-5, abs=1e-7), (
+                    name,
+                    step,
+                    column,
+                )
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_death_of_one_process_is_mended_by_torchrun(tmp_path: Path, shapes: Path, parallel: str) -> None:
+    """kill -9 of one of two: torchrun starts both again, and they end with the bits of an undisturbed run."""
+    flags = [*LEARNING, "--precision", "fp32", "--parallel", parallel, "--steps", "12", "--save-interval", "2"]
+    train(2, "straight", *flags, cwd=tmp_path, data=shapes)
+    torchrun = ["--max-restarts=2", "--monitor-interval=0.2"]
+    harm = {"KILL_AFTER_STEP": "7", "KILL_RANK": "1"}
+    result = train(2, "killed", *flags, cwd=tmp_path, data=shapes, torchrun=torchrun, **harm)
+    assert "torchrun started this process anew" in result.out
+    assert "resumed at step 6\n" in result.out
+    assert hashes(tmp_path / "straight", 12) == hashes(tmp_path / "killed", 12)
+    assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
+
+
+@pytest.mark.timeout(240)
+def test_a_restart_takes_nobody_elses_run(tmp_path: Path, shapes: Path) -> None:
+    """torchrun starts again what ended because the folder holds a run: that makes the run none of its own."""
+    train(1, "run", "--precision", "fp32", "--steps", "2", cwd=tmp_path, data=shapes)
+    before = hashes(tmp_path / "run", 2)
+    flags = ["--data-dir", str(shapes), "--run-dir", "run", *MODEL, "--precision", "fp32", "--steps", "9"]
+    result = finish(launch(1, *flags, cwd=tmp_path, torchrun=["--max-restarts=1", "--monitor-interval=0.2"]))
+    assert result.status == 1
+    assert result.err.count("error: run already holds a run: go on with --resume") == 2
+    assert hashes(tmp_path / "run", 2) == before
+    assert not list((tmp_path / "run").glob("*9.safetensors"))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path, shapes: Path, number: str, status: int) -> None:
+    """Only one of them is told; all leave at the same step, with it saved, and the exit status of the signal."""
+    harm = {"SIGNAL_AFTER_STEP": "5", "SIGNAL": number, "KILL_RANK": "1", "STATUS_FILE": str(tmp_path / "status")}
+    flags = ["--precision", "fp32", "--steps", "1000"]
+    result = train(2, "run", *flags, cwd=tmp_path, data=shapes, status=1, **harm)
+    stopped = re.search(rf"stopped by {number} at step (\d+), which is saved", result.out)
+    assert stopped, result
+    step = int(stopped[1])
+    assert 5 <= step <= 8
+    assert {(tmp_path / f"status{rank}").read_text() for rank in (0, 1)} == {f"{status} {step}"}
+    again = train(2, "run", "--resume", "--steps", str(step + 1), cwd=tmp_path, data=shapes)
+    assert f"resumed at step {step}\n" in again.out
+
+
+@pytest.mark.timeout(240)
+def test_a_nan_on_one_process_skips_the_update_on_all(tmp_path: Path, shapes: Path) -> None:
+    """A NaN in the gradient of one process at update 7; afterwards at every one, which ends the run."""
+    flags = ["--precision", "fp32", "--save-interval", "5"]
+    train(2, "once", *flags, "--steps", "9", cwd=tmp_path, data=shapes, NAN_AT_UPDATES="7", KILL_RANK="1")
+    assert [row["skipped"] for row in rows(tmp_path / "once")] == list("000000100")
+    log = (tmp_path / "once/log.txt").read_text()
+    assert re.search(r"1 of the last updates skipped; the last one was update 7; its samples .*: \d+ \w+\.png \(", log)
+    harm = {"NAN_AT_UPDATES": "7-999", "KILL_RANK": "1"}
+    result = train(2, "always", *flags, "--steps", "99", cwd=tmp_path, data=shapes, status=1, **harm)
+    (line,) = (line for line in result.err.splitlines() if "error:" in line)
+    assert re.search(r"not finite in the last 25 updates: .*the last good checkpoint: always/model\d+", line)
+    again = train(2, "always", "--resume", "--steps", "32", cwd=tmp_path, data=shapes)
+    assert "resumed at step 30\n" in again.out
+
+
+@pytest.mark.timeout(240)
+def test_bad_input_is_told_once(tmp_path: Path, shapes: Path) -> None:
+    """Whatever the number of processes, one line says it."""
+
+    def lines(*args: str) -> list[str]:
+        result = train(2, "run", "--precision", "fp32", *args, cwd=tmp_path, data=shapes, status=1)
+        return [line for line in result.err.splitlines() if "error:" in line]
+
+    (line,) = lines("--batch-size", "5")
+    assert line == ("error: batch_size 5 does not divide among 2 processes: use 4 or 6, or --batch-size-per-process")
+    assert not (tmp_path / "run").exists()
+    (line,) = lines("--parallel", "fsdp", "--microbatch", "auto")
+    assert "microbatch auto: not with --parallel fsdp" in line
+    (line,) = lines("--device", "cuda:1")
+    assert "device" in line
+
+
+def test_processes_that_do_not_find_each_other_say_so(tmp_path: Path, shapes: Path) -> None:
+    """The second of two never comes."""
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    flags = ["--data-dir", str(shapes), *MODEL, "--precision", "fp32", "--timeout", "3"]
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    refused(
+        finish(launch(1, *flags, cwd=tmp_path, **environment, **port)),
+        r"process 0 of 2 on \S+ did not find the others within 3 s .*127.0.0.1:29555.*GLOO_SOCKET_IFNAME",
+    )
+
+
+@pytest.mark.timeout(240)
+def test_one_process_compiled_with_ddp(tmp_path: Path, shapes: Path) -> None:
+    """torch.compile around DDP computes what is computed without it (aot_eager: the compiler itself is slow here)."""
+    flags = ["--precision", "fp32", "--steps", "3", "--microbatch", "4"]
+    train(2, "eager", *flags, cwd=tmp_path, data=shapes)
+    train(2, "compiled", *flags, "--compile", "on", cwd=tmp_path, data=shapes, COMPILE_BACKEND="aot_eager")
+    for ours, eager in zip(rows(tmp_path / "compiled"), rows(tmp_path / "eager"), strict=True):
+        assert float(ours["loss"]) == pytest.approx(float(eager["loss"]), rel=1e-5)
+        assert float(ours["grad_norm"]) == pytest.approx(float(eager["grad_norm"]), rel=1e-4)
+
+
+def test_alone_no_socket_is_opened(tmp_path: Path, shapes: Path) -> None:
+    process = start("train", "--data-dir", str(shapes), *MODEL, "--precision", "fp32", "--steps", "1", cwd=tmp_path)
+    assert finish(process).status == 0
+    code = (
+        "import sys, torch.distributed as dist; from fastdiff.runtime.distributed import World; "
+        "world = World.join(5); assert (world.size, dist.is_initialized()) == (1, False)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
