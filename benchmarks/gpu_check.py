@@ -22,6 +22,7 @@ from fastdiff.benchmarks.harness import append_rows, environment, graphed, inter
 from fastdiff.benchmarks.kernels import Row, measure, measure_all
 from fastdiff.benchmarks.problems import problems
 from fastdiff.benchmarks.roofs import measure_roofs
+from fastdiff.benchmarks.updates import train
 from fastdiff.config import DiffusionConfig, ModelConfig
 from fastdiff.diffusion import build_diffusion
 from fastdiff.kernels.attention.plan import Tiles
@@ -184,7 +185,7 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
         norm_plan.plan.cache_clear()
 
 
-PARTS = {"bars": bars, "tune": tune, "model": model}
+PARTS = {"bars": bars, "tune": tune, "model": model, "train": train}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in parts of under eight minutes, the most important first:
 #
-#   benchmarks/gpu_check.sh [correct|sanitize|bars|tune|model] ...     (without a part: all of them)
+#   benchmarks/gpu_check.sh [correct|sanitize|bars|tune|model|train] ...     (without a part: all of them)
 #
 # Needs a checkout and a Python with PyTorch, Triton, numpy and pytest; pytest-xdist and Liger are used where present.
 # Rows are written as they come, to $OUT (default: gpu_check), so that a run that is cut off keeps what it had. Without
@@ -52,7 +52,7 @@ part() {
 export -f tests tests_of_models
 export OUT PYTHON
 
-for name in "${@:-correct sanitize bars tune model}"; do
+for name in "${@:-correct sanitize bars tune model train}"; do
     for one in $name; do
         case $one in
             correct)
@@ -74,11 +74,11 @@ for name in "${@:-correct sanitize bars tune model}"; do
                     echo "== sanitize: left out, there is no compute-sanitizer here"
                 fi
                 ;;
-            bars | tune | model)
+            bars | tune | model | train)
                 part "$one" 470 "$PYTHON" -m fastdiff.benchmarks.gpu_check "$one" --csv "$OUT/$one.csv" --seconds 440
                 ;;
             *)
-                echo "gpu_check.sh: no part $one: correct, sanitize, bars, tune or model" >&2
+                echo "gpu_check.sh: no part $one: correct, sanitize, bars, tune, model or train" >&2
                 exit 2
                 ;;
         esac

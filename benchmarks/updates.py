@@ -1,0 +1,125 @@
+"""The trainer's own updates under DDP: whether they wait for the device, and how fast they are."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdiff.benchmarks.harness import append_rows, environment
+from fastdiff.benchmarks.roofs import measure_roofs
+from fastdiff.config import (
+    Compile,
+    DataConfig,
+    DiffusionConfig,
+    Kernels,
+    ModelConfig,
+    Precision,
+    RuntimeConfig,
+    ScheduleSampler,
+    TrainConfig,
+)
+from fastdiff.data import Dataset, Preflight, batches, on_device
+from fastdiff.models import forward_flops
+from fastdiff.presets import preset_named
+from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.throughput import peak_memory_gib
+from fastdiff.training import Trainer
+from fastdiff.training.run_folder import RunConfig, Silence
+from fastdiff.training.update import Updater
+
+WAYS = (("bf16", "auto"), ("fp16", "auto"), ("bf16", "torch"))
+"""Precision and kernels."""
+
+
+def train(device: torch.device, csv: Path, deadline: float) -> None:
+    """A row for each of WAYS: a released model trained by the Trainer's updater, compiled on a GPU, in a group of one.
+
+    On a GPU the timed updates run with torch.cuda.set_sync_debug_mode("error"): the row says so where one waited.
+    """
+    on_gpu = device.type == "cuda"
+    name, batch_size, updates = ("imagenet64_uncond", 64, 20) if on_gpu else ("cifar10_uncond", 1, 2)
+    dataset = _noise(preset_named(name).config(ModelConfig).image_size)
+    about, roofs = environment(device), measure_roofs(device, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/store"
+        dist.init_process_group("nccl" if on_gpu else "gloo", init_method=meeting, rank=0, world_size=1)
+        for precision, kernels in WAYS:
+            if time.monotonic() > deadline:
+                print("the time is over: what follows was not measured")
+                break
+            trainer = _trainer(name, batch_size, device, Precision(precision), Kernels(kernels), dataset, Path(folder))
+            seconds, remark = _timed(trainer, updates)
+            flops = 3 * forward_flops(trainer.config.model) * batch_size
+            row = {
+                "preset": name,
+                "batch_size": batch_size,
+                "precision": precision,
+                "kernels": kernels,
+                "compiled": on_gpu,
+                "update_s": float(f"{seconds:.5g}"),
+                "images_per_s": float(f"{batch_size / seconds:.5g}"),
+                "share_of_matmul": float(f"{flops / seconds / roofs.flops_per_s:.4g}"),
+                "memory_gib": float(f"{peak_memory_gib(device):.4g}"),
+                "remark": remark,
+            }
+            append_rows(csv, [{**row, **about}])
+            print(row)
+        dist.destroy_process_group()
+
+
+def _noise(size: int, images: int = 256) -> Dataset:
+    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
+    preflight = Preflight({"png": images}, (), (size, size), (size, size), ())
+    return Dataset(pixels, None, (), preflight, tuple(map(str, range(images))), "")
+
+
+def _trainer(
+    name: str,
+    batch_size: int,
+    device: torch.device,
+    precision: Precision,
+    kernels: Kernels,
+    dataset: Dataset,
+    folder: Path,
+) -> Trainer:
+    torch._dynamo.reset()
+    preset = preset_named(name)
+    compiled = Compile.ON if device.type == "cuda" else Compile.OFF
+    on = RuntimeConfig(device=str(device), precision=precision, compile=compiled, kernels=kernels)
+    training = TrainConfig(batch_size=batch_size, schedule_sampler=ScheduleSampler.LOSS_SECOND_MOMENT, grad_clip=1.0)
+    config = RunConfig(preset.config(ModelConfig), preset.config(DiffusionConfig), DataConfig(), training, on)
+    return Trainer(config, dataset, Runtime.resolve(on), folder, Silence())
+
+
+def _timed(trainer: Trainer, updates: int) -> tuple[float, str]:
+    """Seconds an update, and what is to be said of them."""
+    on_gpu = trainer.device.type == "cuda"
+    # what several processes would call; parallelise() leaves a single one alone
+    module = DistributedDataParallel(trainer.model, gradient_as_bucket_view=True)
+    forward = trainer.runtime.prepare(module, trainer.model_calls)
+    update = Updater(trainer.config, trainer.state, trainer.diffusion, module, forward, trainer.world)
+    data = on_device(
+        batches(trainer.dataset, DataConfig(), trainer.config.train.batch_size, 0, 0, pin=on_gpu), trainer.device
+    )
+    remark, began = "no wait for the device" if on_gpu else "", time.perf_counter()
+    try:
+        for _ in range(5 if on_gpu else 1):  # compiled, and two buffers of data filled
+            update(*next(data))
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        began = time.perf_counter()
+        for _ in range(updates):
+            update(*next(data))
+    except RuntimeError as error:
+        remark = f"waits for the device: {' '.join(str(error).split())[:200]}"
+    finally:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+        data.close()
+    return (time.perf_counter() - began) / updates, remark
