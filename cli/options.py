@@ -1,4 +1,4 @@
-"""Options derived from the configurations: a flag is declared and described once, in fastdiff/config.py."""
+"""Options derived from the configurations: a flag is declared and described once, in fastdiff/config/."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

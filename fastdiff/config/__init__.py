@@ -1,0 +1,56 @@
+"""Every setting, declared and described once: frozen dataclasses that fail when they are made.
+
+The command line is derived from these fields (``cli/options.py``): a field's name is the flag, its ``help`` the flag's
+text, its default the flag's default. Names and defaults are improved-diffusion's wherever it has them.
+"""
+
+from fastdiff.config.base import Config, option
+from fastdiff.config.choices import (
+    Cache,
+    Compile,
+    Kernels,
+    Labels,
+    MemoryFormat,
+    NoiseSchedule,
+    Parallel,
+    Precision,
+    Sampler,
+    ScheduleSampler,
+    Tracker,
+)
+from fastdiff.config.job import DataConfig, DiffusionConfig, RuntimeConfig, SampleConfig, TrainConfig
+from fastdiff.config.model import (
+    GROUPS,
+    NUM_CLASSES,
+    ModelConfig,
+    channel_mult_for,
+    is_table_size,
+    with_multipliers,
+)
+
+__all__ = [
+    "GROUPS",
+    "NUM_CLASSES",
+    "Cache",
+    "Compile",
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "Kernels",
+    "Labels",
+    "MemoryFormat",
+    "ModelConfig",
+    "NoiseSchedule",
+    "Parallel",
+    "Precision",
+    "RuntimeConfig",
+    "SampleConfig",
+    "Sampler",
+    "ScheduleSampler",
+    "Tracker",
+    "TrainConfig",
+    "channel_mult_for",
+    "is_table_size",
+    "option",
+    "with_multipliers",
+]

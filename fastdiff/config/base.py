@@ -1,0 +1,88 @@
+"""What every configuration shares: coercion, checks that name field and value, and JSON both ways."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import field, fields
+from enum import StrEnum
+from typing import Any, Self
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the text that the command line shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+class Config:
+    """What the configurations share: coercion of enums and tuples, checks that name field and value, JSON both ways."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, f.name)
+            if isinstance(f.type, type) and issubclass(f.type, StrEnum):
+                object.__setattr__(self, f.name, _member(f.type, f.name, value))
+            elif f.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{f.name} must be true or false, not {value!r}")
+            elif f.type is str and not isinstance(value, str):
+                raise ValueError(f"{f.name} must be text, not {value!r}")
+            elif f.type in (int, float):
+                object.__setattr__(self, f.name, number(f.type, f.name, value))
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError, naming field and value, if the fields do not go together."""
+
+    def require(self, holds: bool, name: str, what: str) -> None:
+        """Raise ValueError about field ``name``, whose value must be ``what``, unless ``holds``."""
+        if not holds:
+            raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
+            for f in fields(self)  # type: ignore[arg-type]
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of to_dict; unknown names are an error, missing ones take the default."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})  # type: ignore[arg-type]
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
+    try:
+        return enum(value)
+    except ValueError:
+        raise ValueError(f"{name} must be one of {', '.join(enum)}, not {value!r}") from None
+
+
+def number(kind: type, name: str, value: object) -> int | float:
+    """``value`` as int or float; ValueError, naming the field, where it is none or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        raise ValueError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value!r}")
+    return kind(value)
+
+
+def tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
+    """The tuple in '16,8', 16, [16, 8] or (16, 8)."""
+    parts: list[Any]
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+    elif isinstance(value, (int, float)):
+        parts = [value]
+    elif isinstance(value, Iterable):
+        parts = list(value)
+    else:
+        raise ValueError(f"{name} must be numbers separated by commas, not {value!r}")
+    try:
+        numbers = tuple(kind(part) for part in parts)
+        if any(isinstance(part, float) and whole != part for whole, part in zip(numbers, parts, strict=True)):
+            raise ValueError  # 1.5 where whole numbers are meant
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers separated by commas, not {value!r}") from None
+    return numbers
