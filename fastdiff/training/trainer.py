@@ -99,13 +99,13 @@ class Trainer:
 
     def _choose_microbatch(self) -> None:
         """Decide what ``auto`` means here, with room left for what the passes do not need and the update does."""
-        train, size = self.config.train, self.config.model.image_size
+        train = self.config.train
         numbers = sum(p.numel() for p in self.model.parameters())
 
         def attempt(images: int) -> None:
             moments_averages_messages = torch.empty(numbers * (3 + len(train.ema_rate)), device=self.device)
             forward = self.runtime.prepare(self.model, calls=0)
-            trial(self.config, self.diffusion, forward, torch.zeros(images, 3, size, size, device=self.device))
+            trial(self.config, self.diffusion, forward, images, self.device)
             del moments_averages_messages
 
         found = largest_that_fits(train.batch_size // self.world.size, attempt, self.world)

@@ -53,7 +53,7 @@ class Updater:
         first = step * train.batch_size + self._world.rank * len(images)
         numbers = torch.arange(first, first + len(images), device=self._device)
         t, weights = draw(state.sampler, philox_uint32(train.seed, numbers, TIMESTEP_STREAM, 2))
-        x_start = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x_start = normalised(images)
         conditions = conditions_of(self._config, x_start, labels)
         losses = []
         parts = micro_batches(train, self._world.size)
@@ -116,11 +116,21 @@ def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> 
     return conditions
 
 
-def trial(config: RunConfig, diffusion: GaussianDiffusion, forward: Callable[..., Tensor], x_start: Tensor) -> None:
-    """A forward and a backward pass that train nothing, of images (N, 3, H, W)."""
-    none = torch.zeros(len(x_start), dtype=torch.int64, device=x_start.device)
+def normalised(images: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) as fp32 (N, 3, H, W) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def trial(
+    config: RunConfig, diffusion: GaussianDiffusion, forward: Callable[..., Tensor], images: int, device: torch.device
+) -> None:
+    """A forward and a backward pass of so many images that train nothing."""
+    size = config.model.image_size
+    x_start = normalised(torch.zeros(images, size, size, 3, dtype=torch.uint8, device=device))
+    none = torch.zeros(images, dtype=torch.int64, device=device)
     conditions = conditions_of(config, x_start, none if config.model.class_cond else None)
-    diffusion.training_losses(forward, x_start, none, conditions, x_start)["loss"].sum().backward()
+    noise = torch.zeros(x_start.shape, device=device)  # in the layout of an update's, or it would be compiled twice
+    diffusion.training_losses(forward, x_start, none, conditions, noise)["loss"].sum().backward()
 
 
 def warm_up(
@@ -131,11 +141,11 @@ def warm_up(
     By the first backward pass DDP arranges the messages of its gradients, and by them the order in which it adds. A
     resumed run must find them as the run did that it goes on with, or its sums differ in their last bits.
     """
-    size, device = config.model.image_size, next(module.parameters()).device
+    device = next(module.parameters()).device
     parts = micro_batches(config.train, world.size)
     for part in parts:
         with accumulating(module) if part is not parts[-1] else nullcontext():
-            trial(config, diffusion, forward, torch.zeros(part.stop - part.start, 3, size, size, device=device))
+            trial(config, diffusion, forward, part.stop - part.start, device)
     module.zero_grad(set_to_none=True)
 
 
