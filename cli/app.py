@@ -46,7 +46,8 @@ _UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the click 
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
+        typer.echo(f"warning: {message}", err=True)
 
 
 def main() -> None:

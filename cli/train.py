@@ -91,12 +91,13 @@ def run_training(
         raise ValueError(f"run_dir {run_dir} lies inside the data folder, whose images it would add to: name another")
     from fastdiff.runtime.distributed import World
 
+    if batch_size_per_process is not None and "batch_size" in flags:
+        raise ValueError("batch_size and batch_size_per_process both say how large a batch is: give one of them")
     world = World.join(timeout)
     if batch_size_per_process is not None:
-        if "batch_size" in flags:
-            raise ValueError("batch_size and batch_size_per_process both say how large a batch is: give one of them")
         flags = flags | {"batch_size": batch_size_per_process * world.size}
     with ExitStack() as held:
+        held.enter_context(world.explained())
         plan = world.from_main(lambda: _decide(flags, preset, run_dir, resume, allow_changes, held))
         status = _run(plan, init_from, world, held)
     world.leave()
@@ -177,11 +178,9 @@ def _run(plan: _Plan, init_from: Path | None, world: "World", held: ExitStack) -
     if resuming:
         trainer.resume()
     if init_from is not None and trainer.state.step == 0:
-        world.together(lambda: trainer.init_from(init_from))
+        trainer.init_from(init_from)
     elif init_from is not None:
         log(f"the weights of {init_from} are not taken: the run goes on with its own")
-    if world.main:
-        trainer.config.write(run_dir)
     train = trainer.config.train
     log(f"model: {describe_model(config.model, trainer.state.num_parameters)}")
     log(f"on: {world.describe()}, {runtime.describe(trainer.model_calls)}")
@@ -192,7 +191,8 @@ def _run(plan: _Plan, init_from: Path | None, world: "World", held: ExitStack) -
     try:
         status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
     except (ValueError, OSError):
-        if world.main and trainer.state.step == 0:  # nothing came of it: a second attempt needs no other folder
+        if world.main and not resuming and trainer.state.step == 0:
+            # nothing came of it: a second attempt needs no other folder
             (run_dir / "config.json").unlink(missing_ok=True)
         raise
     again = ["fastdiff", "train", "--data-dir", config.data.data_dir, "--run-dir", str(run_dir), "--resume"]
@@ -230,7 +230,7 @@ def _load(config: "RunConfig", display: "Display", world: "World") -> "Dataset":
     display.finish("images")
     prints = world.gathered(dataset.fingerprint)
     if (other := next((rank for rank, found in enumerate(prints) if found != prints[0]), None)) is not None:
-        raise ValueError(
+        world.refuse(
             f"data_dir {config.data.data_dir}: process {other} sees other images than process 0; every machine needs "
             "the same folder"
         )

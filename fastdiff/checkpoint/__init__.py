@@ -1,6 +1,6 @@
 """Checkpoints: files that are whole or absent, and that say everything needed to use them."""
 
-from fastdiff.checkpoint.files import FORMAT, read_tensors, replacing, write_tensors
+from fastdiff.checkpoint.files import FORMAT, NewerFormat, read_tensors, replacing, write_tensors
 from fastdiff.checkpoint.model import (
     Checkpoint,
     load_checkpoint,
@@ -28,6 +28,7 @@ from fastdiff.checkpoint.steps import (
 __all__ = [
     "FORMAT",
     "Checkpoint",
+    "NewerFormat",
     "begin_step",
     "delete_step",
     "ema_path",

@@ -24,6 +24,10 @@ _being_written: set[str] = set()  # names, which are random: one folder has many
 _lock = threading.Lock()  # for who looks: a folder that is there and of this process is in the set
 
 
+class NewerFormat(ValueError):
+    """A file is whole, but a later version's."""
+
+
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a fastdiff file of the kind "model" or "optimizer"; ValueError where it is not one."""
     try:
@@ -49,10 +53,10 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def refuse_newer(path: Path, written: str) -> None:
-    """ValueError where the format that ``path`` was written in is one of a later version."""
+    """NewerFormat where the format that ``path`` was written in is one of a later version."""
     match, ours = _FORMATS.fullmatch(written), _FORMATS.fullmatch(FORMAT)
     if match and ours and int(match[1]) > int(ours[1]):
-        raise ValueError(f"{path} was made by a newer fastdiff: upgrade with pip install --upgrade fastdiff")
+        raise NewerFormat(f"{path} was made by a newer fastdiff: upgrade this one")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:

@@ -102,9 +102,9 @@ class TrainConfig(Config):
             "keep_last",
             "keep_every",
             "preview_interval",
-            "spike_guard",
         ):
             self.require(getattr(self, name) >= 0, name, "at least 0")
+        self.require(self.spike_guard == 0 or self.spike_guard > 1, "spike_guard", "above 1, or 0 for never")
         self.require(self.lr > 0, "lr", "positive")
         self.require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2^32")
         self.require(

@@ -5,6 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,9 @@ def batches(
         return images, None if dataset.labels is None else take(dataset.labels, indices, torch.int64)
 
     def prefetched() -> Generator[Batch, None, None]:
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        # pinned memory belongs to a device, and a new thread knows of the first one only
+        here = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
+        with ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=here) as pool:
             ahead = deque(pool.submit(gather, start_step + i) for i in range(AHEAD))
             for step in itertools.count(start_step + AHEAD):
                 ready = ahead.popleft().result()

@@ -2,18 +2,23 @@
 
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.rendezvous import rendezvous
+
+from fastdiff.runtime.memory import out_of_memory
 
 T = TypeVar("T")
 
@@ -40,6 +45,7 @@ class World:
     channel: Any = field(default=None, repr=False)
     patient: Any = field(default=None, repr=False)
     owned: bool = field(default=False, repr=False)
+    timeout: float = 600.0
 
     @classmethod
     def join(cls, timeout: float) -> Self:
@@ -68,7 +74,7 @@ class World:
                 "network between the machines"
             ) from error
         local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return cls(rank, size, *local, channel, patient, owned)
+        return cls(rank, size, *local, channel, patient, owned, timeout)
 
     @property
     def main(self) -> bool:
@@ -83,16 +89,28 @@ class World:
         """A first collective on the device, so that a network that does not work shows now and not in an hour."""
         if self.size == 1:
             return
-        arrived = torch.ones(1, device=device)
-        try:
-            dist.all_reduce(arrived)
-            complete = int(arrived) == self.size
-        except RuntimeError as error:
+        said: list[str] = []
+
+        def first() -> None:
+            try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                arrived = torch.ones(1, device=device)
+                dist.all_reduce(arrived)
+                said.append("" if int(arrived) == self.size else "they add up wrongly")
+            except RuntimeError as error:
+                said.append(_short(error))
+
+        # NCCL makes its connections in the first call, and one that never comes about never returns.
+        thread = threading.Thread(target=first, daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if said != [""]:
             raise ConnectionError(
-                f"the {self.size} processes do not reach each other from {device} ({_short(error)}): NCCL_DEBUG=INFO "
-                "tells more, NCCL_SOCKET_IFNAME chooses the network, NCCL_P2P_DISABLE=1 does without direct copies"
-            ) from error
-        assert complete, arrived
+                f"the {self.size} processes do not reach each other from {device} "
+                f"({said[0] if said else f'nothing came within {self.timeout:.0f} s'}): NCCL_DEBUG=INFO tells more, "
+                "NCCL_SOCKET_IFNAME chooses the network, NCCL_P2P_DISABLE=1 does without direct copies"
+            )
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, in place, on the tensor's device."""
@@ -131,6 +149,24 @@ class World:
         """Do something on the first process and hand every other what came of it."""
         result = self.together(lambda: action() if self.main else None)
         return self.gathered(result)[0]  # type: ignore[return-value]  # the main process has it
+
+    def refuse(self, message: str) -> NoReturn:
+        """End with ValueError what all processes know to be wrong: the first one tells it."""
+        raise ValueError(message) if self.main else SaidElsewhere(message)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say in a user's words what ends a job from outside: another process's end, too little memory."""
+        try:
+            yield
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise ValueError("out of memory: use a smaller model, or --parallel fsdp on several GPUs") from error
+            if self.size > 1 and lost_contact(error):
+                raise ConnectionError(
+                    f"process {self.rank} lost the others: see what the one that ended first says ({_short(error)})"
+                ) from error
+            raise
 
     def one_by_machine_first(self, action: Callable[[], T]) -> T:
         """Do something on the first process of each machine, then on its others, who find what that one prepared."""
@@ -208,7 +244,12 @@ def launcher() -> str:
     """A name of the torchrun that started this process, the same for what it starts again; empty without one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
-    return f"{socket.gethostname()} {os.getppid()} {os.environ['TORCHELASTIC_RUN_ID']}"
+    parent = os.getppid()
+    try:  # when it was started: in a container the numbers of processes are always the same
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        began = ""
+    return f"{socket.gethostname()} {parent} {began} {os.environ['TORCHELASTIC_RUN_ID']}"
 
 
 def lost_contact(error: Exception) -> bool:

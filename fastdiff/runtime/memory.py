@@ -4,6 +4,8 @@ import ctypes
 import functools
 import platform
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 
 
@@ -20,3 +22,8 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         # The backward pass frees on its own thread what the forward pass allocated: one arena serves both.
         libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from fastdiff.runtime.distributed import World
+from fastdiff.runtime.memory import out_of_memory
 
 
 def largest_that_fits(most: int, attempt: Callable[[int], None], world: World) -> int:
@@ -15,7 +16,7 @@ def largest_that_fits(most: int, attempt: Callable[[int], None], world: World) -
     size = most
     while not all(world.gathered(_fits(attempt, size))):
         if size == 1:
-            raise ValueError(
+            world.refuse(
                 "out of memory with one image in a forward pass: use --use-checkpoint, a smaller model, or --parallel "
                 "fsdp on several GPUs"
             )
@@ -35,8 +36,3 @@ def _fits(attempt: Callable[[int], None], size: int) -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return fits
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

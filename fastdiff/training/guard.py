@@ -26,7 +26,7 @@ class Guard:
         self.step = torch.full((), -1, device=device)
         """The last update that was skipped, counted from 0."""
         self.losses = torch.zeros(0, device=device)
-        """This process's losses in that update, (N,)."""
+        """This process's losses in that update, (N,); no checkpoint keeps them."""
 
     def judge(self, step: int, norm: Tensor, losses: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
         """1 where the update is to be skipped, else 0, as an fp32 scalar.
@@ -48,9 +48,11 @@ class Guard:
         return skip.float()
 
     def state(self) -> Tensor:
-        """What a checkpoint keeps, (3,)."""
-        return torch.stack([self.in_a_row, self._mean, self._seen])
+        """What a checkpoint keeps, (4,) float64."""
+        return torch.stack([v.double() for v in (self.in_a_row, self._mean, self._seen, self.step)])
 
     def load_state(self, state: Tensor) -> None:
         """The inverse of state."""
-        self.in_a_row, self._mean, self._seen = state.to(self.in_a_row.device).unbind()
+        *counts, step = state.to(self.step.device).unbind()
+        self.in_a_row, self._mean, self._seen = (count.float() for count in counts)
+        self.step = step.long()

@@ -1,9 +1,11 @@
 """What a run reports: sums kept on the device, read when a line is due, written as CSV and JSON lines."""
 
 import csv
+import errno
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +38,7 @@ class LossSums:
     """Means of the loss terms since the last reading, over all timesteps and over each quarter of them (_q0 to _q3).
 
     Adding never waits for the device; reading does, once. Sums are float64 and their order is fixed, so that the same
-    run adds up to the same bits. A term that is not finite belongs to a skipped update, and is left out.
+    run adds up to the same bits. A term that is not finite is left out.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -79,36 +81,50 @@ class LossSums:
         """The sums of this process since the last reading, (n,) float64 on the device, as a copy."""
         return self._sums.clone()
 
-    def load_state(self, state: Tensor) -> None:
-        """Go on from a state, (n,).
+    def load_state(self, states: Tensor, rank: int = 0, processes: int = 1) -> None:
+        """Go on from the states of all processes, (their number, n), as one of perhaps another number of them.
 
-        For another number of processes than it was taken on, one of them takes in all states, (processes, n), and the
-        others none.
+        Then the first one takes in the sums of all their samples; what is said of the updates is everybody's.
         """
-        states = state.view(-1, len(self._sums))
-        self._sums.copy_(torch.cat([states[:, :-3].sum(0), states[0, -3:]]))
+        terms, updates = states[:, :-3], states[0, -3:]
+        if len(states) != processes:
+            terms = torch.cat([terms.sum(0, keepdim=True), terms.new_zeros(processes - 1, terms.shape[1])])
+        self._sums.copy_(torch.cat([terms[rank], updates]))
 
 
 class ProgressFiles(Sink):
     """progress.jsonl, the history of a run, and progress.csv, the same as a table.
 
     On resume the lines past ``step`` are dropped, so that no step stands there twice: each file is replaced as a whole,
-    or left alone where nothing changes. OSError, naming the file, where one cannot be written.
+    or left alone where nothing changes; OSError, naming the file, where that cannot be. A line that cannot be written
+    later on, to a disk that is full, is one warning of ``log``, and waits for the next.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    def __init__(self, run_dir: Path, step: int, log: Callable[[str], None]) -> None:
+        self._log = log
+        self._warned = False
         self._csv, self._jsonl = run_dir / "progress.csv", run_dir / "progress.jsonl"
         history = [(line, row) for line, row in _history(self._jsonl) if row["step"] <= step]
         _make(self._jsonl, "".join(f"{line}\n" for line, _ in history))
         # The table is made anew from the history: one of another version has other columns.
         _make(self._csv, _table((row for _, row in history), header=True))
+        self._waiting = {self._jsonl: "", self._csv: ""}
 
     def write(self, row: Mapping[str, float]) -> None:
         """Add a line."""
         # JSON has no NaN or infinity: null says the same and every reader takes it.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        _append(self._jsonl, json.dumps(finite) + "\n")
-        _append(self._csv, _table([_numbers(finite)]))
+        self._waiting[self._jsonl] += json.dumps(finite) + "\n"
+        self._waiting[self._csv] += _table([_numbers(finite)])
+        for path, text in self._waiting.items():
+            try:
+                _append(path, text)
+            except OSError as error:
+                if not self._warned:
+                    self._log(f"warning: {error}; its lines wait until it can")
+                self._warned = True
+            else:
+                self._waiting[path] = ""
 
 
 def _history(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
@@ -146,8 +162,15 @@ def _make(path: Path, text: str) -> None:
 
 
 def _append(path: Path, text: str) -> None:
-    with _named(path), path.open("ab") as file:
-        file.write(text.encode())
+    content = text.encode()
+    with _named(path), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)  # no half lines
+            raise
 
 
 @contextmanager

@@ -22,14 +22,16 @@ _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 """The only buffer is a table that never changes: no need to send it around in every forward pass."""
 
 
-def parallelise(model: UNet, world: World, parallel: Parallel) -> nn.Module:
-    """The module to call in the model's place, whose gradients are the means over the processes.
+def parallelise(model: UNet, device: torch.device, world: World, parallel: Parallel) -> nn.Module:
+    """Move a model to ``device``; the module to call in its place, whose gradients are the means over the processes.
 
-    Under FSDP the model itself is changed: each of its parameters becomes a DTensor, split over the processes.
+    Under FSDP the model itself is changed: each of its parameters becomes a DTensor, split over the processes. The model
+    comes to the device block by block, and is never whole there.
     """
     if world.size == 1:
-        return model
-    device = next(model.parameters()).device
+        return model.to(device)
+    if parallel is Parallel.DDP:
+        model.to(device)
     if parallel is Parallel.DDP:
         return DistributedDataParallel(
             model,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fastdiff.config import DiffusionConfig, SampleConfig, Sampler
 from fastdiff.data import Dataset
@@ -26,20 +28,19 @@ STEPS = 25
 def save_previews(folder: Path, state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) -> list[Path]:
     """Grids of 16 images in 25 DDIM steps from raw and averaged weights, always from the same noise, classes in turn.
 
-    Each process draws some of the images, and the first writes the files, whose paths it returns. Drawn by the model
-    as it is, not compiled: the shapes are not training's.
+    Each process draws some of the images, and the first writes the files, whose paths are returned. Drawn by the model
+    as it is, not compiled: the shapes are not training's. What fails on one process, with ValueError or OSError, fails
+    on all of them alike.
     """
     weights = {"raw": None} | {f"ema_{ema.rate}": ema for ema in state.emas}
     paths = []
-    model.eval()
     for name, ema in weights.items():
-        parts = None if ema is None else list(state.ema_parts(ema).values())
-        with _holding(state.parameters, parts):
+        averages = None if ema is None else ema.tensors()
+        with _holding(model, state.parameters, averages):
             images = _draw(state, model, dataset, runtime)
-        if state.world.main:
-            paths.append(folder / f"{state.step:06d}_{name}.png")
-            save_grid(paths[-1], images)
-    model.train()
+        path = folder / f"{state.step:06d}_{name}.png"
+        state.world.from_main(partial(save_grid, path, images))
+        paths.append(path)
     return paths
 
 
@@ -59,7 +60,7 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
         with runtime.autocast():
             return model(*args, **kwargs)
 
-    drawn = generate(
+    batches = generate(
         call,
         build_diffusion(DiffusionConfig.from_dict(values), runtime.kernels),
         SampleConfig(num_samples=len(ours), batch_size=len(ours), sampler=Sampler.DDIM),
@@ -69,22 +70,29 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
         labels=ours % config.num_classes if config.class_cond else None,
         low_res=low_res,
     )
+    drawn = world.together(lambda: np.concatenate(list(batches)))
     found: dict[int, Uint8Array] = {}
-    for indices, images_of_one in world.gathered((ours, np.concatenate(list(drawn)))):
+    for indices, images_of_one in world.gathered((ours, drawn)):
         found |= zip(indices.tolist(), images_of_one, strict=True)
     return np.stack([found[index] for index in range(IMAGES)])
 
 
 @contextmanager
-def _holding(parameters: list[Tensor], others: list[Tensor] | None) -> Iterator[None]:
-    """While entered, the parameters have the values of ``others``."""
-    if others is None:
+def _holding(model: UNet, parameters: list[Tensor], others: list[Tensor] | None) -> Iterator[None]:
+    """While entered, the model is in evaluation mode, and its parameters have the values of ``others``."""
+    before = [p.detach().clone() for p in parameters] if others is not None else []
+    model.eval()
+    try:
+        _set(model, parameters, others or [])
         yield
-        return
-    with torch.no_grad():
-        before = [p.detach().clone() for p in parameters]
-        torch._foreach_copy_(parameters, others)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(parameters, before)
+    finally:
+        _set(model, parameters, before)
+        model.train()
+
+
+@torch.no_grad()
+def _set(model: UNet, parameters: list[Tensor], values: list[Tensor]) -> None:
+    if values:
+        torch._foreach_copy_(parameters, values)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # after a forward pass the outermost layers stay whole, with the values they had

@@ -47,15 +47,23 @@ class RunConfig:
             configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
             names = tuple(map(str, values["class_names"]))
             return cls(**configs, class_names=names, data_fingerprint=str(values.get("data_fingerprint", "")))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} is missing: restore it, or begin in another --run-dir with the weights (--init-from)"
+            ) from None
         except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             raise ValueError(
-                f"{path} is damaged ({error}): restore it, or start a new run in another --run-dir"
+                f"{path} is damaged, or a newer version's ({error}): restore it, or begin anew in another --run-dir"
             ) from None
 
     def write(self, run_dir: Path) -> None:
-        """Write config.json."""
-        with replacing(run_dir / "config.json") as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write config.json; OSError where that cannot be."""
+        path = run_dir / "config.json"
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror}): name another folder with --run-dir") from error
 
 
 def holds_run(run_dir: Path) -> bool:

@@ -29,10 +29,6 @@ class CheckpointFile:
     metadata: Mapping[str, Any]
 
 
-def _nothing() -> None:
-    pass
-
-
 class Saver:
     """Writes the checkpoints of a run, one at a time, on a thread of its own.
 
@@ -44,13 +40,12 @@ class Saver:
         self.run_dir = run_dir
         self.config = config
         self.log = log
-        self.saved_step = (
-            0  # of the newest that this saver wrote, or, once the caller says so, that the run goes on with
-        )
+        # of the newest that this saver wrote or, once the caller says so, that the run goes on with
+        self.saved_step = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._last: Future[None] | None = None
 
-    def save(self, step: int, files: Sequence[CheckpointFile], ready: Callable[[], None] = _nothing) -> None:
+    def save(self, step: int, files: Sequence[CheckpointFile], ready: Callable[[], None] | None = None) -> None:
         """Begin to write a step; waits for the one before and raises its failure.
 
         ``ready`` is called on the thread before a tensor is read, to wait for copies from the device.
@@ -76,10 +71,11 @@ class Saver:
         if self._last is not None:
             self._last.result()
 
-    def _save(self, step: int, files: Sequence[CheckpointFile], ready: Callable[[], None]) -> None:
+    def _save(self, step: int, files: Sequence[CheckpointFile], ready: Callable[[], None] | None) -> None:
         if step == self.saved_step:
             return  # to write it again would be a time in which it is not whole
-        ready()
+        if ready is not None:
+            ready()
         self._refuse_nonfinite(step, files)
         for delay in (*RETRY_DELAYS, None):
             try:

@@ -28,6 +28,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return self  # Python delivers signals to the main thread only, and lets no other one ask for them
         for kind in _SIGNALS:
+            if signal.getsignal(kind) is signal.SIG_IGN:
+                continue  # nohup's wish
             self._before[kind] = signal.signal(kind, self._receive)
         return self
 

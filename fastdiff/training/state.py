@@ -141,11 +141,7 @@ class TrainState:
             if history is not None and history.shape == self.sampler.history.shape:
                 self.sampler.load_state_dict({"history": history, "counts": tensors["sampler.counts"]})
         self.guard.load_state(tensors["guard"])
-        sums = tensors["log_sums"]
-        if len(sums) == self.world.size:
-            self.sums.load_state(sums[self.world.rank])
-        elif self.world.main:
-            self.sums.load_state(sums)
+        self.sums.load_state(tensors["log_sums"], self.world.rank, self.world.size)
         self.step = step
 
     def _read_average(self, run_dir: Path, ema: EMA, step: int) -> tuple[dict[str, Tensor], int]:

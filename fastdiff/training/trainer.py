@@ -16,10 +16,11 @@ from fastdiff.data.dataset import printable
 from fastdiff.diffusion import build_diffusion
 from fastdiff.models import build_model, forward_flops
 from fastdiff.runtime.device import Runtime
-from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World, lost_contact
+from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World
+from fastdiff.runtime.memory import out_of_memory
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
 from fastdiff.runtime.words import duration
-from fastdiff.training.fitting import largest_that_fits, out_of_memory
+from fastdiff.training.fitting import largest_that_fits
 from fastdiff.training.metrics import ProgressFiles
 from fastdiff.training.parallel import own_part, parallelise, whole_of
 from fastdiff.training.preview import save_previews
@@ -31,8 +32,8 @@ from fastdiff.training.trackers import Sink, open_sinks
 from fastdiff.training.update import Updater, learning_rate, micro_batches, trial, warm_up
 
 MAX_SKIPPED_STEPS = 25
-"""So many updates in a row that had to be skipped end the run. fp16's first search for a scale, which halves it from
-2^16, takes fewer."""
+"""So many updates in a row that had to be skipped end the run, when a line of the log is due. fp16's first search for a
+scale, which halves it from 2^16, takes fewer."""
 
 OFFENDERS = 8
 """The samples of a skipped update that are named."""
@@ -79,18 +80,23 @@ class Trainer:
         self.log = log
         self.device = runtime.device
         self.diffusion = build_diffusion(config.diffusion, runtime.kernels)
-        self.model = build_model(config.model, runtime.kernels, runtime.memory_format).to(self.device).train()
+        self.model = build_model(config.model, runtime.kernels, runtime.memory_format).train()
         self.config = config
+        if self.device.type == "cuda":
+            # A run that was resumed has the bits of one that was not: cuDNN would choose sums in any order.
+            torch.backends.cudnn.deterministic = True
         with self._explained():
             if config.train.microbatch == "auto":
                 self._choose_microbatch()
-            self.module = parallelise(self.model, self.world, config.train.parallel)
+            self.module = parallelise(self.model, self.device, self.world, config.train.parallel)
             self.forward = runtime.prepare(self.module, self.model_calls)
-            if self.world.size > 1:
+            if self.world.size > 1 or runtime.compiles(self.model_calls):
                 warm_up(self.config, self.diffusion, self.module, self.forward, self.world)
         self.state = self._new_state()
         self.saver = Saver(run_dir, self.config.train, log)
         self._snapshot_step = 0
+        self._first_step = 0
+        self._updating = False
         self._peak_flops = peak_flops(self.device, runtime.precision)
         self._flops_per_image = 3 * forward_flops(config.model) if self._peak_flops else 0.0  # backward is two forwards
 
@@ -100,7 +106,7 @@ class Trainer:
     def _choose_microbatch(self) -> None:
         """Decide what ``auto`` means here, with room left for what the passes do not need and the update does."""
         train = self.config.train
-        numbers = sum(p.numel() for p in self.model.parameters())
+        numbers = sum(p.numel() for p in self.model.to(self.device).parameters())
 
         def attempt(images: int) -> None:
             moments_averages_messages = torch.empty(numbers * (3 + len(train.ema_rate)), device=self.device)
@@ -115,13 +121,13 @@ class Trainer:
 
     def init_from(self, path: Path) -> None:
         """Begin with the weights of a checkpoint; ValueError where they do not fit."""
-        weights = checkpoint.read_weights(path)
+        weights = self.world.together(lambda: checkpoint.read_weights(path))
         own = dict(zip(self.state.names, self.state.held, strict=True))
         known, wanted = weights.get("label_emb.weight"), own.get("label_emb.weight")
         if known is not None and wanted is not None and known.shape != wanted.shape:
             weights["label_emb.weight"] = whole_of(own_part(wanted), wanted).detach().cpu()
             self.log(f"{path} knows {len(known)} classes, the data has {len(wanted)}: their embedding begins afresh")
-        self.state.set_weights(weights, path)
+        self.world.together(lambda: self.state.set_weights(weights, path))
         self.state = self._new_state()
         self.log(f"weights from {path}")
 
@@ -131,8 +137,10 @@ class Trainer:
         if step is None:
             self.log(f"{self.run_dir} holds no checkpoint yet: beginning afresh")
             return
+        if step > (steps := self.config.train.steps):
+            self.world.refuse(f"{self.run_dir} is at step {step}: steps {steps} lies behind it; name more with --steps")
         self.world.together(lambda: self.state.load(self.run_dir, step))
-        self._snapshot_step = self.saver.saved_step = step
+        self._snapshot_step = self.saver.saved_step = self._first_step = step
         self.log(f"resumed at step {step}")
 
     def _newest_whole(self) -> int | None:
@@ -140,6 +148,8 @@ class Trainer:
         for step in reversed(steps):
             try:
                 checkpoint.verify_step(self.run_dir, step)
+            except checkpoint.NewerFormat:
+                raise  # nothing is wrong with it: to go on before it would overwrite it
             except ValueError as error:
                 self.log(f"warning: cannot resume at step {step}: {error}")
             else:
@@ -184,7 +194,9 @@ class Trainer:
                 asked = time.perf_counter()
                 images, labels = next(prefetched)
                 clock.waited += time.perf_counter() - asked
+                self._updating = True
                 update(images, labels)
+                self._updating = False
                 clock.images += train.batch_size
                 note = ""
                 if state.step % train.log_interval == 0 or state.step == train.steps:
@@ -214,18 +226,21 @@ class Trainer:
             self.log(f"removed {name}, which a process that was killed left behind")
         free_space_check(self.run_dir, self.state.saved_bytes)
         sinks = open_sinks(self.config.train, self.run_dir, self.config.to_dict(), self.log)
-        return [ProgressFiles(self.run_dir, self.state.step), *sinks]
+        self.config.write(self.run_dir)
+        return [ProgressFiles(self.run_dir, self.state.step, self.log), *sinks]
 
     @contextmanager
     def _no_update_lost(self) -> Iterator[None]:
-        """Save at the end, whatever the end was: the last step, a signal, a disk that is full or a bug."""
+        """Save at the end, whatever the end was, if there is a whole update to save."""
         try:
             yield
         except BaseException as error:
-            # Without the others nothing can be gathered; a second Ctrl-C asks for an end without saving.
-            if self.world.size == 1 and not self.saver.failed and not isinstance(error, KeyboardInterrupt):
-                self._save()
-            with suppress(ValueError, OSError):  # the first error is the one to tell
+            # Half an update is none to go on from, without the others nothing can be gathered, and a second Ctrl-C asks
+            # for an end without saving.
+            if self.world.size == 1 and not (self._updating or isinstance(error, KeyboardInterrupt)):
+                with suppress(ValueError, OSError, RuntimeError):  # the first error is the one to tell
+                    self._save()
+            with suppress(ValueError, OSError):
                 self.saver.wait()
             raise
         self._save()
@@ -233,21 +248,16 @@ class Trainer:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say in a user's words what ends a training from outside: too little memory, another process's end."""
-        try:
-            yield
-        except RuntimeError as error:
-            if out_of_memory(error):
-                parts = micro_batches(self.config.train, self.world.size)
-                size = parts[0].stop
+        """As World.explained, with the micro-batch to try where the memory ends."""
+        with self.world.explained():
+            try:
+                yield
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                size = micro_batches(self.config.train, self.world.size)[0].stop
                 smaller = f"--microbatch {size // 2}, or auto" if size > 1 else "--use-checkpoint"
                 raise ValueError(f"out of memory with {size} images in a forward pass: use {smaller}") from error
-            if self.world.size > 1 and lost_contact(error):
-                raise ConnectionError(
-                    f"process {self.world.rank} lost the others: see what the one that ended first says "
-                    f"({' '.join(str(error).split())[:200]})"
-                ) from error
-            raise
 
     @property
     def model_calls(self) -> int:
@@ -276,17 +286,18 @@ class Trainer:
         if row["skipped"]:
             self.log(f"warning: {row['skipped']} of the last updates skipped; {self._offenders()}")
         if (bad := int(state.guard.in_a_row)) >= MAX_SKIPPED_STEPS:
-            message = (
-                f"the gradient was not finite in the last {bad} updates: lower --lr, or use --grad-clip 1, or "
+            spikes = f", or their losses were spikes (--spike-guard {train.spike_guard:g})" if train.spike_guard else ""
+            self.world.refuse(
+                f"the gradient was not finite in the last {bad} updates{spikes}: lower --lr, or use --grad-clip 1, or "
                 f"--precision bf16 or fp32; the last good checkpoint: {self.saver.last_good()}"
             )
-            raise ValueError(message) if self.world.main else SaidElsewhere(message)
         return note
 
     def _offenders(self) -> str:
         """The last skipped update and its samples of the largest losses. Collective."""
         guard, train = self.state.guard, self.config.train
-        step = int(guard.step)
+        if (step := int(guard.step)) < self._first_step:
+            return f"the last one was update {step + 1}, before this start"
         losses = np.concatenate(self.world.gathered(guard.losses.cpu().numpy()))
         rows, _ = batch_indices(len(self.dataset.images), train.batch_size, train.seed, step)
         worst = np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")[:OFFENDERS]
@@ -297,14 +308,20 @@ class Trainer:
         """Begin to save this step, unless that was done."""
         if self._snapshot_step == self.state.step:
             return
+        self.world.together(self.saver.wait)  # before another copy is taken, and without a time-out
         files = self.state.snapshot(self.run_dir)
         self._snapshot_step = self.state.step
         if self.world.main:
             copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-            self.saver.save(self.state.step, files, ready=copied.synchronize if copied else lambda: None)
+            self.saver.save(self.state.step, files, copied.synchronize if copied else None)
 
     def _preview(self, outputs: Sequence[Sink]) -> None:
         folder = self.run_dir / "previews"
-        for path in save_previews(folder, self.state, self.model, self.dataset, self.runtime):
+        try:
+            paths = save_previews(folder, self.state, self.model, self.dataset, self.runtime)
+        except (ValueError, OSError) as error:  # on all processes alike, and not worth a run
+            self.log(f"warning: no previews of step {self.state.step}: {error}")
+            return
+        for path in paths:
             for output in outputs:
                 output.image(path.stem.split("_", 1)[1], path, self.state.step)

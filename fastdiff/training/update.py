@@ -89,17 +89,19 @@ class Updater:
         skip = state.guard.judge(state.step, norm, losses, self._mean)
         if train.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(state.parameters, train.grad_clip, norm)
-        # A fused optimizer skips the update on the device where found_inf is 1: GradScaler hands it its own finding,
-        # which must be everybody's; without a scaler it is handed ours.
-        if state.scaler.is_enabled():
-            for found in state.scaler._found_inf_per_device(state.optimizer).values():
-                found.copy_(torch.maximum(found, skip))
-        else:
-            state.optimizer.found_inf = skip  # type: ignore[attr-defined]
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(train, state.step)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+        # A fused optimizer skips the update on the device where found_inf is 1. GradScaler hands it what it found in
+        # this process's gradients; all must skip alike, and for a spike the scale must stay.
+        if state.scaler.is_enabled():
+            (found,) = state.scaler._found_inf_per_device(state.optimizer).values()
+            found.copy_(skip)
+            state.scaler.step(state.optimizer)
+            found.copy_(~norm.isfinite())
+            state.scaler.update()
+        else:
+            state.optimizer.found_inf = skip  # type: ignore[attr-defined]
+            state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self._module.zero_grad(set_to_none=True)  # under FSDP its parameters are not the optimizer's
         state.sums.add_grad_norm(norm, skip)
@@ -136,7 +138,7 @@ def trial(
 def warm_up(
     config: RunConfig, diffusion: GaussianDiffusion, module: nn.Module, forward: Callable[..., Tensor], world: World
 ) -> None:
-    """One update's passes without the update.
+    """One update's passes without the update, in which a model is compiled that is to be.
 
     By the first backward pass DDP arranges the messages of its gradients, and by them the order in which it adds. A
     resumed run must find them as the run did that it goes on with, or its sums differ in their last bits.

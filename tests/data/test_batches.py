@@ -87,12 +87,15 @@ def test_pinned_memory_where_asked(dataset: Dataset, pin: bool, monkeypatch: pyt
             return empty(*size, **kwargs)
 
         monkeypatch.setattr(torch, "empty", pageable)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_device", asked.append)
     stream = batches(dataset, DataConfig(flip=True), 4, 3, 0, pin=pin)
     images, labels = next(stream)
     stream.close()
     assert labels is not None
     if pin and not torch.cuda.is_available():
         assert asked
+        assert asked.pop(0) == 0  # the thread's device, which the pinned memory belongs to
         assert all(asked)
     else:
         assert images.is_pinned() == labels.is_pinned() == pin

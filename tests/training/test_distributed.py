@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from fastdiff import SampleConfig, load_checkpoint
+from fastdiff.sampling import generate, save_grid
 
 from ..cli.support import Result, finish, refused, start
 
@@ -119,6 +125,34 @@ def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_draw_previews_from_the_weights_that_they_save(
+    tmp_path: Path, shapes: Path, parallel: str
+) -> None:
+    """Raw weights and averages that are far apart, each drawn by two processes and, from its file, by one."""
+    flags = ["--precision", "fp32", "--steps", "6", "--preview-interval", "6", "--lr", "2e-2", "--no-ema-warmup"]
+    train(2, "run", *flags, "--parallel", parallel, cwd=tmp_path, data=shapes)
+    pictures = {}
+    for name in ("model", "ema_0.5_", "ema_0.9999_"):
+        loaded = load_checkpoint(tmp_path / f"run/{name}000006.safetensors")
+        config = SampleConfig(num_samples=16, sampler="ddim")
+        drawn = generate(
+            loaded.model,
+            loaded.diffusion,
+            config,
+            image_size=8,
+            device=torch.device("cpu"),
+            labels=np.arange(16) % 4,
+        )
+        save_grid(tmp_path / "expected.png", np.concatenate(list(drawn)))
+        expected = np.asarray(Image.open(tmp_path / "expected.png")).astype(int)
+        preview = "raw" if name == "model" else name.strip("_")
+        pictures[name] = np.asarray(Image.open(tmp_path / f"run/previews/000006_{preview}.png")).astype(int)
+        assert np.abs(pictures[name] - expected).max() <= 2, name
+    assert np.abs(pictures["model"] - pictures["ema_0.9999_"]).max() > 20
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_the_death_of_one_process_is_mended_by_torchrun(tmp_path: Path, shapes: Path, parallel: str) -> None:
     """kill -9 of one of two: torchrun starts both again, and they end with the bits of an undisturbed run."""
     flags = [*LEARNING, "--precision", "fp32", "--parallel", parallel, "--steps", "12", "--save-interval", "2"]
@@ -175,6 +209,24 @@ def test_a_nan_on_one_process_skips_the_update_on_all(tmp_path: Path, shapes: Pa
     assert re.search(r"not finite in the last 25 updates: .*the last good checkpoint: always/model\d+", line)
     again = train(2, "always", "--resume", "--steps", "32", cwd=tmp_path, data=shapes)
     assert "resumed at step 30\n" in again.out
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("after", [1, 2])
+def test_what_was_skipped_before_a_checkpoint_is_told_after_it(tmp_path: Path, shapes: Path, after: int) -> None:
+    """A line of the log that began before the process did, on as many processes and on others."""
+    flags = ["--precision", "fp32", "--save-interval", "4", "--log-interval", "10"]
+    harm = {"NAN_AT_UPDATES": "3", "KILL_AFTER_STEP": "6", "status": 1}
+    train(2, "run", *flags, "--steps", "10", cwd=tmp_path, data=shapes, **harm)
+    again = train(after, "run", *flags, "--resume", cwd=tmp_path, data=shapes)
+    assert "resumed at step 4\n" in again.out
+    assert "1 of the last updates skipped; the last one was update 3, before this start" in again.out
+    train(2, "straight", *flags, "--steps", "10", cwd=tmp_path, data=shapes, NAN_AT_UPDATES="3")
+    (row,), (straight,) = rows(tmp_path / "run"), rows(tmp_path / "straight")
+    if after == 2:
+        assert row == straight
+    assert float(row["loss"]) == pytest.approx(float(straight["loss"]), rel=1e-5)
+    assert row["skipped"] == straight["skipped"] == "1"
 
 
 @pytest.mark.timeout(240)

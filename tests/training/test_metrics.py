@@ -5,6 +5,9 @@ import errno
 import json
 import math
 import os
+import re
+import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +117,7 @@ def test_a_state_between_two_lines_loses_nothing() -> None:
             state = broken.state()
             broken.add(*batch(9), 1000)  # lost with the process
             broken = LossSums(CPU)
-            broken.load_state(state)
+            broken.load_state(state[None])
     assert straight.read() == broken.read()
 
 
@@ -172,32 +175,32 @@ def lines(run_dir: Path) -> list[dict[str, float | None]]:
 
 
 def test_files_are_cut_back_to_the_step(tmp_path: Path) -> None:
-    files = ProgressFiles(tmp_path, 0)
+    files = ProgressFiles(tmp_path, 0, pytest.fail)
     for step in (1, 2, 3):
         files.write({"step": step, "loss": step / 2})
     with (tmp_path / "progress.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed in the middle of a line
-    ProgressFiles(tmp_path, 2).write({"step": 3, "loss": 7.0})
+    ProgressFiles(tmp_path, 2, pytest.fail).write({"step": 3, "loss": 7.0})
     assert [row["step"] for row in table(tmp_path)] == ["1", "2", "3"]
     assert lines(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 7.0}]
     assert sorted(written(tmp_path)) == ["progress.csv", "progress.jsonl"]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
-    ProgressFiles(tmp_path, 0).write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
+    ProgressFiles(tmp_path, 0, pytest.fail).write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     text = (tmp_path / "progress.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "grad_norm": None}
-    ProgressFiles(tmp_path, 1)
+    ProgressFiles(tmp_path, 1, pytest.fail)
     assert lines(tmp_path)[0]["loss"] is None
 
 
 def test_a_file_that_stays_as_it_is_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ProgressFiles(tmp_path, 0)
+    files = ProgressFiles(tmp_path, 0, pytest.fail)
     files.write({"step": 1, "samples": 16, "loss": 1 / 3, "grad_norm": math.inf, "skipped": 2, "lr": 1})
     files.write({"step": 2, "samples": 32, "loss": 1e-300})
     before = written(tmp_path)
     monkeypatch.setattr(metrics, "replacing", pytest.fail)
-    ProgressFiles(tmp_path, 2)
+    ProgressFiles(tmp_path, 2, pytest.fail)
     assert written(tmp_path) == before
 
 
@@ -206,7 +209,7 @@ def test_files_of_another_version(tmp_path: Path) -> None:
     old = '{"step": 1, "loss": 0.5, "loss_q9": 3.0}\n'
     (tmp_path / "progress.jsonl").write_text(old)
     (tmp_path / "progress.csv").write_text("step,loss,loss_q9\n1,0.5,3.0\n")
-    ProgressFiles(tmp_path, 1).write({"step": 2, "loss": 0.25, "skipped": 0, "memory_gib": 1.5})
+    ProgressFiles(tmp_path, 1, pytest.fail).write({"step": 2, "loss": 0.25, "skipped": 0, "memory_gib": 1.5})
     assert (tmp_path / "progress.jsonl").read_text().startswith(old)
     assert [list(row) for row in table(tmp_path)] == [list(COLUMNS)] * 2
     assert [(row["loss"], row["skipped"], row["memory_gib"]) for row in table(tmp_path)] == [
@@ -218,13 +221,13 @@ def test_files_of_another_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["[1]", "7", '"step"', "{}", '{"step": null}', '{"step": 1e999}', "[" * 10**5, "\xff"])
 def test_a_line_that_is_none_of_ours_is_left_out(tmp_path: Path, line: str) -> None:
     (tmp_path / "progress.jsonl").write_bytes(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'.encode("latin-1"))
-    ProgressFiles(tmp_path, 5)
+    ProgressFiles(tmp_path, 5, pytest.fail)
     assert lines(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize("name", ["progress.jsonl", "progress.csv"])
 def test_a_crash_while_cutting_back_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    files = ProgressFiles(tmp_path, 0)
+    files = ProgressFiles(tmp_path, 0, pytest.fail)
     for step in (1, 2, 3):
         files.write({"step": step})
     before = written(tmp_path)
@@ -240,18 +243,18 @@ def test_a_crash_while_cutting_back_loses_nothing(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(metrics, "replacing", crashing)
         with pytest.raises(KeyboardInterrupt):
-            ProgressFiles(tmp_path, 2)
+            ProgressFiles(tmp_path, 2, pytest.fail)
     assert written(tmp_path)[name] == before[name]
-    ProgressFiles(tmp_path, 2)
+    ProgressFiles(tmp_path, 2, pytest.fail)
     assert [row["step"] for row in lines(tmp_path)] == [1, 2]
     assert [row["step"] for row in table(tmp_path)] == ["1", "2"]
 
 
 @pytest.mark.parametrize("name", ["progress.jsonl", "progress.csv"])
-def test_a_full_disk_is_one_line_that_names_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    files = ProgressFiles(tmp_path, 0)
+def test_lines_that_find_no_room_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    said: list[str] = []
+    files = ProgressFiles(tmp_path, 0, said.append)
+    files.write({"step": 1})
     real = Path.open
 
     def full(path: Path, *args: object, **kwargs: object) -> object:
@@ -259,15 +262,34 @@ def test_a_full_disk_is_one_line_that_names_the_file(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(path, *args, **kwargs)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(OSError, match=rf"^\S*{name} cannot be written: No space left on device$"):
-        files.write({"step": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        files.write({"step": 2})
+        files.write({"step": 3})
+    (line,) = said
+    assert re.fullmatch(rf"warning: \S*{name} cannot be written: No space left on device; its lines wait.*", line)
+    files.write({"step": 4})
+    rows = [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    table = [line.split(",")[0] for line in (tmp_path / "progress.csv").read_text().splitlines()]
+    assert rows == [1, 2, 3, 4]
+    assert table == ["step", "1", "2", "3", "4"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up_within_a_line(tmp_path: Path) -> None:
-    files = ProgressFiles(tmp_path, 0)
-    (tmp_path / "progress.csv").unlink()
-    (tmp_path / "progress.csv").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"progress\.csv cannot be written: No space left on device$"):
-        files.write({"step": 1})
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
+    """A disk that fills up within a line leaves the lines before it, and no part of this one."""
+    said: list[str] = []
+    files = ProgressFiles(tmp_path, 0, said.append)
+    files.write({"step": 1})
+    before = (tmp_path / "progress.jsonl").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))
+    try:
+        files.write({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / "progress.jsonl").read_bytes() == before
+    assert len(said) == 1
+    files.write({"step": 3})
+    assert [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()] == [1, 2, 3]

@@ -194,7 +194,7 @@ def test_a_machine_that_comes_back_is_taken_in_again(
     finally:
         said = finish(running)
     assert running[0].returncode == running[-1].returncode == 0, said
-    assert re.search("resumed at step [12]0\n", said[0] + said[-1]), said
+    assert re.search("resumed at step [1-9]0\n", said[0] + said[-1]), said
     assert steps(tmp_path / "run") == list(range(1, 101))
 
 
