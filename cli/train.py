@@ -1,5 +1,6 @@
 """``fastdiff train``: a folder of images in, a run folder out."""
 
+import json
 import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from fastdiff.cli.options import (
     with_flags,
 )
 from fastdiff.config import (
+    Config,
     DataConfig,
     DiffusionConfig,
     ModelConfig,
@@ -255,11 +257,10 @@ def _new_run(flags: Flags) -> "RunConfig":
     data, model, diffusion = build(DataConfig, flags), build(ModelConfig, flags), build(DiffusionConfig, flags)
     if not data.data_dir:
         raise ValueError("no data: name a folder of images with --data-dir")
-    data = replace(data, data_dir=str(Path(data.data_dir).resolve()))  # a run may be resumed from elsewhere
     train = build(TrainConfig, flags)
     from fastdiff.training.run_folder import RunConfig
 
-    return RunConfig(model, diffusion, data, train, build(RuntimeConfig, flags))
+    return RunConfig(model, diffusion, _absolute(data), train, build(RuntimeConfig, flags))
 
 
 def _continued_run(
@@ -270,26 +271,34 @@ def _continued_run(
     The model never changes, the process only where that is allowed.
     """
     refuse_contradiction(flags, str(run_dir), config.model)
-    diffusion, notes = config.diffusion, []
-    try:
-        refuse_contradiction(flags, str(run_dir), diffusion)
-    except ValueError as error:
+    diffusion, notes = build(DiffusionConfig, flags, base=config.diffusion), []
+    if differing := _differences(config.diffusion, diffusion):
         if not allow_changes:
-            raise ValueError(f"{error}, or go on with --allow-changes") from None
-        diffusion = build(DiffusionConfig, flags, base=diffusion)
-        notes.append(f"warning: the process changes: {error}")
+            raise ValueError(
+                f"{run_dir} has another process ({differing}): leave the flags out, or go on with --allow-changes"
+            )
+        notes.append(f"warning: the process changes: {differing}")
     changed = replace(
         config,
         diffusion=diffusion,
-        data=build(DataConfig, flags, base=config.data),
+        data=_absolute(build(DataConfig, flags, base=config.data)),
         train=build(TrainConfig, flags, base=config.train),
         runtime=build(RuntimeConfig, flags, base=config.runtime),
     )
-    before, after = config.train.to_dict(), changed.train.to_dict()
-    differing = [f"{name} {before[name]} becomes {after[name]}" for name in before if before[name] != after[name]]
-    if differing:
-        notes.append(f"changed: {', '.join(differing)}")
+    if differing := _differences(config.train, changed.train):
+        notes.append(f"changed: {differing}")
     return changed, notes
+
+
+def _differences(one: Config, other: Config) -> str:
+    before, after = one.to_dict(), other.to_dict()
+    told = ((name, json.dumps(before[name]), json.dumps(after[name])) for name in before)
+    return ", ".join(f"{name} {old} becomes {new}" for name, old, new in told if old != new)
+
+
+def _absolute(data: DataConfig) -> DataConfig:
+    """A run may be resumed from elsewhere."""
+    return replace(data, data_dir=str(Path(data.data_dir).resolve()))
 
 
 def _with_classes(config: "RunConfig", names: tuple[str, ...], given: bool) -> "RunConfig":

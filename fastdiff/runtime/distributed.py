@@ -225,7 +225,8 @@ def _meeting_place(rank: int, size: int, limit: timedelta) -> PrefixStore:
                 store.set(f"told/{asking.decode()}", name)  # nobody reads it if it was a dead one who asked
                 told[other] = asking
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{len(told)} of {len(others)} others came")
+            came = sum(store.check([f"{name}/{other} knows"]) for other in others)
+            raise RuntimeError(f"{came} of {len(others)} others came")
         time.sleep(0.02)
     return PrefixStore(name, store)
 

@@ -25,6 +25,8 @@ class Guard:
         self._seen = torch.zeros((), device=device)
         self.step = torch.full((), -1, device=device)
         """The last update that was skipped, counted from 0."""
+        self.was_spike = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether that update was skipped for its loss alone."""
         self.losses = torch.zeros(0, device=device)
         """This process's losses in that update, (N,); no checkpoint keeps them."""
 
@@ -44,6 +46,7 @@ class Guard:
             self.losses = torch.zeros_like(losses)
         self.losses = torch.where(skip, losses, self.losses)
         self.step = torch.where(skip, step, self.step)
+        self.was_spike = torch.where(skip, norm.isfinite(), self.was_spike)
         self.in_a_row = torch.where(skip, self.in_a_row + 1, 0)
         return skip.float()
 

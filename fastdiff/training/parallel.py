@@ -25,8 +25,8 @@ _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 def parallelise(model: UNet, device: torch.device, world: World, parallel: Parallel) -> nn.Module:
     """Move a model to ``device``; the module to call in its place, whose gradients are the means over the processes.
 
-    Under FSDP the model itself is changed: each of its parameters becomes a DTensor, split over the processes. The model
-    comes to the device block by block, and is never whole there.
+    Under FSDP the model itself is changed: each of its parameters becomes a DTensor, split over the processes. It comes
+    to the device block by block, and is never whole there.
     """
     if world.size == 1:
         return model.to(device)

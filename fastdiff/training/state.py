@@ -24,7 +24,8 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class TrainState:
     """Weights, averages, optimizer, loss scale, timestep history and the sums of the log after ``step`` updates.
 
-    ``held`` are the model's parameters, ``parameters`` what this process updates of them: the same, but under FSDP.
+    ``whole`` is false while an update changes one part after the other. ``held`` are the model's parameters,
+    ``parameters`` what this process updates of them: the same, but under FSDP.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TrainState:
         self.config = config
         self.world = world or World()
         self.step = 0
+        self.whole = True
         self.names, self.held = map(list, zip(*model.named_parameters(), strict=True))
         self.parameters = [p if (part := own_part(p)) is p else nn.Parameter(part) for p in self.held]
         self.sharded = self.parameters[0] is not self.held[0]

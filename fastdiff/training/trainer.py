@@ -96,7 +96,6 @@ class Trainer:
         self.saver = Saver(run_dir, self.config.train, log)
         self._snapshot_step = 0
         self._first_step = 0
-        self._updating = False
         self._peak_flops = peak_flops(self.device, runtime.precision)
         self._flops_per_image = 3 * forward_flops(config.model) if self._peak_flops else 0.0  # backward is two forwards
 
@@ -194,9 +193,7 @@ class Trainer:
                 asked = time.perf_counter()
                 images, labels = next(prefetched)
                 clock.waited += time.perf_counter() - asked
-                self._updating = True
                 update(images, labels)
-                self._updating = False
                 clock.images += train.batch_size
                 note = ""
                 if state.step % train.log_interval == 0 or state.step == train.steps:
@@ -237,7 +234,7 @@ class Trainer:
         except BaseException as error:
             # Half an update is none to go on from, without the others nothing can be gathered, and a second Ctrl-C asks
             # for an end without saving.
-            if self.world.size == 1 and not (self._updating or isinstance(error, KeyboardInterrupt)):
+            if self.world.size == 1 and self.state.whole and not isinstance(error, KeyboardInterrupt):
                 with suppress(ValueError, OSError, RuntimeError):  # the first error is the one to tell
                     self._save()
             with suppress(ValueError, OSError):
@@ -286,10 +283,13 @@ class Trainer:
         if row["skipped"]:
             self.log(f"warning: {row['skipped']} of the last updates skipped; {self._offenders()}")
         if (bad := int(state.guard.in_a_row)) >= MAX_SKIPPED_STEPS:
-            spikes = f", or their losses were spikes (--spike-guard {train.spike_guard:g})" if train.spike_guard else ""
+            if state.guard.was_spike:
+                what, remedy = "the loss was a spike", f"raise --spike-guard {train.spike_guard:g}, or lower --lr"
+            else:
+                what = "the gradient was not finite"
+                remedy = "lower --lr, or use --grad-clip 1, or --precision bf16 or fp32"
             self.world.refuse(
-                f"the gradient was not finite in the last {bad} updates{spikes}: lower --lr, or use --grad-clip 1, or "
-                f"--precision bf16 or fp32; the last good checkpoint: {self.saver.last_good()}"
+                f"{what} in the last {bad} updates: {remedy}; the last good checkpoint: {self.saver.last_good()}"
             )
         return note
 

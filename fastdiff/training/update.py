@@ -55,28 +55,30 @@ class Updater:
         t, weights = draw(state.sampler, philox_uint32(train.seed, numbers, TIMESTEP_STREAM, 2))
         x_start = normalised(images)
         conditions = conditions_of(self._config, x_start, labels)
-        losses = []
+        found = []
         parts = micro_batches(train, self._world.size)
         for part in parts:
             kwargs = {name: value[part] for name, value in conditions.items()}
             noise = philox_normal(train.seed, numbers[part], NOISE_STREAM, x_start.shape[1:])
             with accumulating(self._module) if part is not parts[-1] else nullcontext():
                 terms = self._diffusion.training_losses(self._forward, x_start[part], t[part], kwargs, noise)
-                weighted = terms["loss"] * weights[part]
                 # divided by the whole batch: micro-batches and processes average to what one batch would give
-                loss = weighted.sum() / len(images)
+                loss = (terms["loss"] * weights[part]).sum() / len(images)
                 # A loss that is not finite spoils the gradient for sure, and so is seen by every process.
                 state.scaler.scale(loss * (1 + (loss - loss).detach())).backward()
-            state.sums.add({k: v * weights[part] for k, v in terms.items()}, t[part], self._diffusion.num_timesteps)
-            losses.append((terms["loss"].detach(), weighted.detach()))
-        raw, weighted = (torch.cat(values) for values in zip(*losses, strict=True))
+            found.append({name: term.detach() for name, term in terms.items()})
+        state.whole = False
+        terms = {name: torch.cat([part[name] for part in found]) for name in found[0]}  # (B,) each
+        weighted = {name: term * weights for name, term in terms.items()}
+        state.sums.add(weighted, t, self._diffusion.num_timesteps)
         if state.sampler.learns:
-            seen = self._world.concatenated(torch.stack([t.double(), raw.double()], dim=1))  # (B of all, 2)
+            seen = self._world.concatenated(torch.stack([t.double(), terms["loss"].double()], dim=1))  # (B of all, 2)
             state.sampler.update(seen[:, 0].long(), seen[:, 1])
-        self._step_optimizer(weighted)
+        self._step_optimizer(weighted["loss"])
         for ema in state.emas:
             ema.update()
         state.step += 1
+        state.whole = True
 
     def _step_optimizer(self, losses: Tensor) -> None:
         state, train = self._state, self._config.train

@@ -24,6 +24,71 @@ def test_devices_that_are_not_to_be_had_are_refused(name: str) -> None:
         resolve_device(name)
 
 
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_each_process_of_a_machine_takes_the_gpu_of_its_number() -> None:
+    for name in ("auto", "cuda"):
+        assert resolve_device(name) == torch.device("cuda")
+        assert [resolve_device(name, local_rank) for local_rank in (0, 1)] == [
+            torch.device("cuda:0"),
+            torch.device("cuda:1"),
+        ]
+    assert resolve_device("cuda:1") == torch.device("cuda:1")  # alone it may be any
+    assert resolve_device("cpu", 7) == CPU
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_several_processes_cannot_share_a_gpu(local_rank: int) -> None:
+    with pytest.raises(ValueError, match=r"^device cuda:1: each of several processes .*use --device cuda$"):
+        resolve_device("cuda:1", local_rank)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_processes_than_gpus_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^process 3 of this machine has no GPU: PyTorch sees 2; .*--nproc-per-node"):
+        resolve_device("auto", 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_the_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every process would hold memory of the first GPU as well."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, matmul in ((Precision.TF32, "high"), (Precision.FP32, "highest"), (Precision.AUTO, "highest")):
+            runtime = Runtime.resolve(RuntimeConfig(device="cuda", precision=precision, compile=Compile.OFF), 1)
+            assert runtime.device == torch.device("cuda:1")
+            assert runtime.precision is (Precision.BF16 if precision is Precision.AUTO else precision)
+            assert torch.get_float32_matmul_precision() == matmul
+            assert torch.backends.cudnn.allow_tf32 is (precision is Precision.TF32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert chosen == [torch.device("cuda:1")] * 3
+
+
+def test_precisions_that_a_device_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^precision tf32: only GPUs have it; use fp32 or bf16$"):
+        resolve_precision(Precision.TF32, CPU)
+    with pytest.raises(ValueError, match="tf32"):
+        Runtime.resolve(RuntimeConfig(device="cpu", precision=Precision.TF32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu = torch.device("cuda:0")
+    assert resolve_precision(Precision.TF32, gpu) is Precision.TF32
+    if torch.version.hip is None:
+        with pytest.raises(ValueError, match="precision bf16: this GPU does not"):
+            resolve_precision(Precision.BF16, gpu)
+        assert resolve_precision(Precision.AUTO, gpu) is Precision.FP32
+
+
 def test_auto_compiles_long_jobs_only() -> None:
     runtime = Runtime.resolve(RuntimeConfig(device="cpu"))
     assert not runtime.compiles(COMPILE_PAYS_AFTER["cpu"] - 1)

@@ -29,7 +29,7 @@ class Model:
 
 
 def run(model: Model | None = None, **flags: Any) -> list[np.ndarray]:
-    extra = {k: flags.pop(k) for k in ("labels", "low_res", "on_step") if k in flags}
+    extra = {k: flags.pop(k) for k in ("indices", "labels", "low_res", "on_step") if k in flags}
     model = model or Model()
     return list(generate(model, DIFFUSION, SampleConfig(**flags), image_size=2, device=CPU, **extra))
 
@@ -70,6 +70,30 @@ def test_noise_is_a_function_of_seed_and_index(batch_size: int) -> None:
     first = torch.cat([x for x, t, _ in model.calls if float(t[0]) == max(float(t[0]) for _, t, _ in model.calls)])[:5]
     assert torch.equal(first, philox_normal(9, torch.arange(5), 0, (3, 2, 2)))
     assert len(first.unique()) == first.numel()
+
+
+class Mixing(Model):
+    """Predicts an x_0 that depends on all that it is given, image by image."""
+
+    def __call__(self, x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+        return 0.5 * super().__call__(x, t, **kwargs) + 0.4 * x.flip(-1).tanh() + t.view(-1, 1, 1, 1) / 1e4
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_part_of_the_images_is_what_all_of_them_hold(sampler: str, batch_size: int) -> None:
+    """So several processes draw them together."""
+    labels = np.arange(7) % 3
+    flags: dict[str, Any] = {"sampler": sampler, "eta": 0.5 if sampler == "ddim" else 0.0, "seed": 4}
+    whole = np.concatenate(run(Mixing(), num_samples=7, batch_size=7, labels=labels, **flags))
+    assert len(np.unique(whole.reshape(7, -1), axis=0)) == 7
+    for numbers in ([0, 3, 6], [5, 1, 4, 2], [6]):
+        indices = np.array(numbers)
+        part = run(
+            Mixing(), num_samples=len(indices), batch_size=batch_size, indices=indices, labels=labels[indices], **flags
+        )
+        assert [len(batch) for batch in part][:-1] == [min(batch_size, len(indices))] * (len(part) - 1)
+        assert np.array_equal(np.concatenate(part), whole[indices])
 
 
 def test_on_step_counts_wanted_images_only() -> None:

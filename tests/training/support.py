@@ -5,12 +5,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from fastdiff import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
 from fastdiff.data import load_dataset
+from fastdiff.models import UNet
 from fastdiff.runtime.device import Runtime
 from fastdiff.training import Trainer
 from fastdiff.training.run_folder import RunConfig
@@ -76,3 +78,18 @@ def file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def with_room(monkeypatch: pytest.MonkeyPatch, room: int, first: int = 0) -> list[int]:
+    """From the call ``first`` on a forward pass has memory for so many images; returns the sizes that were tried."""
+    real = UNet.forward
+    sizes: list[int] = []
+
+    def forward(self: UNet, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > room and len(sizes) > first:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+        return real(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    return sizes

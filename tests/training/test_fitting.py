@@ -1,8 +1,6 @@
 """How many images fit into the memory, and what is said where they do not."""
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from fastdiff.models import UNet
 from fastdiff.runtime.distributed import World
-from fastdiff.training.fitting import largest_that_fits, out_of_memory
+from fastdiff.runtime.memory import out_of_memory
+from fastdiff.training import Trainer
+from fastdiff.training.fitting import largest_that_fits
 
-from ..cli.conftest import Cli, cli, train  # noqa: F401  # fixtures
-from ..cli.support import contents, refused, succeeded
-from .support import file, same, trainer, weights
+from .support import file, same, trainer, weights, with_room
 
-Forward = Callable[..., Tensor]
 HOST = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 
@@ -70,7 +65,9 @@ def test_another_error_is_no_lack_of_memory() -> None:
 class Crowd(World):
     """A process and its neighbour, which has room for two images."""
 
-    said = []
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "said", [])
 
     def gathered(self, value: Any) -> list[Any]:
         self.said.append(value)
@@ -84,21 +81,6 @@ def test_the_process_with_the_least_room_decides() -> None:
 
 
 # Through the trainer
-
-
-def with_room(monkeypatch: pytest.MonkeyPatch, room: int, first: int = 0) -> list[int]:
-    """From the call ``first`` on a forward pass has memory for so many images; returns the sizes that were tried."""
-    real: Forward = UNet.forward
-    sizes: list[int] = []
-
-    def forward(self: UNet, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sizes.append(len(x))
-        if len(x) > room and len(sizes) > first:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
-        return real(self, x, *args, **kwargs)
-
-    monkeypatch.setattr(UNet, "forward", forward)
-    return sizes
 
 
 FLAGS: dict[str, Any] = {"steps": 2, "batch_size": 8, "lr": 1e-3, "class_cond": True, "dropout": 0.1}
@@ -154,21 +136,31 @@ def test_out_of_memory_says_what_to_try(
         trainer(tmp_path, shapes, **FLAGS, **flags).run()
 
 
-def test_an_update_without_memory_leaves_the_one_before(
-    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the middle of the third: with what its first micro-batch has added up to the log, a resumed run would count
-    it twice."""
-    flags = FLAGS | {"steps": 4, "microbatch": 4, "log_interval": 4}
-    trainer(tmp_path / "straight", shapes, **flags).run()
+SPLIT = FLAGS | {"steps": 4, "microbatch": 4, "log_interval": 4}
+
+
+def failing_in_the_third(run_dir: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A run that has no memory for the second micro-batch of its third update, resumed."""
     with monkeypatch.context() as patch:
         with_room(patch, 0, first=5)
-        failing = trainer(tmp_path / "run", shapes, **flags)
+        failing = trainer(run_dir, shapes, **SPLIT)
         with pytest.raises(ValueError, match="--microbatch 2"):
             failing.run()
-    again = trainer(tmp_path / "run", shapes, **flags)
+    again = trainer(run_dir, shapes, **SPLIT)
     again.resume()
-    assert again.state.step == 2
+    return again
+
+
+def test_the_updates_before_one_without_memory_are_kept(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failing_in_the_third(tmp_path, shapes, monkeypatch).state.step == 2
+
+
+def test_half_an_update_is_nowhere(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what its first micro-batch has added to the sums of the log, a resumed run would count it twice."""
+    trainer(tmp_path / "straight", shapes, **SPLIT).run()
+    again = failing_in_the_third(tmp_path / "run", shapes, monkeypatch)
     again.run()
     straight = file(tmp_path / "straight/model000004.safetensors")[0]
     assert same(straight, weights(again))
@@ -178,58 +170,3 @@ def test_an_update_without_memory_leaves_the_one_before(
     )
     for name in ("loss", "grad_norm", "skipped"):
         assert row[name] == expected[name], name
-
-
-# Through the command line
-
-
-def microbatch_in(run_dir: Path) -> object:
-    return json.loads((run_dir / "config.json").read_text())["train"]["microbatch"]
-
-
-def test_the_number_that_was_found_is_the_runs(train: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    with monkeypatch.context() as patch:
-        with_room(patch, 3)
-        result = succeeded(train("r", "--steps", 1, "--microbatch", "auto"))
-    assert "microbatch auto: 2 images in a forward pass\n" in result.out
-    assert microbatch_in(tmp_path / "r") == 2
-    assert file(tmp_path / "r/opt000001.safetensors")[1]["fastdiff-1"].count('"microbatch": 2') == 1
-    sizes = with_room(monkeypatch, 99)
-    again = succeeded(train("r", "--steps", 2, "--resume"))
-    assert sizes == [2, 2]  # and not as many as would fit now: another number would round otherwise
-    assert "auto" not in again.out
-    assert microbatch_in(tmp_path / "r") == 2
-
-
-def test_out_of_memory_is_one_line_and_loses_nothing(
-    train: Cli,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    succeeded(train("r", "--steps", 2))
-    before = contents(tmp_path / "r")
-    with_room(monkeypatch, 0, first=1)
-    refused(
-        train("r", "--steps", 5, "--resume", "--save-interval", 9),
-        "^error: out of memory with 4 images in a forward pass: use --microbatch 2, or auto$",
-    )
-    after = contents(tmp_path / "r")
-    assert {name: after[name] for name in before if re.search(r"00000\d\.", name)} == {
-        name: data for name, data in before.items() if re.search(r"00000\d\.", name)
-    }
-    assert {name for name in after if "000003" in name} == {  # the update that was done
-        *("model000003.safetensors", "ema_0.9999_000003.safetensors", "opt000003.safetensors", "manifest000003.json")
-    }
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    assert "resumed at step 3\n" in succeeded(train("r", "--steps", 4, "--resume", "--microbatch", 2)).out
-
-
-def test_no_memory_at_the_start_is_no_run(train: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    with monkeypatch.context() as patch:
-        with_room(patch, 0)
-        for flags in (("--microbatch", "auto"), ("--microbatch", 3)):
-            refused(train("r", "--steps", 1, *flags), "out of memory with")
-            assert not list((tmp_path / "r").glob("config.json"))
-            assert not list((tmp_path / "r").glob("*.safetensors"))
-    succeeded(train("r", "--steps", 1))  # the failed attempts do not stand in the way

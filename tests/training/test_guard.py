@@ -94,11 +94,11 @@ def test_a_spike_does_not_move_the_mean() -> None:
     guard = Guard(2.0, CPU)
     for step in range(WARM):
         judged(guard, step, 1.0)
-    before = guard.state()[1:].clone()
+    before = guard.state()[1:3].clone()
     for step, loss in enumerate((2.1, 1e30, math.inf), start=WARM):
         assert judged(guard, step, loss)
     assert judged(guard, 200, math.nan, math.nan)
-    assert torch.equal(guard.state()[1:], before)
+    assert torch.equal(guard.state()[1:3], before)
     assert not judged(guard, 201, 1.99)
     assert judged(guard, 202, 2.1)
 
@@ -154,7 +154,6 @@ def test_a_state_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for step, loss in enumerate([1.0, 1.2, 0.8, 1.1, 0.9, 9.0]):
         judged(guard, step, loss)
     state = guard.state()
-    assert state.shape == (3,)
     other = Guard(2.0, CPU)
     other.load_state(state.clone())
     for step, loss in enumerate([9.0, 1.9, 2.3, 1.0, 5.0], start=6):
@@ -220,11 +219,14 @@ def test_a_spike_is_skipped_and_its_samples_are_named(
 ) -> None:
     monkeypatch.setattr(guard_module, "WARM", 3)
     subject = trainer(tmp_path, shapes, precision, steps=6, lr=1e-4, weight_decay=0.1, spike_guard=20.0)
+    if precision == "fp16":  # a scale at which the spike does not overflow, for which it would be skipped anyway
+        subject.state.scaler.load_state_dict(subject.state.scaler.state_dict() | {"scale": 1.0})
     worst = torch.tensor([100.0, 400.0, 300.0, 200.0])
     changing(subject, {4: lambda loss: loss / loss.detach() * worst})
     assert unmoved(subject, 6) == [False] * 4 + [True, False]
     assert [row["skipped"] for row in rows(tmp_path)] == [0, 0, 0, 0, 1, 0]
     assert {float(state["step"]) for state in subject.state.optimizer.state.values()} == {5}
+    assert subject.state.scaler.get_scale() == 1  # no overflow: the scale is not to blame
     (said,) = warnings_of(subject)
     indices, _ = batch_indices(12, 4, subject.config.train.seed, 4)
     names = subject.dataset.names
@@ -257,11 +259,10 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped(tmp_path: Path, shap
     assert f"update 2; its samples of the largest losses: {second} {subject.dataset.names[second]} (inf)" in said
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="the last skipped update is not in the checkpoint, its count is")
 def test_the_skipped_one_may_be_before_the_checkpoint_and_the_line_after_it(tmp_path: Path, shapes: Path) -> None:
-    """Then nobody knows any more which samples they were."""
+    """Then the losses are not known any more."""
     subject = trainer(tmp_path, shapes, steps=4, log_interval=4, save_interval=2)
-    changing(subject, {0: lambda loss: math.nan * loss})
+    changing(subject, {1: lambda loss: math.nan * loss})
     subject.run()
     for path in tmp_path.glob("*000004*"):
         path.unlink()
@@ -270,11 +271,9 @@ def test_the_skipped_one_may_be_before_the_checkpoint_and_the_line_after_it(tmp_
     assert again.run() == 0
     assert rows(tmp_path)[-1]["skipped"] == 1
     (said,) = warnings_of(again)
-    assert said.startswith("warning: 1 of the last updates skipped")
-    assert "update 0" not in said
+    assert said == "warning: 1 of the last updates skipped; the last one was update 2, before this start"
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="the message speaks of gradients that are not finite")
 def test_spikes_that_do_not_end_stop_the_run_as_spikes(
     tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
