@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastdiff import checkpoint
+from fastdiff.config import Compile
 from fastdiff.data import Dataset, batch_indices, batches, on_device
 from fastdiff.data.dataset import printable
 from fastdiff.diffusion import build_diffusion
@@ -18,6 +19,7 @@ from fastdiff.models import build_model, forward_flops
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World
 from fastdiff.runtime.memory import out_of_memory
+from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
 from fastdiff.runtime.words import duration
 from fastdiff.training.fitting import largest_that_fits
@@ -26,7 +28,6 @@ from fastdiff.training.parallel import own_part, parallelise, whole_of
 from fastdiff.training.preview import save_previews
 from fastdiff.training.run_folder import Log, RunConfig, Silence
 from fastdiff.training.saver import Saver, free_space_check
-from fastdiff.training.signals import StopRequest
 from fastdiff.training.state import TrainState
 from fastdiff.training.trackers import Sink, open_sinks
 from fastdiff.training.update import Updater, learning_rate, micro_batches, trial, warm_up
@@ -109,7 +110,7 @@ class Trainer:
 
         def attempt(images: int) -> None:
             moments_averages_messages = torch.empty(numbers * (3 + len(train.ema_rate)), device=self.device)
-            forward = self.runtime.prepare(self.model, calls=0)
+            forward = replace(self.runtime, compile=Compile.OFF).prepare(self.model, calls=0)
             trial(self.config, self.diffusion, forward, images, self.device)
             del moments_averages_messages
 
