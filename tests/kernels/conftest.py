@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+with torch.device("meta"):
+    torch.empty(0)  # what a device context looks up once and for all must be the real functions, not those below
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
