@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, refuse_contradiction, with_flags
-from fastdiff.config import DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
+from fastdiff.config import DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig, Sampler
 from fastdiff.runtime.words import duration
 
 if TYPE_CHECKING:
@@ -88,15 +88,16 @@ def run_sampling(
     labels = _labels(loaded, class_, config.num_samples)
     batches = -(-config.num_samples // config.batch_size)
     steps = loaded.diffusion.num_timesteps
-    model = runtime.prepare(loaded.model, batches * steps)
+    calls = batches * (2 * steps - 1 if config.sampler is Sampler.HEUN else steps)
+    model = runtime.prepare(loaded.model, calls)
     with Display() as display:
         display.line(f"model: {path}, step {loaded.step}{_young_average(loaded)}")
         display.line(
             f"drawing: {config.num_samples} images of {loaded.model_config.image_size} pixels, "
-            f"{steps} {config.sampler} steps, seed {config.seed}; {runtime.describe(batches * steps)}"
+            f"{steps} {config.sampler} steps, seed {config.seed}; {runtime.describe(calls)}"
         )
         if steps > 250 and runtime.device.type == "cpu":
-            display.line("hint: fewer steps are faster, try --sampler ddim --steps 50")
+            display.line("hint: fewer steps are faster, try --sampler dpm++ --steps 20")
         meter = _Meter(display, config.num_samples * steps)
         drawn = generate(
             model,

@@ -34,7 +34,7 @@ ENUM_FIELDS = [
     (TrainConfig, "schedule_sampler", "uniform, loss-second-moment"),
     (TrainConfig, "parallel", "ddp, fsdp"),
     (TrainConfig, "tracker", "none, wandb, trackio"),
-    (SampleConfig, "sampler", "ddpm, ddim"),
+    (SampleConfig, "sampler", "ddpm, ddim, dpm++, dpm++-sde, heun"),
     (RuntimeConfig, "precision", "auto, fp32, tf32, bf16, fp16"),
     (RuntimeConfig, "compile", "auto, on, off"),
     (RuntimeConfig, "kernels", "auto, triton, torch, reference"),

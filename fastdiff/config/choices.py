@@ -33,10 +33,16 @@ class ScheduleSampler(StrEnum):
 
 
 class Sampler(StrEnum):
-    """How images are drawn: ancestral (DDPM, Ho et al. 2020) or DDIM (Song et al. 2021)."""
+    """How images are drawn: ancestral (DDPM, Ho et al. 2020), DDIM (Song et al. 2021), or in few steps.
+
+    Those are DPM-Solver++(2M) and its SDE variant (Lu et al. 2022), and Heun's method (Karras et al. 2022).
+    """
 
     DDPM = "ddpm"
     DDIM = "ddim"
+    DPM = "dpm++"
+    DPM_SDE = "dpm++-sde"
+    HEUN = "heun"
 
 
 class Precision(StrEnum):

@@ -122,7 +122,9 @@ class SampleConfig(Config):
 
     num_samples: int = option(16, "Images to draw.")
     batch_size: int = option(16, "Images drawn together.")
-    sampler: Sampler = option(Sampler.DDPM, "Ancestral sampling or DDIM.")
+    sampler: Sampler = option(
+        Sampler.DDPM, "ddpm (ancestral), ddim, or in 10 to 30 steps dpm++, dpm++-sde or heun (two model calls a step)."
+    )
     steps: int | None = option(None, "Evenly spaced timesteps to use; by default all of the process.")
     timestep_respacing: str | None = option(
         None, "Timesteps to use: a count (250), counts per section (10,15,20) or ddimN."
@@ -135,6 +137,8 @@ class SampleConfig(Config):
         for name in ("num_samples", "batch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
         self.require(0 <= self.eta <= 1, "eta", "between 0 and 1")
+        if self.eta and self.sampler is not Sampler.DDIM:
+            raise ValueError(f"eta {self.eta} is the noise of DDIM: use it with sampler ddim, not {self.sampler}")
         self.require(0 <= self.seed < 2**64, "seed", "at least 0 and below 2^64")
         if self.steps is not None:
             self.require(number(int, "steps", self.steps) > 0, "steps", "positive")

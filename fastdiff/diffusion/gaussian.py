@@ -6,15 +6,15 @@ t is (N,) int64 in 0..T-1. A model is any callable ``model(x, timesteps, **model
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdiff.diffusion import likelihood, losses
-from fastdiff.diffusion.noise import Philox, draws_of
+from fastdiff.diffusion import likelihood, loops, losses, solvers
+from fastdiff.diffusion.noise import Philox
 from fastdiff.diffusion.parameterization import LossType, ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedule import Float64Array
 from fastdiff.kernels import Backend, diffusion_step
@@ -95,30 +95,30 @@ class GaussianDiffusion:
         self.fixed_large_variance = np.append(first, betas[1:])
         self.fixed_large_log_variance = np.log(self.fixed_large_variance)
 
-    def table(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Table ``name`` at t as (N, 1, ...), in like's dtype but at least fp32; it moves to a device once."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        key = (name, like.device, dtype)
+    def on_device(
+        self, name: str, device: torch.device, dtype: torch.dtype, values: Callable[[], NDArray[Any]]
+    ) -> Tensor:
+        """The table ``name``, which ``values`` computes, in ``dtype`` but at least fp32; it moves to a device once."""
+        key = (name, device, torch.promote_types(dtype, torch.float32))
         if key not in self._device_tables:
-            self._device_tables[key] = torch.tensor(getattr(self, name), dtype=dtype, device=like.device)
-        return self._device_tables[key][t].view(-1, *[1] * (like.ndim - 1))
+            self._device_tables[key] = torch.tensor(values(), dtype=key[2], device=device)
+        return self._device_tables[key]
+
+    def table(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Table ``name`` at t as (N, 1, ...), in like's dtype but at least fp32."""
+        values = self.on_device(name, like.device, like.dtype, lambda: getattr(self, name))
+        return values[t].view(-1, *[1] * (like.ndim - 1))
 
     def step_tables(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tables of diffusion_step and diffusion_loss, (T, len(TABLES)), in ``dtype`` but at least fp32."""
-        dtype = torch.promote_types(dtype, torch.float32)
-        key = ("step_tables", device, dtype)
-        if key not in self._device_tables:
-            columns = np.stack([getattr(self, name) for name in TABLES], axis=1)
-            self._device_tables[key] = torch.tensor(columns, dtype=dtype, device=device)
-        return self._device_tables[key]
+        return self.on_device(
+            "step_tables", device, dtype, lambda: np.stack([getattr(self, name) for name in TABLES], axis=1)
+        )
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps that the model is given for t: those of the long process, scaled if so configured. (N,) fp32"""
-        key = ("model_timesteps", t.device, torch.float32)
-        if key not in self._device_tables:
-            scale = 1000 / self.original_num_steps if self.rescale_timesteps else 1.0
-            self._device_tables[key] = torch.tensor(self.timestep_map * scale, dtype=torch.float32, device=t.device)
-        return self._device_tables[key][t]
+        scale = 1000 / self.original_num_steps if self.rescale_timesteps else 1.0
+        return self.on_device("model_timesteps", t.device, torch.float32, lambda: self.timestep_map * scale)[t]
 
     # q: from data to noise
 
@@ -276,11 +276,11 @@ class GaussianDiffusion:
 
     def p_sample_loop(self, model: Model, shape: Sequence[int], **kwargs: Any) -> Tensor:
         """Ancestral sampling from noise to images, (N, C, H, W); keywords as in p_sample_loop_progressive."""
-        return _last(self.p_sample_loop_progressive(model, shape, pred_xstart=False, **kwargs))
+        return loops.last(self.p_sample_loop_progressive(model, shape, pred_xstart=False, **kwargs))
 
     def ddim_sample_loop(self, model: Model, shape: Sequence[int], eta: float = 0.0, **kwargs: Any) -> Tensor:
         """DDIM sampling from noise to images, (N, C, H, W); keywords as in p_sample_loop_progressive."""
-        return _last(self.ddim_sample_loop_progressive(model, shape, eta=eta, pred_xstart=False, **kwargs))
+        return loops.last(self.ddim_sample_loop_progressive(model, shape, eta=eta, pred_xstart=False, **kwargs))
 
     def p_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], **kwargs: Any
@@ -292,40 +292,42 @@ class GaussianDiffusion:
         ``device`` (default: the noise's, else the model's parameters'). Either noise may be a ``Philox``, which draws
         it where it is used. ``pred_xstart=False`` leaves the predicted x_0 out.
         """
-        return self._loop(self.p_sample, model, shape, **kwargs)
+        return loops.progressive(self, self.p_sample, model, shape, **kwargs)
 
     def ddim_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], eta: float = 0.0, **kwargs: Any
     ) -> Iterator[dict[str, Tensor]]:
         """Yield each DDIM step's dict (sample, pred_xstart), t = T-1 first; keywords as p_sample_loop_progressive."""
-        return self._loop(self.ddim_sample, model, shape, eta=eta, **kwargs)
+        return loops.progressive(self, self.ddim_sample, model, shape, eta=eta, **kwargs)
 
-    def _loop(
-        self,
-        step: Callable[..., dict[str, Tensor]],
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | Philox | None = None,
-        step_noise: Tensor | Philox | Iterable[Tensor] | None = None,
-        device: torch.device | str | None = None,
-        **kwargs: Any,
+    def dpm_solver_sample_loop(self, model: Model, shape: Sequence[int], sde: bool = False, **kwargs: Any) -> Tensor:
+        """DPM-Solver++(2M) from noise to images, (N, C, H, W); keywords as dpm_solver_sample_loop_progressive."""
+        return loops.last(self.dpm_solver_sample_loop_progressive(model, shape, sde, pred_xstart=False, **kwargs))
+
+    def dpm_solver_sample_loop_progressive(
+        self, model: Model, shape: Sequence[int], sde: bool = False, **kwargs: Any
     ) -> Iterator[dict[str, Tensor]]:
-        if isinstance(noise, Philox):
-            noise = noise.of_start(shape, self.kernels)
-        if device is None:
-            device = noise.device if noise is not None else _device_of(model)
-        x = torch.randn(*shape, device=device) if noise is None else noise
-        if x.shape != tuple(shape):
-            raise ValueError(f"noise must be of the shape {tuple(shape)}, not {tuple(x.shape)}")
-        # a Philox serves every step
-        draws = repeat(step_noise) if isinstance(step_noise, Philox) else draws_of(step_noise)
-        # every t is on the device before the first step, so that no step waits for a copy
-        timesteps = torch.arange(self.num_timesteps, device=device).flip(0)[:, None].expand(-1, shape[0])
-        for t in timesteps:
-            with torch.no_grad():
-                out = step(model, x, t, noise=next(draws), **kwargs)
-            yield out
-            x = out["sample"]
+        """Yield each step's dict (sample, pred_xstart) of DPM-Solver++(2M), t = T-1 first; one model call a step.
+
+        Lu et al. 2022 (arXiv 2211.01095), algorithm 2: second order on the probability-flow ODE, or with ``sde`` on the
+        diffusion SDE. For 10 to 30 timesteps (``use_timesteps``). Keywords as p_sample_loop_progressive;
+        ``step_noise`` is the SDE's. A learned variance is not used.
+        """
+        return solvers.dpm_solver_loop(self, model, shape, sde, **kwargs)
+
+    def heun_sample_loop(self, model: Model, shape: Sequence[int], **kwargs: Any) -> Tensor:
+        """Heun's method from noise to images, (N, C, H, W); keywords as heun_sample_loop_progressive."""
+        return loops.last(self.heun_sample_loop_progressive(model, shape, pred_xstart=False, **kwargs))
+
+    def heun_sample_loop_progressive(
+        self, model: Model, shape: Sequence[int], **kwargs: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield each step's dict (sample, pred_xstart) of Heun's method, t = T-1 first; two model calls but for t = 0.
+
+        Karras et al. 2022, algorithm 1: second order on the probability-flow ODE, deterministic. Keywords as
+        p_sample_loop_progressive; ``step_noise`` and a learned variance are not used.
+        """
+        return solvers.heun_loop(self, model, shape, **kwargs)
 
     # losses and likelihood
 
@@ -369,16 +371,3 @@ class GaussianDiffusion:
         Columns are in the order in which the steps run, t = T-1 first.
         """
         return likelihood.calc_bpd_loop(self, model, x_start, clip_denoised, model_kwargs, step_noise)
-
-
-def _device_of(model: Model) -> torch.device:
-    parameters = getattr(model, "parameters", None)
-    first = next(parameters(), None) if callable(parameters) else None
-    return first.device if first is not None else torch.device("cpu")
-
-
-def _last(steps: Iterator[dict[str, Tensor]]) -> Tensor:
-    out: dict[str, Tensor] = {}
-    for out in steps:  # noqa: B007  # only the last one counts
-        pass
-    return out["sample"]

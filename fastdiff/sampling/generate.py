@@ -1,6 +1,7 @@
 """Drawing images batch by batch."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,13 @@ def generate(
     """
     total, batch_size = config.num_samples, min(config.batch_size, config.num_samples)
     shape = (3, image_size, image_size)
+    loops: dict[Sampler, Callable[..., Iterator[dict[str, Tensor]]]] = {
+        Sampler.DDPM: diffusion.p_sample_loop_progressive,
+        Sampler.DDIM: partial(diffusion.ddim_sample_loop_progressive, eta=config.eta),
+        Sampler.DPM: diffusion.dpm_solver_sample_loop_progressive,
+        Sampler.DPM_SDE: partial(diffusion.dpm_solver_sample_loop_progressive, sde=True),
+        Sampler.HEUN: diffusion.heun_sample_loop_progressive,
+    }
     for start in range(0, total, batch_size):
         wanted = min(batch_size, total - start)
         # A last batch that is not full is filled up with more images: another shape would compile the model again.
@@ -49,7 +57,7 @@ def generate(
             conditions["low_res"] = low_res[torch.from_numpy(rows)].to(device)
 
         noise = Philox(config.seed, numbers)
-        loop = {
+        options = {
             "noise": noise,
             "step_noise": noise,
             "device": device,
@@ -58,11 +66,7 @@ def generate(
             "pred_xstart": False,
         }
         images = (batch_size, *shape)
-        if config.sampler is Sampler.DDIM:
-            progress = diffusion.ddim_sample_loop_progressive(model, images, eta=config.eta, **loop)
-        else:
-            progress = diffusion.p_sample_loop_progressive(model, images, **loop)
-        for out in progress:
+        for out in loops[config.sampler](model, images, **options):
             sample = out["sample"]
             if on_step is not None:
                 on_step(wanted)

@@ -93,7 +93,15 @@ def test_an_unknown_class_offers_those_nearby(sample: Cli, checkpoint: Path, wan
     assert not Path("samples.npz").exists()
 
 
-@pytest.mark.parametrize("flags", [("--sampler", "ddpm"), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", 0.7)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--sampler", "ddpm"),
+        ("--sampler", "ddim"),
+        ("--sampler", "ddim", "--eta", 0.7),
+        ("--sampler", "dpm++-sde", "--steps", 10),
+    ],
+)
 def test_the_same_seed_draws_the_same_images_whatever_the_batch_size(
     sample: Cli, checkpoint: Path, flags: tuple[object, ...]
 ) -> None:
@@ -115,6 +123,20 @@ def test_ddim_without_eta_is_another_path_than_ddpm(sample: Cli, checkpoint: Pat
     ddpm, ddim, eta = (images_in(f"{i}.npz").astype(int) for i in range(3))
     assert np.abs(ddpm - ddim).max() > 20
     assert np.abs(eta - ddim).max() > 20
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "dpm++-sde", "heun"])
+def test_few_step_samplers(sample: Cli, checkpoint: Path, sampler: str) -> None:
+    flags = ("--num-samples", 2, "--steps", 10)
+    result = succeeded(sample(checkpoint, "--sampler", sampler, *flags))
+    assert f"10 {sampler} steps" in result.out
+    succeeded(sample(checkpoint, "--sampler", "ddim", *flags, "--out", "ddim.npz"))
+    assert not np.array_equal(images_in("samples.npz"), images_in("ddim.npz"))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++", "dpm++-sde", "heun"])
+def test_eta_is_ddims_alone(sample: Cli, checkpoint: Path, sampler: str) -> None:
+    refused(sample(checkpoint, "--sampler", sampler, "--eta", 0.5), "eta", "ddim", sampler.replace("+", r"\+"))
 
 
 def test_steps_and_respacing_say_the_same(sample: Cli, checkpoint: Path) -> None:

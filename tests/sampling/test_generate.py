@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import DiffusionConfig, SampleConfig, build_diffusion
+from fastdiff.config import Sampler
 from fastdiff.kernels import philox_normal
 from fastdiff.sampling import generate
 from fastdiff.sampling.generate import to_uint8
@@ -48,7 +49,7 @@ def test_the_model_always_sees_the_same_shape() -> None:
     assert len(model.calls) == 3 * 4
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", list(Sampler))
 def test_every_image_has_its_own_class(sampler: str) -> None:
     labels = np.array([0, 3, 6, 9, 1])
     images = np.concatenate(run(num_samples=5, batch_size=2, labels=labels, sampler=sampler))
@@ -79,7 +80,7 @@ class Mixing(Model):
         return 0.5 * super().__call__(x, t, **kwargs) + 0.4 * x.flip(-1).tanh() + t.view(-1, 1, 1, 1) / 1e4
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", list(Sampler))
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_a_part_of_the_images_is_what_all_of_them_hold(sampler: str, batch_size: int) -> None:
     """So several processes draw them together."""
