@@ -71,6 +71,8 @@ def _speaker(error: Exception) -> str | None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return "" if os.environ.get("LOCAL_RANK", "0") == "0" else None  # the same flags, the same error
-    if type(error).__name__ == "SaidElsewhere":
+    from fastdiff.runtime.distributed import SaidElsewhere
+
+    if isinstance(error, SaidElsewhere):
         return None
     return "" if rank == "0" else f"process {rank}: "

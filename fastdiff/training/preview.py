@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -20,6 +19,7 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.sampling import generate, save_grid
 from fastdiff.sampling.generate import Uint8Array
 from fastdiff.training.state import TrainState
+from fastdiff.training.update import conditions_of, normalised
 
 IMAGES = 16
 STEPS = 25
@@ -50,11 +50,7 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
     values = {**process.to_dict(), "timestep_respacing": str(steps)}
     # As many on every process: under FSDP they must all call the model the same number of times.
     ours = (np.arange(world.rank, world.rank + world.size * -(-IMAGES // world.size), world.size)) % IMAGES
-    low_res = None
-    if config.small_size is not None:
-        rows = np.asarray(dataset.images[ours % len(dataset.images)])
-        images = torch.from_numpy(rows).permute(0, 3, 1, 2) / 127.5 - 1
-        low_res = F.interpolate(images, config.small_size, mode="area")
+    images = normalised(torch.from_numpy(np.asarray(dataset.images[ours % len(dataset.images)])))
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         with runtime.autocast():
@@ -68,7 +64,7 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
         device=runtime.device,
         indices=ours,
         labels=ours % config.num_classes if config.class_cond else None,
-        low_res=low_res,
+        low_res=conditions_of(state.config, images, None).get("low_res"),
     )
     drawn = world.together(lambda: np.concatenate(list(batches)))
     found: dict[int, Uint8Array] = {}

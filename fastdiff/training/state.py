@@ -43,9 +43,8 @@ class TrainState:
         self.whole = True
         self.names, self.held = map(list, zip(*model.named_parameters(), strict=True))
         self.parameters = [p if (part := own_part(p)) is p else nn.Parameter(part) for p in self.held]
-        self.sharded = self.parameters[0] is not self.held[0]
         # Under FSDP the averages are split as the parameters are.
-        everyone = World() if self.sharded else self.world
+        everyone = self.world if self.parameters[0] is self.held[0] else World()
         self.emas = [EMA(self.parameters, rate, train.ema_warmup, everyone) for rate in train.ema_rate]
         device = self.parameters[0].device
         # The fused update skips a step with an infinite gradient by itself, without a word from the host.

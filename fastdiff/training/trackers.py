@@ -1,6 +1,7 @@
 """Where the log goes besides the run folder's own files: TensorBoard, Weights & Biases, trackio."""
 
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,17 +20,17 @@ PROJECT = "fastdiff"
 """What Weights & Biases and trackio file every run under."""
 
 
-class Sink:
+class Sink(ABC):
     """Takes the lines of the log, and what it can show of images. Steps come in order."""
 
+    @abstractmethod
     def write(self, row: Mapping[str, float]) -> None:
         """Add a line; ``row["step"]`` is its step."""
-        raise NotImplementedError
 
-    def image(self, name: str, path: Path, step: int) -> None:
+    def image(self, name: str, path: Path, step: int) -> None:  # noqa: B027  # not every sink can
         """Show the image in the file ``path`` under ``name``, which is the same at every step."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # nor has every one something to finish
         """Finish: nothing more comes."""
 
 

