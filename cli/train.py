@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,9 +126,9 @@ def _decide(
 
     A folder that holds a run is held from here on, so that no other process writes to it.
     """
+    from fastdiff.checkpoint import Lease
     from fastdiff.runtime.distributed import launcher, restarted
     from fastdiff.training import run_folder
-    from fastdiff.training.lease import Lease
 
     notes = []
     if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
@@ -145,12 +146,12 @@ def _decide(
 
 
 def _run(plan: _Plan, init_from: Path | None, world: "World", held: ExitStack) -> int:
+    from fastdiff.checkpoint import Lease
     from fastdiff.cli.display import Display
     from fastdiff.diffusion import build_diffusion
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import launcher
     from fastdiff.training import Trainer, run_folder
-    from fastdiff.training.lease import Lease
 
     run_dir, config, resuming = plan.run_dir, plan.config, plan.resuming
 
@@ -242,8 +243,10 @@ def _load(config: "RunConfig", display: "Display", world: "World") -> "Dataset":
 def _with_data(plan: _Plan, dataset: "Dataset") -> tuple["RunConfig", list[str]]:
     """The run with what the data say of themselves, and what is to be said of that."""
     config, notes = plan.config, []
-    if config.model.class_cond:
+    if dataset.labels is not None:
         config = _with_classes(config, dataset.class_names, given=plan.fixed_classes)
+        counts = Counter(dataset.labels.tolist())
+        config = replace(config, class_counts=tuple(counts[i] for i in range(len(dataset.class_names))))
     if plan.resuming and config.data_fingerprint not in ("", dataset.fingerprint):
         said = f"the images in {config.data.data_dir} are not those that the run was trained on"
         if not plan.allow_changes:

@@ -1,6 +1,7 @@
 """Checkpoints: files that are whole or absent, and that say everything needed to use them."""
 
 from fastdiff.checkpoint.files import FORMAT, NewerFormat, read_tensors, replacing, write_tensors
+from fastdiff.checkpoint.lease import Lease
 from fastdiff.checkpoint.model import (
     Checkpoint,
     load_checkpoint,
@@ -28,6 +29,7 @@ from fastdiff.checkpoint.steps import (
 __all__ = [
     "FORMAT",
     "Checkpoint",
+    "Lease",
     "NewerFormat",
     "begin_step",
     "delete_step",

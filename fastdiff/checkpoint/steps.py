@@ -152,12 +152,15 @@ def remove_leftovers(run_dir: Path) -> list[str]:
     return sorted(path.name for path in removed)
 
 
-def find_checkpoint(place: Path | None, runs: Path = Path("runs")) -> Path:
+def find_checkpoint(place: Path | None, runs: Path = Path("runs"), ema_rate: float | None = None) -> Path:
     """The file to sample from: ``place`` itself, or the newest one in the run folder ``place`` or in the newest run.
 
-    In a run folder the average of the highest rate is taken, else the raw weights. ValueError where there is none.
+    In a run folder the average of ``ema_rate`` is taken, 0 being the raw weights; by default that of the highest rate,
+    else the raw weights. ValueError where there is none, or ``place`` is a file and leaves no choice.
     """
     if place is not None and not place.is_dir():
+        if ema_rate is not None:
+            raise ValueError(f"ema_rate {ema_rate:g} chooses among the files of a run folder, and {place} is none")
         return place
     found = [p for p in (place.glob(_ANY) if place is not None else runs.glob(f"*/{_ANY}")) if _is_model(p)]
     if not found:
@@ -165,6 +168,12 @@ def find_checkpoint(place: Path | None, runs: Path = Path("runs")) -> Path:
         raise ValueError(f"no checkpoint {where}: train a model first (fastdiff train --data-dir DIR) or name a file")
     newest = max(found, key=lambda path: path.stat().st_mtime_ns).parent
     there = [path for path in found if path.parent == newest]
+    if ema_rate is not None:
+        rates = sorted({_rank(path)[1] for path in there})
+        there = [path for path in there if _rank(path)[1] == ema_rate]
+        if not there:
+            known = ", ".join(f"{rate:g}" if rate else "raw" for rate in rates)
+            raise ValueError(f"ema_rate {ema_rate:g}: {newest} has weights of the rates {known}")
     whole = set(saved_steps(newest))  # a killed process may leave a later step without its averages
     return max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
 

@@ -4,7 +4,9 @@ from fastdiff.data.batches import batches
 from fastdiff.data.cache import Dataset, load_dataset
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight
 from fastdiff.data.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, decode, load, resize_and_crop
+from fastdiff.data.npz import Samples, read_samples
 from fastdiff.data.order import batch_indices, epoch_order
+from fastdiff.data.pixels import normalised, to_uint8
 from fastdiff.data.prefetch import on_device
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "ImageFolder",
     "LeftOut",
     "Preflight",
+    "Samples",
     "UnreadableImage",
     "batch_indices",
     "batches",
@@ -21,6 +24,9 @@ __all__ = [
     "epoch_order",
     "load",
     "load_dataset",
+    "normalised",
     "on_device",
+    "read_samples",
     "resize_and_crop",
+    "to_uint8",
 ]

@@ -4,9 +4,9 @@ import torch
 
 from fastdiff.config import Kernels, MemoryFormat, ModelConfig
 from fastdiff.models.super_res import SuperResUNet
-from fastdiff.models.unet import UNet
+from fastdiff.models.unet import NULL_CLASS, UNet
 
-__all__ = ["SuperResUNet", "UNet", "build_model", "forward_flops"]
+__all__ = ["NULL_CLASS", "SuperResUNet", "UNet", "build_model", "forward_flops"]
 
 
 def build_model(

@@ -12,6 +12,9 @@ _MEMORY_FORMATS = {
     MemoryFormat.CONTIGUOUS: torch.contiguous_format,
 }
 
+NULL_CLASS = -1
+"""The label of an image whose class a class-conditional model is not told (Ho & Salimans 2022, section 3)."""
+
 
 class EmbedSequential(nn.Sequential):
     """A sequence of layers, of which residual blocks get the embedding too."""
@@ -106,7 +109,8 @@ class UNet(nn.Module):
         """The model's output at x.
 
         x: (N, 3, H, W) in [-1, 1]; timesteps: (N,), may be fractional; y: (N,) int64 classes, for a class-conditional
-        model only. Returns (N, out_channels, H, W) in x's dtype.
+        model only, of which NULL_CLASS adds no embedding: that image is predicted without a class. Returns
+        (N, out_channels, H, W) in x's dtype.
         """
         if (y is not None) != self.config.class_cond:
             raise ValueError(
@@ -114,7 +118,8 @@ class UNet(nn.Module):
             )
         emb = self.time_embed(self.timestep_embedding(timesteps).to(self.time_embed[0].weight.dtype))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            null = y == NULL_CLASS
+            emb = emb + self.label_emb(y.masked_fill(null, 0)).masked_fill(null[:, None], 0)
         h = x.contiguous(memory_format=self.memory_format)
         skips = []
         for block in self.input_blocks:

@@ -23,7 +23,11 @@ _CONFIGS: dict[str, type[Config]] = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that a run was begun with, as config.json holds it."""
+    """All that a run was begun with, as config.json holds it.
+
+    ``class_counts`` are the images of each class, in the order of ``class_names``. ValueError where the parts do not go
+    together.
+    """
 
     model: ModelConfig
     diffusion: DiffusionConfig
@@ -31,12 +35,21 @@ class RunConfig:
     train: TrainConfig
     runtime: RuntimeConfig
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
     data_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.train.label_dropout and not self.model.class_cond:
+            raise ValueError(
+                f"label_dropout {self.train.label_dropout:g} needs a model that is told classes: train one with "
+                "--class-cond"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         values: dict[str, Any] = {name: getattr(self, name).to_dict() for name in _CONFIGS}
-        return {**values, "class_names": list(self.class_names), "data_fingerprint": self.data_fingerprint}
+        about_data = {"class_names": list(self.class_names), "class_counts": list(self.class_counts)}
+        return {**values, **about_data, "data_fingerprint": self.data_fingerprint}
 
     @classmethod
     def read(cls, run_dir: Path) -> Self:
@@ -45,8 +58,12 @@ class RunConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
-            names = tuple(map(str, values["class_names"]))
-            return cls(**configs, class_names=names, data_fingerprint=str(values.get("data_fingerprint", "")))
+            return cls(
+                **configs,
+                class_names=tuple(map(str, values["class_names"])),
+                class_counts=tuple(map(int, values.get("class_counts", ()))),
+                data_fingerprint=str(values.get("data_fingerprint", "")),
+            )
         except FileNotFoundError:
             raise ValueError(
                 f"{path} is missing: restore it, or begin in another --run-dir with the weights (--init-from)"

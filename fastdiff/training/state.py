@@ -86,7 +86,13 @@ class TrainState:
         """
         config = self.config
         described = checkpoint.model_metadata(
-            config.model, config.diffusion, self.step, config.class_names, run_config=config.to_dict()
+            config.model,
+            config.diffusion,
+            self.step,
+            config.class_names,
+            class_counts=list(config.class_counts),
+            label_dropout=config.train.label_dropout,
+            run_config=config.to_dict(),
         )
         weights = self._on_host(zip(self.names, self.parameters, strict=True))
         files = [CheckpointFile(checkpoint.model_path(run_dir, self.step), weights, described)]

@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.config import TrainConfig
+from fastdiff.data import normalised
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.timestep_sampler import draw
 from fastdiff.kernels import philox_normal, philox_uint32
+from fastdiff.models import NULL_CLASS
 from fastdiff.runtime.distributed import World
 from fastdiff.training.parallel import accumulating, own_part, total_norm
 from fastdiff.training.run_folder import RunConfig
 from fastdiff.training.state import TrainState
 
-NOISE_STREAM, TIMESTEP_STREAM = 0xFFFFFFFF, 0xFFFFFFFE
+NOISE_STREAM, TIMESTEP_STREAM, LABEL_STREAM = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
 """The Philox steps that training draws from; sampling counts its own from 0."""
 
 
@@ -54,6 +56,8 @@ class Updater:
         numbers = torch.arange(first, first + len(images), device=self._device)
         t, weights = draw(state.sampler, philox_uint32(train.seed, numbers, TIMESTEP_STREAM, 2))
         x_start = normalised(images)
+        if labels is not None and train.label_dropout:
+            labels = with_null_class(train, labels, numbers)
         conditions = conditions_of(self._config, x_start, labels)
         found = []
         parts = micro_batches(train, self._world.size)
@@ -120,9 +124,13 @@ def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> 
     return conditions
 
 
-def normalised(images: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) as fp32 (N, 3, H, W) in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+def with_null_class(config: TrainConfig, labels: Tensor, numbers: Tensor) -> Tensor:
+    """The labels (N,) of the samples ``numbers`` (N,), each NULL_CLASS with probability label_dropout.
+
+    Ho & Salimans 2022, algorithm 1. Which ones is a function of seed and sample.
+    """
+    words = philox_uint32(config.seed, numbers, LABEL_STREAM, 1)[:, 0]
+    return labels.masked_fill(words < round(config.label_dropout * 2**32), NULL_CLASS)
 
 
 def trial(

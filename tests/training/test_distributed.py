@@ -28,7 +28,7 @@ MODEL = [
     *("--compile", "off", "--device", "cpu", "--preview-interval", "0", "--log-interval", "1"),
     *("--batch-size", "16", "--ema-rate", "0.9999,0.5", "--lr", "1e-3", "--flip"),
 ]
-LEARNING = ["--schedule-sampler", "loss-second-moment"]
+LEARNING = ["--schedule-sampler", "loss-second-moment", "--label-dropout", "0.3"]
 MEASURED = ("images_per_s", "mfu", "data_wait", "memory_gib")
 
 

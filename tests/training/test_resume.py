@@ -18,6 +18,7 @@ from .support import each_step, file, same, trainer, weights
 EVERYTHING: dict[str, Any] = {
     "dropout": 0.1,
     "class_cond": True,
+    "label_dropout": 0.3,
     "flip": True,
     "learn_sigma": True,
     "use_scale_shift_norm": False,

@@ -42,8 +42,9 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_update_waits_for_nothing(tmp_path: Path, shapes: Path, precision: str) -> None:
-    flags: dict[str, Any] = {"class_cond": True, "learn_sigma": True, "dropout": 0.1, "grad_clip": 1.0}
-    flags |= {"schedule_sampler": "loss-second-moment", "spike_guard": 3.0, "microbatch": 2, "ema_rate": "0.9,0.5"}
+    flags: dict[str, Any] = {"class_cond": True, "label_dropout": 0.1, "learn_sigma": True, "dropout": 0.1}
+    flags |= {"schedule_sampler": "loss-second-moment", "spike_guard": 3.0, "microbatch": 2}
+    flags |= {"grad_clip": 1.0, "ema_rate": "0.9,0.5"}
     subject = trainer(tmp_path, shapes, precision, **flags)
     update = Updater(subject.config, subject.state, subject.diffusion, subject.module, subject.forward, subject.world)
     data = batches(subject.dataset, subject.config.data, 4, 0, 0)

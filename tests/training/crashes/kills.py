@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import checkpoint
+from fastdiff.checkpoint import Lease
 from fastdiff.data.shapes import write_shapes
-from fastdiff.training.lease import Lease
 
 from ..support import trainer
 from .child import fork, wait

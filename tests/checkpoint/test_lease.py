@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 from filelock import SoftFileLock, UnixFileLock
 
-from fastdiff.training import lease
-from fastdiff.training.lease import Lease
+from fastdiff.checkpoint import Lease, lease
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fastdiff.training.lease import Lease
+from fastdiff.checkpoint import Lease
 with Lease(Path(sys.argv[1]), "job 7"):
     print("held", flush=True)
     sys.stdin.read()
@@ -77,7 +76,7 @@ def test_what_stays_in_the_folder(tmp_path: Path, end: str) -> None:
     assert (tmp_path / ".lease").stat().st_size == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"pid": 3}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"pid": 3}', "\udcff", "[" * 100_000])
 def test_a_damaged_note_of_the_holder_holds_nobody_up(tmp_path: Path, text: str) -> None:
     with Lease(tmp_path, "job 7"):
         (tmp_path / ".lease.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -102,8 +101,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(OSError, match=r"cannot be written to \(Read-only file system\): name another folder"):
-        Lease(tmp_path / "run").__enter__()
+    with pytest.raises(
+        OSError, match=r"cannot be written to \(Read-only file system\): name another folder with --out"
+    ):
+        Lease(tmp_path / "run", option="--out").__enter__()
 
 
 @pytest.mark.parametrize("how", ["a soft lock instead", "an exception"])

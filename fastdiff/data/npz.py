@@ -1,0 +1,130 @@
+"""Samples in an npz file, as improved-diffusion and fastdiff write them, mapped where they lie.
+
+Such a file may be anybody's: nothing is allocated on its word alone.
+"""
+
+import io
+import math
+import os
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any, Literal
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from fastdiff.data.cache import available_memory
+from fastdiff.data.dataset import printable
+
+_CHUNK = 2**20  # bytes that are read at once; the directory of an npz takes some hundred
+_HEADER = 2**14  # bytes: more than NumPy accepts as an array's header
+_DEFLATE_RATIO = 1032  # two bits say 258 bytes at best
+_WANTED = "save uint8 images (N, H, W, 3) and integer labels (N,) with np.savez(file, images, labels)"
+
+_Fits = Callable[[tuple[int, ...], np.dtype[Any]], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+
+
+def read_samples(path: Path) -> Samples:
+    """The images of a file's arr_0 and the labels of its arr_1, where it has one.
+
+    Images that are stored uncompressed (np.savez) are mapped and take no memory, compressed ones
+    (np.savez_compressed) are read into it. Either way all of the file is read once, to compare its checksums.
+
+    Raises ValueError for a file that is missing, no npz, damaged or cut short, holds anything else than images uint8
+    (N, H, W, 3) and as many integer labels (objects are never unpickled), says that it holds more than it does, or
+    is compressed and larger than the memory.
+    """
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}: give an npz file of images")
+    with _Reader(io.FileIO(os.fspath(path))) as file:
+        try:
+            with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python and NumPy warn of odd headers
+                images = _read(file, archive, "arr_0", _are_images)
+                if "arr_1.npy" not in archive.namelist():
+                    return Samples(images, None)
+                labels = _read(file, archive, "arr_1", partial(_are_labels, len(images)))
+                return Samples(images, np.array(labels, np.int64))
+        except _UnfitError as error:
+            raise ValueError(f"{path} {error}") from None
+        except Exception as error:  # zipfile and NumPy raise nearly anything on damaged bytes
+            reason = printable(str(error).partition("\n")[0])[:100] or "truncated"
+            raise ValueError(f"{path} is damaged or no npz file ({reason}): copy it again, or {_WANTED}") from None
+
+
+class _UnfitError(ValueError):
+    """What is wrong with a file, and the remedy."""
+
+
+class _Reader(io.BufferedReader):
+    """Refuses what only damage asks for: zipfile reads a directory at once, as long as the file says that it is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _CHUNK:
+            raise zipfile.BadZipFile(f"a directory of {size:,} bytes")
+        return super().read(size)
+
+
+def _are_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    return dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0
+
+
+def _are_labels(count: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "iu" and np.can_cast(dtype, np.int64) and shape == (count,)
+
+
+def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> NDArray[Any]:
+    """One array of the file, mapped where it is stored uncompressed."""
+    if f"{name}.npy" not in archive.namelist():
+        found = ", ".join(archive.namelist()[:5])
+        raise _UnfitError(f"has no {name} (but {printable(found) or 'nothing'}): {_WANTED}")
+    info = archive.getinfo(f"{name}.npy")
+    stored = info.compress_type == zipfile.ZIP_STORED
+    if not stored and info.compress_type != zipfile.ZIP_DEFLATED:
+        raise _UnfitError(f"is compressed in a way that NumPy does not know: {_WANTED}")
+    with archive.open(info) as member:
+        head = io.BytesIO(member.read(_HEADER))
+        first = npy.read_magic(head) == (1, 0)
+        shape, fortran_order, dtype = (npy.read_array_header_1_0 if first else npy.read_array_header_2_0)(head)
+        if not fits(shape, dtype):
+            raise _UnfitError(f"holds {dtype.name} {shortened(shape)} as {name}: {_WANTED}")
+        promised, header = math.prod(shape) * dtype.itemsize, head.tell()
+        most = min(info.compress_size, os.fstat(file.fileno()).st_size) * (1 if stored else _DEFLATE_RATIO)
+        if info.file_size != header + promised or info.file_size > most:
+            raise _UnfitError(f"promises {shortened(shape)} as {name} and does not hold so much: copy it again")
+        if not stored and promised > available_memory():
+            raise _UnfitError(
+                f"holds {promised / 2**30:.2f} GiB compressed, more than the memory that is available: "
+                "save it with np.savez, which does not compress, and it is read where it lies"
+            )
+        values = None if stored else np.empty(promised, np.uint8)
+        done = 0
+        for part in chain([head.read()], iter(partial(member.read, _CHUNK), b"")):  # to the end: there is the checksum
+            if values is not None:
+                values[done : done + len(part)] = np.frombuffer(part, np.uint8)
+            done += len(part)
+        if done != promised:
+            raise EOFError
+    order: Literal["C", "F"] = "F" if fortran_order else "C"
+    if values is not None:
+        return np.ndarray(shape, dtype, values, order=order)
+    file.seek(info.header_offset + 26)  # the member's own header, whose lengths need not be those of the directory
+    start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + header
+    return np.memmap(file, dtype, "r", start, shape, order)
