@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.options import DebugFlag
-from fastdiff.cli.sample import run_sampling
+from fastdiff.cli.sample import Choices, run_sampling
 from fastdiff.cli.train import run_training
 
 IMAGES, SIZE = 2000, 16
@@ -59,7 +59,8 @@ def demo(
     if status:
         raise typer.Exit(status)
     out = run_dir / "samples.npz"
-    run_sampling(_SAMPLE, run_dir, out)
+    if status := run_sampling(_SAMPLE, Choices(run_dir, out)):
+        raise typer.Exit(status)
     typer.echo(f"\nThe picture: {out.with_suffix('.png').resolve()}")
     typer.echo(f"Each column is one of {', '.join(SHAPES)}; {time.perf_counter() - began:.0f} s in all. Beside it:")
     for name, what in _MADE.items():

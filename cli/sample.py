@@ -1,18 +1,15 @@
 """``fastdiff sample``: a checkpoint in, images out."""
 
-import difflib
-import os
-import re
+import hashlib
 import time
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, refuse_contradiction, with_flags
-from fastdiff.config import DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig, Sampler
-from fastdiff.runtime.words import duration
+from fastdiff.config import DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,11 +18,28 @@ if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint
     from fastdiff.cli.display import Display
     from fastdiff.runtime.device import Runtime
+    from fastdiff.sampling import Plan
 
-GRID_IMAGES = 100
-"""The grid beside the npz shows the first of them."""
+_MODEL_FLAGS = frozenset(f.name for config in (ModelConfig, DiffusionConfig) for f in fields(config))
+_MOST_INDICES = 10**8
 
-MOST_COLUMNS = 16
+
+@dataclass(frozen=True)
+class Choices:
+    """What ``fastdiff sample`` is told besides the flags of the configurations."""
+
+    checkpoint: Path | None
+    out: Path
+    classes: str | None = None
+    indices: str | None = None
+    ema_rate: str | None = None
+    base_samples: Path | None = None
+    super_res: Path | None = None
+    interpolate: tuple[str, str] | None = None
+    png_dir: Path | None = None
+    trajectory: Path | None = None
+    overwrite: bool = False
+    timeout: int = 600
 
 
 @with_flags(SampleConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
@@ -38,122 +52,145 @@ def sample(
         "samples.npz"
     ),
     class_: Annotated[
-        str | None, typer.Option("--class", help="Class to draw, by name or index; by default all in turn.")
+        str | None, typer.Option("--class", help="Class to draw, by name or number, or several: cat,dog.")
+    ] = None,
+    indices: Annotated[
+        str | None, typer.Option(help="Draw the images of these numbers only, e.g. 17,42 or 100-199.")
+    ] = None,
+    ema_rate: Annotated[
+        str | None, typer.Option(help="Average of a run folder to draw from, by rate, or raw; by default the highest.")
+    ] = None,
+    base_samples: Annotated[
+        Path | None,
+        typer.Option(help="Images for a super-resolution model to enlarge: an npz of samples, or a folder."),
+    ] = None,
+    super_res: Annotated[
+        Path | None, typer.Option(help="Enlarge the images with this super-resolution checkpoint or run.")
+    ] = None,
+    interpolate: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Draw the way between two image files or seeds; needs a sampler like ddim."),
     ] = None,
     png_dir: Annotated[Path | None, typer.Option(help="Write every image as a PNG file into this folder too.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output file that exists.")] = False,
+    trajectory: Annotated[
+        Path | None, typer.Option(help="Show how the first image came about: an animation (.gif) or a strip (.png).")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that exist, and begin an unfinished job anew.")
+    ] = False,
+    timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds after which a process that waits for the others gives up.")
+    ] = 600,
     preset: PresetFlag = None,
     debug: DebugFlag = False,
 ) -> None:
     """Draw images from a trained model.
 
+    A job that was cut off goes on when the same command is given again. Several processes share it when torchrun starts
+    them: torchrun --nproc-per-node=8 -m fastdiff sample ...
+
     A checkpoint knows its model; the model's and the process's flags are for bare state dicts (.pt) only.
     """
-    run_sampling(
-        all_flags(flags, preset, ModelConfig, DiffusionConfig),
-        checkpoint,
-        out,
-        class_=class_,
+    choices = Choices(
+        checkpoint=checkpoint,
+        out=out,
+        classes=class_,
+        indices=indices,
+        ema_rate=ema_rate,
+        base_samples=base_samples,
+        super_res=super_res,
+        interpolate=interpolate,
         png_dir=png_dir,
+        trajectory=trajectory,
         overwrite=overwrite,
+        timeout=timeout,
+    )
+    raise typer.Exit(run_sampling(all_flags(flags, preset, ModelConfig, DiffusionConfig), choices))
+
+
+def run_sampling(flags: Flags, choices: Choices) -> int:
+    """Sample as ``flags`` and ``choices`` say; returns the exit status."""
+    config = build(SampleConfig, flags)
+    if choices.indices is not None and "num_samples" in flags:
+        raise ValueError("num_samples and indices both say which images to draw: give one of them")
+    from fastdiff.cli.display import Display
+    from fastdiff.runtime.device import Runtime
+    from fastdiff.runtime.distributed import World
+    from fastdiff.sampling import Files, Job
+
+    world = World.join(choices.timeout)
+    with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
+        files = Files(choices.out, choices.png_dir, choices.trajectory, choices.overwrite)
+        world.from_main(files.check)
+        local_rank = world.local_rank if world.size > 1 else None
+        runtime = world.together(lambda: Runtime.resolve(build(RuntimeConfig, flags), local_rank))
+        paths = world.from_main(lambda: _paths(choices))
+        plan = world.together(lambda: _plan(paths, flags, config, choices, runtime))
+        indices = _indices(choices.indices, plan.config.num_samples)
+        settings = world.from_main(lambda: _settings(plan, paths, choices, runtime))
+        job = world.together(lambda: Job(plan, indices, files, settings, runtime, world))
+        with Display(silent=not world.main) as display:
+            models = ("model", plan.checkpoint), ("enlarged by", plan.super_res)
+            for (what, loaded), path in zip(models, paths, strict=True):
+                if loaded is not None:
+                    display.line(f"{what}: {path}, step {loaded.step}{_young_average(loaded)}")
+            status = job.run(display.line, _Slowly(display))
+    world.leave()
+    return status
+
+
+class _Slowly:
+    """Shows how far a job is, a few times a second."""
+
+    def __init__(self, display: "Display") -> None:
+        self._display = display
+        self._shown = time.perf_counter()
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        now = time.perf_counter()
+        if now - self._shown >= (0.2 if self._display.live else 30) or done == total:
+            self._shown = now
+            self._display.advance("image steps", done, total, note)
+
+
+def _paths(choices: Choices) -> tuple[Path, Path | None]:
+    """The checkpoint to draw from, and that of the super-resolution model if there is one."""
+    from fastdiff.checkpoint import find_checkpoint
+
+    rate = None
+    if choices.ema_rate is not None:
+        try:
+            rate = 0.0 if choices.ema_rate == "raw" else float(choices.ema_rate)
+        except ValueError:
+            raise ValueError(f"ema_rate must be a rate such as 0.9999, or raw, not {choices.ema_rate!r}") from None
+    path = find_checkpoint(choices.checkpoint, ema_rate=rate)
+    if choices.super_res is None:
+        return path, None
+    return path, find_checkpoint(choices.super_res, ema_rate=rate if choices.super_res.is_dir() else None)
+
+
+def _plan(
+    paths: tuple[Path, Path | None], flags: Flags, config: SampleConfig, choices: Choices, runtime: "Runtime"
+) -> "Plan":
+    from fastdiff.sampling import Plan, split_classes
+
+    loaded = _load(paths[0], flags, runtime)
+    return Plan.of(
+        loaded,
+        config,
+        num_samples=flags.get("num_samples"),
+        base_samples=choices.base_samples,
+        super_res=None if paths[1] is None else _load(paths[1], {}, runtime),
+        ends=choices.interpolate,
+        classes=split_classes(choices.classes, loaded.class_names) if choices.classes is not None else (),
     )
 
 
-def run_sampling(
-    flags: Flags,
-    checkpoint: Path | None,
-    out: Path,
-    *,
-    class_: str | None = None,
-    png_dir: Path | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Sample as ``flags`` say."""
-    config = build(SampleConfig, flags)
-    _check_output(out, overwrite)
-    if png_dir is not None:
-        if png_dir.is_dir() and any(png_dir.glob("*.png")) and not overwrite:
-            raise ValueError(f"png_dir {png_dir} holds PNG files: name another folder, or use --overwrite")
-        _check_folder("png_dir", png_dir)
-    import numpy as np
-
-    from fastdiff.checkpoint import find_checkpoint
-    from fastdiff.cli.display import Display
-    from fastdiff.runtime.device import Runtime
-    from fastdiff.sampling import generate, save_grid, save_npz, save_pngs
-
-    runtime = Runtime.resolve(build(RuntimeConfig, flags))
-    path = find_checkpoint(checkpoint)
-    loaded = _load(path, flags, config, runtime)
-    labels = _labels(loaded, class_, config.num_samples)
-    batches = -(-config.num_samples // config.batch_size)
-    steps = loaded.diffusion.num_timesteps
-    calls = batches * (2 * steps - 1 if config.sampler is Sampler.HEUN else steps)
-    model = runtime.prepare(loaded.model, calls)
-    with Display() as display:
-        display.line(f"model: {path}, step {loaded.step}{_young_average(loaded)}")
-        display.line(
-            f"drawing: {config.num_samples} images of {loaded.model_config.image_size} pixels, "
-            f"{steps} {config.sampler} steps, seed {config.seed}; {runtime.describe(calls)}"
-        )
-        if steps > 250 and runtime.device.type == "cpu":
-            display.line("hint: fewer steps are faster, try --sampler dpm++ --steps 20")
-        meter = _Meter(display, config.num_samples * steps)
-        drawn = generate(
-            model,
-            loaded.diffusion,
-            config,
-            image_size=loaded.model_config.image_size,
-            device=runtime.device,
-            labels=labels,
-            on_step=meter.step,
-        )
-        images = np.concatenate(list(drawn))
-        grid = out.with_suffix(".png")
-        save_npz(out, images, labels)
-        save_grid(grid, images[:GRID_IMAGES], _columns(loaded.model_config))
-        display.line(f"wrote {out} and {grid}, {config.num_samples / meter.seconds:.2f} images/s")
-        if png_dir is not None:
-            save_pngs(png_dir, images, _names(loaded.class_names, labels, len(images)))
-            display.line(f"wrote {len(images)} PNG files in {png_dir}")
-
-
-def _columns(model: ModelConfig) -> int | None:
-    """One column a class where they are few: the classes are drawn in turn."""
-    return model.num_classes if model.class_cond and 1 < model.num_classes <= MOST_COLUMNS else None
-
-
-class _Meter:
-    """Tells the display how far the loop is, a few times a second."""
-
-    def __init__(self, display: "Display", total: int) -> None:
-        self._display = display
-        self._total = total
-        self._done = 0
-        self._began = self._shown = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.perf_counter() - self._began
-
-    def step(self, images: int) -> None:
-        """One more step of so many images is done."""
-        self._done += images
-        now = time.perf_counter()
-        if now - self._shown >= (0.2 if self._display.live else 30) or self._done == self._total:
-            self._shown = now
-            left = self.seconds / self._done * (self._total - self._done)
-            self._display.advance("image steps", self._done, self._total, f"{duration(left)} left")
-
-
-def _load(path: Path, flags: Flags, config: SampleConfig, runtime: "Runtime") -> "Checkpoint":
-    """The checkpoint with the timesteps that were asked for; flags may only describe a bare state dict."""
+def _load(path: Path, flags: Flags, runtime: "Runtime") -> "Checkpoint":
+    """The checkpoint; flags may only describe a bare state dict."""
     from fastdiff.checkpoint import load_checkpoint
-    from fastdiff.diffusion import build_diffusion
 
-    model_flags = {f.name for f in fields(ModelConfig)} | {f.name for f in fields(DiffusionConfig)}
-    given = {k: v for k, v in flags.items() if k in model_flags - {"timestep_respacing"}}
+    given = {k: v for k, v in flags.items() if k in _MODEL_FLAGS - {"timestep_respacing"}}
     bare = given and path.suffix != ".safetensors"
     loaded = load_checkpoint(
         path,
@@ -164,44 +201,50 @@ def _load(path: Path, flags: Flags, config: SampleConfig, runtime: "Runtime") ->
         memory_format=runtime.memory_format,
     )
     refuse_contradiction(given, str(path), loaded.model_config, loaded.diffusion_config)
-    if loaded.model_config.small_size is not None:
-        raise ValueError(f"{path} is a super-resolution model: drawing from those is not part of this version")
-    if config.respacing is None:
-        return loaded
-    respaced = replace(loaded.diffusion_config, timestep_respacing=config.respacing)
-    return replace(loaded, diffusion=build_diffusion(respaced, runtime.kernels), diffusion_config=respaced)
+    return loaded
 
 
-def _labels(loaded: "Checkpoint", wanted: str | None, count: int) -> "NDArray[np.int64] | None":
-    """The class of every image: the one that is wanted, or all in turn; None for a model without classes."""
+def _indices(text: str | None, count: int) -> "NDArray[np.int64]":
+    """The numbers in "17,42,100-199", or the first ``count``."""
     import numpy as np
 
-    number = loaded.model_config.num_classes
-    if not loaded.model_config.class_cond:
-        if wanted is not None:
-            raise ValueError(f"class {wanted}: this model was trained without classes (class_cond)")
-        return None
-    if wanted is None:
-        return np.arange(count) % number
-    names = loaded.class_names
-    if wanted in names:
-        index = names.index(wanted)
-    elif wanted.isdecimal() and int(wanted) < number:
-        index = int(wanted)
-    else:
-        near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) or names[:10]
-        known = f"; there are {', '.join(near)}{' and more' if len(names) > len(near) else ''}" if names else ""
-        raise ValueError(f"class {wanted!r} is none of the model's {number} classes{known}")
-    return np.full(count, index)
+    if text is None:
+        return np.arange(count)
+    parts = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last if dash else first)
+        if not all(end.isdecimal() and len(end) < 19 for end in ends) or int(ends[0]) > int(ends[1]):
+            raise ValueError(f"indices must be numbers and ranges such as 17,42,100-199, not {text!r}")
+        if int(ends[1]) - int(ends[0]) >= _MOST_INDICES:
+            raise ValueError(f"indices {part.strip()} are more than {_MOST_INDICES:,}")
+        parts.append(np.arange(int(ends[0]), int(ends[1]) + 1))
+    numbers = np.concatenate(parts)
+    if len(np.unique(numbers)) != len(numbers):
+        raise ValueError(f"indices {text!r} name an image twice")
+    return numbers
 
 
-def _names(class_names: tuple[str, ...], labels: "NDArray[np.int64] | None", count: int) -> list[str]:
-    """File names that begin with the class, so that the folder can be trained on as it is."""
-    if labels is None or not class_names:
-        return [f"{i:06d}" for i in range(count)]
-    # A name comes from a file that may be anybody's: it must not lead out of the folder.
-    names = {i: re.sub(r"[/\\\0]|^\.+", "_", name) for i, name in enumerate(class_names)}
-    return [f"{names.get(int(label), label)}_{i:06d}" for i, label in enumerate(labels)]
+def _settings(plan: "Plan", paths: tuple[Path, Path | None], choices: Choices, runtime: "Runtime") -> dict[str, Any]:
+    """All that decides what the images are, as JSON can hold it."""
+    settings = plan.config.to_dict()
+    del settings["batch_size"]
+    count = settings.pop("num_samples")
+    settings["indices"] = choices.indices or f"0-{count - 1}"
+    settings["class"] = choices.classes
+    settings["precision"] = str(runtime.precision)
+    for name, path, loaded in zip(("model", "super_res"), paths, (plan.checkpoint, plan.super_res), strict=True):
+        if path is not None and loaded is not None:
+            settings[name] = f"{path.name}, step {loaded.step}, SHA-256 {_sha256(path)}"
+    if plan.base is not None:
+        settings["base_samples"] = f"{choices.base_samples} ({len(plan.base)} images)"
+    settings["interpolate"] = choices.interpolate and list(choices.interpolate)
+    return settings
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _young_average(loaded: "Checkpoint") -> str:
@@ -209,24 +252,3 @@ def _young_average(loaded: "Checkpoint") -> str:
     rate, updates = loaded.metadata.get("ema_rate", 0.0), loaded.metadata.get("ema_updates", 0)
     share = 0.0 if loaded.metadata.get("ema_warmup", True) else rate**updates
     return f" (warning: {share:.0%} of this average are the initial weights)" if share > 0.01 else ""
-
-
-def _check_output(out: Path, overwrite: bool) -> None:
-    """ValueError, before any work, where the output is in the way or cannot be written."""
-    for path in (out, out.with_suffix(".png")):
-        if path.is_dir():
-            raise ValueError(f"out {path} is a folder: name a file")
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists: name another file with --out, or use --overwrite")
-    if out.suffix != ".npz":
-        raise ValueError(f"out {out} must end in .npz")
-    _check_folder("out", out.parent)
-
-
-def _check_folder(name: str, wanted: Path) -> None:
-    """ValueError where the folder is not there and cannot be made, or may not be written to."""
-    folder = wanted
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} {wanted} cannot be written: {folder} is not a folder that you may write to")

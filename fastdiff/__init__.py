@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from fastdiff.models import SuperResUNet, UNet, build_model
     from fastdiff.presets import PRESETS, Preset
+    from fastdiff.sampling import sample
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "build_diffusion",
     "build_model",
     "load_checkpoint",
+    "sample",
     "save_checkpoint",
     "space_timesteps",
 ]
@@ -65,6 +67,7 @@ _HOMES = {
     ),
     "models": ("SuperResUNet", "UNet", "build_model"),
     "presets": ("PRESETS", "Preset"),
+    "sampling": ("sample",),
 }
 
 

@@ -7,6 +7,7 @@ text, its default the flag's default. Names and defaults are improved-diffusion'
 from fastdiff.config.base import Config, option
 from fastdiff.config.choices import (
     Cache,
+    ClassMix,
     Compile,
     Kernels,
     Labels,
@@ -32,6 +33,7 @@ __all__ = [
     "GROUPS",
     "NUM_CLASSES",
     "Cache",
+    "ClassMix",
     "Compile",
     "Config",
     "DataConfig",

@@ -44,6 +44,18 @@ class Sampler(StrEnum):
     DPM_SDE = "dpm++-sde"
     HEUN = "heun"
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise in its steps, for DDIM leaving eta aside."""
+        return self in (Sampler.DDPM, Sampler.DPM_SDE)
+
+
+class ClassMix(StrEnum):
+    """Which class an image is drawn of where none is named: each in turn, or as often as the training data had it."""
+
+    BALANCED = "balanced"
+    DATA = "data"
+
 
 class Precision(StrEnum):
     """The arithmetic of the model's forward and backward; parameters and their updates are always fp32.

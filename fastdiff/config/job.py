@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fastdiff.config.base import Config, number, option, tuple_of
 from fastdiff.config.choices import (
     Cache,
+    ClassMix,
     Compile,
     Kernels,
     Labels,
@@ -70,6 +71,9 @@ class TrainConfig(Config):
     ema_rate: tuple[float, ...] = option((0.9999,), "Rates of the weight averages, e.g. 0.9999,0.999.")
     ema_warmup: bool = option(True, "Let the averages forget the initial weights early: rate (1 + step) / (10 + step).")
     schedule_sampler: ScheduleSampler = option(ScheduleSampler.UNIFORM, "How timesteps are drawn.")
+    label_dropout: float = option(
+        0.0, "Train this share of the images without their class, for --guidance-scale when sampling."
+    )
     seed: int = option(0, "Seed of the initial weights, the order of the images and the noise.")
     log_interval: int = option(10, "Updates between two lines of the log.")
     save_interval: int = option(10_000, "Updates between two checkpoints; the last update is always saved.")
@@ -106,6 +110,7 @@ class TrainConfig(Config):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.spike_guard == 0 or self.spike_guard > 1, "spike_guard", "above 1, or 0 for never")
         self.require(self.lr > 0, "lr", "positive")
+        self.require(0 <= self.label_dropout < 1, "label_dropout", "at least 0 and below 1")
         self.require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2^32")
         self.require(
             self.microbatch in (-1, "auto") or (type(self.microbatch) is int and self.microbatch > 0),
@@ -131,11 +136,16 @@ class SampleConfig(Config):
     )
     eta: float = option(0.0, "Noise of DDIM: 0 is deterministic, 1 as much as ancestral sampling.")
     clip_denoised: bool = option(True, "Clip the predicted x_0 to [-1, 1] in every step.")
+    class_mix: ClassMix = option(ClassMix.BALANCED, "Draw all classes in turn, or as often as the data had them.")
+    guidance_scale: float = option(
+        1.0, "Above 1: images more like their class (a model trained with --label-dropout; twice the work)."
+    )
     seed: int = option(0, "Seed of the noise; the same seed draws the same images.")
 
     def check(self) -> None:
         for name in ("num_samples", "batch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
+        self.require(self.guidance_scale >= 0, "guidance_scale", "at least 0")
         self.require(0 <= self.eta <= 1, "eta", "between 0 and 1")
         if self.eta and self.sampler is not Sampler.DDIM:
             raise ValueError(f"eta {self.eta} is the noise of DDIM: use it with sampler ddim, not {self.sampler}")

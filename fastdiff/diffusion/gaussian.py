@@ -272,6 +272,19 @@ class GaussianDiffusion:
         sample = out["pred_xstart"] * alpha_bar_next.sqrt() + torch.sqrt(1 - alpha_bar_next) * eps
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
+    def ddim_reverse_sample_loop(
+        self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: ModelKwargs = None
+    ) -> Tensor:
+        """The x_T, (N, C, H, W), from which ddim_sample_loop comes back to the images: they are encoded.
+
+        Song et al. 2021, section 4.3. The images are taken for x_0 of the process; the error falls as 1 / T.
+        """
+        x = x_start
+        for step in torch.arange(self.num_timesteps - 1, device=x.device)[:, None].expand(-1, len(x)):
+            with torch.no_grad():
+                x = self.ddim_reverse_sample(model, x, step, clip_denoised, model_kwargs=model_kwargs)["sample"]
+        return x
+
     # the loops
 
     def p_sample_loop(self, model: Model, shape: Sequence[int], **kwargs: Any) -> Tensor:

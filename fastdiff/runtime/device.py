@@ -5,13 +5,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.config import Compile, Kernels, MemoryFormat, Precision, RuntimeConfig
 from fastdiff.runtime.memory import keep_freed_memory
+
+M = TypeVar("M", bound=nn.Module)
 
 _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
@@ -63,13 +65,28 @@ class Runtime:
 
     def prepare(self, model: nn.Module, calls: int) -> Callable[..., Tensor]:
         """The model as a function to call ``calls`` times: under autocast, and compiled where that pays."""
-        call = torch.compile(model, dynamic=False) if self.compiles(calls) else model
+        return self.eager(torch.compile(model, dynamic=False) if self.compiles(calls) else model)
+
+    def eager(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The model as a function, under autocast."""
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
             with self.autocast():
                 return call(*args, **kwargs)
 
         return run
+
+    def cast(self, model: M) -> M:
+        """The model, its convolutions and matrix products in the precision to which ``autocast`` casts them.
+
+        What it computes under autocast stays the same, bit for bit; only the casts at every call are saved. For a model
+        that is not trained any more.
+        """
+        if self.precision in _DTYPES:
+            for module in model.modules():
+                if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                    module.to(_DTYPES[self.precision])
+        return model
 
     def describe(self, calls: int) -> str:
         """In words, for a log."""

@@ -155,13 +155,13 @@ class World:
         raise ValueError(message) if self.main else SaidElsewhere(message)
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Say in a user's words what ends a job from outside: another process's end, too little memory."""
+    def explained(self, remedy: str = "use a smaller model, or --parallel fsdp on several GPUs") -> Iterator[None]:
+        """Say in a user's words what ends a job from outside: another process's end, or too little memory."""
         try:
             yield
         except RuntimeError as error:
             if out_of_memory(error):
-                raise ValueError("out of memory: use a smaller model, or --parallel fsdp on several GPUs") from error
+                raise ValueError(f"out of memory: {remedy}") from error
             if self.size > 1 and lost_contact(error):
                 raise ConnectionError(
                     f"process {self.rank} lost the others: see what the one that ended first says ({_short(error)})"

@@ -11,6 +11,8 @@ from fastdiff.runtime.distributed import launcher
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
+_PROMISE = "stopping and saving after this step; once more stops at once, without saving"
+
 
 class StopRequest:
     """While entered, the first signal is kept in ``received``; a second one of its kind acts as it always does.
@@ -19,8 +21,10 @@ class StopRequest:
     has a time-out of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str = _PROMISE) -> None:
+        """``promise`` is what the first signal is answered with."""
         self.received: signal.Signals | None = None
+        self._answer = f"\n{promise}\n".encode()
         self._before: dict[signal.Signals, object] = {}
         self._handed_on = launcher() != ""
 
@@ -42,5 +46,5 @@ class StopRequest:
         if self._handed_on:
             return
         with contextlib.suppress(OSError):  # print is not safe in a signal handler
-            os.write(2, b"\nstopping and saving after this step; once more stops at once, without saving\n")
+            os.write(2, self._answer)
         signal.signal(number, self._before[self.received])  # type: ignore[arg-type]

@@ -1,6 +1,32 @@
-"""From a trained model to images: the loops over batches, and the files that they fill."""
+"""From a trained model to images: the loops over batches, the jobs, and the files that they fill."""
 
+from fastdiff.sampling.api import sample
+from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
+from fastdiff.sampling.classes import split_classes
+from fastdiff.sampling.engine import Engine
+from fastdiff.sampling.files import Files
 from fastdiff.sampling.generate import generate
+from fastdiff.sampling.job import Job
+from fastdiff.sampling.loop import Loop
 from fastdiff.sampling.output import make_grid, save_grid, save_npz, save_pngs
+from fastdiff.sampling.pipeline import Pipeline, slerp
+from fastdiff.sampling.plan import Plan
 
-__all__ = ["generate", "make_grid", "save_grid", "save_npz", "save_pngs"]
+__all__ = [
+    "BaseSamples",
+    "Engine",
+    "Files",
+    "Job",
+    "Loop",
+    "Pipeline",
+    "Plan",
+    "generate",
+    "load_base_samples",
+    "make_grid",
+    "sample",
+    "save_grid",
+    "save_npz",
+    "save_pngs",
+    "slerp",
+    "split_classes",
+]

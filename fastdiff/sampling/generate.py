@@ -1,18 +1,24 @@
 """Drawing images batch by batch."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdiff.config import SampleConfig, Sampler
+from fastdiff.config import SampleConfig
+from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox
+from fastdiff.sampling.guidance import guided
+from fastdiff.sampling.loop import Loop
 
 Uint8Array = NDArray[np.uint8]
+Int64Array = NDArray[np.int64]
+OfImages = Callable[[Int64Array], Tensor]
+"""From the numbers (n,) of images to something of each, (n, ...)."""
 
 
 def generate(
@@ -22,60 +28,122 @@ def generate(
     *,
     image_size: int,
     device: torch.device,
-    indices: NDArray[np.int64] | None = None,
-    labels: NDArray[np.int64] | None = None,
-    low_res: Tensor | None = None,
+    indices: Int64Array | None = None,
+    labels: Int64Array | None = None,
+    low_res: OfImages | None = None,
+    start: OfImages | None = None,
     on_step: Callable[[int], None] | None = None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Uint8Array]:
-    """Yield batches of images, uint8 (n, H, W, 3), num_samples in all.
+    """Yield batches of images, uint8 (n, H, W, 3), as ``batches`` cuts them.
 
     ``indices`` (num_samples,) are the images' numbers, by default 0, 1, 2, ...; ``labels`` (num_samples,) the classes
-    of a class-conditional model's images; ``low_res`` (num_samples, 3, h, w) in [-1, 1] the inputs of a
-    super-resolution model. ``on_step`` is told after each step how many images took it.
+    of a class-conditional model's images; ``low_res`` gives a super-resolution model's inputs (n, 3, h, w) in [-1, 1],
+    and ``start`` x_T (n, 3, H, W), where it is not noise. ``on_step`` is told after each step how many images took it,
+    and ``watch`` is shown x_T and every x_t after it, which the next step writes over.
 
     The noise of an image is a function of seed and index alone (fastdiff.kernels.philox): the same seed draws the same
-    image whatever the batch size.
+    image whatever the batch size. On a GPU a batch is drawn while the pixels of the one before it are on their way.
+
+    ValueError where the model's numbers are not finite.
     """
-    total, batch_size = config.num_samples, min(config.batch_size, config.num_samples)
-    shape = (3, image_size, image_size)
-    loops: dict[Sampler, Callable[..., Iterator[dict[str, Tensor]]]] = {
-        Sampler.DDPM: diffusion.p_sample_loop_progressive,
-        Sampler.DDIM: partial(diffusion.ddim_sample_loop_progressive, eta=config.eta),
-        Sampler.DPM: diffusion.dpm_solver_sample_loop_progressive,
-        Sampler.DPM_SDE: partial(diffusion.dpm_solver_sample_loop_progressive, sde=True),
-        Sampler.HEUN: diffusion.heun_sample_loop_progressive,
-    }
-    for start in range(0, total, batch_size):
-        wanted = min(batch_size, total - start)
-        # A last batch that is not full is filled up with more images: another shape would compile the model again.
-        rows = np.arange(start, start + batch_size) % total
-        numbers = torch.from_numpy(rows if indices is None else indices[rows]).to(device)
-        conditions: dict[str, Any] = {}
+    numbers = np.arange(config.num_samples) if indices is None else indices
+    if config.guidance_scale != 1 and labels is not None:
+        model = guided(model, config.guidance_scale)
+    loop = Loop(model, diffusion, config)
+    parts = batches(len(numbers), config.batch_size)
+    size = parts[0].stop
+    steps = _Steps(on_step or (lambda images: None), device)
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+    leaving: deque[_Leaving] = deque()
+    for part in parts:
+        # The last batch is filled up with more of its images: another shape would compile the model again.
+        wanted = part.stop - part.start
+        rows = np.arange(size) % wanted
+        mine = numbers[part]
+        conditions = {}
         if labels is not None:
-            conditions["y"] = torch.from_numpy(labels[rows]).to(device)
+            conditions["y"] = _on_device(torch.from_numpy(labels[part][rows]), device)
         if low_res is not None:
-            conditions["low_res"] = low_res[torch.from_numpy(rows)].to(device)
+            conditions["low_res"] = _on_device(low_res(mine)[rows], device)
+        noise = Philox(config.seed, _on_device(torch.from_numpy(mine[rows]), device))
+        shape = (size, 3, image_size, image_size)
+        x = noise.of_start(shape, diffusion.kernels) if start is None else _on_device(start(mine)[rows], device)
+        loop.begin(x, noise, conditions)
+        if watch is not None:
+            watch(loop.x)
+        while loop.left:
+            loop.step()
+            steps.taken(wanted)
+            if watch is not None:
+                watch(loop.x)
+        leaving.append(_Leaving(loop.x, wanted, copying))
+        while len(leaving) > (copying is not None):
+            yield leaving.popleft().arrived(steps)
+    while leaving:
+        yield leaving.popleft().arrived(steps)
 
-        noise = Philox(config.seed, numbers)
-        options = {
-            "noise": noise,
-            "step_noise": noise,
-            "device": device,
-            "clip_denoised": config.clip_denoised,
-            "model_kwargs": conditions,
-            "pred_xstart": False,
-        }
-        images = (batch_size, *shape)
-        for out in loops[config.sampler](model, images, **options):
-            sample = out["sample"]
-            if on_step is not None:
-                on_step(wanted)
-        if not bool(sample.isfinite().all()):
+
+def batches(count: int, batch_size: int) -> list[slice]:
+    """``count`` things in as few parts of at most ``batch_size`` as can be, as even as can be, the largest first."""
+    size = -(-count // -(-count // batch_size))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class _Steps:
+    """Tells of the steps that the device has taken, which on a GPU are fewer than the host has asked for."""
+
+    def __init__(self, tell: Callable[[int], None], device: torch.device) -> None:
+        self._tell = tell
+        self._on_gpu = device.type == "cuda"
+        self._pending: deque[tuple[torch.cuda.Event, int]] = deque()
+
+    def taken(self, images: int) -> None:
+        """So many images are asked to take a step."""
+        if not self._on_gpu:
+            self._tell(images)
+            return
+        self._pending.append((torch.cuda.current_stream().record_event(), images))
+        self.look()
+
+    def look(self) -> None:
+        """Tell what has come about, without waiting."""
+        while self._pending and self._pending[0][0].query():
+            self._tell(self._pending.popleft()[1])
+
+
+class _Leaving:
+    """A batch's pixels on their way from the device on a stream of their own, beside what the device does next."""
+
+    def __init__(self, x: Tensor, wanted: int, copying: "torch.cuda.Stream | None") -> None:
+        self._pixels, self._finite = to_uint8(x)[:wanted], x.isfinite().all()
+        self._copied: torch.cuda.Event | None = None
+        if copying is not None:
+            copying.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(copying):
+                self._pixels, self._finite = _on_host(self._pixels), _on_host(self._finite)
+                self._copied = copying.record_event()
+
+    def arrived(self, steps: _Steps) -> Uint8Array:
+        """The images; ValueError where some are none. Waits for them, and tells of the steps meanwhile."""
+        while self._copied is not None and not self._copied.query():
+            steps.look()
+            time.sleep(0.002)
+        steps.look()
+        if not bool(self._finite):
             raise ValueError("the model drew numbers that are not finite: its weights are damaged, or need fp32")
-        yield to_uint8(sample)[:wanted]
+        return self._pixels.numpy()
 
 
-def to_uint8(images: Tensor) -> Uint8Array:
-    """(N, 3, H, W) in [-1, 1] as uint8 (N, H, W, 3), as improved-diffusion rounds: towards zero."""
-    pixels = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; the host does not wait for the copy, nor so for the batch that is still being drawn."""
+    if device.type != "cuda" or tensor.device == device:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory that is under way on the current stream."""
+    # what it is copied from was allocated for another stream, which would take the memory back too early
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,29 +1,60 @@
-"""The files that samples are kept in: npz as the ADM evaluator reads it, a grid to look at, single PNGs."""
+"""The files that samples are kept in: npz as the ADM evaluator reads it, a grid to look at, PNGs, a trajectory."""
 
 import math
-from collections.abc import Sequence
+import unicodedata
+import zipfile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from numpy.lib import format as npy
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont, features
 
 from fastdiff.checkpoint import replacing
+from fastdiff.data.dataset import printable
 
 Uint8Array = NDArray[np.uint8]
 
+GAP = 2
+"""Pixels between a grid's images, before they are enlarged."""
 
-def save_npz(path: Path, images: Uint8Array, labels: NDArray[np.int64] | None = None) -> None:
-    """arr_0: images uint8 (N, H, W, 3); arr_1: labels int64 (N,) where there are any."""
-    arrays = [images] if labels is None else [images, labels]
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, *arrays)
+HELD = 1.5
+"""Seconds for which a GIF shows its last frame."""
+
+FRAME = 0.04
+"""Seconds for which a GIF shows any other at least: viewers slow down what is much shorter."""
 
 
-def make_grid(images: Uint8Array, columns: int | None = None, gap: int = 2) -> Uint8Array:
+def save_npz(path: Path, batches: Iterable[Uint8Array], shape: tuple[int, int, int, int], **arrays: ArrayLike) -> None:
+    """arr_0: the images uint8 (N, H, W, 3) = ``shape``, batch after batch (n, H, W, 3); then ``arrays`` by their names.
+
+    The file is byte for byte np.savez's, whole or not at all. Only one batch is in memory at a time. ValueError where
+    the batches do not make up the shape; OSError, which names the file, where it cannot be written.
+    """
+    with _writing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            npy.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            count = 0
+            for batch in batches:
+                if batch.dtype != np.uint8 or batch.shape[1:] != shape[1:]:
+                    raise ValueError(f"{path}: a batch of {batch.dtype} {batch.shape} among images of {shape}")
+                member.write(np.ascontiguousarray(batch).data)
+                count += len(batch)
+            if count != shape[0]:
+                raise ValueError(f"{path}: {count} images came, not {shape[0]}")
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                npy.write_array(member, np.asarray(array), allow_pickle=False)
+
+
+def make_grid(images: Uint8Array, columns: int | None = None, gap: int = GAP) -> Uint8Array:
     """Images (N, H, W, 3) side by side on white, row by row: uint8 (rows, columns, 3). Square unless told otherwise."""
     count, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = columns or _square(count)
     rows = math.ceil(count / columns)
     grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8)
     for i, image in enumerate(images):
@@ -32,11 +63,59 @@ def make_grid(images: Uint8Array, columns: int | None = None, gap: int = 2) -> U
     return grid
 
 
-def save_grid(path: Path, images: Uint8Array, columns: int | None = None) -> None:
-    """A PNG of make_grid, small images enlarged by a whole factor to be seen well."""
-    grid = make_grid(images, columns)
-    factor = max(1, min(4, 800 // max(grid.shape[:2])))
-    save_png(path, grid.repeat(factor, axis=0).repeat(factor, axis=1))
+def save_grid(path: Path, images: Uint8Array, columns: int | None = None, names: Sequence[str] | None = None) -> None:
+    """A PNG of make_grid, small images enlarged by a whole factor to be seen well, with each image's name.
+
+    A name that a whole column shares stands above it, else each stands below its image.
+    """
+    columns = columns or _square(len(images))
+    height, width = images.shape[1:3]
+    rows = math.ceil(len(images) / columns)
+    factor = _factor(max(rows * (height + GAP), columns * (width + GAP)) + GAP)
+    if names is None:
+        save_png(path, _enlarged(make_grid(images, columns), factor))
+        return
+    text = _Text(factor * width)
+    band = math.ceil(text.height / factor)
+    if shared := all(name == names[i % columns] for i, name in enumerate(names)):
+        grid = np.pad(make_grid(images, columns), ((band, 0), (0, 0), (0, 0)), constant_values=255)
+    else:
+        grid = make_grid(np.pad(images, ((0, 0), (0, band), (0, 0), (0, 0)), constant_values=255), columns)
+    picture = Image.fromarray(_enlarged(grid, factor))
+    draw = ImageDraw.Draw(picture)
+    for i, name in enumerate(names[:columns] if shared else names):
+        row, column = divmod(i, columns)
+        top = 0 if shared else GAP + row * (height + band + GAP) + height
+        text.draw(draw, name, factor * (GAP + column * (width + GAP)), factor * top)
+    _save(path, picture, "PNG")
+
+
+class _Text:
+    """One line of small print that is at most so many pixels wide, in the font that Pillow always has."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        size = min(max(width // 9, 11), 16)
+        # Without FreeType there is one of a single size.
+        self._font = ImageFont.load_default(size) if features.check("freetype2") else ImageFont.load_default()
+        self.height = math.ceil(self._font.getbbox("gjpqy")[3]) + 2
+
+    def draw(self, draw: ImageDraw.ImageDraw, name: str, left: int, top: int) -> None:
+        """The name, cut where it is too long, in the middle of the pixels from ``left`` on."""
+        text = _ascii(name)
+        if self._length(text) > self._width:
+            fits = bisect_right(range(1, self._width), self._width, key=lambda n: self._length(text[:n] + "..."))
+            text = text[:fits].rstrip() + "..."
+        draw.text((left + (self._width - self._length(text)) // 2, top), text, fill=(0, 0, 0), font=self._font)
+
+    def _length(self, text: str) -> int:
+        return math.ceil(self._font.getlength(text))
+
+
+def _ascii(name: str) -> str:
+    """A name in the letters that the font has: without accents, and with question marks for what is left."""
+    letters = unicodedata.normalize("NFKD", printable(name))
+    return "".join(c for c in letters if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
 def save_pngs(folder: Path, images: Uint8Array, names: Sequence[str]) -> None:
@@ -48,5 +127,61 @@ def save_pngs(folder: Path, images: Uint8Array, names: Sequence[str]) -> None:
 
 def save_png(path: Path, image: Uint8Array) -> None:
     """One image (H, W, 3) as a PNG file, whole or not at all."""
-    with replacing(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG")
+    _save(path, Image.fromarray(image), "PNG")
+
+
+def save_trajectory(path: Path, frames: Uint8Array) -> None:
+    """An image on its way out of the noise, frames (F, H, W, 3): an animation as .gif, or side by side as .png."""
+    if path.suffix not in (".gif", ".png"):
+        raise ValueError(f"trajectory {path} must end in .gif, for an animation, or in .png, for a strip")
+    (save_gif if path.suffix == ".gif" else save_strip)(path, frames)
+
+
+def save_strip(path: Path, frames: Uint8Array) -> None:
+    """Frames (F, H, W, 3) as one row of a grid."""
+    save_grid(path, frames, columns=len(frames))
+
+
+def save_gif(path: Path, frames: Uint8Array, seconds: float = 3.0) -> None:
+    """Frames (F, H, W, 3) as a GIF that runs for so many seconds, rests on the last frame and begins again.
+
+    Of more frames than fit into that time some are shown, evenly spread, the first and the last among them.
+    """
+    shown = np.linspace(0, len(frames) - 1, min(len(frames), round(seconds / FRAME))).round().astype(int)
+    factor = _factor(max(frames.shape[1:3]))
+    pictures = []
+    for frame in frames[shown]:
+        picture = Image.fromarray(frame).quantize()  # a palette of each frame's own: noise and image share no colours
+        pictures.append(picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST))
+    each = round(100 * seconds / len(pictures)) * 10  # milliseconds; the format counts hundredths of a second
+    durations = [each] * (len(pictures) - 1) + [each + round(1000 * HELD)]
+    _save(path, pictures[0], "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def _square(count: int) -> int:
+    """The columns of a grid that is as wide as high."""
+    return math.ceil(math.sqrt(count))
+
+
+def _factor(side: int) -> int:
+    """How much a picture of so many pixels is enlarged."""
+    return max(1, min(4, 800 // side))
+
+
+def _enlarged(image: Uint8Array, factor: int) -> Uint8Array:
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _save(path: Path, picture: Image.Image, kind: str, **options: Any) -> None:
+    with _writing(path) as temporary:
+        picture.save(temporary, format=kind, **options)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """As ``replacing``, with an OSError that names the file that cannot be written."""
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error})") from error

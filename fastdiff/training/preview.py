@@ -4,22 +4,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from fastdiff.config import DiffusionConfig, SampleConfig, Sampler
-from fastdiff.data import Dataset
+from fastdiff.data import Dataset, normalised
 from fastdiff.diffusion import build_diffusion
 from fastdiff.models import UNet
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling import generate, save_grid
 from fastdiff.sampling.generate import Uint8Array
 from fastdiff.training.state import TrainState
-from fastdiff.training.update import conditions_of, normalised
+from fastdiff.training.update import conditions_of
 
 IMAGES = 16
 STEPS = 25
@@ -50,21 +50,20 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
     values = {**process.to_dict(), "timestep_respacing": str(steps)}
     # As many on every process: under FSDP they must all call the model the same number of times.
     ours = (np.arange(world.rank, world.rank + world.size * -(-IMAGES // world.size), world.size)) % IMAGES
-    images = normalised(torch.from_numpy(np.asarray(dataset.images[ours % len(dataset.images)])))
 
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        with runtime.autocast():
-            return model(*args, **kwargs)
+    def low_res(numbers: NDArray[np.int64]) -> Tensor:
+        images = torch.from_numpy(np.asarray(dataset.images[numbers % len(dataset.images)]))
+        return conditions_of(state.config, normalised(images), None)["low_res"]
 
     batches = generate(
-        call,
+        runtime.eager(model),
         build_diffusion(DiffusionConfig.from_dict(values), runtime.kernels),
         SampleConfig(num_samples=len(ours), batch_size=len(ours), sampler=Sampler.DDIM),
         image_size=config.image_size,
         device=runtime.device,
         indices=ours,
         labels=ours % config.num_classes if config.class_cond else None,
-        low_res=conditions_of(state.config, images, None).get("low_res"),
+        low_res=low_res if config.small_size is not None else None,
     )
     drawn = world.together(lambda: np.concatenate(list(batches)))
     found: dict[int, Uint8Array] = {}

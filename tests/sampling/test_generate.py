@@ -11,7 +11,6 @@ from fastdiff import DiffusionConfig, SampleConfig, build_diffusion
 from fastdiff.config import Sampler
 from fastdiff.kernels import philox_normal
 from fastdiff.sampling import generate
-from fastdiff.sampling.generate import to_uint8
 
 DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=4, noise_schedule="cosine", predict_xstart=True))
 CPU = torch.device("cpu")
@@ -60,7 +59,7 @@ def test_every_image_has_its_own_class(sampler: str) -> None:
 
 def test_every_image_has_its_own_low_resolution_input() -> None:
     low_res = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 1, 1)
-    images = np.concatenate(run(num_samples=5, batch_size=2, low_res=low_res))
+    images = np.concatenate(run(num_samples=5, batch_size=2, low_res=lambda numbers: low_res[numbers]))
     assert images[:, 0, 0, 0].tolist() == [0, 63, 127, 191, 255]
 
 
@@ -101,9 +100,3 @@ def test_on_step_counts_wanted_images_only() -> None:
     seen: list[int] = []
     run(num_samples=5, batch_size=2, on_step=seen.append)
     assert seen == [2] * 4 + [2] * 4 + [1] * 4
-
-
-def test_rounding_is_the_originals() -> None:
-    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, -1).expand(1, 3, 1, -1)
-    assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]
-    assert to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)

@@ -1,0 +1,126 @@
+"""The small images that a super-resolution model enlarges: an npz of samples, or a folder of any images."""
+
+import difflib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdiff.data import ImageFolder, read_samples
+from fastdiff.data.dataset import printable
+from fastdiff.sampling.classes import file_name_of
+
+
+class Images(Protocol):
+    """Images that are read when they are asked for: ``images[rows]`` is uint8 (n, H, W, 3) for int64 rows (n,)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class BaseSamples:
+    """N images uint8 (N, h, w, 3) with labels int64 (N,) or None; sample i is drawn from image i mod N."""
+
+    images: Images
+    labels: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The images of the samples ``numbers`` (n,): uint8 (n, h, w, 3). Only these are read.
+
+        Raises UnreadableImage for a file of a folder that is not an image.
+        """
+        return self.images[numbers % len(self)]
+
+    def labels_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """The classes of the samples ``numbers`` (n,): int64 (n,), or None without labels."""
+        return None if self.labels is None else self.labels[numbers % len(self)]
+
+
+def load_base_samples(path: Path, small_size: int, class_names: tuple[str, ...] | None) -> BaseSamples:
+    """The base samples in an npz (arr_0, arr_1) of small_size, or in a folder of images, which are resized to it.
+
+    For a class-conditional model ``class_names`` are its classes, () if they have no names, and the samples carry
+    labels: arr_1 of the npz; for an image of a folder its first sub-folder if that is called like a class, else the
+    class that its name begins with, up to an underscore. For other models it is None, and so are the labels.
+
+    Raises ValueError for images of another size, missing labels and unknown classes, and as read_samples and
+    ImageFolder do.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        folder = ImageFolder(path, small_size, labels=None)
+        labels = None if class_names is None else _labels_in(folder, class_names)
+        return BaseSamples(_Decoding(folder), labels)
+    samples = read_samples(path)
+    height, width = samples.images.shape[1:3]
+    if (height, width) != (small_size, small_size):
+        raise ValueError(
+            f"{path} holds images of {width}x{height} pixels, and the model enlarges {small_size}x{small_size}: "
+            "give images of that size, or a folder of images, which are resized"
+        )
+    if class_names is None:
+        return BaseSamples(samples.images, None)
+    if samples.labels is None:
+        raise ValueError(f"{path} has no labels, which this model needs: save them with np.savez(file, images, labels)")
+    unknown = samples.labels < 0
+    if class_names:
+        unknown |= samples.labels >= len(class_names)
+    if unknown.any():
+        first = int(unknown.argmax())
+        raise ValueError(
+            f"{path}: image {first} is of class {samples.labels[first]}, which the model does not have: "
+            "give samples of the classes that it was trained on"
+        )
+    return BaseSamples(samples.images, samples.labels)
+
+
+class _Decoding:
+    """The images of a folder, decoded when they are asked for."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.uint8]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and the like
+            return np.stack([self._folder[row][0] for row in rows])
+
+
+def _labels_in(folder: ImageFolder, class_names: tuple[str, ...]) -> NDArray[np.int64]:
+    """The classes of a folder's images, int64 (N,), by the names of sub-folders and files."""
+    if not class_names:
+        raise ValueError(
+            f"{folder.root} is a folder, and the model's classes have no names that could be found in it: "
+            "give an npz with labels"
+        )
+    # A class name that no file can have stands changed in the names of the PNG files that fastdiff writes.
+    numbers = {file_name_of(name): i for i, name in enumerate(class_names)}
+    numbers |= {name: i for i, name in enumerate(class_names)}
+    return np.array([_class_of(name, folder, numbers) for name in folder.names], np.int64)
+
+
+def _class_of(name: str, folder: ImageFolder, numbers: dict[str, int]) -> int:
+    *parents, file = name.split("/")
+    words = file.split("_")
+    # The longest beginning that is a class: class names, too, may hold underscores.
+    for candidate in [*parents[:1], *("_".join(words[:end]) for end in range(len(words), 0, -1))]:
+        if candidate in numbers:
+            return numbers[candidate]
+    said = [*parents[:1], words[0]]
+    near = [match for text in said for match in difflib.get_close_matches(text, numbers, n=3, cutoff=0.4)]
+    known = list(dict.fromkeys(near)) or list(numbers)[:10]
+    raise ValueError(
+        f"{printable(name)} in {folder.root} begins with no class of the model and lies in no folder of that name: "
+        f"rename it; there are {printable(', '.join(known))}{' and more' if len(numbers) > len(known) else ''}"
+    )

@@ -1,0 +1,68 @@
+"""Which class every image is drawn of: a function of its number, so that any part of a job draws the same."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.config import ClassMix
+from fastdiff.kernels import philox_uint32
+
+CLASS_STREAM = 0xFFFFFFFF
+"""The Philox step that classes are drawn from; the updates of a sampling loop count theirs from 0."""
+
+
+def labels_of(
+    checkpoint: Checkpoint,
+    indices: NDArray[np.int64],
+    classes: Sequence[str | int] = (),
+    mix: ClassMix = ClassMix.BALANCED,
+    seed: int = 0,
+) -> NDArray[np.int64] | None:
+    """The classes (N,) of the images ``indices`` (N,); None for a model without classes.
+
+    The classes named, by name or number, in turn; without any, all in turn, or for a ``mix`` as in the data drawn with
+    the frequencies that the checkpoint knows. ValueError where there is no such class, or the model has none.
+    """
+    config = checkpoint.model_config
+    if not config.class_cond:
+        if classes:
+            raise ValueError(f"class {classes[0]}: this model was trained without classes (class_cond)")
+        return None
+    if classes:
+        return np.array([_number(checkpoint, wanted) for wanted in classes])[indices % len(classes)]
+    if mix is ClassMix.BALANCED:
+        return indices % config.num_classes
+    counts = checkpoint.metadata.get("class_counts")
+    if not counts:
+        raise ValueError("class_mix data: the checkpoint does not say how many images of a class it was trained on")
+    words = philox_uint32(seed, torch.from_numpy(indices), CLASS_STREAM, 1)[:, 0].numpy()
+    # in whole numbers, which no rounding can push beyond the last class
+    return np.searchsorted(list(accumulate(counts)), (words * sum(counts)) >> 32, side="right")
+
+
+def _number(checkpoint: Checkpoint, wanted: str | int) -> int:
+    names, count = checkpoint.class_names, checkpoint.model_config.num_classes
+    if wanted in names:
+        return names.index(str(wanted))
+    text = str(wanted)
+    if text.isdecimal() and int(text) < count:
+        return int(text)
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0.4) or names[:10]
+    known = f"; there are {', '.join(near)}{' and more' if len(names) > len(near) else ''}" if names else ""
+    raise ValueError(f"class {text!r} is none of the model's {count} classes{known}")
+
+
+def split_classes(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The classes in "cat" or "cat,dog,7"; a name that holds a comma stands for itself."""
+    return (text,) if text in names else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def file_name_of(name: str) -> str:
+    """A class's name as the beginning of a file's. It may be anybody's: it must not lead out of the folder."""
+    return re.sub(r"[/\\\0]|^\.+", "_", name)

@@ -1,0 +1,121 @@
+"""A sampler's steps over tensors that stay where they are, so that a GPU replays each step as one CUDA graph."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.config import SampleConfig, Sampler
+from fastdiff.diffusion import GaussianDiffusion, Philox
+from fastdiff.diffusion.solvers import dpm_solver_step, heun_step
+
+_MULTISTEP = (Sampler.DPM, Sampler.DPM_SDE)
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """What a step reads and writes: x_t, t, the predicted x_0 of the step before, noise, the model's conditions."""
+
+    x: Tensor
+    t: Tensor
+    previous: Tensor | None
+    noise: Philox | Tensor
+    conditions: Mapping[str, Tensor]
+
+
+class Loop:
+    """Takes batches of one shape from x_T to images: ``begin`` a batch, then ``step`` while steps are ``left``.
+
+    A batch's tensors are copied into buffers on the device. The first step of all runs as it is, which compiles what is
+    to be compiled; every further one is, on a GPU, one launch of a CUDA graph. No step waits for the device.
+    """
+
+    def __init__(self, model: Callable[..., Tensor], diffusion: GaussianDiffusion, config: SampleConfig) -> None:
+        self.left = 0
+        self._model = model
+        self._diffusion = diffusion
+        self._config = config
+        self._buffers: _Buffers | None = None
+        self._graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}
+
+    @property
+    def x(self) -> Tensor:
+        """x_t (N, 3, H, W), after the last step the images; the next ``begin`` writes over it."""
+        return self._held.x
+
+    @property
+    def _held(self) -> _Buffers:
+        assert self._buffers is not None, "a batch was begun"
+        return self._buffers
+
+    def begin(self, x: Tensor, noise: Philox | Tensor, conditions: Mapping[str, Tensor]) -> None:
+        """Take a batch of the first one's shapes: x_T (N, 3, H, W) and the model's further arguments (N, ...).
+
+        The updates' noise is a Philox, of the first batch's seed, or a tensor (T, N, 3, H, W), t = T-1 first.
+        """
+        if self._buffers is None:
+            t = torch.empty(len(x), dtype=torch.int64, device=x.device)
+            previous = torch.empty_like(x) if self._config.sampler in _MULTISTEP else None
+            given = {name: value.clone() for name, value in conditions.items()}
+            self._buffers = _Buffers(x.clone(), t, previous, _copy_of(noise), given)
+        held = self._held
+        held.x.copy_(x)
+        held.t.fill_(self._diffusion.num_timesteps - 1)
+        if held.previous is not None:
+            held.previous.zero_()  # the first step gives it no weight
+        _numbers(held.noise).copy_(_numbers(noise))
+        for name, value in conditions.items():
+            held.conditions[name].copy_(value)
+        self.left = self._diffusion.num_timesteps
+
+    def step(self) -> None:
+        """x_{t-1} in the place of x_t."""
+        last = self.left == 1 and self._config.sampler is Sampler.HEUN  # whose last step has no second half
+        self.left -= 1
+        if self.x.device.type != "cuda" or last not in self._graphs:
+            self._advance(last)
+            self._graphs[last] = None
+            return
+        if (graph := self._graphs[last]) is None:
+            self._graphs[last] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._advance(last)
+        graph.replay()
+
+    @torch.no_grad()
+    def _advance(self, last: bool) -> None:
+        held = self._held
+        out = self._updated(last)
+        held.x.copy_(out["sample"])
+        if held.previous is not None:
+            held.previous.copy_(out["pred_xstart"])
+        held.t.sub_(1)
+
+    def _updated(self, last: bool) -> dict[str, Tensor]:
+        process, config, model, held = self._diffusion, self._config, self._model, self._held
+        noise = held.noise
+        if isinstance(noise, Tensor):
+            noise = noise.index_select(0, process.num_timesteps - 1 - held.t[:1])[0]
+        options: dict[str, Any] = {"clip_denoised": config.clip_denoised, "model_kwargs": held.conditions}
+        x, t = held.x, held.t
+        match config.sampler:
+            case Sampler.DDPM:
+                return process.p_sample(model, x, t, noise=noise, pred_xstart=False, **options)
+            case Sampler.DDIM:
+                return process.ddim_sample(model, x, t, eta=config.eta, noise=noise, pred_xstart=False, **options)
+            case Sampler.DPM | Sampler.DPM_SDE:
+                sde = config.sampler is Sampler.DPM_SDE
+                return dpm_solver_step(process, model, x, t, held.previous, sde=sde, noise=noise, **options)
+            case Sampler.HEUN:
+                return heun_step(process, model, x, t, last=last, **options)
+
+
+def _numbers(noise: Philox | Tensor) -> Tensor:
+    """What of the noise changes from batch to batch."""
+    return noise.samples if isinstance(noise, Philox) else noise
+
+
+def _copy_of(noise: Philox | Tensor) -> Philox | Tensor:
+    return replace(noise, samples=noise.samples.clone()) if isinstance(noise, Philox) else noise.clone()

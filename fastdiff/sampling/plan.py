@@ -1,0 +1,153 @@
+"""What is to be drawn: from which models, of which classes, beginning from what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.config import SampleConfig
+from fastdiff.data import load
+from fastdiff.runtime.device import Runtime
+from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
+from fastdiff.sampling.classes import labels_of
+from fastdiff.sampling.engine import Engine
+from fastdiff.sampling.generate import Int64Array, OfImages
+from fastdiff.sampling.pipeline import Pipeline, slerp
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the images of numbers 0, 1, 2, ... are.
+
+    ``super_res`` enlarges what ``checkpoint`` draws, ``base`` is what a super-resolution checkpoint enlarges, and
+    ``ends`` are two seeds or image files between which the images lie. ``classes`` (names or numbers) are drawn in
+    turn, without any as ``config`` says. ValueError where these do not go together.
+    """
+
+    checkpoint: Checkpoint
+    config: SampleConfig
+    super_res: Checkpoint | None = None
+    base: BaseSamples | None = None
+    ends: tuple[str, str] | None = None
+    classes: Sequence[str | int] = ()
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        config: SampleConfig,
+        *,
+        num_samples: int | None,
+        base_samples: Path | None,
+        super_res: Checkpoint | None,
+        ends: tuple[str, str] | None,
+        classes: Sequence[str | int],
+    ) -> Self:
+        """A plan whose base samples are read, and that draws as many images as those are unless a number is given."""
+        base = None
+        if base_samples is not None:
+            model = checkpoint.model_config
+            if not model.small_size:
+                raise ValueError("base_samples: this is no super-resolution model, it enlarges no images")
+            base = load_base_samples(
+                base_samples, model.small_size, checkpoint.class_names if model.class_cond else None
+            )
+            num_samples = num_samples or len(base)
+        if num_samples is not None:
+            config = replace(config, num_samples=num_samples)
+        return cls(checkpoint, config, super_res, base, ends, classes)
+
+    def __post_init__(self) -> None:
+        enlarges = self.checkpoint.model_config.small_size
+        if enlarges and self.base is None:
+            raise ValueError(
+                "this is a super-resolution model: give it images to enlarge with --base-samples, or draw them with a "
+                f"model of {enlarges} pixels (fastdiff sample BASE --super-res THIS)"
+            )
+        _refuse_guidance(self.checkpoint, self.config)
+        if self.super_res is not None:
+            _refuse_unlike(self.checkpoint, self.super_res)
+        if self.base is not None and self.classes:
+            raise ValueError(f"class {self.classes[0]}: the images have the classes of the base samples")
+        if self.ends is not None:
+            self._check_ends(self.ends)
+
+    def _check_ends(self, ends: tuple[str, str]) -> None:
+        config = self.config
+        for end in ends:
+            if not end.isdecimal() and not Path(end).is_file():
+                raise ValueError(f"interpolate {end}: neither a seed nor an image file")
+        if config.sampler.stochastic or config.eta:
+            raise ValueError("interpolate: noise would part the images: use --sampler ddim, dpm++ or heun, without eta")
+        if self.base is not None or self.super_res is not None:
+            raise ValueError("interpolate: not with a super-resolution model; enlarge the images afterwards")
+        if self.checkpoint.model_config.class_cond and len(self.classes) != 1:
+            raise ValueError("interpolate: this model has classes, name the one of these images with --class")
+
+    @property
+    def image_size(self) -> int:
+        """The side of the images in pixels."""
+        return (self.super_res or self.checkpoint).model_config.image_size
+
+    def labels(self, indices: Int64Array) -> Int64Array | None:
+        """The classes (N,) of the images ``indices`` (N,), None for a model without classes; ValueError if unknown."""
+        if self.base is not None:
+            labels = self.base.labels_of(indices)
+            count = self.checkpoint.model_config.num_classes
+            if labels is not None and labels.max() >= count:
+                raise ValueError(f"base_samples: there is class {labels.max()}, and the model has {count} classes")
+            return labels
+        return labels_of(self.checkpoint, indices, self.classes, self.config.class_mix, self.config.seed)
+
+    def pipeline(self, runtime: Runtime, images: int) -> Pipeline:
+        """The models, ready to draw so many images. It takes them over."""
+        engine = Engine(self.checkpoint, self.config, runtime, images)
+        if self.ends is not None:
+            return Pipeline(engine, start=self._between(engine, self.ends))
+        if self.super_res is None:
+            return Pipeline(engine, self.base)
+        config = self.config
+        if not self.super_res.metadata.get("label_dropout"):
+            config = replace(config, guidance_scale=1.0)  # it is the base that decides what the image shows
+        return Pipeline(Engine(self.super_res, config, runtime, images), engine)
+
+    def _between(self, engine: Engine, ends: tuple[str, str]) -> OfImages:
+        """x_T of the images 0 to num_samples - 1 on the way from one end to the other."""
+        first, second = (self._latent(engine, end) for end in ends)
+        last = max(self.config.num_samples - 1, 1)
+        return lambda numbers: slerp(first, second, torch.from_numpy(numbers / last))
+
+    def _latent(self, engine: Engine, end: str) -> torch.Tensor:
+        if end.isdecimal():
+            return engine.noise_of(int(end))
+        image = load(end, self.checkpoint.model_config.image_size)
+        return engine.encode(image[None], self.labels(np.zeros(1, dtype=np.int64)))
+
+
+def _refuse_guidance(checkpoint: Checkpoint, config: SampleConfig) -> None:
+    asked = f"guidance_scale {config.guidance_scale:g}: this model was trained without"
+    if config.guidance_scale != 1 and not checkpoint.model_config.class_cond:
+        raise ValueError(f"{asked} classes (class_cond)")
+    if config.guidance_scale != 1 and not checkpoint.metadata.get("label_dropout"):
+        raise ValueError(
+            f"{asked} label dropout, so that it cannot draw without a class: train with --label-dropout 0.1"
+        )
+
+
+def _refuse_unlike(base: Checkpoint, upper: Checkpoint) -> None:
+    small, large = base.model_config, upper.model_config
+    if not large.small_size:
+        raise ValueError("super_res: this is no super-resolution model")
+    if small.image_size != large.small_size:
+        raise ValueError(
+            f"super_res: the model enlarges images of {large.small_size} pixels, and the base draws {small.image_size}"
+        )
+    if large.class_cond and (not small.class_cond or large.num_classes != small.num_classes):
+        there = f"{small.num_classes} classes" if small.class_cond else "no classes"
+        raise ValueError(f"super_res: the model has {large.num_classes} classes, and the base {there}")
+    if large.class_cond and base.class_names != upper.class_names:
+        raise ValueError("super_res: the two models have other class names: train them on the same classes")

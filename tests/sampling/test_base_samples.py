@@ -1,0 +1,213 @@
+"""What a super-resolution model enlarges, from an npz or a folder, with its classes."""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdiff.data import UnreadableImage, load
+from fastdiff.data import dataset as dataset_module
+from fastdiff.sampling.base_samples import load_base_samples
+from fastdiff.sampling.output import save_png
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+LABELS = np.array([2, 0, 1, 1, 2])
+CLASSES = ("cat", "dog", "great_dane")
+NUMBERS = np.array([4, 0, 7, 5, 12])
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "small.npz", IMAGES, LABELS)
+    return tmp_path / "small.npz"
+
+
+def folder(root: Path, *names: str) -> Path:
+    """PNG files of these names with the pictures IMAGES[0], IMAGES[1], ... in this order."""
+    for name, image in zip(names, IMAGES, strict=False):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        save_png(root / name, image)
+    return root
+
+
+def refused(path: Path, class_names: tuple[str, ...] | None, small_size: int = 4) -> str:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        load_base_samples(path, small_size, class_names)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def labels_in(root: Path, class_names: tuple[str, ...] = CLASSES) -> list[int]:
+    labels = load_base_samples(root, 4, class_names).labels
+    assert labels is not None
+    assert labels.dtype == np.int64
+    return labels.tolist()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_with_classes(tmp_path: Path, save: Callable[..., None]) -> None:
+    save(tmp_path / "a.npz", IMAGES, LABELS)
+    samples = load_base_samples(tmp_path / "a.npz", 4, CLASSES)
+    assert len(samples) == 5
+    batch = samples.batch(NUMBERS)
+    assert type(batch) is np.ndarray
+    assert batch.flags.writeable
+    assert np.array_equal(batch, IMAGES[[4, 0, 2, 0, 2]])
+    labels = samples.labels_of(NUMBERS)
+    assert labels is not None
+    assert labels.tolist() == [2, 2, 1, 2, 1]
+
+
+def test_an_npz_without_classes(npz: Path) -> None:
+    samples = load_base_samples(npz, 4, None)
+    assert samples.labels is None
+    assert samples.labels_of(NUMBERS) is None
+    assert np.array_equal(samples.batch(NUMBERS), IMAGES[NUMBERS % 5])
+
+
+def test_the_home_folder(npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(npz.parent))
+    assert len(load_base_samples(Path("~/small.npz"), 4, None)) == 5
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (8, 8), (6, 4), (4, 6)])
+def test_an_npz_of_another_size(tmp_path: Path, shape: tuple[int, int]) -> None:
+    np.savez(tmp_path / "a.npz", np.zeros((2, *shape, 3), np.uint8))
+    message = refused(tmp_path / "a.npz", None, small_size=6)
+    assert f"holds images of {shape[1]}x{shape[0]} pixels, and the model enlarges 6x6: give" in message
+
+
+def test_an_npz_without_the_labels_that_the_model_needs(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", IMAGES)
+    assert "has no labels, which this model needs: save them" in refused(tmp_path / "a.npz", CLASSES)
+    assert "has no labels, which this model needs: save them" in refused(tmp_path / "a.npz", ())
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+def test_an_npz_with_a_label_that_the_model_does_not_have(tmp_path: Path, label: int) -> None:
+    np.savez(tmp_path / "a.npz", IMAGES, np.array([0, 1, label, 2, -5]))
+    assert f"image 2 is of class {label}, which the model does not have: give" in refused(tmp_path / "a.npz", CLASSES)
+    assert load_base_samples(tmp_path / "a.npz", 4, None).labels is None
+
+
+def test_classes_without_names(tmp_path: Path, npz: Path) -> None:
+    """How many there are is for the caller to compare."""
+    assert load_base_samples(npz, 4, ()).labels is not None
+    np.savez(tmp_path / "a.npz", IMAGES, np.array([0, 1, 999, 0, -5]))
+    assert "image 4 is of class -5" in refused(tmp_path / "a.npz", ())
+    message = refused(folder(tmp_path / "f", "cat_1.png"), ())
+    assert message.endswith("the model's classes have no names that could be found in it: give an npz with labels")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert "does not exist: give" in refused(tmp_path / "a.npz", None)
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in refused(tmp_path / "empty", None)
+    (tmp_path / "a.npz").touch()
+    assert "damaged or no npz file" in refused(tmp_path / "a.npz", None)
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f", "b.png", "c.png", "sub/a.png")
+    samples = load_base_samples(root, 4, None)
+    assert len(samples) == 3
+    assert np.array_equal(samples.batch(NUMBERS), IMAGES[NUMBERS % 3])
+    assert samples.labels is None
+
+
+def test_a_folder_of_any_images(tmp_path: Path) -> None:
+    for name, size in (("a.png", (20, 9)), ("b.jpg", (4, 4)), ("c.gif", (3, 2))):
+        (tmp_path / "f").mkdir(exist_ok=True)
+        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / "f" / name)
+    batch = load_base_samples(tmp_path / "f", 4, None).batch(np.arange(3))
+    assert (batch.shape, batch.dtype) == ((3, 4, 4, 3), np.uint8)
+    for image, name in zip(batch, ("a.png", "b.jpg", "c.gif"), strict=True):
+        assert np.array_equal(image, load(tmp_path / "f" / name, 4))
+
+
+def test_only_what_is_asked_for_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+
+    def counting(path: Path, size: int) -> np.ndarray:
+        decoded.append(path.name)
+        return load(path, size)
+
+    root = folder(tmp_path / "f", "cat_0.png", "cat_1.png", "cat_2.png", "cat_3.png")
+    monkeypatch.setattr(dataset_module, "load", counting)
+    samples = load_base_samples(root, 4, CLASSES)
+    assert samples.labels_of(np.arange(4)) is not None
+    assert not decoded
+    samples.batch(np.array([3, 5]))
+    assert decoded == ["cat_3.png", "cat_1.png"]
+
+
+def test_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f", "a.png", "b.png")
+    (root / "b.png").write_bytes((root / "b.png").read_bytes()[:60])
+    samples = load_base_samples(root, 4, None)
+    assert np.array_equal(samples.batch(np.array([0, 2])), IMAGES[[0, 0]])
+    with pytest.raises(UnreadableImage, match=r"b\.png: truncated"):
+        samples.batch(np.array([0, 1]))
+
+
+def test_odd_metadata_is_no_reason_to_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would, in the middle of a progress bar."""
+    root = folder(tmp_path / "f", "a.png")
+
+    def warning(path: Path, size: int) -> np.ndarray:
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
+        return load(path, size)
+
+    monkeypatch.setattr(dataset_module, "load", warning)
+    assert np.array_equal(load_base_samples(root, 4, None).batch(np.array([0])), IMAGES[:1])
+
+
+def test_classes_by_prefix(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f", "cat_1.png", "cat_1_2.png", "dog_1.png", "other/cat_7.png", "other/dog_3.png")
+    assert labels_in(root) == [0, 0, 1, 0, 1]
+
+
+def test_classes_by_folder(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f", "cat/1.png", "cat/old/dog_2.png", "dog/x_1.png", "great_dane/y.png")
+    assert labels_in(root) == [0, 0, 1, 2]
+
+
+def test_the_longest_class_is_the_one(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f", "cat_000000.png", "great_000001.png", "great_dane_000002.png", "great_dane_x_3.png")
+    assert labels_in(root, ("cat", "great", "great_dane")) == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("class_name", "file"), [("a/b", "a_b_000000.png"), ("a\\b", "a_b_000000.png"), ("..x", "_x_000000.png")]
+)
+def test_names_that_no_file_can_have(tmp_path: Path, class_name: str, file: str) -> None:
+    assert labels_in(folder(tmp_path / "f", file), ("a", class_name)) == [1]
+    assert labels_in(folder(tmp_path / "g", file), ("a", class_name, "a_b", "_x")) == [3 if "x" in file else 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("cta_1.png", "there are cat and more"),
+        ("cat.png", "there are cat and more"),
+        ("dgo/img_1.png", "there are dog and more"),
+        ("xyz_1.png", "there are cat, dog, great_dane"),
+    ],
+)
+def test_an_unknown_class(tmp_path: Path, name: str, near: str) -> None:
+    message = refused(folder(tmp_path / "f", "dog_1.png", name), CLASSES)
+    assert message.startswith(f"{name} in {tmp_path / 'f'} begins with no class of the model and lies in no folder")
+    assert message.endswith(f"rename it; {near}")
+
+
+def test_many_classes(tmp_path: Path) -> None:
+    message = refused(folder(tmp_path / "f", "xyz_1.png"), tuple(f"{i:05d}" for i in range(1000)))
+    assert message.endswith("there are " + ", ".join(f"{i:05d}" for i in range(10)) + " and more")
+
+
+def test_names_with_line_breaks(tmp_path: Path) -> None:
+    refused(folder(tmp_path / "f", "x\ny_1.png"), ("x\nz",))
