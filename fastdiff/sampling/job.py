@@ -66,7 +66,7 @@ class Job:
             missing = self.world.from_main(lambda: self._open(held))
             try:
                 status = self._fill(missing, log, on_progress)
-            except (ValueError, OSError):
+            except Exception:
                 if self.world.main and not self.files.shards.spans():
                     self.files.shards.remove()  # nothing came of it
                 raise
@@ -154,6 +154,8 @@ class Job:
             in_turn = len(np.unique(shown))
             if 1 < in_turn <= MOST_COLUMNS and np.array_equal(shown[in_turn:], shown[:-in_turn]):
                 columns = in_turn
+        if self.plan.ends is not None:
+            columns = min(len(first), MOST_COLUMNS)  # from one end to the other
         save_grid(files.grid, first, columns, names)
         log(f"wrote {files.out} and {files.grid}, {speed:.2f} images/s")
         if files.png_dir is not None:
