@@ -14,25 +14,27 @@ def philox_uint32(seed: int, samples: Tensor, step: int | Tensor, elements: int)
     blocks = torch.arange(-(-elements // 4), device=samples.device)
     samples = samples[:, None]
     steps = step[:, None] if isinstance(step, Tensor) else torch.full_like(samples, step)
-    c0, c1 = blocks.expand(len(samples), -1), (steps & WORD).expand(-1, len(blocks))
-    c2, c3 = (samples & WORD).expand_as(c0), ((samples >> 32) & WORD).expand_as(c0)
+    c0 = blocks.expand(len(samples), -1)
+    c1, c2, c3 = (part.expand_as(c0) for part in (steps, samples & WORD, samples >> 32))
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2^64, so both words of the unsigned product come out right
+        # int64 products wrap modulo 2^64, so both words of the unsigned product come out right; above its word c1 or c3
+        # may hold anything, for they are not multiplied before they have gone through a mask
         even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((odd >> 32) & WORD) ^ c1 ^ k0, odd & WORD
-        c2, c3 = ((even >> 32) & WORD) ^ c3 ^ k1, even & WORD
+        c0, c1 = ((odd >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(WORD), odd
+        c2, c3 = ((even >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(WORD), even
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
-    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :elements]
+    return torch.stack([c0, c1, c2, c3], dim=-1).bitwise_and_(WORD).flatten(1)[:, :elements]
 
 
 def philox_normal(seed: int, samples: Tensor, step: int | Tensor, elements: int) -> Tensor:
     """See op.py; (N, elements). ``step`` may be (N,) int64, one for each sample."""
     words = philox_uint32(seed, samples, step, -(-elements // 4) * 4)
     # a word with its sign bit set is folded onto the positive ones, then scaled to [0, 1)
-    folded = torch.where(words > 0x7FFFFFFF, WORD - words, words)
+    folded = torch.minimum(words, WORD - words)
     u1, u2 = (folded.to(torch.float32) * 4.6566127342e-10).unflatten(-1, (-1, 2)).unbind(-1)
     radius = torch.sqrt(-2.0 * torch.log(u1.clamp(min=1e-7)))
     angle = 2 * math.pi * u2
-    normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten(1)
+    # stacked along the last dimension a CPU would copy them one by one
+    normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1).transpose(1, 2).flatten(1)
     return normals[:, :elements]
