@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.benchmarks.bars import verdicts
-from fastdiff.benchmarks.harness import append_rows, environment, graphed, interleaved, side_stream
+from fastdiff.benchmarks.harness import append_rows, environment, interleaved, side_stream
 from fastdiff.benchmarks.kernels import Row, measure, measure_all
 from fastdiff.benchmarks.problems import problems
 from fastdiff.benchmarks.roofs import measure_roofs
-from fastdiff.benchmarks.updates import train
 from fastdiff.config import DiffusionConfig, ModelConfig
 from fastdiff.diffusion import build_diffusion
 from fastdiff.kernels.attention.plan import Tiles
@@ -53,39 +52,29 @@ def bars(device: torch.device, csv: Path, deadline: float) -> None:
 
 
 def model(device: torch.device, csv: Path, deadline: float) -> None:
-    """A training step and sampling steps of a released model, kernels off and on, everything else equal."""
+    """A training step of a released model, kernels off and on, everything else equal."""
     on_gpu = device.type == "cuda"
-    name = "imagenet64_uncond" if on_gpu else "cifar10_uncond"
+    name, batch_size = ("imagenet64_uncond", 64) if on_gpu else ("cifar10_uncond", 1)
     about = environment(device)
     roofs = measure_roofs(device, torch.bfloat16)
-    steps = [("training step", _training, 64 if on_gpu else 1)]
-    steps += [("sampling step", _sampling, batch_size) for batch_size in ((1, 16, 64, 256) if on_gpu else (1,))]
-    for what, suite, batch_size in steps:
-        if time.monotonic() > deadline:
-            print("the time is over: what follows was not measured")
-            return
-        torch._dynamo.reset()  # a model compiled for another batch size counts towards Dynamo's limit of eight
-        candidates, flops = suite(name, batch_size, device)
-        for timing in interleaved(candidates, 10 if on_gpu else 2, 2 if on_gpu else 1, device):
-            row = {
-                "step": what,
-                "preset": name,
-                "batch_size": batch_size,
-                "candidate": timing.name,
-                "median_s": float(f"{timing.median:.5g}"),
-                "p20_s": float(f"{timing.quantile(0.2):.5g}"),
-                "p80_s": float(f"{timing.quantile(0.8):.5g}"),
-                "ratio_to_first": float(f"{timing.ratio:.4g}"),
-                "share_of_matmul": float(f"{flops / timing.median / roofs.flops_per_s:.4g}"),
-            }
-            append_rows(csv, [{**row, **about}])
-            print(row)
+    candidates, flops = _training(name, batch_size, device)
+    for timing in interleaved(candidates, 10 if on_gpu else 2, 2 if on_gpu else 1, device):
+        row = {
+            "step": "training step",
+            "preset": name,
+            "batch_size": batch_size,
+            "candidate": timing.name,
+            "median_s": float(f"{timing.median:.5g}"),
+            "p20_s": float(f"{timing.quantile(0.2):.5g}"),
+            "p80_s": float(f"{timing.quantile(0.8):.5g}"),
+            "ratio_to_first": float(f"{timing.ratio:.4g}"),
+            "share_of_matmul": float(f"{flops / timing.median / roofs.flops_per_s:.4g}"),
+        }
+        append_rows(csv, [{**row, **about}])
+        print(row)
 
 
-Suite = tuple[dict[str, Callable[[], object]], float]
-
-
-def _training(name: str, batch_size: int, device: torch.device) -> Suite:
+def _training(name: str, batch_size: int, device: torch.device) -> tuple[dict[str, Callable[[], object]], float]:
     preset = preset_named(name)
     config, process = preset.config(ModelConfig), preset.config(DiffusionConfig)
     x = torch.rand(batch_size, 3, config.image_size, config.image_size, device=device) * 2 - 1
@@ -110,27 +99,6 @@ def _training(name: str, batch_size: int, device: torch.device) -> Suite:
 
         found[label] = step
     return found, 3 * forward_flops(config) * batch_size
-
-
-def _sampling(name: str, batch_size: int, device: torch.device) -> Suite:
-    preset = preset_named(name)
-    config, process = preset.config(ModelConfig), preset.config(DiffusionConfig)
-    x = torch.randn(batch_size, 3, config.image_size, config.image_size, device=device)
-    t = torch.full((batch_size,), process.diffusion_steps // 2, device=device)
-    found: dict[str, Callable[[], object]] = {}
-    ways = [("torch kernels, max-autotune", "torch", "max-autotune-no-cudagraphs"), ("triton kernels", "triton", None)]
-    for label, backend, mode in ways if device.type == "cuda" else [("torch kernels", "torch", None)]:
-        net = build_model(config, kernels=backend).to(device).eval()
-        diffusion = build_diffusion(process, kernels=backend)
-        call = torch.compile(net, dynamic=False, mode=mode) if device.type == "cuda" else net
-
-        def step(diffusion: object = diffusion, call: Callable[..., Tensor] = call) -> None:
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-                diffusion.p_sample(call, x, t)  # type: ignore[attr-defined]
-
-        step()
-        found[label] = graphed(step, device)
-    return found, forward_flops(config) * batch_size
 
 
 def _ways(device: torch.device) -> Iterator[tuple[str, str, bool]]:
@@ -185,14 +153,18 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
         norm_plan.plan.cache_clear()
 
 
-PARTS = {"bars": bars, "tune": tune, "model": model, "train": train}
+PARTS = {"bars": bars, "tune": tune, "model": model}
+ELSEWHERE = {"sample": "fastdiff.benchmarks.sampling", "train": "fastdiff.benchmarks.updates"}
+"""Parts that want Pillow and safetensors besides, by their modules."""
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=[*PARTS, *ELSEWHERE])
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=440)
     arguments = parser.parse_args()
     on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    part = arguments.part
+    run = PARTS[part] if part in PARTS else getattr(import_module(ELSEWHERE[part]), part)
     with side_stream(on):
-        PARTS[arguments.part](on, arguments.csv, time.monotonic() + arguments.seconds)
+        run(on, arguments.csv, time.monotonic() + arguments.seconds)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in parts of under eight minutes, the most important first:
 #
-#   benchmarks/gpu_check.sh [correct|sanitize|bars|tune|model|train] ...     (without a part: all of them)
+#   benchmarks/gpu_check.sh [correct|sanitize|bars|tune|model|sample|train] ...     (without a part: all of them)
 #
-# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest; pytest-xdist and Liger are used where present.
+# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest, for sample and train Pillow and safetensors too;
+# pytest-xdist and Liger are used where present. sample is the one part that may need more than one run: it goes on.
 # Rows are written as they come, to $OUT (default: gpu_check), so that a run that is cut off keeps what it had. Without
 # a GPU the kernels are interpreted and the figures are those of a small CPU run: good to see that the script works.
 set -uo pipefail
@@ -52,7 +53,7 @@ part() {
 export -f tests tests_of_models
 export OUT PYTHON
 
-for name in "${@:-correct sanitize bars tune model train}"; do
+for name in "${@:-correct sanitize bars tune model sample train}"; do
     for one in $name; do
         case $one in
             correct)
@@ -74,11 +75,11 @@ for name in "${@:-correct sanitize bars tune model train}"; do
                     echo "== sanitize: left out, there is no compute-sanitizer here"
                 fi
                 ;;
-            bars | tune | model | train)
+            bars | tune | model | sample | train)
                 part "$one" 470 "$PYTHON" -m fastdiff.benchmarks.gpu_check "$one" --csv "$OUT/$one.csv" --seconds 440
                 ;;
             *)
-                echo "gpu_check.sh: no part $one: correct, sanitize, bars, tune, model or train" >&2
+                echo "gpu_check.sh: no part $one: correct, sanitize, bars, tune, model, sample or train" >&2
                 exit 2
                 ;;
         esac

@@ -1,5 +1,6 @@
-"""What is measured: the UNet's forward pass, a training step, and sampling, on the plain path, ours, and a peer's."""
+"""What is measured: the UNet's forward pass, a training step, sampling on the plain path, ours, a peer's; a step."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,10 +20,10 @@ from fastdiff.config import (
     SampleConfig,
     Sampler,
 )
-from fastdiff.diffusion import build_diffusion
+from fastdiff.diffusion import Philox, build_diffusion
 from fastdiff.models import build_model
 from fastdiff.runtime.device import Runtime
-from fastdiff.sampling import generate
+from fastdiff.sampling import Loop, generate
 
 PLAIN = {
     "kernels": Kernels.REFERENCE,
@@ -49,12 +50,32 @@ class Workload:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run the model: the function to call, the module whose parameters it uses, and the process's backend."""
+    """A way to run the model: the module whose parameters it uses, the function to call, and the runtime of ours."""
 
     module: nn.Module
     call: Callable[..., Tensor]
-    fused_optimizer: bool = True
-    kernels: Kernels = Kernels.AUTO
+    runtime: Runtime | None = None  # a peer has none
+
+    @property
+    def kernels(self) -> Kernels:
+        """The process's backend."""
+        return self.runtime.kernels if self.runtime else Kernels.AUTO
+
+    def for_sampling(self, workload: Workload) -> Callable[..., Tensor]:
+        """The model as the engine calls it, its weights cast once: those of a copy, for training needs them in fp32.
+
+        ValueError where it computes something else than the model as it was.
+        """
+        self.module.eval()
+        if self.runtime is None:
+            return self.call
+        call = self.runtime.prepare(self.runtime.cast(copy.deepcopy(self.module)), calls=0)
+        x, t, kwargs = inputs(workload)
+        with torch.no_grad():
+            found, expected = (c(x, t.float(), **kwargs) for c in (call, self.runtime.eager(self.module)))
+        tolerance = TOLERANCE[self.runtime.precision]
+        require_close(found, expected, tolerance, "the model with its weights cast differs from itself")
+        return call
 
 
 def candidates(workload: Workload, ours: RuntimeConfig) -> dict[str, Candidate]:
@@ -63,7 +84,7 @@ def candidates(workload: Workload, ours: RuntimeConfig) -> dict[str, Candidate]:
     All with equal weights except the peer's. ValueError where one of ours computes something else than the plain path.
     """
     torch.manual_seed(0)
-    initial = _randomised(build_model(workload.model).state_dict())
+    initial = randomised(build_model(workload.model).state_dict())
     values = {**ours.to_dict(), "device": str(workload.device)}
     configs = {
         "plain": RuntimeConfig.from_dict({**values, **PLAIN}),
@@ -77,7 +98,7 @@ def candidates(workload: Workload, ours: RuntimeConfig) -> dict[str, Candidate]:
         module = build_model(workload.model, runtime.kernels, runtime.memory_format)
         module.load_state_dict(initial)
         module.to(workload.device)
-        found[name] = Candidate(module, runtime.prepare(module, calls=0), kernels=runtime.kernels)
+        found[name] = Candidate(module, runtime.prepare(module, calls=0), runtime)
         _check(name, found[name], found["plain"], workload, TOLERANCE[runtime.precision])
     if find_spec("diffusers") and not workload.model.class_cond:
         found["diffusers"] = _diffusers_peer(workload)
@@ -86,7 +107,7 @@ def candidates(workload: Workload, ours: RuntimeConfig) -> dict[str, Candidate]:
 
 def unet_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
     """One forward pass without gradients."""
-    x, t, kwargs = _inputs(workload)
+    x, t, kwargs = inputs(workload)
 
     def forward(candidate: Candidate) -> Tensor:
         with torch.no_grad():
@@ -97,12 +118,13 @@ def unet_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, 
 
 def train_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
     """One update: loss, gradients, AdamW."""
-    x, t, kwargs = _inputs(workload)
+    x, t, kwargs = inputs(workload)
 
     def stepper(candidate: Candidate) -> Callable[[], None]:
         candidate.module.train()
         diffusion = build_diffusion(workload.diffusion, candidate.kernels)
-        optimizer = torch.optim.AdamW(candidate.module.parameters(), lr=1e-4, fused=candidate.fused_optimizer)
+        ours = candidate.runtime is not None
+        optimizer = torch.optim.AdamW(candidate.module.parameters(), lr=1e-4, fused=ours)
 
         def step() -> None:
             diffusion.training_losses(candidate.call, x, t, kwargs)["loss"].mean().backward()
@@ -123,29 +145,58 @@ def sample_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str
     config = SampleConfig(num_samples=size, batch_size=size, sampler=Sampler.DDIM)
     labels = _labels(workload)
 
-    def sample(candidate: Candidate) -> object:
-        candidate.module.eval()
-        drawn = generate(
-            candidate.call,
-            diffusions[candidate.kernels],
-            config,
-            image_size=workload.model.image_size,
-            device=workload.device,
-            labels=None if labels is None else labels.cpu().numpy(),
-        )
-        return list(drawn)
+    def sampler(name: str, candidate: Candidate) -> Callable[[], object]:
+        call = candidate.for_sampling(workload)
 
-    return {name: lambda c=c: sample(c) for name, c in found.items()}  # type: ignore[misc]
+        def sample() -> object:
+            drawn = generate(
+                call,
+                diffusions[candidate.kernels],
+                config,
+                image_size=workload.model.image_size,
+                device=workload.device,
+                labels=None if labels is None else labels.cpu().numpy(),
+                graphs=name.startswith("fastdiff"),
+            )
+            return list(drawn)
+
+        return sample
+
+    return {name: sampler(name, candidate) for name, candidate in found.items()}
+
+
+def step_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
+    """What an ancestral step with its noise costs over the model's call alone, both as the engine runs them."""
+    candidate = found.get("fastdiff", found["fastdiff, eager"])
+    call = candidate.for_sampling(workload)
+    x, t, kwargs = inputs(workload)
+    timesteps = t.float()
+    diffusion = build_diffusion(workload.diffusion, candidate.kernels)
+    loop = Loop(call, diffusion, SampleConfig(sampler=Sampler.DDPM), graphs=True)
+    noise = Philox(0, torch.arange(workload.batch_size, device=workload.device))
+
+    def model_call() -> Tensor:
+        with torch.no_grad():
+            return call(x, timesteps, **kwargs)
+
+    def step() -> None:
+        if not loop.left:
+            loop.begin(x, noise, kwargs)
+        loop.step()
+
+    return {"model call": model_call, "model call and step": step}
 
 
 SUITES: Mapping[str, Callable[[Workload, Mapping[str, Candidate]], dict[str, Callable[[], object]]]] = {
     "unet": unet_suite,
     "train": train_suite,
     "sample": sample_suite,
+    "step": step_suite,
 }
 
 
-def _inputs(workload: Workload) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def inputs(workload: Workload) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Images, timesteps (N,) int64, and the model's further arguments."""
     generator = torch.Generator().manual_seed(0)
     shape = (workload.batch_size, 3, workload.model.image_size, workload.model.image_size)
     x = torch.rand(shape, generator=generator) * 2 - 1
@@ -160,24 +211,27 @@ def _labels(workload: Workload) -> Tensor | None:
     return torch.arange(workload.batch_size, device=workload.device) % workload.model.num_classes
 
 
-def _randomised(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def randomised(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Small random numbers for what begins as zero, so that a comparison of outputs compares the whole model."""
     return {k: torch.randn_like(v) * 0.02 if not v.any() else v for k, v in state.items()}
 
 
+def require_close(found: Tensor, expected: Tensor, tolerance: float, verdict: str, what: str = "output") -> None:
+    """ValueError where the relative error is larger than ``tolerance``: what is wrong is not timed."""
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= tolerance:
+        raise ValueError(f"{verdict} by {error:.1e} in its {what} (allowed {tolerance:.0e}): not timed")
+
+
 def _check(name: str, candidate: Candidate, plain: Candidate, workload: Workload, tolerance: float) -> None:
-    x, t, kwargs = _inputs(workload)
+    x, t, kwargs = inputs(workload)
     results = []
     for c in (candidate, plain):
         output = c.call(x, t.float(), **kwargs)
         gradients = torch.autograd.grad(output.square().mean(), list(c.module.parameters()))
         results.append((output.detach().flatten(), torch.cat([g.flatten() for g in gradients])))
     for what, found, expected in zip(("output", "gradient"), *results, strict=True):
-        error = float((found - expected).norm() / expected.norm())
-        if not error <= tolerance:
-            raise ValueError(
-                f"{name} differs from the plain path by {error:.1e} in its {what} (allowed {tolerance:.0e}): not timed"
-            )
+        require_close(found, expected, tolerance, f"{name} differs from the plain path", what)
 
 
 def _diffusers_peer(workload: Workload) -> Candidate:
@@ -202,4 +256,4 @@ def _diffusers_peer(workload: Workload) -> Candidate:
     def call(x: Tensor, timesteps: Tensor) -> Tensor:
         return peer(x, timesteps).sample
 
-    return Candidate(peer, call, fused_optimizer=False)
+    return Candidate(peer, call)
