@@ -1,15 +1,14 @@
 """``fastdiff sample``: a checkpoint in, images out."""
 
-import hashlib
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, refuse_contradiction, with_flags
-from fastdiff.config import DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
+from fastdiff.config import MOST_SAMPLES, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from fastdiff.sampling import Plan
 
 _MODEL_FLAGS = frozenset(f.name for config in (ModelConfig, DiffusionConfig) for f in fields(config))
-_MOST_INDICES = 10**8
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
     from fastdiff.cli.display import Display
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
-    from fastdiff.sampling import Files, Job
+    from fastdiff.sampling import Files, Job, settings_of
 
     world = World.join(choices.timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
@@ -126,8 +124,8 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
         runtime = world.together(lambda: Runtime.resolve(build(RuntimeConfig, flags), local_rank))
         paths = world.from_main(lambda: _paths(choices))
         plan = world.together(lambda: _plan(paths, flags, config, choices, runtime))
-        indices = _indices(choices.indices, plan.config.num_samples)
-        settings = world.from_main(lambda: _settings(plan, paths, choices, runtime))
+        indices = world.together(lambda: _indices(choices.indices, plan.config.num_samples))
+        settings = world.from_main(lambda: settings_of(plan, indices, runtime, *paths, choices.base_samples))
         job = world.together(lambda: Job(plan, indices, files, settings, runtime, world))
         with Display(silent=not world.main) as display:
             models = ("model", plan.checkpoint), ("enlarged by", plan.super_res)
@@ -210,41 +208,20 @@ def _indices(text: str | None, count: int) -> "NDArray[np.int64]":
 
     if text is None:
         return np.arange(count)
-    parts = []
+    parts, count = [], 0
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         ends = (first, last if dash else first)
         if not all(end.isdecimal() and len(end) < 19 for end in ends) or int(ends[0]) > int(ends[1]):
             raise ValueError(f"indices must be numbers and ranges such as 17,42,100-199, not {text!r}")
-        if int(ends[1]) - int(ends[0]) >= _MOST_INDICES:
-            raise ValueError(f"indices {part.strip()} are more than {_MOST_INDICES:,}")
+        count += int(ends[1]) - int(ends[0]) + 1
+        if count > MOST_SAMPLES:
+            raise ValueError(f"indices {text!r} are more than {MOST_SAMPLES:,} images")
         parts.append(np.arange(int(ends[0]), int(ends[1]) + 1))
     numbers = np.concatenate(parts)
     if len(np.unique(numbers)) != len(numbers):
         raise ValueError(f"indices {text!r} name an image twice")
     return numbers
-
-
-def _settings(plan: "Plan", paths: tuple[Path, Path | None], choices: Choices, runtime: "Runtime") -> dict[str, Any]:
-    """All that decides what the images are, as JSON can hold it."""
-    settings = plan.config.to_dict()
-    del settings["batch_size"]
-    count = settings.pop("num_samples")
-    settings["indices"] = choices.indices or f"0-{count - 1}"
-    settings["class"] = choices.classes
-    settings["precision"] = str(runtime.precision)
-    for name, path, loaded in zip(("model", "super_res"), paths, (plan.checkpoint, plan.super_res), strict=True):
-        if path is not None and loaded is not None:
-            settings[name] = f"{path.name}, step {loaded.step}, SHA-256 {_sha256(path)}"
-    if plan.base is not None:
-        settings["base_samples"] = f"{choices.base_samples} ({len(plan.base)} images)"
-    settings["interpolate"] = choices.interpolate and list(choices.interpolate)
-    return settings
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _young_average(loaded: "Checkpoint") -> str:

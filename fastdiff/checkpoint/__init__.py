@@ -1,6 +1,6 @@
 """Checkpoints: files that are whole or absent, and that say everything needed to use them."""
 
-from fastdiff.checkpoint.files import FORMAT, NewerFormat, read_tensors, replacing, write_tensors
+from fastdiff.checkpoint.files import FORMAT, NewerFormat, read_tensors, replacing, sha256, write_tensors
 from fastdiff.checkpoint.lease import Lease
 from fastdiff.checkpoint.model import (
     Checkpoint,
@@ -49,6 +49,7 @@ __all__ = [
     "replacing",
     "save_checkpoint",
     "saved_steps",
+    "sha256",
     "verify_step",
     "write_manifest",
     "write_tensors",

@@ -1,5 +1,6 @@
 """Single files: they appear whole or not at all, and say what they are."""
 
+import hashlib
 import json
 import os
 import re
@@ -98,10 +99,17 @@ def replacing(path: Path) -> Iterator[Path]:
             _being_written.discard(Path(folder.name).name)
 
 
-def abandoned(folder: Path) -> list[Path]:
-    """The temporary folders in ``folder`` that no thread of this process is writing to."""
+def abandoned(folder: Path, of: str | None = None) -> list[Path]:
+    """The temporary folders in ``folder``, or those for the file called ``of``, that this process is not writing to."""
     with _lock:
-        return [p for p in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(p.name) and p.name not in _being_written]
+        found = [p for p in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(p.name) and p.name not in _being_written]
+    return [p for p in found if of is None or p.name[: -len(".12345678.tmp")] == f".{of}"]
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -50,9 +50,7 @@ class Lease:
         except NotImplementedError:
             raise self._no_locks() from None
         except OSError as error:
-            raise OSError(
-                f"{self.folder} cannot be written to ({error.strerror}): name another folder with {self.option}"
-            ) from None
+            raise self._unwritable(error) from None
         try:
             if isinstance(self._lock, SoftFileLock):  # a file that a process leaves behind when it is killed
                 raise self._no_locks()
@@ -64,8 +62,10 @@ class Lease:
             }
             with replacing(_holder_path(self.folder)) as temporary:
                 temporary.write_text(json.dumps(holder) + "\n", encoding="utf-8")
-        except BaseException:
+        except BaseException as error:
             self._lock.release()
+            if isinstance(error, OSError) and error.errno:
+                raise self._unwritable(error) from None
             raise
         return self
 
@@ -76,6 +76,9 @@ class Lease:
         # The file that is locked stays: to delete it would, on a network's disk, let two processes lock two files of
         # that name, one of which is already deleted.
         self._lock.release()
+
+    def _unwritable(self, error: OSError) -> OSError:
+        return OSError(f"{self.folder} cannot be written to ({error.strerror}): name another folder with {self.option}")
 
     def _no_locks(self) -> OSError:
         return OSError(f"{self.folder} is on a file system without locks: name a folder on another with {self.option}")

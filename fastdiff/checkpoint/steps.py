@@ -5,7 +5,6 @@ That of step 500 is ``model000500.safetensors``, one ``ema_0.9999_000500.safeten
 A step that is being saved or deleted has a file ``.unfinished000500``.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint.files import FORMAT, abandoned, refuse_newer, replacing, sync_folder
+from fastdiff.checkpoint.files import FORMAT, abandoned, refuse_newer, replacing, sha256, sync_folder
 
 _ANY = "*.safetensors"
 _NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.e-]+)_)(?P<step>\d{6,})\.safetensors")
@@ -57,16 +56,11 @@ def begin_step(run_dir: Path, step: int) -> None:
 def write_manifest(run_dir: Path, step: int, paths: Sequence[Path]) -> None:
     """Declare the files of a step whole, which are on the disk by now; OSError where that cannot be written."""
     assert all(path.parent == run_dir and _NAME.fullmatch(path.name) for path in paths)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     with replacing(manifest_path(run_dir, step)) as temporary:
         text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2)
         temporary.write_text(text + "\n", encoding="utf-8")
     _mark_path(run_dir, step).unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -87,7 +81,7 @@ def verify_step(run_dir: Path, step: int) -> None:
             length = path.stat().st_size
             if length != said["bytes"]:
                 raise ValueError(f"{path} is damaged: it has {length} bytes, {said['bytes']} were saved")
-            if _sha256(path) != said["sha256"]:
+            if sha256(path) != said["sha256"]:
                 raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved")
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None

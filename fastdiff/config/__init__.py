@@ -19,7 +19,7 @@ from fastdiff.config.choices import (
     ScheduleSampler,
     Tracker,
 )
-from fastdiff.config.job import DataConfig, DiffusionConfig, RuntimeConfig, SampleConfig, TrainConfig
+from fastdiff.config.job import MOST_SAMPLES, DataConfig, DiffusionConfig, RuntimeConfig, SampleConfig, TrainConfig
 from fastdiff.config.model import (
     GROUPS,
     NUM_CLASSES,
@@ -31,6 +31,7 @@ from fastdiff.config.model import (
 
 __all__ = [
     "GROUPS",
+    "MOST_SAMPLES",
     "NUM_CLASSES",
     "Cache",
     "ClassMix",

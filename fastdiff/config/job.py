@@ -121,6 +121,10 @@ class TrainConfig(Config):
         self.require(len(set(self.ema_rate)) == len(self.ema_rate), "ema_rate", "different rates")
 
 
+MOST_SAMPLES = 10**8
+"""Images of one job: their numbers and classes are held in memory."""
+
+
 @dataclass(frozen=True)
 class SampleConfig(Config):
     """How images are drawn from a trained model."""
@@ -145,7 +149,8 @@ class SampleConfig(Config):
     def check(self) -> None:
         for name in ("num_samples", "batch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
-        self.require(self.guidance_scale >= 0, "guidance_scale", "at least 0")
+        self.require(self.num_samples <= MOST_SAMPLES, "num_samples", f"at most {MOST_SAMPLES:,}")
+        self.require(0 <= self.guidance_scale <= 1000, "guidance_scale", "between 0 and 1000")
         self.require(0 <= self.eta <= 1, "eta", "between 0 and 1")
         if self.eta and self.sampler is not Sampler.DDIM:
             raise ValueError(f"eta {self.eta} is the noise of DDIM: use it with sampler ddim, not {self.sampler}")

@@ -11,6 +11,7 @@ from fastdiff.sampling.loop import Loop
 from fastdiff.sampling.output import make_grid, save_grid, save_npz, save_pngs
 from fastdiff.sampling.pipeline import Pipeline, slerp
 from fastdiff.sampling.plan import Plan
+from fastdiff.sampling.settings import settings_of
 
 __all__ = [
     "BaseSamples",
@@ -27,6 +28,7 @@ __all__ = [
     "save_grid",
     "save_npz",
     "save_pngs",
+    "settings_of",
     "slerp",
     "split_classes",
 ]

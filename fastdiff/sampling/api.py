@@ -8,31 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastdiff.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from fastdiff.config import RuntimeConfig, SampleConfig
 from fastdiff.runtime.device import Runtime
-from fastdiff.sampling.generate import Uint8Array
+from fastdiff.sampling.generate import Int64Array
+from fastdiff.sampling.output import Uint8Array
 from fastdiff.sampling.plan import Plan
 
 Source = str | os.PathLike[str] | Checkpoint
+Class = str | int
 
 
 def sample(
-    checkpoint: Source,
+    checkpoint: Source | None = None,
     num_samples: int | None = None,
     *,
     indices: Sequence[int] | None = None,
-    classes: str | int | Sequence[str | int] = (),
+    classes: Class | Sequence[Class] = (),
+    ema_rate: float | None = None,
     base_samples: str | os.PathLike[str] | None = None,
     super_res: Source | None = None,
     interpolate: tuple[str | int, str | int] | None = None,
     **settings: Any,
 ) -> Uint8Array:
-    """Draw images from a checkpoint, or a run folder's newest: uint8 (N, H, W, 3).
+    """Draw images from a checkpoint, a run folder's newest or the newest run's under runs/: uint8 (N, H, W, 3).
 
     They are the images 0 to num_samples - 1 (by default 16, or as many as there are base samples), or those of the
     numbers ``indices``: an image depends on seed and number alone. ``classes`` are names or numbers, drawn in turn;
+    ``ema_rate`` chooses the average in a run folder, 0 the raw weights;
     ``base_samples`` an npz or a folder, which a super-resolution model enlarges; ``super_res`` a checkpoint that
     enlarges what this one draws; ``interpolate`` two seeds or image files. ``settings`` are the fields of SampleConfig
     (sampler, steps, seed, guidance_scale, batch_size, ...) and of RuntimeConfig (device, precision, compile, ...).
@@ -46,25 +51,32 @@ def sample(
     runtime = Runtime.resolve(RuntimeConfig(**{name: value for name, value in settings.items() if name in known[1]}))
     if num_samples is not None and indices is not None:
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
-    model = _loaded(checkpoint, runtime)
+    if interpolate is not None and len(interpolate) != 2:
+        raise ValueError(f"interpolate must be two seeds or image files, not {len(interpolate)}")
     plan = Plan.of(
-        model,
+        _loaded(checkpoint, runtime, ema_rate),
         config,
-        super_res=None if super_res is None else _loaded(super_res, runtime),
+        super_res=None if super_res is None else _loaded(super_res, runtime, None),
         base_samples=None if base_samples is None else Path(base_samples),
         ends=None if interpolate is None else (str(interpolate[0]), str(interpolate[1])),
-        classes=(classes,) if isinstance(classes, (str, int)) else classes,
+        classes=[classes] if isinstance(classes, (str, int, np.integer)) else list(classes),
         num_samples=num_samples,
     )
-    numbers = np.arange(plan.config.num_samples) if indices is None else np.asarray(indices, dtype=np.int64)
-    if not len(numbers) or numbers.min() < 0:
-        raise ValueError("indices must be numbers of images, 0 and up")
+    numbers = _numbers(np.arange(plan.config.num_samples) if indices is None else np.asarray(indices))
     labels = plan.labels(numbers)
     return np.concatenate(list(plan.pipeline(runtime, len(numbers)).draw(numbers, labels)))
 
 
-def _loaded(source: Source, runtime: Runtime) -> Checkpoint:
+def _numbers(indices: NDArray[Any]) -> Int64Array:
+    if indices.ndim != 1 or not len(indices) or indices.dtype.kind not in "iu":
+        raise ValueError("indices must be the numbers of images, such as [17, 42]")
+    if indices.min() < 0 or indices.max() >= 2**63:
+        raise ValueError("indices must be at least 0 and below 2^63")
+    return indices.astype(np.int64)
+
+
+def _loaded(source: Source | None, runtime: Runtime, ema_rate: float | None) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return replace(source, model=deepcopy(source.model).to(runtime.device))
-    path = find_checkpoint(Path(source))
+    path = find_checkpoint(None if source is None else Path(source), ema_rate=ema_rate)
     return load_checkpoint(path, device=runtime.device, kernels=runtime.kernels, memory_format=runtime.memory_format)

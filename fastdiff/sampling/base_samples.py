@@ -107,10 +107,10 @@ def _labels_in(folder: ImageFolder, class_names: tuple[str, ...]) -> NDArray[np.
     # A class name that no file can have stands changed in the names of the PNG files that fastdiff writes.
     numbers = {file_name_of(name): i for i, name in enumerate(class_names)}
     numbers |= {name: i for i, name in enumerate(class_names)}
-    return np.array([_class_of(name, folder, numbers) for name in folder.names], np.int64)
+    return np.array([_class_of(name, folder, numbers, class_names) for name in folder.names], np.int64)
 
 
-def _class_of(name: str, folder: ImageFolder, numbers: dict[str, int]) -> int:
+def _class_of(name: str, folder: ImageFolder, numbers: dict[str, int], class_names: tuple[str, ...]) -> int:
     *parents, file = name.split("/")
     words = file.split("_")
     # The longest beginning that is a class: class names, too, may hold underscores.
@@ -118,9 +118,9 @@ def _class_of(name: str, folder: ImageFolder, numbers: dict[str, int]) -> int:
         if candidate in numbers:
             return numbers[candidate]
     said = [*parents[:1], words[0]]
-    near = [match for text in said for match in difflib.get_close_matches(text, numbers, n=3, cutoff=0.4)]
-    known = list(dict.fromkeys(near)) or list(numbers)[:10]
+    near = [match for text in said for match in difflib.get_close_matches(text, class_names, n=3, cutoff=0.4)]
+    known = list(dict.fromkeys(near)) or class_names[:10]
     raise ValueError(
         f"{printable(name)} in {folder.root} begins with no class of the model and lies in no folder of that name: "
-        f"rename it; there are {printable(', '.join(known))}{' and more' if len(numbers) > len(known) else ''}"
+        f"rename it; there are {printable(', '.join(known))}{' and more' if len(class_names) > len(known) else ''}"
     )

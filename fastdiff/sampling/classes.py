@@ -26,8 +26,9 @@ def labels_of(
 ) -> NDArray[np.int64] | None:
     """The classes (N,) of the images ``indices`` (N,); None for a model without classes.
 
-    The classes named, by name or number, in turn; without any, all in turn, or for a ``mix`` as in the data drawn with
-    the frequencies that the checkpoint knows. ValueError where there is no such class, or the model has none.
+    The classes named in turn: a number is one, a text is a name or, where there is no such name, a number. Without any,
+    all in turn, or for a ``mix`` as in the data drawn with the frequencies that the checkpoint knows. ValueError where
+    there is no such class, or the model has none.
     """
     config = checkpoint.model_config
     if not config.class_cond:
@@ -40,7 +41,9 @@ def labels_of(
         return indices % config.num_classes
     counts = checkpoint.metadata.get("class_counts")
     if not counts:
-        raise ValueError("class_mix data: the checkpoint does not say how many images of a class it was trained on")
+        raise ValueError(
+            "class_mix data: the checkpoint does not say how many images of a class it was trained on; leave it out"
+        )
     words = philox_uint32(seed, torch.from_numpy(indices), CLASS_STREAM, 1)[:, 0].numpy()
     # in whole numbers, which no rounding can push beyond the last class
     return np.searchsorted(list(accumulate(counts)), (words * sum(counts)) >> 32, side="right")
@@ -48,10 +51,10 @@ def labels_of(
 
 def _number(checkpoint: Checkpoint, wanted: str | int) -> int:
     names, count = checkpoint.class_names, checkpoint.model_config.num_classes
-    if wanted in names:
-        return names.index(str(wanted))
+    if isinstance(wanted, str) and wanted in names:
+        return names.index(wanted)
     text = str(wanted)
-    if text.isdecimal() and int(text) < count:
+    if text.isdecimal() and len(text) < 10 and int(text) < count:
         return int(text)
     near = difflib.get_close_matches(text, names, n=3, cutoff=0.4) or names[:10]
     known = f"; there are {', '.join(near)}{' and more' if len(names) > len(near) else ''}" if names else ""
@@ -60,9 +63,12 @@ def _number(checkpoint: Checkpoint, wanted: str | int) -> int:
 
 def split_classes(text: str, names: Sequence[str]) -> tuple[str, ...]:
     """The classes in "cat" or "cat,dog,7"; a name that holds a comma stands for itself."""
-    return (text,) if text in names else tuple(part.strip() for part in text.split(",") if part.strip())
+    return (text,) if text in names else tuple(part.strip() for part in text.split(","))
 
 
 def file_name_of(name: str) -> str:
-    """A class's name as the beginning of a file's. It may be anybody's: it must not lead out of the folder."""
-    return re.sub(r"[/\\\0]|^\.+", "_", name)
+    """A class's name as the beginning of a file's, up to whose first underscore training reads it back.
+
+    It may be anybody's: it must not lead out of the folder.
+    """
+    return re.sub(r"[/\\\0_]|^\.+", "-", name)

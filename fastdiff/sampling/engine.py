@@ -12,7 +12,9 @@ from fastdiff.config import SampleConfig, Sampler
 from fastdiff.data import normalised, to_uint8
 from fastdiff.diffusion import Philox, build_diffusion
 from fastdiff.runtime.device import Runtime
-from fastdiff.sampling.generate import Int64Array, OfImages, Uint8Array, batches, generate
+from fastdiff.sampling.generate import Int64Array, OfImages, batches, generate
+from fastdiff.sampling.guidance import guided
+from fastdiff.sampling.output import Uint8Array
 
 SUPER_RES_KEY = 0x9E3779B97F4A7C15
 """Added to the seed for a super-resolution model, whose noise must not be that of the base image once more."""
@@ -96,6 +98,7 @@ class Engine:
             start=start,
             on_step=on_step,
             watch=watch,
+            graphs=True,
         )
 
     def encode(self, images: Uint8Array, labels: Int64Array | None = None) -> Tensor:
@@ -103,6 +106,8 @@ class Engine:
         x = normalised(torch.from_numpy(images)).to(self.runtime.device)
         conditions = {} if labels is None else {"y": torch.from_numpy(labels).to(x.device)}
         model = self.runtime.eager(self._module)
+        if labels is not None and self.config.guidance_scale != 1:
+            model = guided(model, self.config.guidance_scale)  # as it will be decoded
         clip = self.config.clip_denoised
         return self.diffusion.ddim_reverse_sample_loop(model, x, clip_denoised=clip, model_kwargs=conditions)
 

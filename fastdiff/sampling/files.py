@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from fastdiff.checkpoint.files import abandoned
 from fastdiff.sampling.classes import file_name_of
-from fastdiff.sampling.generate import Int64Array, Uint8Array
-from fastdiff.sampling.output import save_npz, save_pngs
+from fastdiff.sampling.generate import Int64Array
+from fastdiff.sampling.output import Uint8Array, save_npz, save_pngs
 from fastdiff.sampling.shards import Shards, parts_of
 
 GRID_IMAGES = 100
@@ -20,6 +22,10 @@ GRID_IMAGES = 100
 
 FRAMES = {".gif": 60, ".png": 12}
 """At most so many steps of a trajectory are shown, as an animation and as a strip."""
+
+
+LONGEST_NAME = 200
+"""Bytes of a file's name, to which temporary names add some."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +47,55 @@ class Files:
         """The images that are finished."""
         return Shards(parts_of(self.out))
 
+    @property
+    def manifest(self) -> dict[str, str | None]:
+        """Which of them a job was begun with: it goes on with the same ones, so that each is whole at the end."""
+        named = {"png_dir": self.png_dir, "trajectory": self.trajectory}
+        return {name: None if path is None else str(path.absolute()) for name, path in named.items()}
+
     def check(self) -> None:
         """ValueError where a file is in the way, other than an unfinished job's, or cannot be written."""
         if self.out.suffix != ".npz":
             raise ValueError(f"out {self.out} must end in .npz")
         if self.trajectory is not None and self.trajectory.suffix not in FRAMES:
             raise ValueError(f"trajectory {self.trajectory} must end in .gif (an animation) or .png (a strip)")
-        if self.trajectory == self.grid:
+        if self.trajectory is not None and self.trajectory.resolve() == self.grid.resolve():
             raise ValueError(f"trajectory {self.trajectory} is the name of the grid: name another file")
-        mine = self.overwrite or self.shards.settings() is not None
         for option, path in (("out", self.out), ("out", self.grid), ("trajectory", self.trajectory)):
-            if path is None:
-                continue
-            if path.is_dir():
-                raise ValueError(f"{option} {path} is a folder: name a file")
-            if path.exists() and not mine:
-                raise ValueError(f"{path} exists: name another file with --{option}, or use --overwrite")
-            _check_folder(option, path.parent)
+            if path is not None:
+                self._check_file(option, path)
         if self.png_dir is not None:
-            if not mine and self.png_dir.is_dir() and any(self.png_dir.glob("*.png")):
+            if self.png_dir.resolve() in (self.out.resolve(), self.grid.resolve()):
+                raise ValueError(f"png_dir {self.png_dir} is the name of another file that is written: name a folder")
+            if self.png_dir.is_dir() and any(self.png_dir.glob("*.png")) and not self._ours("png_dir"):
                 raise ValueError(f"png_dir {self.png_dir} holds PNG files: name another folder, or use --overwrite")
             _check_folder("png_dir", self.png_dir)
+
+    def _check_file(self, option: str, path: Path) -> None:
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise ValueError(f"{option} {path.name[:40]}... is too long: a name may have {LONGEST_NAME} bytes")
+        if path.is_dir():
+            raise ValueError(f"{option} {path} is a folder: name a file")
+        if path.exists() and not self._ours(option):
+            raise ValueError(f"{path} exists: name another file with --{option}, or use --overwrite")
+        _check_folder(option, path.parent)
+
+    def _ours(self, option: str) -> bool:
+        """Whether what is there may be replaced: by the user's word, or since an unfinished job has made it."""
+        if self.overwrite:
+            return True
+        unfinished = self.shards.settings()
+        return unfinished is not None and unfinished.get(option) == self.manifest.get(option)
+
+    def clean(self) -> None:
+        """Delete what killed processes were writing; no other one may be at work on these files."""
+        self.shards.clean()
+        left = [] if self.png_dir is None else abandoned(self.png_dir)
+        for path in (self.grid, self.trajectory):
+            if path is not None:
+                left += abandoned(path.parent, of=path.name)
+        for folder in left:
+            shutil.rmtree(folder)
 
     def keep(self, positions: Int64Array, images: Uint8Array, names: list[str]) -> None:
         """Keep finished images (n, H, W, 3), those of the increasing positions (n,); OSError where that fails."""
@@ -83,7 +117,11 @@ class Files:
 
         def parts() -> Iterator[Uint8Array]:
             for span in spans:
-                images = self.shards.read(span)
+                try:
+                    images = self.shards.read(span)
+                except ValueError:
+                    self.shards.drop(span)
+                    raise
                 if span.start < GRID_IMAGES:
                     first.append(images[: GRID_IMAGES - span.start])
                 yield images

@@ -14,11 +14,15 @@ from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox
 from fastdiff.sampling.guidance import guided
 from fastdiff.sampling.loop import Loop
+from fastdiff.sampling.output import Uint8Array
 
-Uint8Array = NDArray[np.uint8]
 Int64Array = NDArray[np.int64]
 OfImages = Callable[[Int64Array], Tensor]
 """From the numbers (n,) of images to something of each, (n, ...)."""
+
+
+class Stopped(Exception):
+    """Raised by ``on_step``: no further step is wanted."""
 
 
 def generate(
@@ -34,13 +38,15 @@ def generate(
     start: OfImages | None = None,
     on_step: Callable[[int], None] | None = None,
     watch: Callable[[Tensor], None] | None = None,
+    graphs: bool = False,
 ) -> Iterator[Uint8Array]:
     """Yield batches of images, uint8 (n, H, W, 3), as ``batches`` cuts them.
 
     ``indices`` (num_samples,) are the images' numbers, by default 0, 1, 2, ...; ``labels`` (num_samples,) the classes
     of a class-conditional model's images; ``low_res`` gives a super-resolution model's inputs (n, 3, h, w) in [-1, 1],
     and ``start`` x_T (n, 3, H, W), where it is not noise. ``on_step`` is told after each step how many images took it,
-    and ``watch`` is shown x_T and every x_t after it, which the next step writes over.
+    and ends the drawing by Stopped, after which the batches that are finished still come; ``watch`` is shown x_T and
+    every x_t after it, which the next step writes over. With ``graphs`` a step is one CUDA graph on a GPU.
 
     The noise of an image is a function of seed and index alone (fastdiff.kernels.philox): the same seed draws the same
     image whatever the batch size. On a GPU a batch is drawn while the pixels of the one before it are on their way.
@@ -50,7 +56,7 @@ def generate(
     numbers = np.arange(config.num_samples) if indices is None else indices
     if config.guidance_scale != 1 and labels is not None:
         model = guided(model, config.guidance_scale)
-    loop = Loop(model, diffusion, config)
+    loop = Loop(model, diffusion, config, graphs=graphs)
     parts = batches(len(numbers), config.batch_size)
     size = parts[0].stop
     steps = _Steps(on_step or (lambda images: None), device)
@@ -59,33 +65,41 @@ def generate(
     for part in parts:
         # The last batch is filled up with more of its images: another shape would compile the model again.
         wanted = part.stop - part.start
-        rows = np.arange(size) % wanted
-        mine = numbers[part]
+        mine = numbers[part][np.arange(size) % wanted]
         conditions = {}
         if labels is not None:
-            conditions["y"] = _on_device(torch.from_numpy(labels[part][rows]), device)
+            conditions["y"] = on_device(torch.from_numpy(labels[part][np.arange(size) % wanted]), device)
         if low_res is not None:
-            conditions["low_res"] = _on_device(low_res(mine)[rows], device)
-        noise = Philox(config.seed, _on_device(torch.from_numpy(mine[rows]), device))
+            try:
+                conditions["low_res"] = on_device(low_res(mine), device)
+            except Stopped:
+                break
+        noise = Philox(config.seed, on_device(torch.from_numpy(mine), device))
         shape = (size, 3, image_size, image_size)
-        x = noise.of_start(shape, diffusion.kernels) if start is None else _on_device(start(mine)[rows], device)
+        x = noise.of_start(shape, diffusion.kernels) if start is None else on_device(start(mine), device)
         loop.begin(x, noise, conditions)
         if watch is not None:
             watch(loop.x)
-        while loop.left:
+        while loop.left and not steps.stopped:
             loop.step()
             steps.taken(wanted)
             if watch is not None:
                 watch(loop.x)
+            if leaving and leaving[0].there:
+                yield leaving.popleft().arrived(steps)
+        if loop.left:
+            break
         leaving.append(_Leaving(loop.x, wanted, copying))
-        while len(leaving) > (copying is not None):
+        if copying is None:
             yield leaving.popleft().arrived(steps)
+        if steps.stopped:
+            break
     while leaving:
         yield leaving.popleft().arrived(steps)
 
 
 def batches(count: int, batch_size: int) -> list[slice]:
-    """``count`` things in as few parts of at most ``batch_size`` as can be, as even as can be, the largest first."""
+    """``count`` things in as few parts of at most ``batch_size`` as can be, equal but for the last."""
     size = -(-count // -(-count // batch_size))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -94,22 +108,29 @@ class _Steps:
     """Tells of the steps that the device has taken, which on a GPU are fewer than the host has asked for."""
 
     def __init__(self, tell: Callable[[int], None], device: torch.device) -> None:
+        self.stopped = False
         self._tell = tell
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._pending: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def taken(self, images: int) -> None:
         """So many images are asked to take a step."""
-        if not self._on_gpu:
-            self._tell(images)
-            return
-        self._pending.append((torch.cuda.current_stream().record_event(), images))
-        self.look()
+        if self._device.type == "cuda":
+            self._pending.append((torch.cuda.current_stream(self._device).record_event(), images))
+            self.look()
+        else:
+            self._told(images)
 
     def look(self) -> None:
         """Tell what has come about, without waiting."""
         while self._pending and self._pending[0][0].query():
-            self._tell(self._pending.popleft()[1])
+            self._told(self._pending.popleft()[1])
+
+    def _told(self, images: int) -> None:
+        try:
+            self._tell(images)
+        except Stopped:
+            self.stopped = True
 
 
 class _Leaving:
@@ -124,9 +145,14 @@ class _Leaving:
                 self._pixels, self._finite = _on_host(self._pixels), _on_host(self._finite)
                 self._copied = copying.record_event()
 
+    @property
+    def there(self) -> bool:
+        """Whether the pixels have arrived."""
+        return self._copied is None or self._copied.query()
+
     def arrived(self, steps: _Steps) -> Uint8Array:
         """The images; ValueError where some are none. Waits for them, and tells of the steps meanwhile."""
-        while self._copied is not None and not self._copied.query():
+        while not self.there:
             steps.look()
             time.sleep(0.002)
         steps.look()
@@ -135,9 +161,9 @@ class _Leaving:
         return self._pixels.numpy()
 
 
-def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor there; the host does not wait for the copy, nor so for the batch that is still being drawn."""
-    if device.type != "cuda" or tensor.device == device:
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

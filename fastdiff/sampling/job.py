@@ -11,11 +11,11 @@ import numpy as np
 
 from fastdiff.checkpoint import Lease
 from fastdiff.runtime.device import Runtime
-from fastdiff.runtime.distributed import World
+from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.words import duration
 from fastdiff.sampling.files import FRAMES, Files, png_names
-from fastdiff.sampling.generate import Int64Array
+from fastdiff.sampling.generate import Int64Array, Stopped
 from fastdiff.sampling.output import save_grid, save_trajectory
 from fastdiff.sampling.pipeline import Pipeline
 from fastdiff.sampling.plan import Plan
@@ -27,10 +27,6 @@ _ANSWER = "stopping after this step; what is finished is kept"
 
 OnProgress = Callable[[int, int, str], None]
 """Told how many of how many images' steps are done, and the speed in words."""
-
-
-class _Stopped(Exception):
-    """A signal wants the job to end."""
 
 
 class Job:
@@ -65,12 +61,11 @@ class Job:
         with ExitStack() as held:
             missing = self.world.from_main(lambda: self._open(held))
             try:
-                status = self._fill(missing, log, on_progress)
+                return self._fill(missing, log, on_progress)
             except Exception:
                 if self.world.main and not self.files.shards.spans():
                     self.files.shards.remove()  # nothing came of it
                 raise
-        return status
 
     def _fill(self, missing: Int64Array, log: Callable[[str], None], on_progress: OnProgress) -> int:
         mine = np.array_split(missing, self.world.size)[self.world.rank]
@@ -99,17 +94,25 @@ class Job:
 
     def _open(self, held: ExitStack) -> Int64Array:
         """The positions that are still to be drawn, the folder for the shards being held from here on."""
-        shards = self.files.shards
-        held.enter_context(Lease(shards.folder, option="--out"))
-        found = None if self.files.overwrite else shards.settings()
-        if found is None:
-            shards.begin(self.settings)
-        elif difference := _difference(found, self.settings):
-            raise ValueError(
-                f"{shards.folder} holds an unfinished job with another {difference}: give the same flags to go on with "
-                "it, name another --out, or begin anew with --overwrite"
-            )
-        shards.clean()
+        shards, files = self.files.shards, self.files
+        # where torchrun starts the job once more, what was to be overwritten has been
+        again = restarted() and launcher() and Lease.begun_by(shards.folder) == launcher()
+        new = not shards.folder.exists()
+        try:
+            held.enter_context(Lease(shards.folder, launcher(), option="--out"))
+            found = None if files.overwrite and not again else shards.settings()
+            if found is None:
+                shards.begin({**self.settings, **files.manifest})
+            elif difference := _difference(found, {**self.settings, **files.manifest}):
+                raise ValueError(
+                    f"{shards.folder} holds an unfinished job with another {difference}: give the same flags to go on "
+                    "with it, name another --out, or begin anew with --overwrite"
+                )
+        except OSError:
+            if new:
+                shards.remove()
+            raise
+        files.clean()
         return shards.missing(len(self.indices))
 
     def _draw(self, pipeline: Pipeline, positions: Int64Array, on_progress: OnProgress) -> int:
@@ -122,9 +125,9 @@ class Job:
         with StopRequest(_ANSWER) as stop, ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
 
             def on_step(images: int) -> None:
-                if stop.received is not None:
-                    raise _Stopped
                 meter.step(images * self.world.size)
+                if stop.received is not None:
+                    raise Stopped
 
             try:
                 for images in pipeline.draw(self.indices[positions], labels, on_step):
@@ -132,19 +135,24 @@ class Job:
                         saving.result()
                     here, positions = np.split(positions, [len(images)])
                     saving = writer.submit(self.files.keep, here, images, self._names(here))
-            except _Stopped:
-                assert stop.received is not None
-                return 128 + stop.received
             finally:
                 if saving is not None:
                     saving.result()
-        return 0
+        return 128 + stop.received if stop.received is not None and len(positions) else 0
 
     def _names(self, positions: Int64Array) -> list[str]:
         labels = None if self.labels is None else self.labels[positions]
         return png_names(self.indices[positions], labels, self.plan.checkpoint.class_names)
 
     def _finish(self, pipeline: Pipeline, log: Callable[[str], None], speed: float) -> None:
+        try:
+            self._write(pipeline, log, speed)
+        except OSError as error:
+            where = self.files.shards.folder
+            raise OSError(f"{error}: the images are all in {where}, and the same command goes on") from error
+        self.files.shards.remove()
+
+    def _write(self, pipeline: Pipeline, log: Callable[[str], None], speed: float) -> None:
         files, labels = self.files, self.labels
         first = files.join(self.plan.image_size, self.indices, labels, self.settings)
         columns, names = None, None
@@ -165,14 +173,17 @@ class Job:
             most = FRAMES[files.trajectory.suffix]
             save_trajectory(files.trajectory, pipeline.trajectory(int(self.indices[0]), label, most))
             log(f"wrote {files.trajectory}, how image {self.indices[0]} came about")
-        files.shards.remove()
 
 
 def _difference(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first setting that differs, with both values; empty where none does."""
     for name in {**found, **ours}:
-        if found.get(name) != ours.get(name):
-            return f"{name} ({found.get(name)}, not {ours.get(name)})"
+        theirs, own = found.get(name), ours.get(name)
+        if isinstance(theirs, Mapping) and isinstance(own, Mapping):
+            if inner := _difference(theirs, own):
+                return f"{name}'s {inner}"
+        elif theirs != own:
+            return f"{name} ({theirs}, not {own})"
     return ""
 
 

@@ -29,11 +29,15 @@ class Loop:
     """Takes batches of one shape from x_T to images: ``begin`` a batch, then ``step`` while steps are ``left``.
 
     A batch's tensors are copied into buffers on the device. The first step of all runs as it is, which compiles what is
-    to be compiled; every further one is, on a GPU, one launch of a CUDA graph. No step waits for the device.
+    to be compiled; every further one is, on a GPU and with ``graphs``, one launch of a CUDA graph. No step waits for
+    the device.
     """
 
-    def __init__(self, model: Callable[..., Tensor], diffusion: GaussianDiffusion, config: SampleConfig) -> None:
+    def __init__(
+        self, model: Callable[..., Tensor], diffusion: GaussianDiffusion, config: SampleConfig, *, graphs: bool = True
+    ) -> None:
         self.left = 0
+        self._capturing = graphs
         self._model = model
         self._diffusion = diffusion
         self._config = config
@@ -74,15 +78,23 @@ class Loop:
         """x_{t-1} in the place of x_t."""
         last = self.left == 1 and self._config.sampler is Sampler.HEUN  # whose last step has no second half
         self.left -= 1
-        if self.x.device.type != "cuda" or last not in self._graphs:
+        if self.x.device.type != "cuda" or not self._capturing or last not in self._graphs:
             self._advance(last)
             self._graphs[last] = None
             return
         if (graph := self._graphs[last]) is None:
-            self._graphs[last] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._advance(last)
+            self._graphs[last] = graph = self._captured(last)
         graph.replay()
+
+    def _captured(self, last: bool) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # One after the other they run, so one memory serves both. PyTorch's own capturing stream belongs to the device
+        # that was captured on first; and what other threads do on the host is none of this graph's business.
+        pool = next((other.pool() for other in self._graphs.values() if other is not None), None)
+        stream = torch.cuda.Stream(self.x.device)
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._advance(last)
+        return graph
 
     @torch.no_grad()
     def _advance(self, last: bool) -> None:

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.data import normalised
 from fastdiff.sampling.base_samples import BaseSamples
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.generate import Int64Array, OfImages, Uint8Array
+from fastdiff.sampling.generate import Int64Array, OfImages, Stopped
+from fastdiff.sampling.output import Uint8Array
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Pipeline:
         low_res: OfImages | None = None
         if isinstance(self.base, Engine):
             small = self.base.draw(indices, labels, on_step=on_step)  # cut into the same batches
-            low_res = lambda _: normalised(torch.from_numpy(next(small)))  # noqa: E731
+            low_res = partial(_next_of, small)
         elif self.base is not None:
             low_res = self._given
         return self.engine.draw(indices, labels, low_res=low_res, start=self.start, on_step=on_step)
@@ -57,14 +61,22 @@ class Pipeline:
         return normalised(torch.from_numpy(self.base.batch(numbers)))
 
 
+def _next_of(batches: Iterator[Uint8Array], numbers: Int64Array) -> Tensor:
+    """The next batch of small images, filled up to as many as ``numbers`` has; Stopped where there is none."""
+    if (images := next(batches, None)) is None:
+        raise Stopped
+    return normalised(torch.from_numpy(images[np.arange(len(numbers)) % len(images)]))
+
+
 def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
     """From one x_T (1, 3, H, W) to another along the sphere (Shoemake 1985): (n, 3, H, W) for ``weights`` (n,).
 
     On a straight way between them noise would become too weak.
     """
-    cosine = torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0)
+    cosine = F.cosine_similarity(first.flatten(), second.flatten(), dim=0)
     angle = torch.arccos(cosine.clamp(-1, 1))
-    w = weights.view(-1, 1, 1, 1).to(first)
-    if float(angle) < 1e-4:
-        return torch.lerp(first, second, w)
-    return (torch.sin((1 - w) * angle) * first + torch.sin(w * angle) * second) / torch.sin(angle)
+    w = weights.view(-1, 1, 1, 1)
+    near = angle < 1e-4  # where sines are no longer to be divided
+    of_first = torch.where(near, 1 - w, torch.sin((1 - w) * angle) / torch.sin(angle))
+    of_second = torch.where(near, w, torch.sin(w * angle) / torch.sin(angle))
+    return of_first * first + of_second * second

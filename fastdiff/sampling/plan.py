@@ -7,15 +7,16 @@ from typing import Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastdiff.checkpoint import Checkpoint
-from fastdiff.config import SampleConfig
+from fastdiff.config import ClassMix, SampleConfig
 from fastdiff.data import load
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
 from fastdiff.sampling.classes import labels_of
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.generate import Int64Array, OfImages
+from fastdiff.sampling.generate import Int64Array, OfImages, on_device
 from fastdiff.sampling.pipeline import Pipeline, slerp
 
 
@@ -56,7 +57,7 @@ class Plan:
             base = load_base_samples(
                 base_samples, model.small_size, checkpoint.class_names if model.class_cond else None
             )
-            num_samples = num_samples or len(base)
+            num_samples = len(base) if num_samples is None else num_samples
         if num_samples is not None:
             config = replace(config, num_samples=num_samples)
         return cls(checkpoint, config, super_res, base, ends, classes)
@@ -69,17 +70,23 @@ class Plan:
                 f"model of {enlarges} pixels (fastdiff sample BASE --super-res THIS)"
             )
         _refuse_guidance(self.checkpoint, self.config)
+        if self.base is not None and self.super_res is not None:
+            raise ValueError("super_res: not after base_samples; enlarge the images once more with a second command")
         if self.super_res is not None:
             _refuse_unlike(self.checkpoint, self.super_res)
         if self.base is not None and self.classes:
             raise ValueError(f"class {self.classes[0]}: the images have the classes of the base samples")
         if self.ends is not None:
             self._check_ends(self.ends)
+        if self.config.class_mix is not ClassMix.BALANCED:
+            why = "class already says which to draw" if self.classes else "this model was trained without classes"
+            if self.classes or not self.checkpoint.model_config.class_cond:
+                raise ValueError(f"class_mix {self.config.class_mix}: {why}; leave it out")
 
     def _check_ends(self, ends: tuple[str, str]) -> None:
         config = self.config
         for end in ends:
-            if not end.isdecimal() and not Path(end).is_file():
+            if not (end.isdecimal() and int(end) < 2**64) and not Path(end).is_file():
                 raise ValueError(f"interpolate {end}: neither a seed nor an image file")
         if config.sampler.stochastic or config.eta:
             raise ValueError("interpolate: noise would part the images: use --sampler ddim, dpm++ or heun, without eta")
@@ -95,6 +102,8 @@ class Plan:
 
     def labels(self, indices: Int64Array) -> Int64Array | None:
         """The classes (N,) of the images ``indices`` (N,), None for a model without classes; ValueError if unknown."""
+        if self.ends is not None and not np.array_equal(indices, np.arange(self.config.num_samples)):
+            raise ValueError("indices: not with interpolate, whose images are numbered from one end to the other")
         if self.base is not None:
             labels = self.base.labels_of(indices)
             count = self.checkpoint.model_config.num_classes
@@ -119,13 +128,19 @@ class Plan:
         """x_T of the images 0 to num_samples - 1 on the way from one end to the other."""
         first, second = (self._latent(engine, end) for end in ends)
         last = max(self.config.num_samples - 1, 1)
-        return lambda numbers: slerp(first, second, torch.from_numpy(numbers / last))
 
-    def _latent(self, engine: Engine, end: str) -> torch.Tensor:
+        def start(numbers: Int64Array) -> Tensor:
+            weights = torch.from_numpy(numbers / last).float()
+            return slerp(first, second, on_device(weights, first.device))
+
+        return start
+
+    def _latent(self, engine: Engine, end: str) -> Tensor:
         if end.isdecimal():
             return engine.noise_of(int(end))
         image = load(end, self.checkpoint.model_config.image_size)
-        return engine.encode(image[None], self.labels(np.zeros(1, dtype=np.int64)))
+        labels = labels_of(self.checkpoint, np.zeros(1, dtype=np.int64), self.classes)
+        return engine.encode(image[None], labels)
 
 
 def _refuse_guidance(checkpoint: Checkpoint, config: SampleConfig) -> None:

@@ -66,7 +66,7 @@ class Shards:
         """
         try:
             manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError):
             manifest = None
@@ -114,7 +114,7 @@ class Shards:
             images = read_samples(path).images
             if len(images) == len(span):
                 return np.array(images)
-        raise ValueError(f"{path} is damaged: delete it, and the same command draws its images again")
+        raise ValueError(f"{path} is damaged and counts as missing: the same command draws its images again")
 
     def drop(self, span: range) -> None:
         """Delete one of ``spans()``: its images are missing from then on."""
@@ -122,9 +122,7 @@ class Shards:
 
     def clean(self) -> None:
         """Delete what killed processes were writing, here and for the output itself; no other one may be at work."""
-        ours = f".{self.folder.stem}"
-        beside = [p for p in abandoned(self.folder.parent) if p.name[: -len(".12345678.tmp")] == ours]
-        for path in abandoned(self.folder) + beside:
+        for path in abandoned(self.folder) + abandoned(self.folder.parent, of=self.folder.stem):
             shutil.rmtree(path)
 
     def remove(self) -> None:

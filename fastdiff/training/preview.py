@@ -17,7 +17,7 @@ from fastdiff.diffusion import build_diffusion
 from fastdiff.models import UNet
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling import generate, save_grid
-from fastdiff.sampling.generate import Uint8Array
+from fastdiff.sampling.output import Uint8Array
 from fastdiff.training.state import TrainState
 from fastdiff.training.update import conditions_of
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 
+from ..sampling.support import CLASSES, SMOOTH, UPPER, saved
 from .conftest import Cli
-from .support import TINY, refused, succeeded
+from .support import SHORT, TINY, refused, succeeded
 
 
 def images_in(path: Path | str) -> NDArray[np.uint8]:
@@ -248,3 +249,108 @@ def test_a_presets_training_flags_are_not_taken_for_the_samplers(sample: Cli, ch
         patch.setattr(engine, "generate", spy)
         succeeded(sample("bare.pt", *flags, "--num-samples", 1, "--steps", 2))
     assert seen == [16]
+
+
+def test_numbered_images_keep_their_names_and_classes(sample: Cli, checkpoint: Path) -> None:
+    succeeded(sample(checkpoint, "--num-samples", 6, "--steps", 3, "--out", "whole.npz"))
+    succeeded(sample(checkpoint, "--indices", "5, 0,3-4", "--steps", 3, "--png-dir", "pngs"))
+    with np.load("samples.npz") as file:
+        assert file["indices"].tolist() == [5, 0, 3, 4]
+        assert json.loads(str(file["settings"]))["indices"] == "5,0,3-4"
+    assert labels_in("samples.npz").tolist() == [2, 0, 0, 1]
+    names = sorted(path.name for path in Path("pngs").iterdir())
+    assert names == ["cat_000000.png", "cat_000003.png", "dog_000004.png", "zebra_000005.png"]
+    assert np.abs(images_in("samples.npz").astype(int) - images_in("whole.npz")[[5, 0, 3, 4]]).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["t.gif", "deep/er/t.png"])
+def test_a_trajectory_shows_how_the_first_image_came_about(sample: Cli, checkpoint: Path, name: str) -> None:
+    result = succeeded(sample(checkpoint, "--indices", "4,2", "--steps", 5, "--trajectory", name))
+    assert f"wrote {name}, how image 4 came about" in result.out
+    image = images_in("samples.npz")[0]
+    with Image.open(name) as picture:
+        frames = getattr(picture, "n_frames", 1)
+        picture.seek(frames - 1)
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    if name.endswith("gif"):
+        assert frames == 6
+        last = pixels[::4, ::4]
+    else:
+        assert pixels.shape == (4 * 12, 4 * (6 * 10 + 2), 3)
+        last = pixels[8:40:4, 4 * (5 * 10 + 2) :: 4][:, :8]
+    # a GIF has 256 colours, which an image of 64 pixels does not use up
+    assert np.abs(last - image).max() <= 1
+    refused(sample(checkpoint, "--out", "b.npz", "--trajectory", name), name.replace(".", r"\."), "--overwrite")
+
+
+def test_a_trajectory_of_a_cascade_ends_with_the_larger_image(sample: Cli, checkpoint: Path) -> None:
+    saved(Path("up.safetensors"), **UPPER, **CLASSES)
+    flags = ("--num-samples", 2, "--steps", 4, "--super-res", "up.safetensors")
+    result = succeeded(sample(checkpoint, *flags, "--trajectory", "t.gif"))
+    assert "enlarged by: up.safetensors, step 7" in result.out
+    assert "2 images of 16 pixels, 8 ddpm steps" in result.out
+    with Image.open("t.gif") as picture:
+        assert picture.n_frames == 5
+        picture.seek(4)
+        last = np.asarray(picture.convert("RGB"))[::4, ::4].astype(int)
+    assert np.abs(last - images_in("samples.npz")[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (("cat", "dog", "zebra"), 7),
+        (("línea\n\x1b[31m", "日本語", "a very long name of a class that nobody can read"), 5),
+        (("../../etc", "", "."), 4),
+        (("cat",), 5),  # more classes than names
+        ((), 5),
+        (tuple(f"class {i}" for i in range(20)), 45),  # more classes than columns
+    ],
+)
+def test_grids_and_files_of_any_class_names(sample: Cli, tmp_path: Path, names: tuple[str, ...], count: int) -> None:
+    saved(Path("m.safetensors"), class_cond=True, num_classes=max(3, len(names)), class_names=names)
+    flags = ("--num-samples", count, "--batch-size", 45, "--steps", 1, "--png-dir", "pngs")
+    succeeded(sample("m.safetensors", *flags))
+    with Image.open("samples.png") as grid:
+        assert len(grid.convert("RGB").getcolors(2**20)) > 50
+    assert len(list(Path("pngs").iterdir())) == count
+    assert {path.name for path in tmp_path.iterdir()} == {"m.safetensors", "samples.npz", "samples.png", "pngs"}
+
+
+def test_guidance_from_training_to_images(train: Cli, sample: Cli) -> None:
+    succeeded(train("r", "--steps", 3, "--label-dropout", 0.5, "--lr", 1e-2, "--no-ema-warmup", "--ema-rate", 0.1))
+    flags = ("r", "--num-samples", 4, "--steps", 5)
+    for scale in (1, 0, 4):
+        succeeded(sample(*flags, "--guidance-scale", scale, "--out", f"{scale}.npz"))
+    plain, without, strong = (images_in(f"{scale}.npz").astype(int) for scale in (1, 0, 4))
+    assert np.abs(plain - without).max() > 0
+    assert np.abs(strong - without).mean() > 2 * np.abs(plain - without).mean()
+    with np.load("4.npz") as file:
+        assert json.loads(str(file["settings"]))["guidance_scale"] == 4.0
+
+
+def test_classes_as_often_as_in_the_data(cli: Cli, sample: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("cat_1", "cat_2", "cat_3", "eel_1"):
+        Image.new("RGB", (8, 8)).save(data / f"{name}.png")
+    succeeded(cli("train", "--data-dir", data, "--run-dir", "r", *TINY, "--class-cond", *SHORT, "--steps", 1))
+    flags = ("r", "--steps", 1, "--class-mix", "data")
+    succeeded(sample(*flags, "--num-samples", 200, "--batch-size", 100))
+    labels = labels_in("samples.npz")
+    assert 120 < np.sum(labels == 0) < 180
+    assert set(labels) == {0, 1}
+    succeeded(sample(*flags, "--indices", "190-199,3", "--out", "part.npz"))
+    assert labels_in("part.npz").tolist() == labels[[*range(190, 200), 3]].tolist()
+
+
+def test_an_interpolation_of_two_files(sample: Cli, tmp_path: Path) -> None:
+    saved(Path("m.safetensors"), **SMOOTH)
+    images = np.random.default_rng(0).integers(50, 200, (2, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(f"{i}.png")
+    flags = ("--interpolate", "0.png", "1.png", "--sampler", "ddim", "--no-clip-denoised")
+    succeeded(sample("m.safetensors", *flags, "--num-samples", 20))
+    way = images_in("samples.npz").astype(int)
+    assert np.abs(way[0] - images[0]).mean() < 2
+    assert np.abs(way[-1] - images[1]).mean() < 2

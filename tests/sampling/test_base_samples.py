@@ -182,11 +182,12 @@ def test_the_longest_class_is_the_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("class_name", "file"), [("a/b", "a_b_000000.png"), ("a\\b", "a_b_000000.png"), ("..x", "_x_000000.png")]
+    ("class_name", "file"),
+    [("a/b", "a-b_000000.png"), ("a\\b", "a-b_000000.png"), ("a_b", "a-b_000000.png"), ("..x", "-x_000000.png")],
 )
 def test_names_that_no_file_can_have(tmp_path: Path, class_name: str, file: str) -> None:
     assert labels_in(folder(tmp_path / "f", file), ("a", class_name)) == [1]
-    assert labels_in(folder(tmp_path / "g", file), ("a", class_name, "a_b", "_x")) == [3 if "x" in file else 2]
+    assert labels_in(folder(tmp_path / "g", file), ("a", class_name, "a-b", "-x")) == [3 if "x" in file else 2]
 
 
 @pytest.mark.parametrize(

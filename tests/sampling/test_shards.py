@@ -226,7 +226,7 @@ def read(shards: Shards, content: bytes) -> np.ndarray | None:
         return shards.read(range(3, 8))
     except ValueError as error:
         said = str(error)
-    says = "000003-000008.npz is damaged: delete it, and the same command draws its images again"
+    says = "000003-000008.npz is damaged and counts as missing: the same command draws its images again"
     assert said == f"{shards.folder}/{says}"
     return None
 

@@ -1,0 +1,76 @@
+"""How much memory a job takes does not depend on how many images it draws."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .support import saved
+
+SIDE = 64
+SCRIPT = """
+import os, re, sys
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+from fastdiff.cli.app import main
+from fastdiff.models import UNet
+
+if sys.argv.pop(1) == "two layers":
+    UNet.forward = lambda self, x, timesteps: self.out(self.input_blocks[0](x, timesteps))
+try:
+    main()
+finally:
+    # not getrusage's, which is that of the process that started this one if it was larger
+    print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0], file=sys.stderr)
+"""
+
+
+def peak(folder: Path, model: Path, net: str, images: int) -> float:
+    """MiB of memory that ``fastdiff sample`` held at most."""
+    out = folder / f"{images}.npz"
+    flags = ["--num-samples", str(images), "--batch-size", "4", "--steps", "1", "--compile", "off", "--device", "cpu"]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            net,
+            "sample",
+            str(model),
+            *flags,
+            "--precision",
+            "fp32",
+            "--overwrite",
+            *("--out", str(out)),
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with np.load(out, mmap_mode="r") as file:
+        drawn = file["arr_0"]
+        assert drawn.shape == (images, SIDE, SIDE, 3)
+        assert len({image.tobytes() for image in drawn}) == images
+    assert not out.with_name(out.name + ".parts").exists()
+    found = re.search(r"VmHWM:\s+(\d+) kB", result.stderr)
+    assert found, result
+    return int(found[1]) / 1024
+
+
+# How a net's own memory comes to lie differs by some MiB from run to run, that of its outer layers by less than one.
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count")
+@pytest.mark.parametrize(
+    ("net", "runs"),
+    [("two layers", 1), pytest.param("all layers", 3, marks=[pytest.mark.slow, pytest.mark.timeout(600)])],
+)
+def test_2000_images_take_the_memory_of_500(tmp_path: Path, net: str, runs: int) -> None:
+    """Held, the 1,500 more would take 17.6 MiB."""
+    model = saved(tmp_path / "model.safetensors", image_size=SIDE, channel_mult=(1, 1, 1, 1))
+    few, many = (min(peak(tmp_path, model, net, images) for _ in range(runs)) for images in (500, 2000))
+    assert abs(many - few) < 9, (few, many)

@@ -1,0 +1,218 @@
+"""The same seed gives the same images: in any batch, on any number of processes, after any death."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.kernels import philox_uint32
+from fastdiff.sampling import Loop
+from fastdiff.sampling.shards import Shards, parts_of
+
+from ..cli.support import Result, finish
+from .support import CLASSES, UPPER, command, saved
+
+WORKER = Path(__file__).with_name("worker.py")
+STEPS = 4
+COUNT = 16
+HOW = ["--steps", str(STEPS), "--seed", "11", "--precision", "fp32", "--compile", "off", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, model.safetensors, and its first images as one batch draws them, whole.npz."""
+    folder = tmp_path_factory.mktemp("replay")
+    saved(folder / "model.safetensors", **CLASSES, learn_sigma=True)
+    command("sample", folder / "model.safetensors", *HOW, "--num-samples", COUNT, "--out", folder / "whole.npz")
+    return folder
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def same(path: Path, whole: Path, numbers: list[int] | None = None) -> None:
+    """A finished file holds the images of those numbers as the whole one has them, with all that belongs to them."""
+    numbers = list(range(COUNT)) if numbers is None else numbers
+    ours, theirs = load(path), load(whole)
+    assert ours.keys() == theirs.keys()
+    assert ours["indices"].tolist() == numbers
+    assert ours["arr_1"].tolist() == theirs["arr_1"][numbers].tolist()
+    assert ours["seed"] == theirs["seed"] == 11
+    levels = np.abs(ours["arr_0"].astype(int) - theirs["arr_0"][numbers])
+    assert levels.max() <= 2
+    assert np.mean(levels > 0) < 0.01
+    assert len({image.tobytes() for image in ours["arr_0"]}) == len(numbers)
+    said = [json.loads(str(file["settings"])) for file in (ours, theirs)]
+    which = {"indices": "", "num_samples": 0}
+    assert said[0] | which == said[1] | which
+    assert path.with_suffix(".png").is_file()
+    assert not parts_of(path).exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_whatever_the_batch(folder: Path, tmp_path: Path, batch_size: int) -> None:
+    out = tmp_path / "a.npz"
+    command(
+        *("sample", folder / "model.safetensors", *HOW, "--num-samples", COUNT, "--out", out),
+        *("--batch-size", batch_size),
+    )
+    same(out, folder / "whole.npz")
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("7", [7]), ("0-15", list(range(16))), ("15,2,9", [15, 2, 9]), ("3-5, 11,0-1", [3, 4, 5, 11, 0, 1])],
+)
+def test_a_part_is_what_the_whole_holds(folder: Path, tmp_path: Path, text: str, numbers: list[int]) -> None:
+    out = tmp_path / "a.npz"
+    flags = ("--indices", text, "--batch-size", 2, "--png-dir", tmp_path / "pngs", "--out", out)
+    command("sample", folder / "model.safetensors", *HOW, *flags)
+    same(out, folder / "whole.npz", numbers)
+    names = sorted(path.name for path in (tmp_path / "pngs").iterdir())
+    assert names == sorted(f"{CLASSES['class_names'][i % 3]}_{i:06d}.png" for i in numbers)
+
+
+def test_the_words_are_the_same_bit_for_bit() -> None:
+    numbers = torch.tensor([0, 1, 15, 2**32 + 1, 2**60])
+    whole = philox_uint32(2**64 - 1, numbers, 3, 50)
+    alone = torch.cat([philox_uint32(2**64 - 1, number[None], 3, 50) for number in numbers])
+    assert torch.equal(whole, alone)
+    assert torch.equal(philox_uint32(2**64 - 1, numbers.flip(0), 3, 50).flip(0), whole)
+
+
+def launch(
+    processes: int, folder: Path, out: Path, *args: object, torchrun: tuple[str, ...] = (), **environment: object
+) -> Result:
+    """``fastdiff sample`` alone or as several processes, through a worker that can be told to come to harm."""
+    run = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", *torchrun]
+    flags = [*HOW, *(() if "--indices" in args else ("--num-samples", COUNT)), "--out", out, *args]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, *(run if processes > 1 else ())),
+            *map(str, (WORKER, "sample", folder / "model.safetensors", *flags)),
+        ],
+        cwd=out.parent,
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")},
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+            **{name: str(value) for name, value in environment.items()},
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return finish(process)
+
+
+def finished(out: Path) -> dict[str, int]:
+    """The shards of an unfinished job with the times at which they were written."""
+    shards = Shards(parts_of(out))
+    assert shards.spans()
+    return {f"{span.start}-{span.stop}": shards._path(span).stat().st_mtime_ns for span in shards.spans()}
+
+
+def images_in(names: dict[str, int]) -> int:
+    return sum(int(stop) - int(start) for start, stop in (name.split("-") for name in names))
+
+
+def test_two_processes_draw_what_one_does(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.npz"
+    result = launch(2, folder, out, "--batch-size", 3, COUNT_FILE=tmp_path / "count")
+    assert result.status == 0, result
+    same(out, folder / "whole.npz")
+    assert [(tmp_path / f"count{rank}").read_text() for rank in (0, 1)] == [str(3 * STEPS)] * 2  # 8 as 3, 3, 2
+    assert result.out.count("drawing: 16 images") == result.out.count("wrote ") == 1
+    assert "2 processes" in result.out
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("before", "after", "batch_size", "then"),
+    [(1, 1, 5, 5), (1, 2, 3, 3), (2, 1, 3, 4)],
+    ids=["one and one", "one and two", "two and one, in other batches"],
+)
+def test_killed_and_started_again(
+    folder: Path, tmp_path: Path, before: int, after: int, batch_size: int, then: int
+) -> None:
+    """kill -9 in the middle, and the same command once more: what was finished is not drawn again."""
+    out = tmp_path / "a.npz"
+    # in the third batch, when the first is on the disk
+    harm = {"KILL_AFTER_STEPS": 2 * STEPS + 2, "KILL_RANK": before - 1}
+    result = launch(before, folder, out, "--batch-size", batch_size, **harm)
+    assert result.status == (1 if before > 1 else -9), result
+    assert not out.exists()
+    there = finished(out)
+    assert 0 < images_in(there) < COUNT
+    result = launch(after, folder, out, "--batch-size", then, COUNT_FILE=tmp_path / "count")
+    assert result.status == 0, result
+    assert f"going on: {images_in(there)} of 16 images are there\n" in result.out
+    same(out, folder / "whole.npz")
+    missing = COUNT - images_in(there)
+    shares = [len(part) for part in np.array_split(np.arange(missing), after)]
+    counts = [int((tmp_path / f"count{rank}").read_text()) for rank in range(after)]
+    assert counts == [-(-share // then) * STEPS for share in shares]
+
+
+@pytest.mark.parametrize(("flag", "text", "said"), [("--class", "eel", "class 'eel'"), ("--indices", "a", "indices")])
+def test_bad_input_is_told_once(folder: Path, tmp_path: Path, flag: str, text: str, said: str) -> None:
+    """However many processes there are."""
+    result = launch(2, folder, tmp_path / "a.npz", flag, text)
+    (line,) = (line for line in result.err.splitlines() if "error:" in line)
+    assert line.startswith(f"error: {said}")
+    assert result.status == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(240)
+def test_the_death_of_one_process_is_mended_by_torchrun(folder: Path, tmp_path: Path) -> None:
+    """One of two dies, torchrun starts both again; nothing that either had finished is lost."""
+    out = tmp_path / "a.npz"
+    harm = {"KILL_AFTER_STEPS": 5 * STEPS + 2, "KILL_RANK": 1, "COUNT_FILE": tmp_path / "count"}
+    result = launch(2, folder, out, "--batch-size", 1, torchrun=("--max-restarts=1", "--monitor-interval=0.2"), **harm)
+    assert result.status == 0, result
+    assert "going on: " in result.out
+    same(out, folder / "whole.npz")
+    counts = [int((tmp_path / f"count{rank}").read_text()) for rank in (0, 1)]
+    assert max(counts) < 8 * STEPS  # each was to draw 8
+
+
+class Died(BaseException):
+    """What no program reckons with."""
+
+
+@pytest.mark.parametrize("what", ["base", "cascade"])
+def test_enlarged_images_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Killed and gone on with, in other batches; the noise of both models is that of the image's number."""
+    model = saved(tmp_path / "upper.safetensors", **CLASSES, **UPPER)
+    flags: dict[str, list[Any]] = {
+        "base": [model, "--base-samples", folder / "whole.npz"],
+        "cascade": [folder / "model.safetensors", "--super-res", model, "--num-samples", COUNT],
+    }
+    whole, out = tmp_path / "whole.npz", tmp_path / "a.npz"
+    command("sample", *flags[what], *HOW, "--out", whole)
+
+    real, taken = Loop.step, 0
+
+    def step(self: Loop) -> None:
+        nonlocal taken
+        real(self)
+        taken += 1
+        if taken == 3 * STEPS + 1:
+            raise Died
+
+    monkeypatch.setattr(Loop, "step", step)
+    with pytest.raises(Died):
+        command("sample", *flags[what], *HOW, "--out", out, "--batch-size", 3)
+    there = images_in(finished(out))
+    assert 0 < there < COUNT
+    command("sample", *flags[what], *HOW, "--out", out, "--batch-size", 4)
+    same(out, whole)
