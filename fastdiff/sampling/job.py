@@ -80,15 +80,18 @@ class Job:
         if pipeline.steps > 250 and self.runtime.device.type == "cpu":
             log("hint: fewer steps are faster, try --sampler dpm++ --steps 20")
         began = time.perf_counter()
-        statuses = self.world.gathered(self.world.together(lambda: self._draw(pipeline, mine, on_progress)))
-        if status := max(statuses):
+        # until all are done: a signal to all must not end one that waits for the others before they can say so
+        with StopRequest(_ANSWER) as stop:
+            status = self.world.together(lambda: self._draw(pipeline, mine, stop, on_progress))
+            status = max(self.world.gathered(status))
+        if status:
             there = sum(map(len, self.files.shards.spans()))
             log(
                 f"stopped by {signal.Signals(status - 128).name}: {there} of {len(self.indices)} images are finished, "
                 f"in {self.files.shards.folder}; the same command goes on"
             )
             return status
-        speed = len(missing) / (time.perf_counter() - began)
+        speed = f", {len(missing) / (time.perf_counter() - began):.2f} images/s" if len(missing) else ""
         self.world.from_main(lambda: self._finish(pipeline, log, speed))
         return 0
 
@@ -115,14 +118,17 @@ class Job:
         files.clean()
         return shards.missing(len(self.indices))
 
-    def _draw(self, pipeline: Pipeline, positions: Int64Array, on_progress: OnProgress) -> int:
-        """Draw the images at ``positions``, increasing, each batch being kept while the next is drawn."""
+    def _draw(self, pipeline: Pipeline, positions: Int64Array, stop: StopRequest, on_progress: OnProgress) -> int:
+        """Draw the images at ``positions``, increasing, each batch being kept while the next is drawn.
+
+        Returns the exit status, not 0 where it was stopped before the last one.
+        """
         if not len(positions):
             return 0
         labels = None if self.labels is None else self.labels[positions]
         meter = _Meter(on_progress, len(positions) * self.world.size, pipeline.steps)
         saving: Future[None] | None = None
-        with StopRequest(_ANSWER) as stop, ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
+        with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
 
             def on_step(images: int) -> None:
                 meter.step(images * self.world.size)
@@ -144,7 +150,7 @@ class Job:
         labels = None if self.labels is None else self.labels[positions]
         return png_names(self.indices[positions], labels, self.plan.checkpoint.class_names)
 
-    def _finish(self, pipeline: Pipeline, log: Callable[[str], None], speed: float) -> None:
+    def _finish(self, pipeline: Pipeline, log: Callable[[str], None], speed: str) -> None:
         try:
             self._write(pipeline, log, speed)
         except OSError as error:
@@ -152,7 +158,7 @@ class Job:
             raise OSError(f"{error}: the images are all in {where}, and the same command goes on") from error
         self.files.shards.remove()
 
-    def _write(self, pipeline: Pipeline, log: Callable[[str], None], speed: float) -> None:
+    def _write(self, pipeline: Pipeline, log: Callable[[str], None], speed: str) -> None:
         files, labels = self.files, self.labels
         first = files.join(self.plan.image_size, self.indices, labels, self.settings)
         columns, names = None, None
@@ -165,7 +171,7 @@ class Job:
         if self.plan.ends is not None:
             columns = min(len(first), MOST_COLUMNS)  # from one end to the other
         save_grid(files.grid, first, columns, names)
-        log(f"wrote {files.out} and {files.grid}, {speed:.2f} images/s")
+        log(f"wrote {files.out} and {files.grid}{speed}")
         if files.png_dir is not None:
             log(f"wrote {len(self.indices)} PNG files in {files.png_dir}")
         if files.trajectory is not None:

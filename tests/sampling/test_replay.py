@@ -174,10 +174,20 @@ def test_bad_input_is_told_once(folder: Path, tmp_path: Path, flag: str, text: s
 
 @pytest.mark.timeout(240)
 def test_the_death_of_one_process_is_mended_by_torchrun(folder: Path, tmp_path: Path) -> None:
-    """One of two dies, torchrun starts both again; nothing that either had finished is lost."""
+    """One of two dies, torchrun starts both again; nothing that either had finished is lost, nor overwritten again."""
     out = tmp_path / "a.npz"
+    out.touch()
     harm = {"KILL_AFTER_STEPS": 5 * STEPS + 2, "KILL_RANK": 1, "COUNT_FILE": tmp_path / "count"}
-    result = launch(2, folder, out, "--batch-size", 1, torchrun=("--max-restarts=1", "--monitor-interval=0.2"), **harm)
+    result = launch(
+        2,
+        folder,
+        out,
+        "--batch-size",
+        1,
+        "--overwrite",
+        torchrun=("--max-restarts=1", "--monitor-interval=0.2"),
+        **harm,
+    )
     assert result.status == 0, result
     assert "going on: " in result.out
     same(out, folder / "whole.npz")
@@ -216,3 +226,15 @@ def test_enlarged_images_too(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     assert 0 < there < COUNT
     command("sample", *flags[what], *HOW, "--out", out, "--batch-size", 4)
     same(out, whole)
+
+
+@pytest.mark.timeout(240)
+def test_a_signal_to_all_while_one_is_done(folder: Path, tmp_path: Path) -> None:
+    """The second process has nothing to draw and waits; it must not die of the signal before the first has stopped."""
+    out = tmp_path / "a.npz"
+    harm = {"SIGNAL": "SIGTERM", "SIGNAL_AFTER_STEPS": 2, "SIGNAL_TORCHRUN": "yes"}
+    result = launch(2, folder, out, "--indices", "0", **harm)
+    assert "stopped by SIGTERM: 0 of 1 images are finished" in result.out, result
+    assert "lost the others" not in result.err
+    assert launch(2, folder, out, "--indices", "0").status == 0
+    same(out, folder / "whole.npz", [0])
