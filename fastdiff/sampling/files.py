@@ -51,7 +51,12 @@ class Files:
     def manifest(self) -> dict[str, str | None]:
         """Which of them a job was begun with: it goes on with the same ones, so that each is whole at the end."""
         named = {"png_dir": self.png_dir, "trajectory": self.trajectory}
-        return {name: None if path is None else str(path.absolute()) for name, path in named.items()}
+        return {name: None if path is None else str(path.resolve()) for name, path in named.items()}
+
+    @property
+    def again(self) -> str:
+        """What goes on with an unfinished job, in words."""
+        return "the same command without --overwrite" if self.overwrite else "the same command"
 
     def check(self) -> None:
         """ValueError where a file is in the way, other than an unfinished job's, or cannot be written."""

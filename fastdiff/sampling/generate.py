@@ -90,7 +90,7 @@ def generate(
         if loop.left:
             break
         leaving.append(_Leaving(loop.x, wanted, copying))
-        if copying is None:
+        while len(leaving) > (copying is not None):  # one batch ahead and no more, though a GPU's host could be
             yield leaving.popleft().arrived(steps)
         if steps.stopped:
             break

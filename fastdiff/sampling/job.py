@@ -63,8 +63,9 @@ class Job:
             try:
                 return self._fill(missing, log, on_progress)
             except Exception:
-                if self.world.main and not self.files.shards.spans():
-                    self.files.shards.remove()  # nothing came of it
+                # nothing came of it, unless there are PNG files, which are its own only as long as it is there
+                if self.world.main and self.files.png_dir is None and not self.files.shards.spans():
+                    self.files.shards.remove()
                 raise
 
     def _fill(self, missing: Int64Array, log: Callable[[str], None], on_progress: OnProgress) -> int:
@@ -88,7 +89,7 @@ class Job:
             there = sum(map(len, self.files.shards.spans()))
             log(
                 f"stopped by {signal.Signals(status - 128).name}: {there} of {len(self.indices)} images are finished, "
-                f"in {self.files.shards.folder}; the same command goes on"
+                f"in {self.files.shards.folder}; {self.files.again} goes on"
             )
             return status
         speed = f", {len(missing) / (time.perf_counter() - began):.2f} images/s" if len(missing) else ""
@@ -155,7 +156,7 @@ class Job:
             self._write(pipeline, log, speed)
         except OSError as error:
             where = self.files.shards.folder
-            raise OSError(f"{error}: the images are all in {where}, and the same command goes on") from error
+            raise OSError(f"{error}: the images are all in {where}, and {self.files.again} goes on") from error
         self.files.shards.remove()
 
     def _write(self, pipeline: Pipeline, log: Callable[[str], None], speed: str) -> None:
@@ -189,7 +190,8 @@ def _difference(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
             if inner := _difference(theirs, own):
                 return f"{name}'s {inner}"
         elif theirs != own:
-            return f"{name} ({theirs}, not {own})"
+            told = [value.get("file") if isinstance(value, Mapping) else value for value in (theirs, own)]
+            return f"{name} ({told[0]}, not {told[1]})"
     return ""
 
 

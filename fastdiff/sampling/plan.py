@@ -79,9 +79,17 @@ class Plan:
         if self.ends is not None:
             self._check_ends(self.ends)
         if self.config.class_mix is not ClassMix.BALANCED:
-            why = "class already says which to draw" if self.classes else "this model was trained without classes"
-            if self.classes or not self.checkpoint.model_config.class_cond:
-                raise ValueError(f"class_mix {self.config.class_mix}: {why}; leave it out")
+            self._refuse_mix()
+
+    def _refuse_mix(self) -> None:
+        reasons = {
+            "class already says which to draw": bool(self.classes),
+            "the base samples have classes of their own": self.base is not None,
+            "this model was trained without classes": not self.checkpoint.model_config.class_cond,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"class_mix {self.config.class_mix}: {reason}; leave it out")
 
     def _check_ends(self, ends: tuple[str, str]) -> None:
         config = self.config

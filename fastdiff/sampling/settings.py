@@ -44,6 +44,7 @@ def _described(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _fingerprint(path: Path) -> str:
     """A file by its bytes, a folder of images by their names and lengths."""
+    path = path.expanduser()
     if path.is_file():
         return f"{path.name} {sha256(path)}"
     folder = ImageFolder(path, 1, labels=None)

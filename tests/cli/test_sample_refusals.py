@@ -106,6 +106,7 @@ REFUSALS: list[tuple[str, tuple[object, ...], list[str]]] = [
     ("up", ("--base-samples", "nowhere.npz"), [r"nowhere\.npz does not exist"]),
     ("up", ("--base-samples", "text.txt"), [r"text\.txt is damaged or no npz"]),
     ("up", ("--base-samples", "large.npz"), [r"large\.npz", "16x16", "8x8"]),
+    ("upcats", ("--base-samples", "small.npz", "--class-mix", "data"), ["class_mix data", "classes of their own"]),
     ("upcats", ("--base-samples", "unlabelled.npz"), [r"unlabelled\.npz has no labels"]),
     ("upcats", ("--base-samples", "other.npz"), [r"other\.npz", "class 3", "does not have"]),
     ("upcats", ("--base-samples", "small.npz", "--class", "cat"), ["class cat", "base samples"]),
@@ -363,6 +364,36 @@ def test_it_goes_on_with_the_files_that_it_began_with(sample: Cli, unfinished: P
     for option, name in (("trajectory", "mine.gif"), ("trajectory", "b.gif"), ("png-dir", "pngs"), ("png-dir", "b")):
         left_nothing(unfinished, lambda: sample(*flags, f"--{option}", name), option.replace("-", "_"), "--overwrite")  # noqa: B023
     succeeded(sample(*flags))
+
+
+def test_png_files_without_a_finished_shard_are_the_jobs_own(
+    sample: Cli, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("cats.safetensors", *BATCHES, "--png-dir", "pngs")
+
+    def full(path: Path, *args: Any, **arrays: Any) -> None:
+        raise OSError(errno.ENOSPC, f"{path} cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "save_npz", full)
+        refused(sample(*flags), "No space left", "the same command goes on")
+    assert list((here / "pngs").iterdir())
+    succeeded(sample(*flags))
+    assert len(list((here / "pngs").iterdir())) == 8
+
+
+def test_a_folder_under_another_name_is_the_same(
+    sample: Cli, here: Path, at_step: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(8, interrupt())
+    assert sample("cats.safetensors", *BATCHES, "--png-dir", "pngs").status == 143
+    at_step()
+    assert "going on" in succeeded(sample("cats.safetensors", *BATCHES, "--png-dir", f"../{here.name}/pngs")).out
+
+
+def test_base_samples_at_home(sample: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    succeeded(sample("up.safetensors", "--base-samples=~/small.npz", "--steps", 1))
 
 
 def test_png_files_go_on_too(sample: Cli, here: Path, at_step: Callable[..., list[int]]) -> None:

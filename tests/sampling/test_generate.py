@@ -1,5 +1,8 @@
 """Batches of images: how many, of which class, from which noise."""
 
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,8 @@ from torch import Tensor
 from fastdiff import DiffusionConfig, SampleConfig, build_diffusion
 from fastdiff.config import Sampler
 from fastdiff.kernels import philox_normal
-from fastdiff.sampling import generate
+from fastdiff.sampling import Loop, generate
+from fastdiff.sampling.generate import Stopped
 
 DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=4, noise_schedule="cosine", predict_xstart=True))
 CPU = torch.device("cpu")
@@ -100,3 +104,60 @@ def test_on_step_counts_wanted_images_only() -> None:
     seen: list[int] = []
     run(num_samples=5, batch_size=2, on_step=seen.append)
     assert seen == [2] * 4 + [2] * 4 + [1] * 4
+
+
+class SlowDevice:
+    """Stands for a GPU, which takes a step only while the host sleeps: its streams, events and clock."""
+
+    type = "cuda"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = self.taken = self.most_ahead = 0
+        module, real = sys.modules["fastdiff.sampling.generate"], Loop.step
+
+        def step(loop: Loop) -> None:
+            self.asked += 1
+            self.most_ahead = max(self.most_ahead, self.asked - self.taken)
+            real(loop)
+
+        def event() -> SimpleNamespace:
+            at = self.asked
+            return SimpleNamespace(query=lambda: self.taken >= at)
+
+        def sleep(_: float) -> None:
+            self.taken += 1
+
+        stream = SimpleNamespace(record_event=event, wait_stream=lambda other: None)
+        cuda = SimpleNamespace(
+            Stream=lambda device: stream, current_stream=lambda device: stream, stream=lambda of: nullcontext()
+        )
+        monkeypatch.setattr(Loop, "step", step)
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
+        monkeypatch.setattr(module, "torch", SimpleNamespace(cuda=cuda, from_numpy=torch.from_numpy))
+        monkeypatch.setattr(module, "on_device", lambda tensor, device: tensor)
+        monkeypatch.setattr(module, "_on_host", Tensor.clone)
+
+
+@pytest.mark.parametrize("stop_at", [None, 3, 6, 8])
+def test_a_gpu_is_one_batch_ahead_of_its_images_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, stop_at: int | None
+) -> None:
+    """However fast the host asks; and where it is stopped, what is finished comes, and little more is drawn."""
+    expected = run(Mixing(), num_samples=20, batch_size=2)
+    device, told = SlowDevice(monkeypatch), 0
+
+    def on_step(images: int) -> None:
+        nonlocal told
+        told += 1
+        if told == stop_at:
+            raise Stopped
+
+    config = SampleConfig(num_samples=20, batch_size=2)
+    drawn = list(generate(Mixing(), DIFFUSION, config, image_size=2, device=device, on_step=on_step))  # type: ignore[arg-type]
+    assert device.most_ahead <= 2 * 4
+    for ours, theirs in zip(drawn, expected, strict=False):
+        assert np.array_equal(ours, theirs)
+    if stop_at is None:
+        assert len(drawn) == 10
+    else:
+        assert stop_at // 4 <= len(drawn) <= stop_at // 4 + 2
