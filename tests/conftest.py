@@ -1,6 +1,7 @@
 """What the tests of training, sampling and the command line share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel: without a GPU they are interpreted
 
 from fastdiff.data.shapes import write_shapes
+
+# Tests send signals, which a shell may have them ignore (a job in the background, nohup), and their children with them.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session", autouse=True)
