@@ -13,21 +13,26 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
 
     Only tensors are read, never code. ValueError where the file is damaged, holds anything else, or is an optimizer's.
     """
+    state = read_file(path)
+    if isinstance(state, dict) and {"state", "param_groups"} <= set(state):
+        raise ValueError(f"{path} is an optimizer's state, not a model: name the model*.pt or ema_*.pt file beside it")
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} is not a bare state dict of tensors")
+    return state
+
+
+def read_file(path: Path) -> object:
+    """What a ``.pt`` file holds, on the CPU: tensors, numbers, text and containers of them, never code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an odd pickle protocol
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors (pickled code, perhaps) and is not loaded: it must be a bare state dict"
         ) from None
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first_line(error)})") from None
-    if isinstance(state, dict) and {"state", "param_groups"} <= set(state):
-        raise ValueError(f"{path} is an optimizer's state, not a model: name the model*.pt or ema_*.pt file beside it")
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} is not a bare state dict of tensors")
-    return state
 
 
 def first_line(error: BaseException) -> str:
