@@ -31,9 +31,7 @@ PresetFlag = Annotated[str | None, typer.Option(help="A released model's flags, 
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
-def with_flags(
-    *configs: type[Config], leave_out: Sequence[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(*configs: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command every field of ``configs`` as an option; it gets those that were given as its argument ``flags``.
 
     A name that two configurations share becomes one option, that of the first.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastdiff.cli.improved_diffusion import log_folder, log_formats
 from fastdiff.cli.options import (
     DebugFlag,
     Flags,
@@ -25,6 +26,7 @@ from fastdiff.config import (
     DiffusionConfig,
     ModelConfig,
     Parallel,
+    Precision,
     RuntimeConfig,
     TrainConfig,
     is_table_size,
@@ -48,6 +50,13 @@ def train(
         typer.Option("--allow-changes", help="Resume although the data set or the diffusion process has changed."),
     ] = False,
     init_from: Annotated[Path | None, typer.Option(help="Begin with the weights of this checkpoint.")] = None,
+    resume_checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from another run's modelNNNNNN.pt (improved-diffusion's) or .safetensors, with its averages "
+            "and its optimizer."
+        ),
+    ] = None,
     batch_size_per_process: Annotated[
         int | None, typer.Option(min=1, help="Images per update and process, instead of --batch-size.")
     ] = None,
@@ -67,6 +76,7 @@ def train(
         resume=resume,
         allow_changes=allow_changes,
         init_from=init_from,
+        resume_checkpoint=resume_checkpoint,
         batch_size_per_process=batch_size_per_process,
         timeout=timeout,
     )
@@ -81,10 +91,19 @@ def run_training(
     resume: bool = False,
     allow_changes: bool = False,
     init_from: Path | None = None,
+    resume_checkpoint: Path | None = None,
     batch_size_per_process: int | None = None,
     timeout: int = 600,
 ) -> int:
     """Train as preset and flags say, or go on as the folder's run and flags do; returns the exit status."""
+    run_dir = run_dir or log_folder()
+    if "tensorboard" in log_formats():
+        flags = {"tensorboard": True} | flags
+    if resume_checkpoint is not None:
+        if init_from is not None:
+            raise ValueError("init_from and resume_checkpoint both say what to begin with: give one of them")
+        if _is_of(run_dir, resume_checkpoint):
+            run_dir, resume, resume_checkpoint = resume_checkpoint.parent, True, None
     if "data_dir" not in flags and not resume:
         raise ValueError("no data: name a folder of images with --data-dir")
     if "steps" not in flags and flags.get("lr_anneal_steps"):
@@ -101,8 +120,8 @@ def run_training(
         flags = flags | {"batch_size": batch_size_per_process * world.size}
     with ExitStack() as held:
         held.enter_context(world.explained())
-        plan = world.from_main(lambda: _decide(flags, preset, run_dir, resume, allow_changes, held))
-        status = _run(plan, init_from, world, held)
+        plan = world.from_main(lambda: _decide(flags, preset, run_dir, resume, allow_changes, held, resume_checkpoint))
+        status = _run(plan, init_from, resume_checkpoint, world, held)
     world.leave()
     return status
 
@@ -119,8 +138,32 @@ class _Plan:
     notes: list[str]
 
 
+def _is_of(run_dir: Path | None, path: Path) -> bool:
+    """Whether a checkpoint to go on from is the newest one of the run folder; ValueError where it is an older one."""
+    from fastdiff.checkpoint import saved_steps
+    from fastdiff.interop.openai_run import step_of
+
+    step, folder = step_of(path), path.parent
+    if not path.is_file():
+        raise ValueError(f"resume_checkpoint {path} does not exist")
+    if path.suffix != ".safetensors" or (run_dir or folder).resolve() != folder.resolve():
+        return False
+    if step != (newest := max(saved_steps(folder), default=step)):
+        raise ValueError(
+            f"resume_checkpoint {path}: the run in {folder} is at step {newest} by now; use --resume instead, or name "
+            "another --run-dir to go on from here"
+        )
+    return True
+
+
 def _decide(
-    flags: Flags, preset: str | None, run_dir: Path, resume: bool, allow_changes: bool, held: ExitStack
+    flags: Flags,
+    preset: str | None,
+    run_dir: Path,
+    resume: bool,
+    allow_changes: bool,
+    held: ExitStack,
+    resume_checkpoint: Path | None,
 ) -> _Plan:
     """What the flags and the folder ask for.
 
@@ -138,6 +181,9 @@ def _decide(
         run_folder.refuse_other_run(run_dir)
         if resume:
             notes.append(f"{run_dir} holds no run yet: beginning afresh")
+        if resume_checkpoint is not None:
+            flags, said = _from_checkpoint(flags, resume_checkpoint)
+            notes += said
         config = _new_run(all_flags(flags, preset))
         return _Plan(run_dir, config, False, "num_classes" in flags, allow_changes, notes)
     held.enter_context(Lease(run_dir, launcher()))
@@ -145,7 +191,23 @@ def _decide(
     return _Plan(run_dir, config, True, True, allow_changes, notes + changes)
 
 
-def _run(plan: _Plan, init_from: Path | None, world: "World", held: ExitStack) -> int:
+def _from_checkpoint(flags: Flags, path: Path) -> tuple[Flags, list[str]]:
+    """The flags of a run that begins with another one's step, and what is to be said of them."""
+    from fastdiff.checkpoint import read_weights
+    from fastdiff.interop.openai_run import step_of
+
+    labels = read_weights(path).get("label_emb.weight")
+    if labels is not None:
+        flags = {"num_classes": len(labels)} | flags  # improved-diffusion has 1000 of them whatever the data has
+    if "steps" in flags:
+        return flags, []
+    steps = step_of(path) + TrainConfig.steps
+    return flags | {"steps": steps}, [
+        f"{TrainConfig.steps:,} more steps, as neither --steps nor --lr-anneal-steps says"
+    ]
+
+
+def _run(plan: _Plan, init_from: Path | None, resume_checkpoint: Path | None, world: "World", held: ExitStack) -> int:
     from fastdiff.checkpoint import Lease
     from fastdiff.cli.display import Display
     from fastdiff.diffusion import build_diffusion
@@ -162,7 +224,7 @@ def _run(plan: _Plan, init_from: Path | None, world: "World", held: ExitStack) -
 
     runtime = world.together(resolve)
     world.check(runtime.device)
-    display = held.enter_context(Display(silent=not world.main))
+    display = held.enter_context(Display(silent=not world.main or "stdout" not in log_formats()))
     dataset = _load(config, display, world)
     config, changes = world.together(lambda: _with_data(plan, dataset))
 
@@ -180,10 +242,14 @@ def _run(plan: _Plan, init_from: Path | None, world: "World", held: ExitStack) -
     trainer = Trainer(config, dataset, runtime, run_dir, log, world)
     if resuming:
         trainer.resume()
-    if init_from is not None and trainer.state.step == 0:
-        trainer.init_from(init_from)
+    if (given := init_from or resume_checkpoint) is not None and trainer.state.step:
+        log(f"the weights of {given} are not taken: the run goes on with its own")
     elif init_from is not None:
-        log(f"the weights of {init_from} are not taken: the run goes on with its own")
+        trainer.init_from(init_from)
+    elif resume_checkpoint is not None:
+        trainer.resume_from(resume_checkpoint)
+    if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:
+        log(f"fp16_scale_growth has no meaning: precision {runtime.precision} needs no loss scale")
     train = trainer.config.train
     log(f"model: {describe_model(config.model, trainer.state.num_parameters)}")
     log(f"on: {world.describe()}, {runtime.describe(trainer.model_calls)}")

@@ -46,7 +46,7 @@ class DiffusionConfig(Config):
 class DataConfig(Config):
     """A folder of images and how it is read."""
 
-    data_dir: str = option("", "Folder of images, searched with all its sub-folders.")
+    data_dir: str = option("", "Folder of images with its sub-folders, or a .zip or .npz of them.")
     labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
     flip: bool = option(False, "Mirror each image left to right half of the time.")
     strict: bool = option(False, "Refuse a folder with unreadable images instead of skipping them.")
@@ -73,6 +73,12 @@ class TrainConfig(Config):
     schedule_sampler: ScheduleSampler = option(ScheduleSampler.UNIFORM, "How timesteps are drawn.")
     label_dropout: float = option(
         0.0, "Train this share of the images without their class, for --guidance-scale when sampling."
+    )
+    conditioning_noise: float = option(
+        0.0, "Super-resolution: train on small images with noise of up to this standard deviation (black to white: 2)."
+    )
+    fp16_scale_growth: float = option(
+        0.0, "fp16: grow log2 of the loss scale by this in every update, from 20 on; 0 means PyTorch's rule."
     )
     seed: int = option(0, "Seed of the initial weights, the order of the images and the noise.")
     log_interval: int = option(10, "Updates between two lines of the log.")
@@ -111,6 +117,8 @@ class TrainConfig(Config):
         self.require(self.spike_guard == 0 or self.spike_guard > 1, "spike_guard", "above 1, or 0 for never")
         self.require(self.lr > 0, "lr", "positive")
         self.require(0 <= self.label_dropout < 1, "label_dropout", "at least 0 and below 1")
+        self.require(0 <= self.conditioning_noise <= 2, "conditioning_noise", "between 0 and 2")
+        self.require(0 <= self.fp16_scale_growth <= 1, "fp16_scale_growth", "between 0 and 1")
         self.require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2^32")
         self.require(
             self.microbatch in (-1, "auto") or (type(self.microbatch) is int and self.microbatch > 0),

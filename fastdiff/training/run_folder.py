@@ -44,6 +44,9 @@ class RunConfig:
                 f"label_dropout {self.train.label_dropout:g} needs a model that is told classes: train one with "
                 "--class-cond"
             )
+        if self.train.conditioning_noise and self.model.small_size is None:
+            said = f"conditioning_noise {self.train.conditioning_noise:g}"
+            raise ValueError(f"{said} is for super-resolution models: give --small-size, or leave it out")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""

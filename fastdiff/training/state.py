@@ -1,6 +1,6 @@
 """Everything that an update changes, and its way to and from the files of a checkpoint."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastdiff import checkpoint
 from fastdiff.config import Precision, ScheduleSampler
 from fastdiff.diffusion import GaussianDiffusion, LossSecondMomentSampler, UniformSampler
+from fastdiff.interop.openai_run import MOMENTS, OpenAIRun
 from fastdiff.models import UNet
 from fastdiff.runtime.distributed import World
 from fastdiff.training.ema import EMA
@@ -18,7 +19,8 @@ from fastdiff.training.parallel import own_part, part_of, whole_of
 from fastdiff.training.run_folder import RunConfig
 from fastdiff.training.saver import CheckpointFile
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+INITIAL_LOG_LOSS_SCALE = 20
+"""Where fp16_scale_growth begins; improved-diffusion's."""
 
 
 class TrainState:
@@ -49,7 +51,7 @@ class TrainState:
         device = self.parameters[0].device
         # The fused update skips a step with an infinite gradient by itself, without a word from the host.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision is Precision.FP16)
+        self.scaler = _scaler(device, precision, train.fp16_scale_growth)
         self.guard = Guard(train.spike_guard, device)
         self.sums = LossSums(device)
         self.sampler: UniformSampler | LossSecondMomentSampler
@@ -108,7 +110,7 @@ class TrainState:
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for key in _MOMENTS:
+        for key in MOMENTS:
             moments = ((name, self.optimizer.state[p]) for name, p in zip(self.names, self.parameters, strict=True))
             found |= self._on_host(((name, moment[key]) for name, moment in moments), f"{key}.")
         if isinstance(self.sampler, LossSecondMomentSampler):
@@ -134,12 +136,7 @@ class TrainState:
         self.set_weights(weights, path)
         for ema, (average, updates) in zip(self.emas, averages, strict=True):
             ema.load((part_of(average[n], held) for n, held in zip(self.names, self.held, strict=True)), updates)
-        for name, parameter, held in zip(self.names, self.parameters, self.held, strict=True):
-            self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device)} | {
-                # in the parameter's own layout, which the file does not keep
-                key: torch.empty_like(parameter).copy_(part_of(tensors[f"{key}.{name}"], held))
-                for key in _MOMENTS[1:]
-            }
+        self._set_moments(tensors)
         if self.scaler.is_enabled() and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
         if isinstance(self.sampler, LossSecondMomentSampler):
@@ -151,12 +148,47 @@ class TrainState:
         self.sums.load_state(tensors["log_sums"], self.world.rank, self.world.size)
         self.step = step
 
+    def load_openai(self, run: OpenAIRun, path: Path) -> None:
+        """Go on from an improved-diffusion run; ValueError where ``path``, its model's file, is of another model.
+
+        An average that it did not keep begins with the weights, as there.
+        """
+        for average in run.averages.values():
+            checkpoint.refuse_other_architecture(dict(zip(self.names, self.held, strict=True)), average, path)
+        self.set_weights(run.weights, path)
+        for ema in self.emas:
+            average = run.averages.get(ema.rate, run.weights)
+            ema.load((part_of(average[n], held) for n, held in zip(self.names, self.held, strict=True)), run.step)
+        if run.moments is not None:
+            self._set_moments(run.moments)
+        self.step = run.step
+
+    def _set_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the optimizer's state, ``{"exp_avg.NAME": ...}``."""
+        for name, parameter, held in zip(self.names, self.parameters, self.held, strict=True):
+            self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device, copy=True)} | {
+                # in the parameter's own layout, which the file does not keep
+                key: torch.empty_like(parameter).copy_(part_of(tensors[f"{key}.{name}"], held))
+                for key in MOMENTS[1:]
+            }
+
     def _read_average(self, run_dir: Path, ema: EMA, step: int) -> tuple[dict[str, Tensor], int]:
         path = checkpoint.ema_path(run_dir, ema.rate, step)
         if not path.exists():
             raise ValueError(f"{path} is missing: go on with the ema_rate that the run was begun with")
         averages, about = checkpoint.read_tensors(path, kind="model")
         return averages, about["ema_updates"]
+
+
+def _scaler(device: torch.device, precision: Precision, growth: float) -> torch.amp.GradScaler:
+    """The loss scale: PyTorch's rule, or improved-diffusion's, which grows it a little in every update.
+
+    Either way it is halved, and the update skipped, where the gradient is not finite.
+    """
+    rule: dict[str, float] = {}
+    if growth:
+        rule = {"init_scale": 2.0**INITIAL_LOG_LOSS_SCALE, "growth_factor": 2.0**growth, "growth_interval": 1}
+    return torch.amp.GradScaler(device.type, enabled=precision is Precision.FP16, **rule)  # type: ignore[arg-type]
 
 
 def on_host(tensor: Tensor) -> Tensor:

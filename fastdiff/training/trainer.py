@@ -15,6 +15,7 @@ from fastdiff.config import Compile
 from fastdiff.data import Dataset, batch_indices, batches, on_device
 from fastdiff.data.dataset import printable
 from fastdiff.diffusion import build_diffusion
+from fastdiff.interop.openai_run import read_run, step_of
 from fastdiff.models import build_model, forward_flops
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World
@@ -130,6 +131,34 @@ class Trainer:
         self.world.together(lambda: self.state.set_weights(weights, path))
         self.state = self._new_state()
         self.log(f"weights from {path}")
+
+    def resume_from(self, path: Path) -> None:
+        """Go on in this run folder from another run's modelNNNNNN file, improved-diffusion's (.pt) or our own.
+
+        What lies beside it, averages and optimizer, comes along. ValueError where something does not fit.
+        """
+        step = step_of(path)
+        if step >= (steps := self.config.train.steps):
+            self.world.refuse(f"{path} is at step {step}: steps {steps} lies behind it; name more with --steps")
+        if path.suffix == ".pt":
+            self.world.together(lambda: self._resume_from_openai(path))
+        else:
+            self.world.from_main(lambda: checkpoint.verify_step(path.parent, step))
+            self.world.together(lambda: self.state.load(path.parent, step))
+        self._snapshot_step = self._first_step = step
+        self.log(f"resumed at step {step} from {path}")
+
+    def _resume_from_openai(self, path: Path) -> None:
+        train = self.config.train
+        run = read_run(path, train.ema_rate)
+        self.state.load_openai(run, path)
+        for rate in train.ema_rate:
+            if rate not in run.averages:
+                self.log(f"no ema_{rate}_{run.step:06d}.pt beside it: that average begins with the weights")
+        if run.moments is None:
+            self.log(f"no opt{run.step:06d}.pt beside it: the optimizer begins afresh")
+        elif run.lr not in (None, train.lr) and not train.lr_anneal_steps:
+            self.log(f"its learning rate was {run.lr:g}, and the run goes on with --lr {train.lr:g}")
 
     def resume(self) -> None:
         """Go on from the run's newest checkpoint that is whole; ValueError where none is, or it does not fit."""

@@ -20,6 +20,7 @@ from fastdiff.training.run_folder import RunConfig
 from fastdiff.training.state import TrainState
 
 NOISE_STREAM, TIMESTEP_STREAM, LABEL_STREAM = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
+LOW_RES_STREAM, LOW_RES_LEVEL_STREAM = 0xFFFFFFFC, 0xFFFFFFFB
 """The Philox steps that training draws from; sampling counts its own from 0."""
 
 
@@ -59,6 +60,8 @@ class Updater:
         if labels is not None and train.label_dropout:
             labels = with_null_class(train, labels, numbers)
         conditions = conditions_of(self._config, x_start, labels)
+        if train.conditioning_noise:
+            conditions["low_res"] = with_conditioning_noise(train, conditions["low_res"], numbers)
         found = []
         parts = micro_batches(train, self._world.size)
         for part in parts:
@@ -131,6 +134,18 @@ def with_null_class(config: TrainConfig, labels: Tensor, numbers: Tensor) -> Ten
     """
     words = philox_uint32(config.seed, numbers, LABEL_STREAM, 1)[:, 0]
     return labels.masked_fill(words < round(config.label_dropout * 2**32), NULL_CLASS)
+
+
+def with_conditioning_noise(config: TrainConfig, low_res: Tensor, numbers: Tensor) -> Tensor:
+    """low_res (N, 3, h, w) of the samples ``numbers`` (N,) with Gaussian noise of a deviation up to conditioning_noise.
+
+    Conditioning augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4): a model that was trained so
+    forgives what the base model draws wrongly. It is not told how much noise there is, which is a function of seed and
+    sample.
+    """
+    level = philox_uint32(config.seed, numbers, LOW_RES_LEVEL_STREAM, 1) * (config.conditioning_noise / 2**32)  # (N, 1)
+    noise = philox_normal(config.seed, numbers, LOW_RES_STREAM, low_res.shape[1:])
+    return low_res + level.to(low_res.dtype)[:, :, None, None] * noise
 
 
 def trial(

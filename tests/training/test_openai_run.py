@@ -1,0 +1,195 @@
+"""Going on from the files of an improved-diffusion run, and its way to scale the loss."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff.interop.openai_run import MOMENTS, read_run, step_of
+from fastdiff.training import Trainer
+from fastdiff.training.state import INITIAL_LOG_LOSS_SCALE
+
+from .support import file, randomise, same, trainer, weights
+
+FLAGS: dict[str, Any] = {"ema_rate": "0.9999,0.5", "lr": 1e-3, "class_cond": True, "weight_decay": 0.01}
+KINDS = ("model", "ema_0.9999_", "ema_0.5_", "opt")
+
+
+def as_openai_saves(trained: Trainer, folder: Path, flattened: bool = False, whole_steps: bool = False) -> Path:
+    """The state of a trainer as the files that improved-diffusion would have written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state, step = trained.state, trained.state.step
+    path = folder / f"model{step:06d}.pt"
+    torch.save(weights(trained), path)
+    for ema in state.emas:
+        average = dict(zip(state.names, ema.tensors(), strict=True))
+        torch.save(average, folder / f"ema_{ema.rate}_{step:06d}.pt")
+    states = [{key: state.optimizer.state[p][key].clone() for key in MOMENTS} for p in state.parameters]
+    if flattened:  # runs in fp16 keep all parameters as one
+        ends = {key: torch.cat([one[key].contiguous().flatten() for one in states]) for key in MOMENTS[1:]}
+        states = [{"step": states[0]["step"], **ends}]
+    if whole_steps:  # as older releases of PyTorch counted
+        states = [one | {"step": int(one["step"])} for one in states]
+    groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": list(range(len(states)))}]
+    torch.save({"state": dict(enumerate(states)), "param_groups": groups}, folder / f"opt{step:06d}.pt")
+    return path
+
+
+@pytest.mark.parametrize(("flattened", "whole_steps"), [(False, False), (True, False), (False, True)])
+def test_it_goes_on_exactly(tmp_path: Path, shapes: Path, flattened: bool, whole_steps: bool) -> None:
+    straight = randomise(trainer(tmp_path / "straight", shapes, steps=4, **FLAGS))
+    straight.run()
+    begun = randomise(trainer(tmp_path / "begun", shapes, steps=2, **FLAGS))
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original", flattened, whole_steps)
+    resumed = trainer(tmp_path / "resumed", shapes, steps=4, **FLAGS)
+    resumed.resume_from(path)
+    assert resumed.state.step == 2
+    assert resumed.log[-1] == f"resumed at step 2 from {path}"
+    resumed.run()
+    for kind in KINDS:
+        one, other = (file(tmp_path / run / f"{kind}000004.safetensors")[0] for run in ("straight", "resumed"))
+        # what no original keeps
+        assert same(*({k: v for k, v in t.items() if k not in ("log_sums", "guard")} for t in (one, other))), kind
+
+
+def test_a_run_of_our_own_goes_on_in_another_folder(tmp_path: Path, shapes: Path) -> None:
+    straight = trainer(tmp_path / "straight", shapes, steps=4, **FLAGS)
+    straight.run()
+    trainer(tmp_path / "begun", shapes, steps=2, **FLAGS).run()
+    resumed = trainer(tmp_path / "resumed", shapes, steps=4, **FLAGS)
+    resumed.resume_from(tmp_path / "begun" / "model000002.safetensors")
+    resumed.run()
+    for kind in KINDS:
+        assert same(*(file(tmp_path / run / f"{kind}000004.safetensors")[0] for run in ("straight", "resumed")))
+
+
+def test_what_is_missing_is_told(tmp_path: Path, shapes: Path) -> None:
+    begun = randomise(trainer(tmp_path / "begun", shapes, steps=1, **FLAGS))
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original")
+    for name in ("ema_0.5_000001.pt", "opt000001.pt"):
+        path.with_name(name).unlink()
+    resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4})
+    resumed.resume_from(path)
+    said = "\n".join(resumed.log)
+    assert "no ema_0.5_000001.pt beside it: that average begins with the weights" in said
+    assert "no opt000001.pt beside it: the optimizer begins afresh" in said
+    state = resumed.state
+    assert same(dict(zip(state.names, state.emas[1].tensors(), strict=True)), weights(begun))
+    assert not state.optimizer.state
+    resumed.run()
+    assert (tmp_path / "resumed" / "model000002.safetensors").exists()
+
+
+def test_another_learning_rate_is_told(tmp_path: Path, shapes: Path) -> None:
+    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original")
+    resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4})
+    resumed.resume_from(path)
+    assert "its learning rate was 0.001, and the run goes on with --lr 0.0005" in resumed.log
+
+
+def test_nothing_is_saved_before_an_update(tmp_path: Path, shapes: Path) -> None:
+    """There would be no optimizer's state to save, and nothing new."""
+    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original")
+    path.with_name("opt000001.pt").unlink()
+    resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS)
+    resumed.resume_from(path)
+    resumed._save()
+    resumed.saver.wait()
+    assert not list((tmp_path / "resumed").glob("*.safetensors"))
+
+
+def test_a_step_behind_the_end_is_refused(tmp_path: Path, shapes: Path) -> None:
+    begun = trainer(tmp_path / "begun", shapes, steps=2, **FLAGS)
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original")
+    with pytest.raises(ValueError, match="is at step 2: steps 2 lies behind it; name more with --steps"):
+        trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS).resume_from(path)
+
+
+def _another_shape(content: Any) -> Any:
+    content["state"][0]["exp_avg"] = torch.zeros(3)
+    return content
+
+
+def _one_less(content: Any) -> Any:
+    del content["state"][0]
+    return content
+
+
+def _without_moment(content: Any) -> Any:
+    del content["state"][1]["exp_avg_sq"]
+    return content
+
+
+def _of_integers(content: Any) -> Any:
+    content["state"][0]["exp_avg"] = content["state"][0]["exp_avg"].long()
+    return content
+
+
+def _step_of_many(content: Any) -> Any:
+    content["state"][0]["step"] = torch.zeros(2)
+    return content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_another_shape, _one_less, _without_moment, _of_integers, _step_of_many, lambda _: {"state": {}}, lambda _: [1]],
+)
+def test_an_optimizer_that_does_not_fit_is_refused(tmp_path: Path, shapes: Path, damage: Callable[[Any], Any]) -> None:
+    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original")
+    beside = path.with_name("opt000001.pt")
+    torch.save(damage(torch.load(beside)), beside)
+    with pytest.raises(ValueError, match=re.escape(f"{beside} is not the optimizer's state of the model beside it")):
+        read_run(path, (0.5,))
+
+
+def test_another_architecture_is_refused(tmp_path: Path, shapes: Path) -> None:
+    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original")
+    other = trainer(tmp_path / "other", shapes, steps=2, **FLAGS | {"num_channels": 64})
+    with pytest.raises(ValueError, match="another architecture"):
+        other.resume_from(path)
+    torch.save({"a": torch.zeros(1)}, path.with_name("ema_0.5_000001.pt"))
+    with pytest.raises(ValueError, match="another architecture"):
+        trainer(tmp_path / "again", shapes, steps=2, **FLAGS).resume_from(path)
+
+
+@pytest.mark.parametrize("name", ["ema_0.9999_010000.pt", "model.pt", "opt000001.pt", "model1.bin", "xmodel000001.pt"])
+def test_a_name_without_a_step_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is not called modelNNNNNN\.pt, .*--init-from"):
+        step_of(Path("folder") / name)
+
+
+def test_the_loss_scale_of_the_original(tmp_path: Path, shapes: Path) -> None:
+    """lg_loss_scale begins at 20, grows by fp16_scale_growth with an update and falls by 1 with one that overflows."""
+    run = trainer(tmp_path / "a", shapes, "fp16", steps=1, fp16_scale_growth=0.01)
+    scaler = run.state.scaler
+    assert scaler.get_scale() == 2.0**INITIAL_LOG_LOSS_SCALE == 2.0**20
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    lg = 20.0
+    for gradient, change in ((1.0, 0.01), (1.0, 0.01), (float("inf"), -1), (float("nan"), -1), (1.0, 0.01)):
+        scaler.scale(torch.ones(1))
+        parameter.grad = torch.full((1,), gradient)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        lg += change
+        assert abs(float(torch.tensor(scaler.get_scale()).log2()) - lg) < 1e-5
+
+
+def test_without_it_the_scale_is_pytorchs(tmp_path: Path, shapes: Path) -> None:
+    run = trainer(tmp_path / "a", shapes, "fp16", steps=1)
+    assert run.state.scaler.state_dict() == torch.amp.GradScaler("cpu").state_dict()
