@@ -1,9 +1,9 @@
 """From a folder of images to batches: find, decode once, draw in an order that needs no memory of what came before."""
 
 from fastdiff.data.batches import batches
-from fastdiff.data.cache import Dataset, load_dataset
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight
 from fastdiff.data.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, decode, load, resize_and_crop
+from fastdiff.data.loading import Dataset, load_dataset
 from fastdiff.data.npz import Samples, read_samples
 from fastdiff.data.order import batch_indices, epoch_order
 from fastdiff.data.pixels import normalised, to_uint8

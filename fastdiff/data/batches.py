@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastdiff.config import DataConfig
-from fastdiff.data.cache import Dataset
+from fastdiff.data.loading import Dataset
 from fastdiff.data.order import batch_indices
 
 AHEAD = 2

@@ -3,18 +3,14 @@
 import hashlib
 import json
 import math
-import mmap
 import os
 import shutil
 import time
 import uuid
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import compress, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.config import Cache, DataConfig
-from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_counts, printable
-from fastdiff.data.images import UnreadableImage, load_with_size
+from fastdiff.data.dataset import ImageFolder, printable
+from fastdiff.data.images import File, UnreadableImage, load_with_size
+from fastdiff.data.threads import in_order
+from fastdiff.data.zipped import ZipMember
 
 MEMORY_SHARE = 0.25
 """Decoded images stay in memory if they take at most this share of what is available."""
@@ -32,40 +30,14 @@ _FORMAT = 1  # of the cache files, and of the pixels in them: change it when dec
 _STALE_SECONDS = 3600  # a temporary file that nobody has written to for so long belongs to a killed run
 
 Progress = Callable[[int, int], None]
+Keep = Callable[[int, NDArray[np.uint8], tuple[int, int]], Any]
+"""Takes the number of an image in its folder, its pixels, and its (width, height) before."""
+
 _Loaded = tuple[NDArray[np.uint8], tuple[int, int]] | UnreadableImage
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Decoded images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None.
-
-    ``names`` are those of the N images below the data folder, ``fingerprint`` 64 hex digits of what the folder holds:
-    the names and lengths in bytes of the N images, the class of each, and the classes. It stays the same for a copy of
-    the folder, for other times of its files and for another image_size, and it does not see what is left out, nor a
-    file of the same length with other bytes.
-    """
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64] | None
-    class_names: tuple[str, ...]
-    preflight: Preflight
-    names: tuple[str, ...]
-    fingerprint: str
-
-    def check(self) -> None:
-        """OSError where the mapped file has become shorter: reading its end would kill the process (SIGBUS)."""
-        file: Any = self.images.base  # the mapping keeps its file open
-        if isinstance(self.images, np.memmap) and isinstance(file, mmap.mmap):
-            missing = self.images.offset + self.images.nbytes - file.size()
-            if missing > 0:
-                raise OSError(
-                    f"{self.images.filename}, the decoded images, has lost {missing:,} bytes while in use; "
-                    "start again with --resume, which decodes them anew"
-                )
-
-
 @dataclass
-class _Decoded:
+class Decoded:
     """What decoding a folder found out besides the pixels."""
 
     unreadable: dict[str, str]
@@ -73,49 +45,18 @@ class _Decoded:
     largest: tuple[int, int]
 
 
-def load_dataset(
-    config: DataConfig,
-    image_size: int,
-    *,
-    labelled: bool,
-    on_progress: Progress | None = None,
-    processes: int = 1,
-) -> Dataset:
-    """Every readable image of config.data_dir at image_size, in the folder's order.
+def decode_once(
+    folder: ImageFolder, config: DataConfig, on_progress: Progress | None, processes: int
+) -> tuple[NDArray[np.uint8], Decoded, NDArray[np.int64]]:
+    """The readable images of a folder in its order (M, H, W, 3), what was found out, and the lengths (N,) of its files.
 
-    Unreadable images are left out and named in the preflight. ``on_progress(done, total)`` is called after each image
-    that is decoded, in the caller's thread. Where several ``processes`` of this machine load the folder, cache auto
-    takes the file, which they map all at once, and cache memory gives each a copy of its own: let one of them load the
-    folder first, and the others find its file.
-
-    Raises ValueError for a folder without images that can be read, for unreadable images if config.strict, and where
-    neither the memory nor the disk can hold the decoded images.
+    In memory or in a file, as config.cache says; ``processes`` of this machine want them. Raises ValueError where
+    neither can hold them or no image can be read.
     """
-    folder = ImageFolder(config.data_dir, image_size, config.labels if labelled else None)
     key, lengths = _key_and_lengths(folder)
-    if _in_memory(config.cache, len(folder) * _image_bytes(image_size), processes):
-        images, decoded = _decode_to_memory(folder, on_progress)
-    else:
-        images, decoded = _decode_to_disk(folder, key, _cache_dir(config), on_progress)
-    if decoded.unreadable and config.strict:
-        name, reason = next(iter(decoded.unreadable.items()))
-        raise ValueError(
-            f"strict: {len(decoded.unreadable):,} of {len(folder):,} images in {folder.root} cannot be read, the first "
-            f"is {printable(name)} ({reason}); mend or remove them, or leave strict off to skip them"
-        )
-    readable = np.array([name not in decoded.unreadable for name in folder.names])
-    names = tuple(compress(folder.names, readable))
-    unreadable = [LeftOut(name, reason) for name, reason in decoded.unreadable.items()]
-    preflight = Preflight(
-        extension_counts(names),
-        folder.class_names,
-        decoded.smallest,
-        decoded.largest,
-        (*unreadable, *folder.left_out),
-    )
-    labels = None if folder.labels is None else folder.labels[readable]
-    fingerprint = _fingerprint(names, lengths[readable], labels, folder.class_names)
-    return Dataset(images, labels, folder.class_names, preflight, names, fingerprint)
+    if _in_memory(config.cache, len(folder) * _image_bytes(folder.image_size), processes):
+        return *_decode_to_memory(folder, on_progress), lengths
+    return *_decode_to_disk(folder, key, _cache_dir(config), on_progress), lengths
 
 
 def available_memory() -> int:
@@ -140,22 +81,22 @@ def _in_memory(cache: Cache, needed: int, processes: int) -> bool:
     return cache is Cache.MEMORY or (processes == 1 and needed <= MEMORY_SHARE * available)
 
 
-def _decode_to_memory(folder: ImageFolder, on_progress: Progress | None) -> tuple[NDArray[np.uint8], _Decoded]:
+def _decode_to_memory(folder: ImageFolder, on_progress: Progress | None) -> tuple[NDArray[np.uint8], Decoded]:
     images = np.empty((len(folder), folder.image_size, folder.image_size, 3), np.uint8)
     filled = 0
 
-    def keep(image: NDArray[np.uint8]) -> None:
+    def keep(_: int, image: NDArray[np.uint8], __: tuple[int, int]) -> None:
         nonlocal filled
         images[filled] = image
         filled += 1
 
-    decoded = _decode(folder, keep, on_progress)
+    decoded = decode(folder, keep, on_progress)
     return images[:filled], decoded
 
 
 def _decode_to_disk(
     folder: ImageFolder, key: str, cache_dir: Path, on_progress: Progress | None
-) -> tuple[NDArray[np.uint8], _Decoded]:
+) -> tuple[NDArray[np.uint8], Decoded]:
     file, notes = cache_dir / f"{key}.npy", cache_dir / f"{key}.json"
     if (found := _reopen(folder, file, notes)) is not None:
         return found
@@ -166,7 +107,7 @@ def _decode_to_disk(
         try:
             with temporary.open("wb") as out:
                 _write_header(out, folder, 0)
-                decoded = _decode(folder, lambda image: out.write(image.data), on_progress)
+                decoded = decode(folder, lambda _, image, __: out.write(image.data), on_progress)
                 out.seek(0)
                 _write_header(out, folder, len(folder) - len(decoded.unreadable))
                 out.flush()
@@ -185,56 +126,49 @@ def _decode_to_disk(
     return np.load(file, mmap_mode="r"), decoded
 
 
-def _decode(folder: ImageFolder, keep: Callable[[NDArray[np.uint8]], Any], on_progress: Progress | None) -> _Decoded:
+def decode(folder: ImageFolder, keep: Keep, on_progress: Progress | None) -> Decoded:
     """Give every readable image to ``keep`` in order. Raises ValueError if there is none."""
     unreadable: dict[str, str] = {}
     smallest = largest = None
     # Pillow warns about odd metadata and the like. Threads share the filters, so they are set here, around all of them.
     with warnings.catch_warnings(), closing(_load_all(folder)) as results:
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        for done, (name, result) in enumerate(zip(folder.names, results, strict=True), start=1):
+        for i, (name, result) in enumerate(zip(folder.names, results, strict=True)):
             if isinstance(result, UnreadableImage):
                 unreadable[name] = result.reason
             else:
                 image, size = result
-                keep(image)
+                keep(i, image, size)
                 smallest = min(smallest or size, size, key=math.prod)
                 largest = max(largest or size, size, key=math.prod)
             if on_progress is not None:
-                on_progress(done, len(folder))
+                on_progress(i + 1, len(folder))
     if smallest is None or largest is None:
         name, reason = next(iter(unreadable.items()))
         raise ValueError(
             f"none of the {len(folder):,} images in {folder.root} can be read; "
             f"the first is {printable(name)} ({reason})"
         )
-    return _Decoded(unreadable, smallest, largest)
+    return Decoded(unreadable, smallest, largest)
 
 
 def _load_all(folder: ImageFolder) -> Generator[_Loaded, None, None]:
-    """Each image in order, decoded by as many threads as there are processors."""
+    """Each image in order."""
 
-    def attempt(path: Path) -> _Loaded:
+    def attempt(file: File) -> _Loaded:
         try:
-            return load_with_size(path, folder.image_size)
+            return load_with_size(file, folder.image_size)
         except UnreadableImage as error:
             return error
 
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        paths = iter(folder.paths)
-        # Images wait here for their turn to be written; a window keeps them few.
-        window = deque(pool.submit(attempt, path) for path in islice(paths, 4 * threads))
-        while window:
-            yield window.popleft().result()
-            window.extend(pool.submit(attempt, path) for path in islice(paths, 1))
+    return in_order(attempt, folder.files)
 
 
-def _reopen(folder: ImageFolder, file: Path, notes: Path) -> tuple[NDArray[np.uint8], _Decoded] | None:
+def _reopen(folder: ImageFolder, file: Path, notes: Path) -> tuple[NDArray[np.uint8], Decoded] | None:
     """The files of an earlier run, or None if they are not there or not whole."""
     try:
         found = json.loads(notes.read_text())
-        decoded = _Decoded(found["unreadable"], tuple(found["smallest"]), tuple(found["largest"]))
+        decoded = Decoded(found["unreadable"], tuple(found["smallest"]), tuple(found["largest"]))
         images = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -250,28 +184,21 @@ def _key_and_lengths(folder: ImageFolder) -> tuple[str, NDArray[np.int64]]:
     """
     digest = hashlib.sha256(f"{_FORMAT} {folder.image_size}\n".encode())
     lengths = np.zeros(len(folder), np.int64)
-    for i, (name, path) in enumerate(zip(folder.names, folder.paths, strict=True)):
-        try:
-            stat = path.stat()
-            lengths[i] = stat.st_size
-            state = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-        except OSError:  # gone meanwhile; decoding will say so
-            state = "missing"
+    for i, (name, file) in enumerate(zip(folder.names, folder.files, strict=True)):
+        lengths[i], state = _state(file)
         digest.update(os.fsencode(name) + f"\0{state}\n".encode())
     return digest.hexdigest(), lengths
 
 
-def _fingerprint(
-    names: Sequence[str],
-    lengths: NDArray[np.int64],
-    labels: NDArray[np.int64] | None,
-    class_names: tuple[str, ...],
-) -> str:
-    digest = hashlib.sha256(json.dumps(class_names).encode())
-    classes = repeat(None) if labels is None else labels.tolist()
-    for name, length, label in zip(names, lengths.tolist(), classes, strict=False):
-        digest.update(os.fsencode(name) + f"\0{length} {label}\n".encode())
-    return digest.hexdigest()
+def _state(file: Path | ZipMember) -> tuple[int, str]:
+    """The length of a file, and what changes together with its content."""
+    if isinstance(file, ZipMember):
+        return file.info.file_size, f"{file.info.file_size} {file.info.CRC:08x}"
+    try:
+        stat = file.stat()
+    except OSError:  # gone meanwhile; decoding will say so
+        return 0, "missing"
+    return stat.st_size, f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
 
 def _cache_dir(config: DataConfig) -> Path:

@@ -1,8 +1,9 @@
-"""A folder of images with their classes, and a line that says what was found in it and what was left out."""
+"""A folder or zip of images with their classes, and a line that says what was found in it and what was left out."""
 
 import os
+import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from fastdiff.config import Labels
 from fastdiff.data.images import EXTENSIONS, load
+from fastdiff.data.words import printable as printable  # where others look for it
+from fastdiff.data.zipped import ZipMember, zip_members
 
 _OTHER_IMAGES = frozenset(("avif", "exr", "heic", "heif", "ico", "jp2", "jxl", "ppm", "svg", "tga", "tif", "tiff"))
 _SHOWN = 5
@@ -27,17 +30,20 @@ class LeftOut:
 class ImageFolder:
     """The images of a folder and its sub-folders, decoded when asked for: ``folder[i]`` is (uint8 (H, W, 3), label).
 
+    A zip file counts as the folder that it was made of; it is read where it lies, and several threads may do so.
+
     The order is improved-diffusion's: each folder's entries by name, sub-folders in their place among the files. Names
     that begin with a dot are passed over; a folder that links lead to more than once counts once.
 
     labels: "prefix" takes the file name up to its first underscore as the class (improved-diffusion's rule), "folder"
     the first sub-folder on the way to the file, None gives no labels. Classes are numbered in the order of their names.
 
-    Attributes: ``root``, ``image_size``, ``names`` (below root, with "/"), ``paths``, ``class_names`` (() without
-    labels), ``labels`` (int64 (N,) or None), ``left_out`` (files that are not taken for images).
+    Attributes: ``root``, ``image_size``, ``names`` (below root, with "/"), ``paths`` (root / name), ``files`` (what is
+    opened: the paths, or the members of the zip), ``class_names`` (() without labels), ``labels`` (int64 (N,) or None),
+    ``left_out`` (files that are not taken for images).
 
-    Raises ValueError for a folder that is missing, is none or has no images, and with "folder" for an image outside of
-    every sub-folder.
+    Raises ValueError for a folder that is missing, is none or has no images, with "folder" for an image outside of
+    every sub-folder, and for a zip that is damaged or has names that lead out of it.
     """
 
     def __init__(self, root: str | Path, image_size: int, labels: Labels | str | None = Labels.PREFIX) -> None:
@@ -49,14 +55,21 @@ class ImageFolder:
             raise ValueError(f"labels must be one of {', '.join(Labels)}, not {labels!r}")
         self.root = Path(root).expanduser()
         self.image_size = image_size
-        if not self.root.is_dir():
-            what = "is not a folder" if self.root.exists() else "does not exist"
-            raise ValueError(f"data_dir {self.root} {what}: give the folder of images")
         self.left_out: list[LeftOut] = []
-        self.names = list(self._scan())
+        members: dict[str, ZipMember] | None = None
+        if self.root.is_dir():
+            self.names = list(self._scan())
+        elif zipfile.is_zipfile(self.root):
+            members = zip_members(self.root)
+            self.names = list(self._scan_zip(members))
+        else:
+            what = "is not a folder, nor a .zip or .npz of images" if self.root.exists() else "does not exist"
+            raise ValueError(f"data_dir {self.root} {what}: give the folder of images")
         if not self.names:
             raise ValueError(self._nothing_found())
         self.paths = [self.root / name for name in self.names]
+        self.files: Sequence[Path | ZipMember]
+        self.files = self.paths if members is None else [members[name] for name in self.names]
         # Of all files found, readable or not: a file that breaks or is mended must not renumber the classes of a
         # model that was trained before.
         classes = [] if labels is None else [self._class_of(name, Labels(labels)) for name in self.names]
@@ -68,7 +81,7 @@ class ImageFolder:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int | None]:
-        image = load(self.paths[index], self.image_size)  # (H, W, 3)
+        image = load(self.files[index], self.image_size)  # (H, W, 3)
         return image, None if self.labels is None else int(self.labels[index])
 
     def _scan(self) -> Iterator[str]:
@@ -85,12 +98,25 @@ class ImageFolder:
                     seen.add(folder)
                     waiting += self._entries(name)
             elif extension not in EXTENSIONS:
-                known = extension in _OTHER_IMAGES
-                self.left_out.append(LeftOut(name, f"{extension} is not supported" if known else "not an image"))
+                self._leave_out_kind(name, extension)
             elif not os.path.isfile(path):  # opening a pipe would wait for ever
                 self.left_out.append(LeftOut(name, "broken link" if os.path.islink(path) else "not a regular file"))
             else:
                 yield name
+
+    def _scan_zip(self, members: Iterable[str]) -> Iterator[str]:
+        """Names of images among the members, in the order that a folder would have."""
+        for name in sorted(members, key=lambda name: name.split("/")):
+            if any(part.startswith(".") for part in name.split("/")):
+                continue
+            if (extension := _extension(name)) in EXTENSIONS:
+                yield name
+            else:
+                self._leave_out_kind(name, extension)
+
+    def _leave_out_kind(self, name: str, extension: str) -> None:
+        known = extension in _OTHER_IMAGES
+        self.left_out.append(LeftOut(name, f"{extension} is not supported" if known else "not an image"))
 
     def _entries(self, folder: str) -> list[str]:
         """The visible entries of a folder by their names below root, last name first."""
@@ -144,11 +170,6 @@ class Preflight:
             names = [f"{item.name} ({item.reason})" for item in self.left_out]
             text += f"; left out {len(names):,}: {_listed(names)}"
         return text
-
-
-def printable(text: str) -> str:
-    """File names may hold line breaks, terminal codes or bytes of another encoding."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def extension_counts(names: Sequence[str]) -> dict[str, int]:

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,31 +36,37 @@ _LARGE_PIXELS = 2**24
 _large_images = threading.BoundedSemaphore(2)
 
 
+class File(Protocol):
+    """A path, or what can be opened like one; str() names it."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO: ...
+
+
 class UnreadableImage(ValueError):
     """A file that cannot be used as an image; ``reason`` says why in a few words."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: File, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.reason = reason
 
 
-def decode(path: str | Path) -> Image.Image:
+def decode(path: str | File) -> Image.Image:
     """The first frame of an image file, upright (EXIF), in mode RGB, transparency over white.
 
     Raises UnreadableImage for anything that is not a whole PNG, JPEG, GIF, WebP or BMP of at most MAX_PIXELS pixels.
     """
-    with _opened(Path(path)) as image:
+    with _opened(path) as image:
         return _upright_rgb(image)
 
 
-def load(path: str | Path, size: int) -> NDArray[np.uint8]:
+def load(path: str | File, size: int) -> NDArray[np.uint8]:
     """The image file as a square: uint8 (size, size, 3). Raises UnreadableImage as decode does."""
     return load_with_size(path, size)[0]
 
 
-def load_with_size(path: str | Path, size: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+def load_with_size(path: str | File, size: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """As load, with the (width, height) of the upright image before."""
-    with _opened(Path(path)) as image:
+    with _opened(path) as image:
         rgb = _upright_rgb(image)
         return resize_and_crop(rgb, size), rgb.size
 
@@ -73,6 +79,11 @@ def resize_and_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return fit(image, size, Image.Resampling.BICUBIC)
+
+
+def fit(image: Image.Image, size: int, resample: Image.Resampling) -> NDArray[np.uint8]:
+    """The centre square of an RGB image whose shorter side is resized to it at once: uint8 (size, size, 3)."""
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     left, top = (width - size) // 2, (height - size) // 2
@@ -81,14 +92,15 @@ def resize_and_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
         # which Pillow resizes the two axes.
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
-        return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.array(image.resize((size, size), resample, box=box))
+    image = image.resize((width, height), resample)
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: str | File) -> Iterator[Image.Image]:
     """The image with only its header read; whatever goes wrong until the end of the block makes it unreadable."""
+    path = Path(path) if isinstance(path, str) else path
     try:
         with path.open("rb") as file:
             image = _open_header(path, file)
@@ -105,7 +117,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UnreadableImage(path, _reason(error)) from None
 
 
-def _open_header(path: Path, file: BinaryIO) -> ImageFile.ImageFile:
+def _open_header(path: File, file: BinaryIO) -> ImageFile.ImageFile:
     # Image.open would warn of large images through the process's warning filters, which threads cannot change safely,
     # and would read other formats; it also takes a phone's JPEG with a depth map (MPO) for something else.
     length = file.seek(0, 2)

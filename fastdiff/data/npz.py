@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastdiff.data.cache import available_memory
-from fastdiff.data.dataset import printable
+from fastdiff.data.words import printable
 
 _CHUNK = 2**20  # bytes that are read at once; the directory of an npz takes some hundred
 _HEADER = 2**14  # bytes: more than NumPy accepts as an array's header
@@ -34,14 +34,20 @@ _Fits = Callable[[tuple[int, ...], np.dtype[Any]], bool]
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None."""
+    """Images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None.
+
+    Where the file has them: the ``class_names`` (K,) and the ``names`` (N,) of the images. ``checksum`` is the images'.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...] | None = None
+    names: tuple[str, ...] | None = None
+    checksum: int = 0
 
 
 def read_samples(path: Path) -> Samples:
-    """The images of a file's arr_0 and the labels of its arr_1, where it has one.
+    """The images of a file's arr_0 and, where it has them, the labels of its arr_1, class_names and names.
 
     Images that are stored uncompressed (np.savez) are mapped and take no memory, compressed ones
     (np.savez_compressed) are read into it. Either way all of the file is read once, to compare its checksums.
@@ -58,10 +64,15 @@ def read_samples(path: Path) -> Samples:
             with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python and NumPy warn of odd headers
                 images = _read(file, archive, "arr_0", _are_images)
-                if "arr_1.npy" not in archive.namelist():
-                    return Samples(images, None)
-                labels = _read(file, archive, "arr_1", partial(_are_labels, len(images)))
-                return Samples(images, np.array(labels, np.int64))
+                there, count = set(archive.namelist()), len(images)
+                labels = class_names = names = None
+                if "arr_1.npy" in there:
+                    labels = np.array(_read(file, archive, "arr_1", partial(_are_labels, count)), np.int64)
+                if "class_names.npy" in there:
+                    class_names = _texts(_read(file, archive, "class_names", partial(_are_texts, None)))
+                if "names.npy" in there:
+                    names = _texts(_read(file, archive, "names", partial(_are_texts, count)))
+                return Samples(images, labels, class_names, names, archive.getinfo("arr_0.npy").CRC)
         except _UnfitError as error:
             raise ValueError(f"{path} {error}") from None
         except Exception as error:  # zipfile and NumPy raise nearly anything on damaged bytes
@@ -88,6 +99,14 @@ def _are_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
 
 def _are_labels(count: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "iu" and np.can_cast(dtype, np.int64) and shape == (count,)
+
+
+def _are_texts(count: int | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "US" and len(shape) == 1 and count in (None, *shape)
+
+
+def _texts(array: NDArray[Any]) -> tuple[str, ...]:
+    return tuple(os.fsdecode(text) for text in array.tolist())  # of bytes, as older writers have them, too
 
 
 def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> NDArray[Any]:

@@ -293,8 +293,9 @@ def test_the_fingerprint_sees_another_set(data: Path, change: str) -> None:
     elif change == "class":  # of an image that cannot be read, and yet it renumbers the others
         (data / "aa_1.png").write_bytes(b"")
     elif change == "labels":
-        for name in ("a_1.png", "b_1.jpg", "c_1.png", "c_2.png"):
-            (data / name).rename(data / "sub" / name)
+        (data / "other").mkdir()
+        for name, folder in (("a_1.png", "sub"), ("b_1.jpg", "sub"), ("c_1.png", "other"), ("c_2.png", "other")):
+            (data / name).rename(data / folder / name)
         before, options = fingerprint(data), {"labels": "folder"}
     assert fingerprint(data, labelled, **options) != before
 

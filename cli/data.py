@@ -1,0 +1,199 @@
+"""``fastdiff data``: from archives to folders, a look at them, and one file out of them."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastdiff.cli.options import DebugFlag
+from fastdiff.config import Labels
+
+if TYPE_CHECKING:
+    from fastdiff.data.archives import Progress
+    from fastdiff.data.survey import Survey
+
+app = typer.Typer(
+    help="Prepare images for training: unpack archives, check a folder, pack it into one file.",
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path, typer.Argument(help="Folder to make.")]
+_CLASSES, _UNREADABLE = 20, 10
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def cifar10(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="cifar-10-python.tar.gz or -binary, or what it unpacks to.")
+    ],
+    out: Out,
+    debug: DebugFlag = False,
+) -> None:
+    """Make OUT/cifar_train and OUT/cifar_test of CIFAR-10's archive."""
+    from fastdiff.data.cifar10 import CLASSES, prepare_cifar10
+
+    with _bar("images") as progress:
+        count = prepare_cifar10(source.expanduser(), out, progress)
+    typer.echo(f"{count:,} images in {len(CLASSES)} classes in {out}")
+    _go_on(out / "cifar_train", 32, "--class-cond")
+
+
+@app.command()
+def lsun(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder like bedroom_train_lmdb, or the zip of it.")],
+    out: Out,
+    image_size: Annotated[int, typer.Option(min=1, help="Pixels of the squares that are stored.")] = 256,
+    prefix: Annotated[str, typer.Option(help="What the file names begin with.")] = "bedroom",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, the first ones.")] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Make a folder of square images of one of LSUN's databases (extra 'lsun')."""
+    from fastdiff.data.lsun import prepare_lsun
+
+    with _bar("images") as progress:
+        count, unreadable = prepare_lsun(source.expanduser(), out, image_size, prefix, limit, progress)
+    typer.echo(f"{count:,} images in {out}" + (f", {unreadable:,} could not be read" if unreadable else ""))
+    _go_on(out, image_size)
+
+
+@app.command()
+def imagenet(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="ILSVRC2012_img_train.tar, a folder of its class tars, or any tar or zip of images."
+        ),
+    ],
+    out: Out,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Store PNG files of this size instead of the original files.")
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Make a folder of images, with a sub-folder for each class, of ImageNet's archives."""
+    from fastdiff.data.imagenet import prepare_imagenet
+
+    with _bar("MiB", unit=2**20) as progress:
+        found = prepare_imagenet(source.expanduser(), out, image_size, progress)
+    reasons = "".join(f", left out {count:,} ({reason})" for reason, count in found.left_out.items())
+    typer.echo(f"{found.images:,} images in {found.folders:,} sub-folders in {out}{reasons}")
+    _go_on(out, image_size or 64, *(("--class-cond", "--labels", "folder") if found.folders > 1 else ()))
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, or a .zip or .npz of them.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of the model; by default 64, or those of the .npz.")
+    ] = None,
+    labels: Annotated[
+        Labels, typer.Option(help="Class of an image: file name up to the first '_', or its sub-folder.")
+    ] = Labels.PREFIX,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Draw up to 100 images as the model sees them into this .png file.")
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Look at every image of a data set: what there is, what cannot be read, what to be wary of."""
+    if sheet is not None and (sheet.suffix.lower() != ".png" or sheet.exists()):
+        what = "exists already" if sheet.exists() else "does not end in .png"
+        raise ValueError(f"sheet {sheet} {what}: name another file")
+    from fastdiff.data.survey import survey
+
+    with _bar("images") as progress:
+        found = survey(path, image_size, labels, progress)
+    _print_table(path, found)
+    for doubt in found.doubts:
+        typer.echo(f"warning: {path} has {doubt}", err=True)
+    if sheet is not None:
+        from fastdiff.sampling.output import save_grid
+
+        save_grid(sheet, found.shown, names=found.captions)
+        typer.echo(f"drew {len(found.shown)} of them in {sheet}")
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
+    out: Annotated[
+        Path, typer.Argument(help="File to make: a .zip of the image files, or an .npz of their pixels at one size.")
+    ],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of the images in an .npz.")] = None,
+    labels: Annotated[
+        Labels | None,
+        typer.Option(help="Class of an image in an .npz: file name up to the first '_' (prefix), or its sub-folder."),
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Pack a folder of images into one file that fastdiff train --data-dir reads as it is."""
+    kind = out.suffix.lower()
+    if kind not in (".zip", ".npz"):
+        raise ValueError(f"{out} must end in .zip, for the image files, or in .npz, for pixels of one size")
+    if kind == ".npz" and image_size is None:
+        raise ValueError(f"{out} holds pixels of one size: say which with --image-size")
+    if kind == ".zip" and (image_size or labels):
+        raise ValueError("image_size and labels are chosen when a .zip is trained on: leave them out, or pack an .npz")
+    from fastdiff.data.packing import pack_npz, pack_zip
+
+    with _bar("images") as progress:
+        if image_size is None or kind == ".zip":
+            told = f"{pack_zip(source, out, progress):,} files"
+        else:
+            told = pack_npz(source, out, image_size, labels or Labels.PREFIX, progress).line()
+    typer.echo(f"{out}: {told}, {out.stat().st_size / 2**20:,.1f} MiB")
+    _go_on(out, image_size or 64)
+
+
+@contextmanager
+def _bar(what: str, unit: int = 1) -> "Iterator[Progress]":
+    """A progress bar on a terminal."""
+    from fastdiff.cli.display import Display
+
+    with Display() as display:
+        yield lambda done, total: display.advance(what, done // unit, total // unit)
+
+
+def _go_on(folder: Path, image_size: int, *flags: str) -> None:
+    command = ["fastdiff", "train", "--data-dir", str(folder), "--image-size", str(image_size), *flags]
+    typer.echo(f"train with: {shlex.join(command)}")
+
+
+def _print_table(path: Path, found: "Survey") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastdiff.data.words import printable
+
+    table = Table(title=printable(str(path)), show_header=False, title_justify="left")
+    preflight = found.preflight
+    table.add_row("images", f"{sum(preflight.counts.values()):,}")
+    kinds = sorted(preflight.counts.items(), key=lambda item: (-item[1], item[0]))
+    table.add_row("kinds", _lines([f"{count:,} {kind}" for kind, count in kinds], len(kinds)))
+    (width, height), (wide, high) = preflight.smallest, preflight.largest
+    table.add_row("sizes", f"{width}x{height} to {wide}x{high}, cut to {found.image_size}x{found.image_size}")
+    if found.class_counts:
+        counts = [f"{count:,} {name}" for name, count in found.class_counts.items()]
+        table.add_row(f"{len(counts):,} classes", _lines(counts, _CLASSES))
+    if found.unreadable:
+        told = [f"{item.name} ({item.reason})" for item in found.unreadable]
+        table.add_row(f"{len(told):,} unreadable", _lines(told, _UNREADABLE))
+    if preflight.left_out:
+        told = [f"{item.name} ({item.reason})" for item in preflight.left_out]
+        table.add_row(f"{len(told):,} left out", _lines(told, _UNREADABLE))
+    Console(highlight=False, markup=False, emoji=False).print(table)
+
+
+def _lines(texts: Sequence[str], most: int) -> str:
+    from fastdiff.data.words import printable
+
+    more = [f"and {len(texts) - most:,} more"] if len(texts) > most else []
+    return "\n".join([printable(text) for text in texts[:most]] + more)

@@ -1,0 +1,175 @@
+"""CIFAR-10's archives as two folders of PNG files, named as improved-diffusion names them."""
+
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastdiff.data.archives import Progress, reading, whole
+from fastdiff.data.threads import in_order
+from fastdiff.data.words import printable
+from fastdiff.data.zipped import first_line
+
+CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+_ROWS = 10_000  # images of a batch
+_PIXELS = 3 * 32 * 32
+_BATCH = re.compile(r"(?:data_batch_([1-5])|test_batch)(\.bin)?")
+_BATCHES = 6
+
+_Batch = tuple[NDArray[np.uint8], list[int]]  # (N, 3072), the labels
+
+
+def prepare_cifar10(source: Path, out: Path, on_progress: Progress | None = None) -> int:
+    """Make out/cifar_train and out/cifar_test, files called plane_00000.png; returns how many images there are.
+
+    ``source`` is cifar-10-python.tar.gz, cifar-10-binary.tar.gz or what one of them unpacks to. The pickles of the
+    former are not run. ``on_progress(done, total)`` is called after each image. Raises ValueError for anything that
+    does not hold the six batches of CIFAR-10 and nothing else in their place, and where ``out`` is not empty.
+    """
+    with whole(out) as folder:
+        for split in ("cifar_train", "cifar_test"):
+            (folder / split).mkdir(parents=True)
+        with closing(in_order(_save, _images(source, folder))) as results:
+            for done, _ in enumerate(results, start=1):
+                if on_progress is not None:
+                    on_progress(done, _BATCHES * _ROWS)
+    return _BATCHES * _ROWS
+
+
+def _save(item: tuple[Path, NDArray[np.uint8]]) -> None:
+    path, image = item
+    Image.fromarray(image).save(path)
+
+
+def _images(source: Path, folder: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
+    """Every image (32, 32, 3) with the file it belongs into."""
+    missing = {*range(1, _BATCHES), None}
+    with _files(source) as files:
+        for name, opened in files:
+            if not (match := _BATCH.fullmatch(name)):
+                continue
+            number = int(match[1]) if match[1] else None
+            if number not in missing:
+                raise ValueError(f"{source} holds {name} twice: give one of CIFAR-10's archives as it was downloaded")
+            missing.remove(number)
+            with opened() as file:
+                content = file.read(_ROWS * (_PIXELS + 1024) + 2**16)  # room for file names
+            pixels, labels = (_binary if match[2] else _pickled)(f"{source}: {name}", content)
+            split, first = ("cifar_test", 0) if number is None else ("cifar_train", (number - 1) * _ROWS)
+            for i, (row, label) in enumerate(zip(pixels, labels, strict=True), start=first):
+                image = np.ascontiguousarray(row.reshape(3, 32, 32).transpose(1, 2, 0))
+                yield folder / split / f"{CLASSES[label]}_{i:05d}.png", image
+    if missing:
+        lacking = ", ".join(f"data_batch_{n}" if n else "test_batch" for n in sorted(missing, key=lambda n: n or 9))
+        raise ValueError(f"{source} has no {lacking}: give cifar-10-python.tar.gz or cifar-10-binary.tar.gz")
+
+
+@contextmanager
+def _files(source: Path) -> Iterator[Iterator[tuple[str, Callable[[], IO[bytes]]]]]:
+    """The names, without folders, and the contents of an archive's or a folder's files."""
+    if source.is_dir():
+
+        def opened(path: Path) -> IO[bytes]:
+            return path.open("rb")
+
+        paths = [p for p in (*source.glob("*"), *source.glob("cifar-10-batches-*/*")) if p.is_file()]
+        yield ((path.name, partial(opened, path)) for path in sorted(paths))
+    else:
+        with reading(source) as members:
+            yield ((member.name.rpartition("/")[2], member.open) for member in members)
+
+
+def _binary(name: str, content: bytes) -> _Batch:
+    """Records of a label and 3,072 pixels, a byte each."""
+    if len(content) != _ROWS * (1 + _PIXELS):
+        raise ValueError(f"{name} has not the length of a batch of CIFAR-10: copy it again")
+    records = np.frombuffer(content, np.uint8).reshape(_ROWS, 1 + _PIXELS)
+    return records[:, 1:], _checked(name, records[:, 0].tolist())
+
+
+def _pickled(name: str, content: bytes) -> _Batch:
+    """A dictionary with data, uint8 (N, 3072), and labels."""
+    try:
+        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        data, labels = (batch[key] for key in (b"data", b"labels"))
+    except _CodeError as error:
+        raise ValueError(
+            f"{name} asks for {printable(str(error))} to be run, which no batch of CIFAR-10 does"
+        ) from None
+    except Exception as error:  # pickle raises anything on damaged bytes
+        raise ValueError(f"{name} is damaged or no batch of CIFAR-10 ({first_line(error)}): copy it again") from None
+    if not isinstance(data, _Array) or (data.shape, data.kind) != ((_ROWS, _PIXELS), b"u1"):
+        raise ValueError(f"{name} does not hold uint8 ({_ROWS}, {_PIXELS}), so it is no batch of CIFAR-10")
+    if type(data.content) is not bytes or len(data.content) != _ROWS * _PIXELS or data.columns_first:
+        raise ValueError(f"{name} is damaged: copy it again")
+    return np.frombuffer(data.content, np.uint8).reshape(_ROWS, _PIXELS), _checked(name, labels)
+
+
+def _checked(name: str, labels: Any) -> list[int]:
+    known = range(len(CLASSES))
+    if type(labels) is list and len(labels) == _ROWS and all(type(x) is int and x in known for x in labels):
+        return labels
+    raise ValueError(f"{name} has not {_ROWS} labels from 0 to 9, so it is no batch of CIFAR-10")
+
+
+class _CodeError(pickle.UnpicklingError):
+    """A pickle wants something to be called that is not needed for an array; the text says what."""
+
+
+class _Array:
+    """Stands in for numpy.ndarray: what a pickle says of it."""
+
+    shape: Any = None
+    kind: Any = None
+    columns_first: Any = None
+    content: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, dtype, self.columns_first, self.content = state
+        self.kind = dtype.name if isinstance(dtype, _Dtype) else None
+
+
+class _Dtype:
+    """Stands in for numpy.dtype."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name.encode() if isinstance(name, str) else name
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """What Python 3 writes for bytes into a pickle that Python 2 can read."""
+    if type(text) is not str or encoding not in ("latin1", b"latin1"):
+        raise ValueError(f"an encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds nothing but stand-ins for what an array consists of: nothing of a pickle's own choice is ever called."""
+
+    _KNOWN = {  # noqa: RUF012  # a constant
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._KNOWN[module, name]
+        except KeyError:
+            raise _CodeError(f"{module}.{name}") from None

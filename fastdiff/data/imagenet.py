@@ -1,0 +1,104 @@
+"""ImageNet's archives, or any tar or zip of images, as a folder of image files."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from fastdiff.data.archives import Member, Progress, reading, tar_members, whole
+from fastdiff.data.images import EXTENSIONS, MAX_BYTES, UnreadableImage, load
+from fastdiff.data.threads import in_order
+from fastdiff.data.words import printable
+from fastdiff.data.zipped import safe_name
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """How many images an archive gave, in how many sub-folders, and how many files were left out, by the reason."""
+
+    images: int
+    folders: int
+    left_out: dict[str, int]
+
+
+def prepare_imagenet(
+    source: Path, out: Path, image_size: int | None = None, on_progress: Progress | None = None
+) -> Extracted:
+    """Unpack the images of an archive into ``out``, those of a tar in it into a sub-folder of its name.
+
+    ``source`` is ILSVRC2012_img_train.tar, a folder of the class tars in it, or any tar or zip of images, which keep
+    their folders. With ``image_size`` they are stored as PNG files of that size, cut as for training, instead of their
+    own bytes. ``on_progress(done, total)`` is called with the bytes of the archive in hand. Raises ValueError for an
+    archive that ``archives.reading`` refuses or that holds no image, and where ``out`` is not empty.
+    """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be positive, not {image_size}")
+    left_out: Counter[str] = Counter()
+    images, folders = 0, set[str]()
+    with whole(out) as folder:
+        folder.mkdir()
+
+        def unpacked() -> Iterator[Path]:
+            for member in _members(source, on_progress):
+                if member.name.rpartition(".")[2].lower() not in EXTENSIONS:
+                    left_out["not an image"] += 1
+                elif member.size > MAX_BYTES:
+                    left_out[f"over {MAX_BYTES:,} bytes"] += 1
+                else:
+                    member.write(folder / member.name)
+                    yield folder / member.name
+
+        def finish(path: Path) -> tuple[Path, str | None]:
+            """The image's path below the folder, and why it cannot be used, or None."""
+            inside = path.relative_to(folder)
+            if image_size is None:
+                return inside, None
+            try:
+                image = Image.fromarray(load(path, image_size))
+            except UnreadableImage as error:
+                return inside, error.reason
+            finally:
+                path.unlink()
+            try:
+                with path.with_suffix(".png").open("xb") as file:
+                    image.save(file, "PNG")
+            except FileExistsError:
+                raise ValueError(f"{source} holds {printable(path.stem)} with two extensions: rename one") from None
+            return inside, None
+
+        with closing(in_order(finish, unpacked())) as results:
+            for inside, reason in results:
+                if reason is None:
+                    images += 1
+                    folders |= {inside.parts[0]} if len(inside.parts) > 1 else set()
+                else:
+                    left_out[reason] += 1
+        if not images:
+            raise ValueError(f"{source} holds no images that can be used")
+    return Extracted(images, len(folders), dict(left_out))
+
+
+def _members(source: Path, on_progress: Progress | None) -> Iterator[Member]:
+    """The files of an archive or of a folder of archives, with those of a tar in it as of a folder called like it."""
+    if source.is_dir():
+        tars = sorted(source.glob("*.tar"))
+        if not tars:
+            raise ValueError(f"{source} is a folder without .tar files: to train on images in it needs no preparation")
+        for tar in tars:
+            with reading(tar, on_progress) as members:
+                yield from _in_folder(tar.stem, members)
+        return
+    with reading(source, on_progress) as members:
+        for member in members:
+            if member.name.endswith(".tar"):
+                with member.open() as inner:
+                    yield from _in_folder(member.name.removesuffix(".tar"), tar_members(source, inner))
+            else:
+                yield member
+
+
+def _in_folder(name: str, members: Iterator[Member]) -> Iterator[Member]:
+    return (replace(m, name=safe_name(m.archive, f"{name}/{m.name}")) for m in members)  # a folder may be called ..

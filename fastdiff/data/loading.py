@@ -1,0 +1,175 @@
+"""What a model is trained on: a folder or zip of images, decoded once, or an npz of them as it is."""
+
+import hashlib
+import json
+import mmap
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdiff.config import DataConfig
+from fastdiff.data.cache import Progress, decode_once
+from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_counts
+from fastdiff.data.npz import Samples, read_samples
+from fastdiff.data.words import printable
+
+_MOST_CLASSES = 10**6  # a model has a vector for each
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Decoded images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None.
+
+    ``names`` are those of the N images below the data folder, ``fingerprint`` 64 hex digits of what the folder holds:
+    the names and lengths in bytes of the N images, the class of each, and the classes. It stays the same for a copy of
+    the folder, for a zip of it, for other times of its files and for another image_size, and it does not see what is
+    left out, nor a file of the same length with other bytes. That of an npz is of the pixels, too, by their CRC-32.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...]
+    preflight: Preflight
+    names: tuple[str, ...]
+    fingerprint: str
+
+    def check(self) -> None:
+        """OSError where the mapped file has become shorter: reading its end would kill the process (SIGBUS)."""
+        file: Any = self.images.base  # the mapping keeps its file open
+        if isinstance(self.images, np.memmap) and isinstance(file, mmap.mmap):
+            missing = self.images.offset + self.images.nbytes - file.size()
+            if missing > 0:
+                own = Path(self.images.filename or "").suffix == ".npz"
+                remedy = (
+                    "restore it and go on with --resume"
+                    if own
+                    else "start again with --resume, which decodes them anew"
+                )
+                raise OSError(
+                    f"{self.images.filename}, the decoded images, has lost {missing:,} bytes while in use; {remedy}"
+                )
+
+
+def load_dataset(
+    config: DataConfig,
+    image_size: int,
+    *,
+    labelled: bool,
+    on_progress: Progress | None = None,
+    processes: int = 1,
+) -> Dataset:
+    """Every readable image of config.data_dir at image_size, in the order of the folder, the zip or the npz.
+
+    Unreadable images are left out and named in the preflight. ``on_progress(done, total)`` is called after each image
+    that is decoded, in the caller's thread. Where several ``processes`` of this machine load the folder, cache auto
+    takes the file, which they map all at once, and cache memory gives each a copy of its own: let one of them load the
+    folder first, and the others find its file.
+
+    An npz (arr_0 and arr_1 as in read_samples) is mapped where it lies, and its labels are its own. Without class_names
+    in it the classes are called by their numbers.
+
+    Warns, if ``labelled``, where the classes teach a model nothing. Raises ValueError for a folder without images that
+    can be read, for unreadable images if config.strict, where neither the memory nor the disk can hold the decoded
+    images, and for an npz of another size, without the labels that are wanted or that read_samples refuses.
+    """
+    path = Path(config.data_dir).expanduser()
+    if path.suffix.lower() == ".npz" and path.is_file():
+        dataset = _from_samples(path, read_samples(path), image_size, labelled)
+    else:
+        dataset = _from_folder(config, image_size, labelled, on_progress, processes)
+    if dataset.labels is not None:
+        for doubt in doubts_of_classes(dataset.class_names, len(dataset.images)):
+            warnings.warn(f"{path} has {doubt}", stacklevel=2)
+    return dataset
+
+
+def doubts_of_classes(class_names: Sequence[str], images: int) -> list[str]:
+    """What speaks against training by these classes, in words that follow "has"."""
+    if images > 1 and len(class_names) == 1:
+        return [f"one class ({printable(class_names[0])}): --class-cond teaches the model nothing"]
+    if images > 10 and len(class_names) > images / 2:
+        return [
+            f"{len(class_names):,} classes in {images:,} images, nearly each one of its own: for --class-cond begin "
+            "the file names with the class and an underscore, or use sub-folders and --labels folder"
+        ]
+    return []
+
+
+def _from_folder(
+    config: DataConfig, image_size: int, labelled: bool, on_progress: Progress | None, processes: int
+) -> Dataset:
+    folder = ImageFolder(config.data_dir, image_size, config.labels if labelled else None)
+    images, decoded, lengths = decode_once(folder, config, on_progress, processes)
+    if decoded.unreadable and config.strict:
+        name, reason = next(iter(decoded.unreadable.items()))
+        raise ValueError(
+            f"strict: {len(decoded.unreadable):,} of {len(folder):,} images in {folder.root} cannot be read, the first "
+            f"is {printable(name)} ({reason}); mend or remove them, or leave strict off to skip them"
+        )
+    readable = np.array([name not in decoded.unreadable for name in folder.names])
+    names = tuple(compress(folder.names, readable))
+    unreadable = [LeftOut(name, reason) for name, reason in decoded.unreadable.items()]
+    preflight = Preflight(
+        extension_counts(names),
+        folder.class_names,
+        decoded.smallest,
+        decoded.largest,
+        (*unreadable, *folder.left_out),
+    )
+    labels = None if folder.labels is None else folder.labels[readable]
+    fingerprint = _fingerprint(names, lengths[readable], labels, folder.class_names)
+    return Dataset(images, labels, folder.class_names, preflight, names, fingerprint)
+
+
+def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool) -> Dataset:
+    height, width = samples.images.shape[1:3]
+    if (height, width) != (image_size, image_size):
+        other = f", or train with --image-size {height}" if height == width else ""
+        raise ValueError(
+            f"{path} holds images of {width}x{height} pixels, not {image_size}x{image_size}: pack the images again "
+            f"with --image-size {image_size}{other}"
+        )
+    count = len(samples.images)
+    labels = samples.labels if labelled else None
+    if labelled and labels is None:
+        raise ValueError(f"{path} has no labels (arr_1), which --class-cond needs: pack it again, or leave that off")
+    class_names = () if labels is None else _class_names(path, labels, samples.class_names)
+    names = samples.names or tuple(f"{i:0{len(str(count - 1))}}" for i in range(count))
+    preflight = Preflight({"npz": count}, class_names, (width, height), (width, height), ())
+    about = [samples.images.shape, samples.checksum, names, class_names]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    digest.update(b"" if labels is None else labels.tobytes())
+    # rows that lie apart would be brought together anew for every batch
+    images = samples.images if samples.images.flags.c_contiguous else np.ascontiguousarray(samples.images)
+    return Dataset(images, labels, class_names, preflight, names, digest.hexdigest())
+
+
+def _class_names(path: Path, labels: NDArray[np.int64], names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of the classes, by their numbers where they have none; ValueError for labels that they do not fit."""
+    known = _MOST_CLASSES if names is None else len(names)
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= known:
+        raise ValueError(
+            f"{path} has labels from {least} to {most}, which must be from 0 to {known - 1}: number the classes from 0"
+        )
+    return names or tuple(str(i) for i in range(most + 1))
+
+
+def _fingerprint(
+    names: Sequence[str],
+    lengths: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
+    class_names: tuple[str, ...],
+) -> str:
+    digest = hashlib.sha256(json.dumps(class_names).encode())
+    classes = repeat(None) if labels is None else labels.tolist()
+    for name, length, label in zip(names, lengths.tolist(), classes, strict=False):
+        digest.update(os.fsencode(name) + f"\0{length} {label}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""LSUN's databases as a folder of square PNG files, cut as improved-diffusion cuts them."""
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from PIL import Image
+
+from fastdiff.data.archives import Progress, reading, whole
+from fastdiff.data.images import UnreadableImage, decode, fit
+from fastdiff.data.threads import in_order
+from fastdiff.data.words import printable
+from fastdiff.data.zipped import first_line
+
+
+def prepare_lsun(
+    source: Path,
+    out: Path,
+    image_size: int = 256,
+    prefix: str = "bedroom",
+    limit: int | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[int, int]:
+    """Make out/bedroom_0000000.png and so on; returns how many images there are, and how many could not be read.
+
+    ``source`` is a folder like bedroom_train_lmdb or the zip that it comes in. Images are numbered in the order of
+    their keys, those that cannot be read included; ``limit`` takes the first ones only. ``on_progress(done, total)`` is
+    called after each image. Raises ValueError without lmdb, for a source that is no such database or holds no image,
+    and where ``out`` is not empty.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size must be positive, not {image_size}")
+    if not prefix or "/" in prefix or "\\" in prefix:
+        raise ValueError(f"prefix must be what file names can begin with, not {prefix!r}")
+    with whole(out) as folder:
+        folder.mkdir()
+
+        def save(item: tuple[int, bytes]) -> bool:
+            i, content = item
+            try:
+                image = decode(_Value(f"image {i}", content))
+            except UnreadableImage:
+                return False
+            Image.fromarray(fit(image, image_size, Image.Resampling.BOX)).save(folder / f"{prefix}_{i:07d}.png")
+            return True
+
+        if not source.is_dir():
+            source = _unpacked(source, folder.parent / "database")
+        written = 0
+        with _Database(source) as database, closing(database.values()) as values:
+            total = min(len(database), limit or len(database))
+            with closing(in_order(save, enumerate(islice(values, total)))) as results:
+                for done, saved in enumerate(results, start=1):
+                    written += saved
+                    if on_progress is not None:
+                        on_progress(done, total)
+        if not written:
+            raise ValueError(f"{source} holds no image that can be read, of {total:,}")
+    return written, total - written
+
+
+def _unpacked(source: Path, folder: Path) -> Path:
+    """The database of a zip, unpacked to where nothing of it will stay."""
+    with reading(source) as members:
+        for member in members:
+            if member.name.rpartition("/")[2] == "data.mdb":
+                member.write(folder / "data.mdb")
+                return folder
+    raise ValueError(f"{source} holds no data.mdb: give a zip of LSUN, or the folder in it")
+
+
+@dataclass(frozen=True)
+class _Value:
+    """An encoded image out of the database."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        return BytesIO(self.content)
+
+
+class _Database:
+    """The values of an LMDB folder in the order of their keys. Nothing is written to it, a lock file included."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import lmdb
+        except ImportError:
+            raise ValueError("lsun needs lmdb: install fastdiff[lsun]") from None
+        if not (folder / "data.mdb").is_file():
+            raise ValueError(f"{folder} holds no data.mdb: give a folder like bedroom_train_lmdb, or its zip")
+        self._folder, self._error = folder, lmdb.Error
+        try:
+            self._open = lmdb.open(str(folder), readonly=True, lock=False, create=False)
+        except lmdb.Error as error:
+            raise self._damaged(error) from None
+
+    def __len__(self) -> int:
+        return int(self._open.stat()["entries"])
+
+    def values(self) -> Generator[bytes, None, None]:
+        try:
+            with self._open.begin() as transaction, transaction.cursor() as cursor:
+                yield from cursor.iternext(keys=False)
+        except self._error as error:
+            raise self._damaged(error) from None
+
+    def __enter__(self) -> "_Database":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"{printable(str(self._folder))} is no LMDB database or damaged ({first_line(error)})")

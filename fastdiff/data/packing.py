@@ -1,0 +1,55 @@
+"""A folder of images as one file to train from."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from fastdiff.config import DataConfig, Labels
+from fastdiff.data.archives import whole
+from fastdiff.data.cache import Progress
+from fastdiff.data.dataset import ImageFolder, Preflight
+from fastdiff.data.loading import load_dataset
+from fastdiff.data.words import printable
+
+
+def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> int:
+    """The image files of a folder as they are, uncompressed, in its order; returns how many there are.
+
+    A folder and its zip are the same data set, with the same fingerprint, at any size and with either kind of labels.
+    ``on_progress(done, total)`` is called after each file. Raises ValueError as ImageFolder does, for a name that no
+    zip can hold, and where ``out`` exists.
+    """
+    folder = ImageFolder(source, 1, labels=None)
+    with whole(out) as file, zipfile.ZipFile(file, "w") as archive:
+        for done, (name, image) in enumerate(zip(folder.names, folder.files, strict=True), start=1):
+            info = zipfile.ZipInfo(name)  # with no time: equal folders make equal files
+            info.external_attr = 0o644 << 16
+            try:
+                with image.open("rb") as content, archive.open(info, "w", force_zip64=True) as member:
+                    shutil.copyfileobj(content, member, 2**20)
+            except UnicodeEncodeError:
+                raise ValueError(f"{printable(name)} in {source} is not in UTF-8: rename it") from None
+            if on_progress is not None:
+                on_progress(done, len(folder))
+    return len(folder)
+
+
+def pack_npz(
+    source: Path, out: Path, image_size: int, labels: Labels = Labels.PREFIX, on_progress: Progress | None = None
+) -> Preflight:
+    """The decoded images as np.savez writes them, which are mapped when they are read; returns what the folder gave.
+
+    arr_0: uint8 (N, H, W, 3); arr_1: int64 (N,), the classes; class_names and names: text. The images go through a
+    memory-mapped file beside ``out`` where they are too many for the memory. Raises ValueError as load_dataset does,
+    and where ``out`` exists.
+    """
+    with whole(out) as file:
+        config = DataConfig(data_dir=str(source), labels=labels, cache_dir=str(file.parent / "cache"))
+        data = load_dataset(config, image_size, labelled=True, on_progress=on_progress)
+        assert data.labels is not None
+        class_names, names = np.array(data.class_names), np.array(data.names)
+        with file.open("xb") as target:
+            np.savez(target, data.images, data.labels, class_names=class_names, names=names)
+    return data.preflight

@@ -1,0 +1,23 @@
+"""Work on many items by as many threads as there are processors."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
+    """``function(item)`` for each item, in their order. The items are taken in the caller's thread."""
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        waiting = iter(items)
+        # Results wait here for their turn; a window keeps them few.
+        window = deque(pool.submit(function, item) for item in islice(waiting, 4 * threads))
+        while window:
+            yield window.popleft().result()
+            window.extend(pool.submit(function, item) for item in islice(waiting, 1))

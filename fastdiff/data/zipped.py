@@ -1,0 +1,75 @@
+"""The files of a zip, read where they lie. Nothing that such a file says of itself is believed."""
+
+import io
+import re
+import weakref
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from fastdiff.data.images import MAX_BYTES, UnreadableImage
+from fastdiff.data.words import printable
+
+_WHOLE = 2**24  # bytes: larger members are not held in memory, but unpacked as they are read
+
+
+def safe_name(archive: Path, name: str) -> str:
+    """A member's name below the archive's root, with "/"; ValueError for one that leads elsewhere."""
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\\" in name or re.match("[A-Za-z]:", name):
+        raise ValueError(
+            f"{archive} holds {printable(name)}, a name that leads out of its folder: do not use it, or pack it again"
+        )
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+@dataclass(frozen=True, eq=False)
+class ZipMember:
+    """A file in a zip. Any number of threads may open the members of one zip."""
+
+    archive: zipfile.ZipFile
+    info: zipfile.ZipInfo
+
+    def __str__(self) -> str:
+        return f"{self.archive.filename}/{self.info.filename}"
+
+    def open(self, mode: Literal["rb"] = "rb", /) -> BinaryIO:
+        """The content, which is compared with its checksum when it is read to the end.
+
+        Raises UnreadableImage for members that are encrypted or over the limit of images.MAX_BYTES.
+        """
+        if self.info.flag_bits & 1:
+            raise UnreadableImage(self, "encrypted")
+        if self.info.file_size > MAX_BYTES:
+            raise UnreadableImage(self, f"over the limit of {MAX_BYTES:,} bytes")
+        file = self.archive.open(self.info)
+        if self.info.file_size > _WHOLE:
+            return cast(BinaryIO, file)
+        with file:
+            return io.BytesIO(file.read())  # decoders go to and fro
+
+
+def zip_members(path: Path) -> dict[str, ZipMember]:
+    """The files of a zip by name, folders left out. Raises ValueError for one that is damaged or has unsafe names."""
+    try:
+        file = path.open("rb")
+        try:
+            # Of a file that is not its own ZipFile counts no users, which threads would have to do one by one.
+            archive = zipfile.ZipFile(file)
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({(error.strerror or 'damaged').lower()})") from None
+    except Exception as error:  # zipfile raises nearly anything on damaged bytes
+        raise ValueError(f"{path} is damaged or no zip ({first_line(error)}): copy it again") from None
+    weakref.finalize(archive, file.close)
+    return {
+        safe_name(path, info.filename): ZipMember(archive, info) for info in archive.infolist() if not info.is_dir()
+    }
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a line of ours."""
+    return printable(str(error).partition("\n")[0])[:100] or type(error).__name__

@@ -1,0 +1,105 @@
+"""The close look: counts, classes, what cannot be read, what is doubtful, and what is shown."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastdiff.data import LeftOut, load
+from fastdiff.data.packing import pack_npz, pack_zip
+from fastdiff.data.survey import SHOWN, survey
+
+from .support import noise, save
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve cats, two of them alike, three dogs, of which one cannot be read, and a text."""
+    root = tmp_path / "data"
+    for i in range(12):
+        save(root / f"cat_{i:02}.png", noise(20, 10 + i, seed=max(1, i)))
+    save(root / "cat_00.png", noise(20, 11, seed=1))
+    for i in range(2):
+        save(root / f"dog_{i}.jpg", noise(30, 40, seed=20 + i))
+    (root / "dog_9.png").write_bytes(b"")
+    (root / "notes.txt").touch()
+    return root
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_folder(data: Path, kind: str) -> None:
+    path = data
+    if kind == "zip":
+        path = data.parent / "out.zip"
+        pack_zip(data, path)
+    progress: list[tuple[int, int]] = []
+    found = survey(path, 16, on_progress=lambda *at: progress.append(at))
+    assert progress == [(i, 15) for i in range(1, 16)]
+    assert found.preflight.counts == {"png": 12, "jpg": 2}
+    assert (found.preflight.smallest, found.preflight.largest) == ((20, 11), (30, 40))
+    assert found.preflight.left_out == ((LeftOut("notes.txt", "not an image"),) if kind == "folder" else ())
+    assert found.unreadable == (LeftOut("dog_9.png", "empty file"),)
+    assert found.class_counts == {"cat": 12, "dog": 2}
+    assert found.captions == ("cat",) * 12 + ("dog",) * 2
+    assert (found.shown.shape, found.shown.dtype) == ((14, 16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(found.shown[-1], load(data / "dog_1.jpg", 16))
+    assert found.doubts == (
+        "6 images smaller than 16 pixels, to be enlarged, which blurs",
+        "1 image with the same pixels as another, at 16x16",
+        "1 of 2 classes with fewer than 10 images: dog",
+    )
+
+
+def test_64_pixels_unless_told_otherwise(data: Path) -> None:
+    assert survey(data).shown.shape[1:] == (64, 64, 3)
+
+
+def test_an_npz(data: Path) -> None:
+    with_few = data.parent / "out.npz"
+    pack_npz(data, with_few, 8)
+    found = survey(with_few)
+    assert (found.image_size, found.preflight.counts, found.unreadable) == (8, {"npz": 14}, ())
+    assert found.class_counts == {"cat": 12, "dog": 2}
+    assert found.captions[-1] == "dog"
+    assert found.doubts[-1] == "1 of 2 classes with fewer than 10 images: dog"
+    with pytest.raises(ValueError, match="8x8 pixels, not 16x16"):
+        survey(with_few, 16)
+    np.savez(data.parent / "bare.npz", noise_images(3))
+    bare = survey(data.parent / "bare.npz")
+    assert (bare.class_counts, bare.captions, bare.doubts) == ({}, ("0", "1", "2"), ())
+
+
+def noise_images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+
+def test_the_shown_are_spread_evenly(tmp_path: Path) -> None:
+    images = noise_images(1000)
+    np.savez(tmp_path / "a.npz", images, np.arange(1000) // 500)
+    found = survey(tmp_path / "a.npz")
+    assert len(found.shown) == SHOWN == 100
+    assert found.captions.count("0") == found.captions.count("1") == 50
+    np.testing.assert_array_equal(found.shown[[0, -1]], images[[0, -1]])
+
+
+@pytest.mark.parametrize(
+    ("names", "doubt"), [(["a_1", "a_2"], "one class"), ([f"{i}" for i in range(11)], "11 classes")]
+)
+def test_classes_that_teach_nothing(tmp_path: Path, names: list[str], doubt: str) -> None:
+    for i, name in enumerate(names):
+        save(tmp_path / f"{name}.png", noise(64, 64, seed=i))
+    (found,) = survey(tmp_path).doubts
+    assert found.startswith(doubt)
+
+
+def test_what_cannot_be_used(tmp_path: Path) -> None:
+    for name in ("a.png", "sub/b.png"):
+        save(tmp_path / "data" / name)
+    with pytest.raises(ValueError, match=r"a\.png lies in .* itself"):
+        survey(tmp_path / "data", labels="folder")
+    with pytest.raises(ValueError, match="does not exist"):
+        survey(tmp_path / "nowhere")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/x.png").touch()
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        survey(tmp_path / "bad")
