@@ -13,6 +13,7 @@ from fastdiff.checkpoint.files import read_tensors, write_tensors
 from fastdiff.config import DiffusionConfig, Kernels, MemoryFormat, ModelConfig, with_multipliers
 from fastdiff.diffusion import GaussianDiffusion, build_diffusion
 from fastdiff.interop import openai
+from fastdiff.interop.recognition import describe
 from fastdiff.models import UNet, build_model
 
 
@@ -72,21 +73,25 @@ def load_checkpoint(
     *,
     model_config: ModelConfig | None = None,
     diffusion_config: DiffusionConfig | None = None,
+    given: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     kernels: Kernels | str = Kernels.AUTO,
     memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
 ) -> Checkpoint:
-    """A fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict with the configurations given.
+    """A fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict, whose architecture is recognised.
+
+    What a state dict does not say comes from the two configurations or from ``given``, fields of either by name; what
+    is missing then is asked for in the error.
 
     The model is on ``device``, in evaluation mode. ValueError, in one line, where the file is missing, damaged, of
-    another kind or architecture, or, for a bare state dict, where the configurations are missing.
+    another kind or architecture, or, for a bare state dict, where something is missing or contradicts it.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     if path.suffix == ".safetensors":
         state, metadata = read_tensors(path, kind="model")
-        if model_config is not None or diffusion_config is not None:
+        if model_config is not None or diffusion_config is not None or given:
             raise ValueError(f"{path} says itself what it is: configurations are for bare state dicts")
         try:
             model_config = ModelConfig.from_dict(metadata["model_config"])
@@ -97,9 +102,10 @@ def load_checkpoint(
     else:
         state, metadata, class_names = openai.load_state_dict(path), {}, ()
         if model_config is None or diffusion_config is None:
-            raise ValueError(
-                f"{path} is a bare state dict: say what it is with --preset or with the flags it was trained with"
-            )
+            said: dict[str, Any] = {}
+            for config in (model_config, diffusion_config):
+                said |= config.to_dict() if config is not None else {}
+            model_config, diffusion_config = describe(state, path, said | dict(given or {}))
     model = build_model(model_config, kernels, memory_format)
     load_weights(model, state, path)
     return Checkpoint(

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_FIRST = "time_embed.0.weight"
+
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of an improved-diffusion ``.pt`` file, on the CPU.
@@ -16,9 +18,29 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     state = read_file(path)
     if isinstance(state, dict) and {"state", "param_groups"} <= set(state):
         raise ValueError(f"{path} is an optimizer's state, not a model: name the model*.pt or ema_*.pt file beside it")
+    if isinstance(state, dict) and (inside := [key for key, value in state.items() if _is_model(value)]):
+        raise ValueError(
+            f"{path} is not a bare state dict, but holds one: save it alone, "
+            f"torch.save(torch.load({path.name!r})[{inside[0]!r}], 'model.pt')"
+        )
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a bare state dict of tensors")
-    return state
+    for key, value in state.items():
+        if not isinstance(key, str) or value.layout is not torch.strided or value.is_meta:
+            raise ValueError(f"{path} is not a bare state dict: {key!r:.80} is no plain tensor with a name")
+    return _unwrapped(state)
+
+
+def _is_model(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(key, str) and key.endswith(_FIRST) for key in value)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without what a wrapper, such as DistributedDataParallel, put before every key ("module.")."""
+    prefix = next((key.removesuffix(_FIRST) for key in state if key.endswith(_FIRST)), "")
+    if not all(key.startswith(prefix) for key in state):
+        return state
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def read_file(path: Path) -> object:

@@ -57,18 +57,47 @@ def test_a_file_is_not_overruled_by_another_process(tmp_path: Path) -> None:
     assert loaded.diffusion_config == DIFFUSION
 
 
-def test_a_bare_state_dict_needs_its_configurations(tmp_path: Path) -> None:
+BARE = {"image_size": 8, "num_heads": 4, "diffusion_steps": 20, "noise_schedule": "cosine"}
+
+
+def test_a_bare_state_dict_is_recognised(tmp_path: Path) -> None:
     model = build_model(MODEL)
     path = tmp_path / "model.pt"
     torch.save(model.state_dict(), path)
-    for given in ({}, {"model_config": MODEL}, {"diffusion_config": DIFFUSION}):
-        with pytest.raises(ValueError, match=r"model\.pt is a bare state dict: .*--preset"):
-            load_checkpoint(path, **given)
-    loaded = load_checkpoint(path, model_config=MODEL, diffusion_config=DIFFUSION)
-    assert (loaded.model_config, loaded.diffusion_config, loaded.step) == (MODEL, DIFFUSION, 0)
-    assert loaded.class_names == ()
-    assert torch.equal(loaded.model.state_dict()["out.0.weight"], model.state_dict()["out.0.weight"])
+    with pytest.raises(
+        ValueError, match=r"model\.pt is a bare state dict: .*--image-size, --num-heads, --diffusion-st"
+    ):
+        load_checkpoint(path)
+    wanted = [
+        load_checkpoint(path, model_config=MODEL, diffusion_config=DIFFUSION),
+        load_checkpoint(path, model_config=MODEL, given={**BARE, "timestep_respacing": "5"}),
+        load_checkpoint(path, diffusion_config=DIFFUSION, given={"image_size": 8, "num_heads": 4}),
+        load_checkpoint(path, given={**BARE, "timestep_respacing": "5"}),
+    ]
+    for loaded in wanted:
+        assert replace(loaded.model_config, attention_resolutions=(16, 8)) == MODEL
+        assert loaded.model_config.attention_levels == MODEL.attention_levels
+        assert (loaded.diffusion_config, loaded.step, loaded.class_names) == (DIFFUSION, 0, ())
+        assert torch.equal(loaded.model.state_dict()["out.0.weight"], model.state_dict()["out.0.weight"])
+
+
+def test_a_configuration_that_a_bare_state_dict_contradicts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(build_model(MODEL).state_dict(), path)
+    with pytest.raises(ValueError, match=r"num_classes is 3 in .*model\.pt, but given as 4"):
+        load_checkpoint(path, given={**BARE, "num_classes": 4})
     with pytest.raises(ValueError, match=r"another architecture: label_emb\.weight is \(3, 128\) in the file and \(4"):
         load_checkpoint(path, model_config=replace(MODEL, num_classes=4), diffusion_config=DIFFUSION)
     with pytest.raises(ValueError, match=r"another architecture: label_emb\.weight is \(3, 128\) in the file and abs"):
         load_checkpoint(path, model_config=replace(MODEL, class_cond=False), diffusion_config=DIFFUSION)
+    with pytest.raises(ValueError, match=r"m\.safetensors says itself"):
+        load_checkpoint(save(tmp_path / "m.safetensors"), given={"num_heads": 4})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = build_model(MODEL).state_dict()
+    torch.save({f"module.{key}": value.to(dtype) for key, value in state.items()}, tmp_path / "model.pt")
+    loaded = load_checkpoint(tmp_path / "model.pt", given=BARE).model.state_dict()
+    assert {value.dtype for value in loaded.values()} == {torch.float32}
+    assert all(torch.equal(loaded[key], state[key].to(dtype).float()) for key in state)

@@ -29,6 +29,13 @@ def test_tensors_come_back(tmp_path: Path) -> None:
         ([torch.zeros(2)], "not a bare state dict"),
         (torch.zeros(2), "not a bare state dict"),
         ({"model": {"a": torch.zeros(2)}}, "not a bare state dict"),
+        (
+            {"step": 3, "ema": {"time_embed.0.weight": torch.zeros(2)}},
+            r"save it alone, .*torch\.load\('m\.pt'\)\['ema'\]",
+        ),
+        ({1: torch.zeros(2)}, "1 is no plain tensor with a name"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "'a' is no plain tensor"),
+        ({"a": torch.zeros(2, device="meta")}, "'a' is no plain tensor"),
         (torch.nn.Linear(2, 2), "not loaded"),
     ],
     ids=str,
@@ -37,6 +44,16 @@ def test_anything_else_is_refused(tmp_path: Path, content: object, message: str)
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(ValueError, match=rf"m\.pt .*{message}"):
         load_state_dict(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_what_a_wrapper_puts_before_every_key_is_left_out(tmp_path: Path, prefix: str) -> None:
+    state = {"time_embed.0.weight": torch.randn(3, 2), "out.2.bias": torch.randn(3)}
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "m.pt")
+    loaded = load_state_dict(tmp_path / "m.pt")
+    assert list(loaded) == list(state)
+    torch.save({**{prefix + key: value for key, value in state.items()}, "more": torch.zeros(1)}, tmp_path / "m.pt")
+    assert prefix + "out.2.bias" in load_state_dict(tmp_path / "m.pt")  # not before every one: left to be refused
 
 
 class Code:

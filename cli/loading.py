@@ -1,0 +1,70 @@
+"""From a place and the flags beside it to a checkpoint."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.cli.improved_diffusion import log_folder
+from fastdiff.cli.options import Flags, all_flags, refuse_contradiction
+from fastdiff.config import DiffusionConfig, ModelConfig, with_multipliers
+from fastdiff.presets import preset_named
+
+if TYPE_CHECKING:
+    from fastdiff.checkpoint import Checkpoint
+    from fastdiff.runtime.device import Runtime
+
+_NAMES = frozenset(f.name for config in (ModelConfig, DiffusionConfig) for f in fields(config))
+
+
+def find_with_rate(place: Path | None, ema_rate: str | None) -> Path:
+    """The file to load: ``place``, or the newest of a run folder, of OPENAI_LOGDIR or under runs/.
+
+    ``ema_rate`` is the text of --ema-rate, which chooses among a run folder's files. ValueError where there is none.
+    """
+    from fastdiff.checkpoint import find_checkpoint
+
+    rate = None
+    if ema_rate is not None:
+        try:
+            rate = 0.0 if ema_rate == "raw" else float(ema_rate)
+        except ValueError:
+            raise ValueError(f"ema_rate must be a rate such as 0.9999, or raw, not {ema_rate!r}") from None
+    return find_checkpoint(place or log_folder(), ema_rate=rate)
+
+
+def load_for(runtime: "Runtime", path: Path, flags: Flags | None = None, preset: str | None = None) -> "Checkpoint":
+    """As load_with_flags, for a job that says itself how many of the timesteps it uses."""
+    described = {name: value for name, value in (flags or {}).items() if name != "timestep_respacing"}
+    where = {"device": runtime.device, "kernels": runtime.kernels, "memory_format": runtime.memory_format}
+    return load_with_flags(path, described, preset, **where)
+
+
+def load_with_flags(path: Path, flags: Flags, preset: str | None = None, **where: Any) -> "Checkpoint":
+    """The checkpoint at ``path``, of which those of the flags that are a model's or a process's must not say otherwise.
+
+    They and the preset tell what a bare state dict leaves open. ``where`` is load_checkpoint's device, kernels and
+    memory_format. ValueError as it raises.
+    """
+    from fastdiff.checkpoint import load_checkpoint
+
+    given = {name: value for name, value in all_flags(flags, preset).items() if name in _NAMES}
+    if path.suffix != ".safetensors":
+        return load_checkpoint(path, given=_whole(preset) | given, **where)
+    loaded = load_checkpoint(path, **where)
+    refuse_contradiction(given, str(path), loaded.model_config, loaded.diffusion_config)
+    return loaded
+
+
+def _whole(preset: str | None) -> Flags:
+    """Every field of a preset's configurations: what its flags leave out is part of its model, too."""
+    if preset is None:
+        return {}
+    known = preset_named(preset)
+    return {**known.config(DiffusionConfig).to_dict(), **with_multipliers(known.config(ModelConfig)).to_dict()}
+
+
+def young_average(loaded: "Checkpoint") -> str:
+    """A word of warning where an average without warm-up still holds much of the initial weights."""
+    rate, updates = loaded.metadata.get("ema_rate", 0.0), loaded.metadata.get("ema_updates", 0)
+    share = 0.0 if loaded.metadata.get("ema_warmup", True) else rate**updates
+    return f" (warning: {share:.0%} of this average are the initial weights)" if share > 0.01 else ""

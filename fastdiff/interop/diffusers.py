@@ -1,0 +1,233 @@
+"""Folders that diffusers loads: a UNet2DModel and a scheduler in place of a model and its process.
+
+What diffusers cannot express is refused, what is another in it comes back as sentences.
+"""
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastdiff.config import NUM_CLASSES, DiffusionConfig, ModelConfig, NoiseSchedule
+from fastdiff.diffusion import GaussianDiffusion, get_named_beta_schedule
+from fastdiff.diffusion.schedule import Float64Array
+from fastdiff.interop.openai import first_line
+from fastdiff.interop.unet2d import attending, our_state, unet_options, unet_state
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_SCALED = 1000
+"""What rescaled timesteps are scaled to."""
+
+
+class Scheduler(StrEnum):
+    """Which of diffusers' schedulers is to draw."""
+
+    DDIM = "ddim"
+    DDPM = "ddpm"
+
+
+def installed() -> ModuleType:
+    """The diffusers package; ValueError, naming the extra, where it is not installed."""
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError("diffusers is not installed: pip install 'fastdiff[diffusers]'") from None
+    return diffusers
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder of diffusers, whole or not."""
+    return (path / "model_index.json").exists() or (path / "unet").is_dir()
+
+
+def scheduler_options(config: DiffusionConfig, scheduler: Scheduler, learn_sigma: bool) -> dict[str, Any]:
+    """The scheduler's options; ValueError, with the reason, where the model's timesteps would not be whole numbers."""
+    betas = _betas(config)
+    options = {
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas.tolist(),
+        "prediction_type": "sample" if config.predict_xstart else "epsilon",
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+    }
+    if scheduler is Scheduler.DDIM:
+        return options | {"set_alpha_to_one": True}
+    fixed = "fixed_small" if config.sigma_small else "fixed_large"
+    return options | {"variance_type": "learned_range" if learn_sigma else fixed}
+
+
+def _is_respaced(config: DiffusionConfig) -> bool:
+    """Whether only 1,000 of the steps are written: the model is given timesteps scaled to 0..1000."""
+    return config.rescale_timesteps and config.diffusion_steps != _SCALED
+
+
+def _betas(config: DiffusionConfig) -> Float64Array:
+    """Those of the steps at which the model's timestep is a whole number, which is all that diffusers counts in."""
+    betas = get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
+    if not _is_respaced(config):
+        return betas
+    stride, rest = divmod(config.diffusion_steps, _SCALED)
+    if rest:
+        raise ValueError(
+            f"diffusers cannot express rescale_timesteps with diffusion_steps {config.diffusion_steps}: it gives a "
+            "model whole timesteps only; a multiple of 1000 works, as does a model trained with --no-rescale-timesteps"
+        )
+    return GaussianDiffusion(betas=betas, use_timesteps=range(0, config.diffusion_steps, stride)).betas
+
+
+def _schedule(betas: Float64Array) -> dict[str, Any]:
+    """The fields of the process that has these betas in diffusers; none where no named schedule has them."""
+    for steps in range(_SCALED, 11 * _SCALED, _SCALED) if len(betas) == _SCALED else [len(betas)]:
+        for schedule in NoiseSchedule:
+            fields: dict[str, Any] = {
+                "diffusion_steps": steps,
+                "noise_schedule": schedule,
+                "rescale_timesteps": len(betas) == _SCALED,
+            }
+            try:
+                ours = _betas(DiffusionConfig(**fields))
+            except ValueError:  # a linear schedule of too few steps
+                continue
+            if np.allclose(betas, ours, rtol=1e-4, atol=0):  # they were rounded to fp32
+                return fields
+    return {}
+
+
+def write(
+    folder: Path, state: Mapping[str, Tensor], model: ModelConfig, diffusion: DiffusionConfig, scheduler: Scheduler
+) -> list[str]:
+    """Write a pipeline's folder; returns what is lost or otherwise in it, one sentence each. ValueError as above."""
+    diffusers = installed()
+    learn_sigma = model.learn_sigma and scheduler is Scheduler.DDPM
+    options = unet_options(model, learn_sigma)
+    process = scheduler_options(diffusion, scheduler, learn_sigma)
+    with torch.device("meta"):
+        unet = diffusers.UNet2DModel(**options)
+    unet.load_state_dict(unet_state(state, model, learn_sigma), assign=True)
+    name = scheduler.upper()
+    pipeline = getattr(diffusers, f"{name}Pipeline")(unet, getattr(diffusers, f"{name}Scheduler")(**process))
+    pipeline.save_pretrained(folder)
+    return list(_notes(model, diffusion, scheduler))
+
+
+def _notes(model: ModelConfig, diffusion: DiffusionConfig, scheduler: Scheduler) -> Iterator[str]:
+    steps = diffusion.diffusion_steps
+    if _is_respaced(diffusion):
+        yield (
+            f"the {steps} steps became 1000, every {steps // _SCALED}th, in trained_betas: diffusers gives a model "
+            "whole timesteps only"
+        )
+    if diffusion.timestep_respacing:
+        yield f"timestep_respacing {diffusion.timestep_respacing} is not written: say num_inference_steps"
+    if scheduler is Scheduler.DDIM:
+        if model.learn_sigma:
+            yield "the learned variance is dropped, which DDIM does not use; --scheduler ddpm keeps it"
+        yield "for the images that fastdiff draws with DDIM, call the pipeline with use_clipped_model_output=True"
+    if model.class_cond:
+        yield f"{scheduler.upper()}Pipeline gives no class labels: call the UNet2DModel with class_labels yourself"
+
+
+def load_unet(folder: Path) -> Any:
+    """The UNet2DModel in a folder, as diffusers itself loads it, in evaluation mode."""
+    return installed().UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
+    """State dict, configuration and process in a pipeline's folder: those of a DiffusionConfig's fields that it tells.
+
+    ValueError, in one line, where a file is missing or damaged, or the model or its prediction is not of this family.
+    """
+    config = _model_config(folder / "unet" / "config.json")
+    weights = folder / "unet" / _WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"{weights} does not exist (only safetensors are read)")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged or incomplete ({first_line(error)})") from None
+    try:
+        state = our_state(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{weights} {error}") from None
+    return state, config, _process(folder / "scheduler" / "scheduler_config.json", config)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def _model_config(path: Path) -> ModelConfig:
+    """The model that a UNet2DModel's options describe; ValueError, naming the first option that fits none of ours."""
+    options = _json(path)
+    if options.get("_class_name") != "UNet2DModel":
+        raise ValueError(f"{path}: _class_name {options.get('_class_name')!r} is no UNet2DModel")
+    defaults = inspect.signature(installed().UNet2DModel.__init__).parameters
+    options = {name: option.default for name, option in defaults.items() if name != "self"} | options
+    try:
+        widths, dim = options["block_out_channels"], options["attention_head_dim"]
+        attends = [kind == "AttnDownBlock2D" for kind in options["down_block_types"]]
+        config = ModelConfig(
+            image_size=options["sample_size"],
+            num_channels=widths[0],
+            num_res_blocks=options["layers_per_block"],
+            channel_mult=tuple(width // widths[0] for width in widths),
+            num_heads=1 if dim is None else widths[-1] // dim,
+            attention_resolutions=tuple(options["sample_size"] >> level for level, at in enumerate(attends) if at),
+            dropout=float(options["dropout"]),
+            learn_sigma=options["out_channels"] == 6,
+            class_cond=options["num_class_embeds"] is not None,
+            num_classes=options["num_class_embeds"] or NUM_CLASSES,
+            use_scale_shift_norm=options["resnet_time_scale_shift"] == "scale_shift",
+        )
+        wanted = unet_options(config, config.learn_sigma)
+    except (LookupError, TypeError, ArithmeticError, AttributeError):
+        raise ValueError(f"{path} is damaged: its options make no model") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: its options make no model of this family: {error}") from None
+    if dim == widths[-1] and wanted["attention_head_dim"] is None and len(attending(config)) == 1:
+        wanted["attention_head_dim"] = dim
+    if options["attn_norm_num_groups"] is None and not config.use_scale_shift_norm:
+        wanted["attn_norm_num_groups"] = None  # there it means norm_num_groups
+    for name, value in wanted.items():
+        if options[name] != value:
+            raise ValueError(f"{path}: {name} is {options[name]!r}, and {value!r} in the models of this family")
+    return config
+
+
+def _process(path: Path, model: ModelConfig) -> dict[str, Any]:
+    options = _json(path)
+    predicts, kind = options.get("prediction_type", "epsilon"), options.get("_class_name")
+    if predicts not in ("epsilon", "sample"):
+        raise ValueError(f"{path}: prediction_type {predicts!r} is none of epsilon, sample")
+    fields: dict[str, Any] = {"predict_xstart": predicts == "sample", "learn_sigma": model.learn_sigma}
+    if kind not in ("DDIMScheduler", "DDPMScheduler"):
+        return fields
+    if kind == "DDPMScheduler":
+        variance = str(options.get("variance_type", "fixed_small"))
+        if model.learn_sigma and variance != "learned_range":
+            raise ValueError(f"{path}: variance_type is {variance!r}, and 'learned_range' in the models of this family")
+        fields["sigma_small"] = variance.startswith("fixed_small")
+    try:
+        betas = getattr(installed(), kind).from_config(options).betas.double().numpy()
+    except (ValueError, TypeError, RuntimeError, NotImplementedError):
+        raise ValueError(f"{path} is damaged: its options make no scheduler") from None
+    return fields | _schedule(betas)

@@ -1,0 +1,217 @@
+"""What a bare state dict says of its model: keys and shapes tell all of an architecture but the number of heads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import count
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastdiff.config import DiffusionConfig, ModelConfig, channel_mult_for
+from fastdiff.config.base import number
+from fastdiff.models import build_model
+from fastdiff.presets import PRESETS
+
+UNSAID = ("image_size", "small_size", "num_heads", "diffusion_steps", "noise_schedule")
+"""What a state dict may leave open."""
+
+_SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256)}
+_LONGEST_KEY = 80
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the keys and shapes of a UNet's state dict determine."""
+
+    num_channels: int
+    num_res_blocks: int
+    channel_mult: tuple[int, ...]
+    attention_levels: frozenset[int]
+    learn_sigma: bool
+    num_classes: int | None
+    """None: without classes."""
+    use_scale_shift_norm: bool
+    super_resolution: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Architecture":
+        """The architecture of a configuration."""
+        return cls(
+            num_channels=config.num_channels,
+            num_res_blocks=config.num_res_blocks,
+            channel_mult=config.multipliers,
+            attention_levels=config.attention_levels,
+            learn_sigma=config.learn_sigma,
+            num_classes=config.num_classes if config.class_cond else None,
+            use_scale_shift_norm=config.use_scale_shift_norm,
+            super_resolution=config.small_size is not None,
+        )
+
+    @property
+    def image_size(self) -> int | None:
+        """The size that has these widths in improved-diffusion's table, if one has."""
+        return _SIZES.get(self.channel_mult)
+
+    @property
+    def smallest_size(self) -> int:
+        """The smallest images that its levels can halve."""
+        return int(2 ** (len(self.channel_mult) - 1))
+
+    @property
+    def presets(self) -> list[str]:
+        """The presets of exactly this architecture."""
+        return [name for name, preset in PRESETS.items() if Architecture.of(preset.config(ModelConfig)) == self]
+
+    def flags(self, image_size: int) -> dict[str, Any]:
+        """The fields of a ModelConfig that are determined, for images of this size."""
+        classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        return classes | {
+            "image_size": image_size,
+            "num_channels": self.num_channels,
+            "num_res_blocks": self.num_res_blocks,
+            "channel_mult": self.channel_mult,
+            "attention_resolutions": tuple(max(1, image_size >> level) for level in sorted(self.attention_levels)),
+            "learn_sigma": self.learn_sigma,
+            "class_cond": self.num_classes is not None,
+            "use_scale_shift_norm": self.use_scale_shift_norm,
+        }
+
+    @property
+    def made_up(self) -> dict[str, Any]:
+        """What flags() lacks for a ModelConfig of this architecture; any would do."""
+        return {"num_heads": 1} | ({"small_size": 1} if self.super_resolution else {})
+
+    def __str__(self) -> str:
+        said = self.flags(self.image_size or self.smallest_size)
+        if self.image_size is None:
+            del said["image_size"], said["attention_resolutions"]
+            said["attention at levels"] = tuple(sorted(self.attention_levels))
+        kind = "a super-resolution model" if self.super_resolution else "a model"
+        return f"{kind} of {', '.join(f'{name} {_word(value)}' for name, value in said.items())}"
+
+
+def recognise(state: Mapping[str, Tensor], name: object) -> Architecture:
+    """The architecture of the model whose state dict is ``state``; errors call it ``name``.
+
+    ValueError where it is no model of this family, naming the nearest preset and the first key that differs from it.
+    """
+    try:
+        found = _read(state)
+        with torch.device("meta"):
+            own = build_model(ModelConfig(**found.flags(found.smallest_size), **found.made_up))
+        whole = _shapes(own.state_dict()) == _shapes(state)
+    except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError):  # of numbers that make no model
+        whole = False
+    if not whole:
+        _refuse(state, name)
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds no weights: {key} is of {tensor.dtype}")
+    return found
+
+
+def _read(state: Mapping[str, Tensor]) -> Architecture:
+    """What the tensors say that should be there; a LookupError or ArithmeticError where they are not."""
+    width = state["time_embed.0.weight"].shape[1]
+    widths: list[int] = []  # of each level
+    blocks: list[int] = []
+    attending = set()
+    level = 0
+    for i in count(1):
+        block = f"input_blocks.{i}"
+        if f"{block}.0.op.weight" in state:
+            level += 1
+        elif f"{block}.0.in_layers.2.weight" in state:
+            if level == len(widths):
+                widths.append(state[f"{block}.0.in_layers.2.weight"].shape[0])
+                blocks.append(0)
+            blocks[level] += 1
+            if f"{block}.1.qkv.weight" in state:
+                attending.add(level)
+        else:
+            break
+    return Architecture(
+        num_channels=width,
+        num_res_blocks=blocks[0],
+        channel_mult=tuple(w // width for w in widths),
+        attention_levels=frozenset(attending),
+        learn_sigma=state["out.2.weight"].shape[0] == 6,
+        num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
+        use_scale_shift_norm=state["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0],
+        super_resolution=state["input_blocks.0.0.weight"].shape[1] == 6,
+    )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _refuse(state: Mapping[str, Tensor], name: object) -> NoReturn:
+    """ValueError that names the nearest preset and the first difference from it."""
+    theirs = _shapes(state)
+    compared = []
+    for preset, values in PRESETS.items():
+        with torch.device("meta"):
+            ours = _shapes(build_model(values.config(ModelConfig)).state_dict())
+        compared.append((preset, ours, [key for key in ours | theirs if ours.get(key) != theirs.get(key)]))
+    nearest, ours, differing = min(compared, key=lambda one: len(one[2]))
+    key = differing[0]
+    here, there = (shapes.get(key, "absent") for shapes in (theirs, ours))
+    raise ValueError(
+        f"{name} is no model of improved-diffusion's family: the nearest is --preset {nearest}, from which "
+        f"{len(differing)} tensors differ, first {key[:_LONGEST_KEY]!r}: {here} in the file and {there} in the preset"
+    )
+
+
+def describe(
+    state: Mapping[str, Tensor], name: object, given: Mapping[str, Any]
+) -> tuple[ModelConfig, DiffusionConfig]:
+    """The configurations of a bare state dict, from its tensors and from the fields ``given`` by name.
+
+    What neither says (the heads, the process, and a size that the widths do not tell) is asked for in a ValueError, and
+    so is refused what contradicts the tensors. A field that is None is not given.
+    """
+    found = recognise(state, name)
+    given = {field: value for field, value in given.items() if value is not None}
+    known = given if found.image_size is None else {"image_size": found.image_size} | given
+    unsaid = [f for f in UNSAID if f not in known and (f != "small_size" or found.super_resolution)]
+    if "image_size" in unsaid:  # without it nobody knows what attention_resolutions means
+        _ask(found, name, unsaid)
+    size = int(number(int, "image_size", known["image_size"]))
+    _refuse_contradiction(found, known, size, name)
+    if unsaid:
+        _ask(found, name, unsaid)
+    mine = {f.name for f in fields(ModelConfig)}
+    return (
+        ModelConfig.from_dict({k: v for k, v in known.items() if k in mine} | found.flags(size)),
+        DiffusionConfig.from_dict(
+            {k: v for k, v in known.items() if k not in mine} | {"learn_sigma": found.learn_sigma}
+        ),
+    )
+
+
+def _ask(found: Architecture, name: object, unsaid: list[str]) -> NoReturn:
+    flags = ["--" + field.replace("_", "-") for field in unsaid]
+    wanted = " and ".join(part for part in (", ".join(flags[:-1]), flags[-1]) if part)
+    presets = f"or --preset {' or '.join(found.presets)}" if found.presets else "no --preset has this architecture"
+    raise ValueError(f"{name} is a bare state dict: {found}; what it does not say must be given: {wanted} ({presets})")
+
+
+def _refuse_contradiction(found: Architecture, values: Mapping[str, Any], size: int, name: object) -> None:
+    """ValueError, naming the first one, where a value is another in the file."""
+    if "small_size" in values and not found.super_resolution:
+        raise ValueError(f"small_size {values['small_size']} is for super-resolution models, and {name} is none")
+    said = found.flags(size)
+    for field in (field for field in said if field in values):
+        # One at a time, so that no other value has a part in what this one means.
+        theirs = ModelConfig.from_dict({**said, **found.made_up, field: values[field]})
+        if Architecture.of(theirs) != found:
+            given = _word(getattr(theirs, field))
+            raise ValueError(
+                f"{field} is {_word(said[field])} in {name}, but given as {given}: leave out the flag, or --preset"
+            )
+
+
+def _word(value: object) -> str:
+    return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)

@@ -1,0 +1,262 @@
+"""``fastdiff convert`` and bare state dicts on the command line."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff import DiffusionConfig, ModelConfig, build_model, load_checkpoint, save_checkpoint
+
+from ..interop.support import GOLDEN, random_model
+from .conftest import Cli
+from .support import contents, refused, succeeded
+
+MODEL = ModelConfig(
+    image_size=32, num_channels=32, num_res_blocks=1, channel_mult=(1, 2, 2, 2), num_heads=2, learn_sigma=True
+)
+COSINE = DiffusionConfig(diffusion_steps=4000, noise_schedule="cosine", learn_sigma=True)
+FLAGS = ("--num-heads", 2, "--diffusion-steps", 4000, "--noise-schedule", "cosine")
+
+
+def save(
+    path: str, model: ModelConfig = MODEL, process: DiffusionConfig = COSINE, **about: Any
+) -> Mapping[str, Tensor]:
+    state = random_model(model).state_dict()
+    if path.endswith(".pt"):
+        torch.save(state, path)
+    else:
+        save_checkpoint(path, state, model_config=model, diffusion_config=process, **about)
+    return state
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_there_and_back_through_every_format(cli: Cli) -> None:
+    state = save("a.pt")
+    out = succeeded(cli("convert", "a.pt", "b.safetensors", *FLAGS)).out
+    assert "a.pt -> b.safetensors" in out
+    assert "largest difference 0 (0 relative)" in out
+    loaded = load_checkpoint("b.safetensors")
+    assert (loaded.model_config, loaded.diffusion_config) == (MODEL, COSINE)
+    out = succeeded(cli("convert", "b.safetensors", "ddpm", "--scheduler", "ddpm")).out
+    assert "the 4000 steps became 1000, every 4th" in out
+    relative = re.search(r"largest difference \S+ \((\S+) relative\)", out)
+    assert relative
+    assert 0 < float(relative[1]) < 1e-4
+    succeeded(cli("convert", "ddpm", "c.pt"))
+    back = torch.load("c.pt", weights_only=True)
+    assert same(state, back)
+    assert {value.dtype for value in back.values()} == {torch.float32}
+    assert all(value.is_contiguous() for value in back.values())
+    out = succeeded(cli("convert", "ddpm", "ddim")).out  # from one scheduler to the other
+    assert "the learned variance is dropped" in out
+    assert "use_clipped_model_output=True" in out
+    succeeded(cli("convert", "ddim", "d.safetensors"))
+    assert load_checkpoint("d.safetensors").model_config == replace(MODEL, learn_sigma=False)
+    assert not list(Path().glob(".*"))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_converted_pt_has_the_originals_keys_shapes_and_dtypes(cli: Cli, name: str) -> None:
+    """Each architecture at a quarter of its width or less, whose key order is the same."""
+    flags = GOLDEN[name]["flags"]
+    names = ModelConfig.__dataclass_fields__.keys()
+    small = {k: v for k, v in flags.items() if k in names} | {"num_channels": 32}
+    config = ModelConfig(**small, **({"image_size": flags["large_size"]} if "large_size" in flags else {}))
+    state = build_model(config).state_dict()
+    save_checkpoint("a.safetensors", state, model_config=config, diffusion_config=COSINE)
+    with pytest.MonkeyPatch.context() as patch:
+        from fastdiff.cli import convert
+
+        patch.setattr(convert, "_difference", lambda *_: "not compared")  # of an image of 256 pixels
+        succeeded(cli("convert", "a.safetensors", "b.pt"))
+    written = torch.load("b.pt", weights_only=True)
+    assert type(written) is dict
+    assert list(written) == list(GOLDEN[name]["state_dict"])
+    widths = {key: tuple(value.shape) for key, value in written.items()}
+    assert widths == {key: tuple(value.shape) for key, value in state.items()}
+    assert {value.dtype for value in written.values()} == {torch.float32}
+
+
+def test_the_flags_for_the_original_are_printed(cli: Cli) -> None:
+    process = replace(COSINE, rescale_timesteps=False, predict_xstart=True)
+    model = replace(MODEL, attention_resolutions=(8,), class_cond=True, num_classes=3)
+    save("a.safetensors", model, process, class_names=("cat", "dog", "eel"), label_dropout=0.1)
+    out = succeeded(cli("convert", "a.safetensors", "b.pt")).out
+    assert (
+        "--image_size 32 --num_channels 32 --num_res_blocks 1 --num_heads 2 --attention_resolutions 8 --learn_sigma "
+        "True --class_cond True --diffusion_steps 4000 --noise_schedule cosine --predict_xstart True "
+        "--rescale_timesteps False\n" in out
+    )
+    assert "0 cat, 1 dog, 2 eel" in out
+    assert "set NUM_CLASSES = 3" in out
+    assert "label -1" in out
+    assert "channel_mult" not in out
+    save("c.safetensors", replace(MODEL, image_size=64, small_size=32))
+    out = succeeded(cli("convert", "c.safetensors", "d.pt")).out
+    assert "--large_size 64 --small_size 32 " in out
+    assert "know no channel_mult 1,2,2,2 at image_size 64" in out
+
+
+def test_what_a_checkpoint_says_of_itself_stays(cli: Cli) -> None:
+    save("a.safetensors", step=9, class_names=("a",), ema_rate=0.99)
+    succeeded(cli("convert", "a.safetensors", "b.safetensors"))
+    loaded = load_checkpoint("b.safetensors")
+    assert (loaded.step, loaded.class_names, loaded.metadata["ema_rate"]) == (9, ("a",), 0.99)
+
+
+def test_a_run_folder_is_converted(cli: Cli, run_dir: Path) -> None:
+    out = succeeded(cli("convert", run_dir, "b.pt")).out
+    assert re.search(r"runs/a/ema_0\.9999_000002\.safetensors -> b\.pt", out)
+    refused(cli("convert", run_dir, run_dir / "ema_0.9999_000002.safetensors", "--overwrite"), "SRC itself")
+    refused(cli("convert", run_dir, run_dir, "--overwrite"), "SRC itself")
+    refused(cli("convert", run_dir, run_dir.parent, "--overwrite"), "or holds it")
+
+
+def test_files_are_replaced_only_when_told(cli: Cli) -> None:
+    save("a.pt")
+    for target in ("b.safetensors", "b.pt", "folder"):
+        succeeded(cli("convert", "a.pt", target, *FLAGS))
+        before = contents(Path())
+        refused(cli("convert", "a.pt", target, *FLAGS), rf"{target} exists: .*--overwrite")
+        assert contents(Path()) == before
+        succeeded(cli("convert", "a.pt", target, *FLAGS, "--overwrite"))
+        assert contents(Path()).keys() == before.keys()
+
+
+def test_what_is_no_target_stays_untouched(cli: Cli) -> None:
+    save("a.pt")
+    for folder in ("photos", "x.pt"):
+        Path(folder).mkdir()
+        (Path(folder) / "me.jpg").write_bytes(b"only copy")
+    Path("file").write_text("text")
+    before = contents(Path())
+    refused(cli("convert", "a.pt", "photos", *FLAGS, "--overwrite"), "photos exists and is not a diffusers folder")
+    refused(cli("convert", "a.pt", "x.pt", *FLAGS, "--overwrite"), r"x\.pt exists and is not a file")
+    refused(cli("convert", "a.pt", "file", *FLAGS, "--overwrite"), "file exists and is not a diffusers folder")
+    assert contents(Path()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patterns"),
+    [
+        (("a.pt", "b.bin"), (r"b\.bin", r"\.safetensors or \.pt")),
+        (("a.pt", "new/b.pt"), ("new is no folder",)),
+        (("a.pt", "file/b.pt"), ("file is no folder",)),
+        (("a.pt", "a.pt"), ("SRC itself",)),
+        (("a.pt", "./link.pt", "--overwrite"), ("SRC itself",)),
+        (("none.pt", "b.pt"), (r"none\.pt does not exist",)),
+        (("empty", "b.pt"), ("no checkpoint in empty",)),
+        (("opt.pt", "b.pt"), (r"opt\.pt is an optimizer's state",)),
+        (("file", "b.pt"), ("file is damaged or not a PyTorch checkpoint",)),
+        (("a.pt", "b.pt"), (r"a\.pt is a bare state dict: .*--num-heads, --diffusion-steps and --noise-schedule",)),
+        (("a.pt", "b.pt", *FLAGS, "--num-res-blocks", 2), ("num_res_blocks is 1 in", "given as 2")),
+        (("a.pt", "b.pt", "--preset", "cifar10_uncond"), ("num_channels is 32 in", "given as 128")),
+        (("a.pt", "b.pt", "--preset", "none"), ("preset must be one of",)),
+        (("a.pt", "b", *FLAGS, "--scheduler", "pndm"), ("scheduler must be one of ddim, ddpm",)),
+        (
+            ("other.pt", "b.pt"),
+            (r"other\.pt is no model of .*nearest is --preset", "first 'time_embed.0.weight': .128, 32. in"),
+        ),
+        (("wide.safetensors", "b"), ("cannot express 4 heads of 24 and 32 channels",)),
+        (("wide.safetensors", "b.pt", "--num-heads", 1), ("num_heads is 4 in",)),
+        (("whole", "b.pt"), (r"unet/config\.json cannot be read",)),
+        (("odd.safetensors", "b"), ("rescale_timesteps with diffusion_steps 1500",)),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    cli: Cli, arguments: tuple[object, ...], patterns: tuple[str, ...]
+) -> None:
+    state = save("a.pt")
+    save("wide.safetensors", replace(MODEL, image_size=64, channel_mult=(1, 2, 3, 4), num_heads=4))
+    save("odd.safetensors", process=replace(COSINE, diffusion_steps=1500))
+    torch.save({"state": {}, "param_groups": []}, "opt.pt")
+    torch.save({key: value for key, value in state.items() if key != "out.2.bias"}, "other.pt")
+    Path("file").write_text("text")
+    Path("link.pt").symlink_to("a.pt")
+    Path("empty").mkdir()
+    (Path("whole") / "unet").mkdir(parents=True)
+    before = contents(Path())
+    refused(cli("convert", *arguments), *patterns)
+    assert contents(Path()) == before
+    assert not list(Path().glob(".*"))
+
+
+def test_a_model_that_does_not_come_out_the_same_is_not_written(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdiff.interop import diffusers
+
+    save("a.pt")
+    real = diffusers.unet_state
+    monkeypatch.setattr(diffusers, "unet_state", lambda *a: {k: v * 1.01 for k, v in real(*a).items()})
+    refused(cli("convert", "a.pt", "b", *FLAGS), "b was not written: its outputs would differ")
+    assert not list(Path().glob("*b*"))
+
+
+@pytest.mark.parametrize("target", ["b.pt", "b.safetensors", "b"])
+def test_a_full_disk_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    from fastdiff.checkpoint import files
+
+    def full(error: Exception) -> Any:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        return fail
+
+    save("a.pt")
+    monkeypatch.setattr(torch, "save", full(RuntimeError("PytorchStreamWriter failed writing file: no space\nat 0x1")))
+    monkeypatch.setattr(files, "save_file", full(SafetensorError("No space left on device")))
+    monkeypatch.setattr(safetensors.torch, "save_file", full(SafetensorError("No space left on device")))
+    refused(cli("convert", "a.pt", target, *FLAGS), "cannot be written", "(?i)no space")
+    assert not list(Path().glob("*b*"))
+
+
+def test_a_schedule_that_is_none_of_ours_is_asked_for(cli: Cli) -> None:
+    save("a.pt")
+    succeeded(cli("convert", "a.pt", "folder", *FLAGS))
+    path = Path("folder/scheduler/scheduler_config.json")
+    options = json.loads(path.read_text())
+    options["trained_betas"] = [beta / 2 for beta in options["trained_betas"]]
+    path.write_text(json.dumps(options))
+    refused(cli("convert", "folder", "b.pt"), "no named schedule: say --diffusion-steps and --noise-schedule")
+    succeeded(cli("convert", "folder", "b.safetensors", "--diffusion-steps", 500, "--noise-schedule", "linear"))
+    assert load_checkpoint("b.safetensors").diffusion_config == DiffusionConfig(diffusion_steps=500)
+    refused(cli("convert", "folder", "c.pt", *FLAGS, "--num-channels", 64), "num_channels is 32 in folder and 64")
+
+
+ONE_STEP = ("--num-samples", 1, "--sampler", "ddim", "--steps", 1)
+
+
+def test_a_released_checkpoint_is_drawn_from_by_preset_or_by_flags(cli: Cli) -> None:
+    from .support import PLAIN
+
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in GOLDEN["cifar10_uncond"]["state_dict"].items():  # small on the disk, random from row to row
+        rows = torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator) * 0.02
+        state[key] = rows.expand(shape)
+    torch.save(state, "cifar.pt")
+    succeeded(cli("sample", "cifar.pt", "--preset", "cifar10_uncond", *ONE_STEP, *PLAIN, "--out", "a.npz"))
+    flags = ("--diffusion-steps", 4000, "--noise-schedule", "cosine", "--num-heads", 4)
+    succeeded(cli("sample", "cifar.pt", *flags, *ONE_STEP, *PLAIN, "--out", "b.npz"))
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    refused(cli("sample", "cifar.pt", *flags[:4], *ONE_STEP, *PLAIN), "--num-heads .or --preset cifar10_uncond or")
+    refused(
+        cli("sample", "cifar.pt", "--preset", "imagenet64_uncond", *ONE_STEP, *PLAIN),
+        "channel_mult is 1,2,2,2 in cifar.pt, but given as 1,2,3,4",
+    )
+
+
+def test_a_bare_super_resolution_model_beside_another_is_to_be_converted_first(cli: Cli, checkpoint: Path) -> None:
+    save("up.pt", replace(MODEL, small_size=8))
+    refused(cli("sample", checkpoint, "--super-res", "up.pt"), r"super_res up\.pt must say .*fastdiff convert up\.pt")
