@@ -19,6 +19,7 @@ from fastdiff.config.choices import (
     ScheduleSampler,
     Tracker,
 )
+from fastdiff.config.evaluation import NllConfig
 from fastdiff.config.job import MOST_SAMPLES, DataConfig, DiffusionConfig, RuntimeConfig, SampleConfig, TrainConfig
 from fastdiff.config.model import (
     GROUPS,
@@ -43,6 +44,7 @@ __all__ = [
     "Labels",
     "MemoryFormat",
     "ModelConfig",
+    "NllConfig",
     "NoiseSchedule",
     "Parallel",
     "Precision",

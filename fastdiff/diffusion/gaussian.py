@@ -377,10 +377,26 @@ class GaussianDiffusion:
         x_start: Tensor,
         clip_denoised: bool = True,
         model_kwargs: ModelKwargs = None,
-        step_noise: Tensor | Iterable[Tensor] | None = None,
+        step_noise: Tensor | Philox | Iterable[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The whole variational bound: a dict with total_bpd and prior_bpd (N,), vb, xstart_mse and mse (N, T).
 
-        Columns are in the order in which the steps run, t = T-1 first.
+        Columns are in the order in which the steps run, t = T-1 first. ``step_noise`` is one tensor a step in that
+        order, or a ``Philox``, which draws it where it is used (default: fresh).
         """
         return likelihood.calc_bpd_loop(self, model, x_start, clip_denoised, model_kwargs, step_noise)
+
+    def calc_bpd_loop_progressive(
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: ModelKwargs = None,
+        step_noise: Tensor | Philox | Iterable[Tensor] | None = None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield each step's part of the bound, t = T-1 first: a dict with vb, xstart_mse and mse, each (N,).
+
+        ``vb`` is in bits per dimension, the others are the mean squared errors of the predicted x_0 and of the noise
+        that it implies. Arguments as calc_bpd_loop's.
+        """
+        return likelihood.calc_bpd_loop_progressive(self, model, x_start, clip_denoised, model_kwargs, step_noise)

@@ -1,13 +1,14 @@
 """Bits per dimension: the variational bound on the likelihood of images (DDPM, section 3)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.noise import draws_of
+from fastdiff.diffusion.noise import Philox, draws_of
+from fastdiff.kernels import philox_normal
 from fastdiff.kernels.diffusion_loss.reference import mean_flat, normal_kl
 
 if TYPE_CHECKING:
@@ -22,28 +23,55 @@ def prior_bpd(diffusion: "GaussianDiffusion", x_start: Tensor) -> Tensor:
     return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2.0)
 
 
-@torch.no_grad()
+def calc_bpd_loop_progressive(
+    diffusion: "GaussianDiffusion",
+    model: Callable[..., Tensor],
+    x_start: Tensor,
+    clip_denoised: bool,
+    model_kwargs: Mapping[str, Any] | None,
+    step_noise: Tensor | Philox | Iterable[Tensor] | None,
+) -> Iterator[dict[str, Tensor]]:
+    """The terms step by step, see GaussianDiffusion.calc_bpd_loop_progressive."""
+    draws = _noise_of_steps(diffusion, step_noise, x_start.shape)
+    for step in reversed(range(diffusion.num_timesteps)):
+        given = next(draws)
+        with torch.no_grad():
+            t = torch.full((x_start.shape[0],), step, device=x_start.device)
+            noise = torch.randn_like(x_start) if given is None else given
+            x_t = diffusion.q_sample(x_start, t, noise)
+            out = diffusion.vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
+            eps = diffusion.eps_from_xstart(x_t, t, out["pred_xstart"])
+            terms = {
+                "vb": out["output"],
+                "xstart_mse": mean_flat((out["pred_xstart"] - x_start) ** 2),
+                "mse": mean_flat((eps - noise) ** 2),
+            }
+        yield terms
+
+
 def calc_bpd_loop(
     diffusion: "GaussianDiffusion",
     model: Callable[..., Tensor],
     x_start: Tensor,
     clip_denoised: bool,
     model_kwargs: Mapping[str, Any] | None,
-    step_noise: Tensor | Iterable[Tensor] | None,
+    step_noise: Tensor | Philox | Iterable[Tensor] | None,
 ) -> dict[str, Tensor]:
     """Every term of the bound, see GaussianDiffusion.calc_bpd_loop."""
-    draws = draws_of(step_noise)
-    columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
-    for step in reversed(range(diffusion.num_timesteps)):
-        t = torch.full((x_start.shape[0],), step, device=x_start.device)
-        given = next(draws)
-        noise = torch.randn_like(x_start) if given is None else given
-        x_t = diffusion.q_sample(x_start, t, noise)
-        out = diffusion.vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
-        columns["vb"].append(out["output"])
-        columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
-        eps = diffusion.eps_from_xstart(x_t, t, out["pred_xstart"])
-        columns["mse"].append(mean_flat((eps - noise) ** 2))
-    terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}  # (N, T)
-    prior = prior_bpd(diffusion, x_start)
+    steps = list(calc_bpd_loop_progressive(diffusion, model, x_start, clip_denoised, model_kwargs, step_noise))
+    terms = {name: torch.stack([step[name] for step in steps], dim=1) for name in steps[0]}  # (N, T)
+    with torch.no_grad():
+        prior = prior_bpd(diffusion, x_start)
     return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior, **terms}
+
+
+def _noise_of_steps(
+    diffusion: "GaussianDiffusion", step_noise: Tensor | Philox | Iterable[Tensor] | None, shape: Sequence[int]
+) -> Iterator[Tensor | None]:
+    if not isinstance(step_noise, Philox):
+        return draws_of(step_noise)
+    # numbered as the updates of a sampling loop are
+    return (
+        philox_normal(step_noise.seed, step_noise.samples, step, shape[1:], backend=diffusion.kernels)
+        for step in range(1, diffusion.num_timesteps + 1)
+    )

@@ -1,5 +1,7 @@
 """The UNet of Nichol & Dhariwal 2021 (after Ho et al. 2020), read top to bottom."""
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,14 @@ _MEMORY_FORMATS = {
 
 NULL_CLASS = -1
 """The label of an image whose class a class-conditional model is not told (Ho & Salimans 2022, section 3)."""
+
+
+class Features(TypedDict):
+    """The outputs of the input blocks, of the middle block and of the output blocks."""
+
+    down: list[Tensor]
+    middle: Tensor
+    up: list[Tensor]
 
 
 class EmbedSequential(nn.Sequential):
@@ -112,6 +122,20 @@ class UNet(nn.Module):
         model only, of which NULL_CLASS adds no embedding: that image is predicted without a class. Returns
         (N, out_channels, H, W) in x's dtype.
         """
+        return self.out(self._run(x, timesteps, y)).to(x.dtype)
+
+    def get_feature_vectors(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Features:
+        """What every block puts out at x, each (N, C, h, w) in x's dtype, in the order in which the blocks run.
+
+        Arguments as forward's. ``out`` turns the last one into forward's output.
+        """
+        seen: list[Tensor] = []
+        self._run(x, timesteps, y, seen)
+        features, middle = [h.to(x.dtype) for h in seen], len(self.input_blocks)
+        return {"down": features[:middle], "middle": features[middle], "up": features[middle + 1 :]}
+
+    def _run(self, x: Tensor, timesteps: Tensor, y: Tensor | None, seen: list[Tensor] | None = None) -> Tensor:
+        """The last block's output; ``seen``, if given, gets every block's."""
         if (y is not None) != self.config.class_cond:
             raise ValueError(
                 f"the model has class_cond {self.config.class_cond}: y must be given exactly when it is true"
@@ -126,6 +150,10 @@ class UNet(nn.Module):
             h = block(h, emb)
             skips.append(h)
         h = self.middle_block(h, emb)
+        if seen is not None:
+            seen += [*skips, h]
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h).to(x.dtype)
+            if seen is not None:
+                seen.append(h)
+        return h

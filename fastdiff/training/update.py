@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.config import TrainConfig
@@ -14,6 +13,7 @@ from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.timestep_sampler import draw
 from fastdiff.kernels import philox_normal, philox_uint32
 from fastdiff.models import NULL_CLASS
+from fastdiff.models.super_res import low_resolution
 from fastdiff.runtime.distributed import World
 from fastdiff.training.parallel import accumulating, own_part, total_norm
 from fastdiff.training.run_folder import RunConfig
@@ -123,7 +123,7 @@ def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> 
     """What the model is given besides the noisy images."""
     conditions = {} if labels is None else {"y": labels}
     if config.model.small_size is not None:
-        conditions["low_res"] = F.interpolate(x_start, config.model.small_size, mode="area")
+        conditions["low_res"] = low_resolution(x_start, config.model.small_size)
     return conditions
 
 

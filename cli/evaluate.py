@@ -1,0 +1,181 @@
+"""``fastdiff evaluate``: how good a checkpoint is, in numbers."""
+
+import signal
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastdiff.cli.loading import find_with_rate, load_for, young_average
+from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, build, with_flags
+from fastdiff.cli.sample import Choices
+from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, NllConfig, RuntimeConfig
+
+if TYPE_CHECKING:
+    from fastdiff.checkpoint import Checkpoint
+    from fastdiff.cli.display import Display
+    from fastdiff.data import Dataset
+    from fastdiff.evaluation.nll import Bound, Nll
+    from fastdiff.runtime.distributed import World
+
+app = typer.Typer(help="Say how good a model is, in numbers.", rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def _evaluate(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("nll")
+@with_flags(NllConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
+def nll(
+    flags: Flags,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint or run folder; by default the newest run under runs/.")
+    ] = None,
+    out_dir: Annotated[Path, typer.Option(help="Folder for the numbers.")] = Path("nll"),
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the terms into this .png file (extra 'plot': matplotlib).")
+    ] = None,
+    ema_rate: Annotated[
+        str | None, typer.Option(help="Average of a run folder to evaluate, by rate, or raw; by default the highest.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds after which a process that waits for the others gives up.")
+    ] = 600,
+    preset: PresetFlag = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Compute the likelihood of a folder's images, in bits per dimension.
+
+    It is the variational bound: one model call for each image and timestep. Several processes share the images when
+    torchrun starts them: torchrun --nproc-per-node=8 -m fastdiff evaluate nll ...
+
+    A checkpoint knows its model. The model's and the process's flags are for bare state dicts (.pt), which tell the
+    architecture, but neither the heads nor the process.
+    """
+    choices = Choices(
+        checkpoint=checkpoint, out=out_dir, ema_rate=ema_rate, overwrite=overwrite, timeout=timeout, preset=preset
+    )
+    raise typer.Exit(run_nll(flags, choices, plot))
+
+
+def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
+    """Evaluate as ``flags`` and ``choices``, whose ``out`` is a folder, say; returns the exit status."""
+    config = build(NllConfig, flags)
+    if not config.data_dir:
+        raise ValueError("no data: name a folder of images with --data-dir")
+    from fastdiff.cli.display import Display, Slowly
+    from fastdiff.evaluation.files import Files
+    from fastdiff.evaluation.nll import Nll, Stopped
+    from fastdiff.runtime.device import Runtime
+    from fastdiff.runtime.distributed import World
+    from fastdiff.runtime.signals import StopRequest
+
+    world = World.join(choices.timeout)
+    with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
+        files = Files(choices.out, plot, choices.overwrite)
+        world.from_main(files.check)
+        machine = build(RuntimeConfig, flags | {"precision": config.precision})
+        runtime = world.together(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
+        path = world.from_main(lambda: find_with_rate(choices.checkpoint, choices.ema_rate))
+        loaded = world.together(lambda: load_for(runtime, path, flags, choices.preset))
+        with Display(silent=not world.main) as display:
+            display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
+            dataset = _images(config, loaded, display, world)
+            evaluation = world.together(lambda: Nll(loaded, dataset, config, runtime, world))
+            about = world.from_main(lambda: _about(path, loaded, config, dataset, evaluation))
+            display.line(
+                f"evaluating: {evaluation.count} images of {loaded.model_config.image_size} pixels, "
+                f"{evaluation.diffusion.num_timesteps} steps, seed {config.seed}; {world.describe()}, "
+                f"{runtime.describe(evaluation.calls)}"
+            )
+            with StopRequest("stopping after this step") as stop:
+                try:
+                    bound = evaluation.run(stop, Slowly(display))
+                except Stopped as stopped:
+                    so_far = f", {stopped.total_bpd:.4f} bits/dim" if stopped.images else ""
+                    display.line(
+                        f"stopped by {signal.Signals(stopped.signal).name}: {stopped.images} of {evaluation.count} "
+                        f"images were done{so_far}; nothing is written"
+                    )
+                    status = 128 + stopped.signal
+                else:
+                    names = [dataset.names[i % len(dataset.names)] for i in range(evaluation.count)]
+                    steps = evaluation.diffusion.timestep_map[::-1]
+                    _tell(display, path, loaded, bound, names, about)
+                    world.from_main(lambda: files.write(bound, names, steps, about))
+                    display.line(f"wrote {files.out_dir}{'' if plot is None else f' and {plot}'}")
+                    status = 0
+    world.leave()
+    return status
+
+
+def _images(config: NllConfig, loaded: "Checkpoint", display: "Display", world: "World") -> "Dataset":
+    """The images. Of the processes of a machine one decodes them, and the others find what it wrote."""
+    from fastdiff.data import load_dataset
+
+    with warnings.catch_warnings(action="ignore"):  # of what speaks against training on them
+        dataset = world.one_by_machine_first(
+            lambda: load_dataset(
+                build(DataConfig, config.to_dict()),
+                loaded.model_config.image_size,
+                labelled=loaded.model_config.class_cond,
+                on_progress=lambda done, total: display.advance("images", done, total),
+                processes=world.local_size,
+            )
+        )
+    display.finish("images")
+    display.line(f"data: {dataset.preflight.line()}")
+    if len(set(world.gathered(dataset.fingerprint))) > 1:
+        world.refuse(f"data_dir {config.data_dir}: every machine needs the same folder, and they see different images")
+    return dataset
+
+
+def _about(
+    path: Path, loaded: "Checkpoint", config: NllConfig, dataset: "Dataset", evaluation: "Nll"
+) -> dict[str, Any]:
+    """What the figures are of, as JSON can hold it."""
+    from fastdiff.checkpoint import sha256
+
+    process = evaluation.diffusion
+    return {
+        "images": evaluation.count,
+        "data_dir": str(Path(config.data_dir).resolve()),
+        "data_fingerprint": dataset.fingerprint,
+        "checkpoint": str(path.resolve()),
+        "sha256": sha256(path),
+        "step": loaded.step,
+        "ema_rate": loaded.metadata.get("ema_rate"),
+        "timesteps": process.num_timesteps,
+        "diffusion_steps": process.original_num_steps,
+        "clip_denoised": config.clip_denoised,
+        "seed": config.seed,
+        "precision": config.precision,
+    }
+
+
+def _tell(
+    display: "Display", path: Path, loaded: "Checkpoint", bound: "Bound", names: list[str], about: dict[str, Any]
+) -> None:
+    """The figure in a line, and what is wrong with it in another."""
+    import numpy as np
+
+    figures, rate = bound.figures(), about["ema_rate"]
+    strange = np.flatnonzero(~np.isfinite(bound.total_bpd))
+    if len(strange):
+        display.line(
+            f"warning: the bound of {len(strange)} of {len(names)} images is not a finite number, the first is "
+            f"{names[strange[0]]!r}: the weights are damaged, or need --precision fp32"
+        )
+    error = f" ± {figures['standard_error']:.4f}" if len(names) > 1 else ""
+    weights = f"EMA {rate:g}" if rate else "raw weights"
+    if not loaded.metadata:
+        weights = path.name  # a bare state dict, which does not say
+    display.line(
+        f"{figures['bits_per_dim']:.4f} bits/dim{error} (prior {figures['prior_bits_per_dim']:.4f}) over {len(names)} "
+        f"images, {weights}, {about['timesteps']} of {about['diffusion_steps']} steps, seed {about['seed']}"
+    )

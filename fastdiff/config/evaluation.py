@@ -1,0 +1,45 @@
+"""The settings of an evaluation."""
+
+from dataclasses import dataclass
+
+from fastdiff.config.base import Config, number, option
+from fastdiff.config.choices import Cache, Labels, Precision
+from fastdiff.config.job import MOST_SAMPLES
+
+
+@dataclass(frozen=True)
+class NllConfig(Config):
+    """Which images' likelihood is computed, and how."""
+
+    data_dir: str = option("", "Folder of images with its sub-folders, or a .zip or .npz of them.")
+    labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
+    num_samples: int | None = option(
+        None, "Images to evaluate, in the folder's order and then from its start again; by default each once."
+    )
+    batch_size: int = option(16, "Images evaluated together.")
+    steps: int | None = option(None, "Evenly spaced timesteps to use, which makes it another bound; by default all.")
+    timestep_respacing: str | None = option(
+        None, "Timesteps to use: a count (250), counts per section (10,15,20) or ddimN."
+    )
+    clip_denoised: bool = option(True, "Clip the predicted x_0 to [-1, 1] in every step.")
+    seed: int = option(0, "Seed of the noise; the same seed gives the same figures.")
+    precision: Precision = option(
+        Precision.FP32, "Arithmetic of the model; fp32 unless another is named, since rounding shows in a likelihood."
+    )
+    cache: Cache = option(Cache.AUTO, "Keep decoded images in memory or in a memory-mapped file.")
+    cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.")
+
+    def check(self) -> None:
+        self.require(self.batch_size > 0, "batch_size", "positive")
+        for name in ("num_samples", "steps"):
+            if (value := getattr(self, name)) is not None:
+                self.require(number(int, name, value) > 0, name, "positive")
+        self.require((self.num_samples or 0) <= MOST_SAMPLES, "num_samples", f"at most {MOST_SAMPLES:,}")
+        self.require(0 <= self.seed < 2**64, "seed", "at least 0 and below 2^64")
+        if self.steps is not None and self.timestep_respacing:
+            raise ValueError("steps and timestep_respacing both choose the timesteps: give one of them")
+
+    @property
+    def respacing(self) -> str | None:
+        """The timesteps to use as a respacing spec, or None for those of the checkpoint."""
+        return str(self.steps) if self.steps is not None else self.timestep_respacing

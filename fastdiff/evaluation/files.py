@@ -1,0 +1,81 @@
+"""The files of an evaluation: checked before any work, written at its end."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdiff.checkpoint import replacing
+from fastdiff.evaluation.nll import TERMS, Bound, Int64Array
+from fastdiff.evaluation.plot import refuse_without_matplotlib, save_plot
+
+SUMMARY, IMAGES = "nll.json", "images.npz"
+
+
+@dataclass(frozen=True)
+class Files:
+    """The folder for the numbers, and perhaps a plot of the terms."""
+
+    out_dir: Path
+    plot: Path | None = None
+    overwrite: bool = False
+
+    @property
+    def terms(self) -> dict[str, Path]:
+        """The file of each of TERMS, called as improved-diffusion calls it."""
+        return {name: self.out_dir / f"{name}_terms.npz" for name in TERMS}
+
+    def check(self) -> None:
+        """ValueError where results are in the way, a file cannot be written or there is nothing to plot with."""
+        results = [self.out_dir / SUMMARY, self.out_dir / IMAGES, *self.terms.values()]
+        if not self.overwrite and any(path.exists() for path in results):
+            raise ValueError(f"out_dir {self.out_dir} holds results: name another folder, or use --overwrite")
+        _check_folder("out_dir", self.out_dir)
+        if self.plot is not None:
+            refuse_without_matplotlib()
+            if self.plot.suffix != ".png":
+                raise ValueError(f"plot {self.plot} must end in .png")
+            if self.plot.is_dir():
+                raise ValueError(f"plot {self.plot} is a folder: name a file")
+            if self.plot.exists() and not self.overwrite:
+                raise ValueError(f"plot {self.plot} exists: name another file, or use --overwrite")
+            _check_folder("plot", self.plot.parent)
+
+    def write(self, bound: Bound, names: Sequence[str], timesteps: Int64Array, about: Mapping[str, Any]) -> None:
+        """Write them; ``names`` are those of the images, ``about`` is what the summary says besides the figures.
+
+        Each appears whole or not at all. The summary comes last: where there is one, the others are of the same images.
+        """
+        summary = self.out_dir / SUMMARY
+        summary.unlink(missing_ok=True)
+        for name, path in self.terms.items():
+            _save(path, arr_0=bound.terms[name])
+        _save(
+            self.out_dir / IMAGES, total_bpd=bound.total_bpd, prior_bpd=bound.prior_bpd, names=np.array(names, np.str_)
+        )
+        figures = bound.figures()
+        if self.plot is not None:
+            title = f"{figures['bits_per_dim']:.3f} bits/dim over {len(names):,} images"
+            save_plot(self.plot, bound, timesteps, title)
+        values = {name: value if math.isfinite(value) else None for name, value in figures.items()}  # JSON has no NaN
+        with replacing(summary) as temporary:
+            temporary.write_text(json.dumps({**values, **about}, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(path: Path, **arrays: Any) -> None:
+    with replacing(path) as temporary:
+        np.savez(temporary, **arrays)
+
+
+def _check_folder(name: str, wanted: Path) -> None:
+    """ValueError where the folder is not there and cannot be made, or may not be written to."""
+    folder = wanted
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} {wanted} cannot be written: {folder} is not a folder that you may write to")

@@ -1,0 +1,217 @@
+"""Bits per dimension of a data set's images under a model: the variational bound, term by term."""
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdiff.checkpoint import Checkpoint
+from fastdiff.config import NllConfig
+from fastdiff.data import Dataset, normalised, on_device
+from fastdiff.data.batches import Batch
+from fastdiff.diffusion import Philox, build_diffusion
+from fastdiff.models.super_res import low_resolution
+from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.distributed import World
+from fastdiff.runtime.signals import StopRequest
+from fastdiff.runtime.words import duration
+
+Float64Array = NDArray[np.float64]
+Int64Array = NDArray[np.int64]
+
+TERMS = ("vb", "mse", "xstart_mse")
+"""What there is of every timestep, called as improved-diffusion calls it."""
+
+OnProgress = Callable[[int, int, str], None]
+"""Told how many of how many images' steps are done, and in words what came of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The bound of the images 0, 1, 2, ...: ``total_bpd`` and, a part of it, ``prior_bpd``, in bits per dimension (N,).
+
+    ``terms`` are means over the images, (T,) each, t = T-1 first: vb (bits per dimension), mse (of the noise) and
+    xstart_mse.
+    """
+
+    total_bpd: Float64Array
+    prior_bpd: Float64Array
+    terms: dict[str, Float64Array]
+
+    def figures(self) -> dict[str, float]:
+        """Means over the images, and the standard error of the first; NaN where there is none."""
+        n = len(self.total_bpd)
+        with np.errstate(invalid="ignore"):  # infinite ones: then there is none
+            deviation = float(self.total_bpd.std(ddof=1)) if n > 1 else math.nan
+            return {
+                "bits_per_dim": float(self.total_bpd.mean()),
+                "standard_error": deviation / math.sqrt(n),
+                "prior_bits_per_dim": float(self.prior_bpd.mean()),
+            }
+
+
+class Stopped(Exception):
+    """A signal ended the evaluation: ``images`` were done, with ``total_bpd`` bits per dimension."""
+
+    def __init__(self, signal: int, images: int, total_bpd: float) -> None:
+        super().__init__(signal, images, total_bpd)
+        self.signal, self.images, self.total_bpd = signal, images, total_bpd
+
+
+class Nll:
+    """Evaluates the images of a data set under a checkpoint's model, which it takes over and whose weights it casts.
+
+    The noise is a function of seed, image number and step, so that the batch size and the number of processes change
+    nothing but the rounding inside the model. ValueError where ``config`` asks for timesteps that the process does not
+    have, or the data have classes that the model does not know.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dataset: Dataset, config: NllConfig, runtime: Runtime, world: World
+    ) -> None:
+        process = checkpoint.diffusion_config
+        if config.respacing is not None:
+            process = replace(process, timestep_respacing=config.respacing)
+        self.diffusion = build_diffusion(process, runtime.kernels)
+        self.count = config.num_samples or len(dataset.images)
+        self._small_size = checkpoint.model_config.small_size
+        self._labels = labels_for(checkpoint, dataset)
+        self._dataset, self._config, self._runtime, self._world = dataset, config, runtime, world
+        first, last = (self.count * rank // world.size for rank in (world.rank, world.rank + 1))
+        # as few batches as can be, of one size: another one would compile the model again
+        parts = -(-(last - first) // config.batch_size)
+        self._size = -(-(last - first) // max(parts, 1))
+        self._last = last
+        self._starts = range(first, last, self._size or 1)
+        self.calls = parts * self.diffusion.num_timesteps
+        self._model = runtime.prepare(runtime.cast(checkpoint.model.eval()), self.calls)
+
+    def run(self, stop: StopRequest, on_progress: OnProgress) -> Bound:
+        """The bound of all images, for every process.
+
+        Collective. Stopped where a signal came to a process before it was done.
+        """
+        steps = self.diffusion.num_timesteps
+        meter = _Meter(on_progress, self.count, steps, self._world.size)
+        totals, priors = [np.empty(0)], [np.empty(0)]
+        sums = np.zeros((len(TERMS), steps))  # of fp32 numbers: in fp64 all but exact, in whatever order
+
+        def work() -> None:
+            for terms, prior in self._batches(stop, meter):
+                totals.append(prior + terms[0].sum(axis=1))
+                priors.append(prior)
+                np.add(sums, terms.sum(axis=1), out=sums)
+                meter.evaluated(totals[-1])
+                if stop.received is not None:
+                    break
+
+        self._world.together(work)
+        signal = max(self._world.gathered(int(stop.received or 0)))
+        parts = self._world.gathered((np.concatenate(totals), np.concatenate(priors), sums))
+        total, prior = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        if len(total) < self.count:
+            raise Stopped(signal, len(total), float(total.mean()) if len(total) else math.nan)
+        means = np.sum([part[2] for part in parts], axis=0) / self.count
+        return Bound(total, prior, dict(zip(TERMS, means, strict=True)))
+
+    def _batches(self, stop: StopRequest, meter: "_Meter") -> Iterator[tuple[Float64Array, Float64Array]]:
+        """Each batch's terms (3, n, T) and prior (n,), until a signal comes."""
+        device, steps = self._runtime.device, self.diffusion.num_timesteps
+        with closing(on_device(self._loaded(), device)) as loaded:
+            for start, (images, labels) in zip(self._starts, loaded, strict=True):
+                x_start = normalised(images).contiguous()
+                noise = Philox(self._config.seed, torch.arange(start, start + self._size, device=device))
+                conditions = self._conditions(x_start, labels)
+                wanted = min(self._size, self._last - start)
+                columns: list[Tensor] = []
+                for terms in self.diffusion.calc_bpd_loop_progressive(
+                    self._model, x_start, self._config.clip_denoised, conditions, noise
+                ):
+                    columns.append(torch.stack([terms[name] for name in TERMS]))
+                    if len(columns) < steps:
+                        meter.step(wanted)
+                        if stop.received is not None:
+                            return  # what is begun of these is lost
+                prior = self.diffusion.prior_bpd(x_start)
+                found = torch.stack(columns, dim=2).cpu()  # (3, N, T): the one wait for the device
+                yield found[:, :wanted].double().numpy(), prior[:wanted].cpu().double().numpy()
+
+    def _loaded(self) -> Generator[Batch, None, None]:
+        """The batches of this process; the last one goes on with images that are not its own to be as large."""
+
+        def ready(values: NDArray[Any]) -> Tensor:
+            tensor = torch.from_numpy(np.asarray(values))
+            return tensor.pin_memory() if self._runtime.device.type == "cuda" else tensor
+
+        for start in self._starts:
+            self._dataset.check()
+            places = np.arange(start, start + self._size) % len(self._dataset.images)
+            yield ready(self._dataset.images[places]), None if self._labels is None else ready(self._labels[places])
+
+    def _conditions(self, x_start: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """What the model is given besides the noisy images."""
+        conditions = {} if labels is None else {"y": labels}
+        if self._small_size is not None:
+            conditions["low_res"] = low_resolution(x_start, self._small_size)
+        return conditions
+
+
+def labels_for(checkpoint: Checkpoint, dataset: Dataset) -> Int64Array | None:
+    """The number that the checkpoint gives each image's class, int64 (N,); None for a model without classes.
+
+    Classes are known by their names; where the checkpoint has none, they are numbered as the data's. ValueError where
+    there is one that the model does not know.
+    """
+    count, known, there = checkpoint.model_config.num_classes, checkpoint.class_names, dataset.class_names
+    if not checkpoint.model_config.class_cond:
+        return None
+    if dataset.labels is None:
+        raise ValueError("the model has classes, and the data has none")
+    if not known:
+        if len(there) > count:
+            raise ValueError(f"the data has {len(there)} classes, and the model {count}: evaluate it on its own data")
+        return dataset.labels
+    numbers = {name: i for i, name in enumerate(known)}
+    labels = np.array([numbers.get(name, -1) for name in there])[dataset.labels]
+    if labels.min() < 0:
+        stranger = there[dataset.labels[labels.argmin()]]
+        listed = ", ".join(known[:10]) + (" and more" if len(known) > 10 else "")
+        raise ValueError(
+            f"the data has the class {stranger!r}, which the model does not know; it knows {listed}: name the images "
+            "as for its training, or use its --labels"
+        )
+    return labels
+
+
+class _Meter:
+    """Tells how far the evaluation is: of several processes the first, as if the others were as far."""
+
+    def __init__(self, tell: OnProgress, images: int, steps: int, processes: int) -> None:
+        self._tell = tell
+        self._images, self._steps, self._processes = images, steps, processes
+        self._steps_done = self._images_done = 0
+        self._bpd = 0.0
+        self._began = time.perf_counter()
+
+    def step(self, images: int) -> None:
+        """So many images have taken one more step."""
+        total = self._images * self._steps
+        self._steps_done = min(self._steps_done + images * self._processes, total)
+        left = (time.perf_counter() - self._began) / self._steps_done * (total - self._steps_done)
+        done = min(self._images_done * self._processes, self._images)
+        mean = f", {self._bpd / self._images_done:.2f} bits/dim" if done else ""
+        note = f"{done} of {self._images} images{mean}, {duration(left)} left"
+        self._tell(self._steps_done, total, note)
+
+    def evaluated(self, total_bpd: Float64Array) -> None:
+        """These images have taken their last step."""
+        self._images_done += len(total_bpd)
+        self._bpd += float(total_bpd.sum())
+        self.step(len(total_bpd))

@@ -1,0 +1,292 @@
+"""The likelihood of a data set: each term beside the process's own functions, whatever the batches."""
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdiff import Checkpoint, DataConfig
+from fastdiff.config import NllConfig, RuntimeConfig
+from fastdiff.data import Dataset, load_dataset, normalised
+from fastdiff.data.shapes import write_shapes
+from fastdiff.evaluation.nll import TERMS, Bound, Nll, Stopped, labels_for
+from fastdiff.kernels import philox_normal
+from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.distributed import World
+from fastdiff.runtime.signals import StopRequest
+
+from ..sampling.support import loaded, runtime
+from ..watch import Watch
+
+STEPS = 20
+CLASSES: dict[str, Any] = {
+    "class_cond": True,
+    "num_classes": 5,
+    "class_names": ("triangle", "star", "square", "cross", "circle"),  # not in the data's order
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "by class": {**CLASSES, "learn_sigma": True},
+    "super-resolution": {"image_size": 16, "small_size": 8},
+}
+
+
+def data(folder: Path, checkpoint: Checkpoint) -> Dataset:
+    config = checkpoint.model_config
+    return load_dataset(DataConfig(data_dir=str(folder)), config.image_size, labelled=config.class_cond)
+
+
+def evaluated(
+    checkpoint: Checkpoint, dataset: Dataset, on: Runtime | None = None, tell: Any = None, **settings: Any
+) -> Bound:
+    subject = Nll(checkpoint, dataset, NllConfig(**settings), on or runtime(), World())
+    with StopRequest() as stop:
+        return subject.run(stop, tell or (lambda *progress: None))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_term_is_the_process_s_own(model: str, shapes: Path, tmp_path: Path) -> None:
+    checkpoint = loaded(tmp_path, **MODELS[model])
+    dataset = data(shapes, checkpoint)
+    found = evaluated(checkpoint, dataset, num_samples=5, batch_size=2, seed=9)
+    process, net = checkpoint.diffusion, checkpoint.model
+    totals, priors, terms = [], [], np.zeros((3, STEPS))
+    for i in range(5):
+        x = normalised(torch.from_numpy(dataset.images[i : i + 1]))
+        kwargs = {}
+        if model == "by class":
+            kwargs["y"] = torch.tensor([CLASSES["class_names"].index(dataset.names[i].split("_")[0])])
+        if model == "super-resolution":
+            kwargs["low_res"] = F.avg_pool2d(x, 2)
+        priors.append(float(process.prior_bpd(x)))
+        totals.append(priors[-1])
+        for column, t in enumerate(range(STEPS - 1, -1, -1)):
+            noise = philox_normal(9, torch.tensor([i]), STEPS - t, x.shape[1:])
+            step = torch.tensor([t])
+            x_t = process.q_sample(x, step, noise)
+            with torch.no_grad():
+                out = process.vb_terms_bpd(net, x, x_t, step, model_kwargs=kwargs)
+            eps = process.eps_from_xstart(x_t, step, out["pred_xstart"])
+            totals[-1] += float(out["output"])
+            terms[:, column] += [
+                float(out["output"]),
+                float((eps - noise).square().mean()),
+                float((out["pred_xstart"] - x).square().mean()),
+            ]
+    np.testing.assert_allclose(found.total_bpd, totals, rtol=1e-5)
+    np.testing.assert_allclose(found.prior_bpd, priors, rtol=1e-5)
+    for name, values in zip(TERMS, terms, strict=True):
+        np.testing.assert_allclose(found.terms[name], values / 5, rtol=1e-4, atol=1e-7, err_msg=name)
+    assert found.terms["vb"].sum() + found.prior_bpd.mean() == pytest.approx(found.total_bpd.mean(), rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Callable[..., Bound]:
+    """``subject(...)`` evaluates the shapes under a model with classes."""
+    folder = tmp_path_factory.mktemp("nll")
+
+    def run(**settings: Any) -> Bound:
+        checkpoint = loaded(folder, **MODELS["by class"])
+        return evaluated(checkpoint, data(shapes, checkpoint), **settings)
+
+    return run
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_whatever_the_batch(subject: Callable[..., Bound], batch_size: int) -> None:
+    whole, found = subject(batch_size=16), subject(batch_size=batch_size)
+    np.testing.assert_allclose(found.total_bpd, whole.total_bpd, rtol=1e-6)
+    np.testing.assert_array_equal(found.prior_bpd, whole.prior_bpd)
+    for name in TERMS:
+        np.testing.assert_allclose(found.terms[name], whole.terms[name], rtol=1e-6, err_msg=name)
+
+
+def test_a_part_is_the_beginning_of_the_whole(subject: Callable[..., Bound]) -> None:
+    whole, part = subject(), subject(num_samples=7)
+    np.testing.assert_allclose(part.total_bpd, whole.total_bpd[:7], rtol=1e-6)
+
+
+def test_more_than_there_are_begin_anew_with_other_noise(subject: Callable[..., Bound]) -> None:
+    found = subject(num_samples=15, batch_size=4)
+    assert len(found.total_bpd) == 15
+    np.testing.assert_array_equal(found.prior_bpd[12:], found.prior_bpd[:3])  # it has no noise
+    assert (found.total_bpd[12:] != found.total_bpd[:3]).all()
+    np.testing.assert_allclose(found.total_bpd[:12], subject().total_bpd, rtol=1e-6)
+
+
+def test_the_seed(subject: Callable[..., Bound]) -> None:
+    one, again, other = subject(seed=1), subject(seed=1), subject(seed=2**64 - 1)
+    np.testing.assert_array_equal(one.total_bpd, again.total_bpd)
+    assert (one.total_bpd != other.total_bpd).all()
+
+
+def test_fewer_timesteps_are_another_bound(subject: Callable[..., Bound]) -> None:
+    few = subject(steps=5)
+    assert {name: values.shape for name, values in few.terms.items()} == dict.fromkeys(TERMS, (5,))
+    same = subject(timestep_respacing="5")
+    np.testing.assert_array_equal(few.total_bpd, same.total_bpd)
+    assert few.total_bpd.mean() != pytest.approx(subject().total_bpd.mean(), rel=1e-3)
+
+
+def test_clipping(subject: Callable[..., Bound]) -> None:
+    assert subject(clip_denoised=False).total_bpd.mean() != pytest.approx(subject().total_bpd.mean(), rel=1e-3)
+
+
+def test_half_precision_is_near(shapes: Path, tmp_path: Path) -> None:
+    totals = []
+    for precision in ("fp32", "bf16"):
+        checkpoint = loaded(tmp_path, **MODELS["by class"])
+        on = Runtime.resolve(RuntimeConfig(device="cpu", precision=precision, compile="off"))
+        totals.append(evaluated(checkpoint, data(shapes, checkpoint), on, num_samples=3).total_bpd)
+    assert (totals[0] != totals[1]).all()
+    np.testing.assert_allclose(*totals, rtol=0.05)
+
+
+def test_compiled_it_has_one_shape(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, real = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend=counter, **options))
+    checkpoint = loaded(tmp_path, **MODELS["by class"])
+    on = Runtime.resolve(RuntimeConfig(device="cpu", precision="fp32", compile="on"))
+    found = evaluated(checkpoint, data(shapes, checkpoint), on, num_samples=10, batch_size=4)
+    assert counter.frame_count == 1
+    eager = evaluated(loaded(tmp_path, **MODELS["by class"]), data(shapes, checkpoint), num_samples=10)
+    np.testing.assert_allclose(found.total_bpd, eager.total_bpd, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_batch_is_read_once(shapes: Path, tmp_path: Path) -> None:
+    checkpoint = loaded(tmp_path, **MODELS["by class"])
+    seen: list[int] = []
+    with Watch() as watch:
+        evaluated(checkpoint, data(shapes, checkpoint), tell=lambda *told: seen.append(len(watch.seen)), batch_size=4)
+    assert watch.calls > 1000
+    assert seen == [0] * 60
+
+
+def test_numbers_that_are_not_finite_are_seen(shapes: Path, tmp_path: Path) -> None:
+    checkpoint = loaded(tmp_path)
+    with torch.no_grad():
+        checkpoint.model.out[2].bias.fill_(torch.nan)
+    found = evaluated(checkpoint, data(shapes, checkpoint), num_samples=2)
+    assert np.isnan(found.total_bpd).all()
+    assert math.isnan(found.figures()["bits_per_dim"])
+
+
+def test_figures() -> None:
+    totals, priors = np.array([1.0, 2.0, 6.0]), np.array([0.0, 0.3, 0.0])
+    figures = Bound(totals, priors, {}).figures()
+    assert figures == pytest.approx(
+        {"bits_per_dim": 3.0, "standard_error": math.sqrt(7 / 3), "prior_bits_per_dim": 0.1}
+    )
+    assert math.isnan(Bound(totals[:1], priors[:1], {}).figures()["standard_error"])
+    infinite = Bound(np.array([1.0, np.inf]), priors[:2], {}).figures()
+    assert infinite["bits_per_dim"] == math.inf
+    assert math.isnan(infinite["standard_error"])
+
+
+def test_progress(shapes: Path, tmp_path: Path) -> None:
+    checkpoint = loaded(tmp_path)
+    told: list[tuple[int, int, str]] = []
+    found = evaluated(checkpoint, data(shapes, checkpoint), tell=lambda *progress: told.append(progress), batch_size=5)
+    # twelve images in batches of 4
+    assert [(done, total) for done, total, _ in told] == [(4 * (i + 1), 240) for i in range(60)]
+    assert told[18][2].startswith("0 of 12 images, ")
+    assert told[19][2].startswith(f"4 of 12 images, {found.total_bpd[:4].mean():.2f} bits/dim, ")
+    assert told[-1][2] == f"12 of 12 images, {found.total_bpd.mean():.2f} bits/dim, 0 s left"
+
+
+@pytest.mark.parametrize(("after", "images"), [(7, 0), (20, 4), (45, 8)])
+def test_a_signal_stops_it(shapes: Path, tmp_path: Path, after: int, images: int) -> None:
+    checkpoint = loaded(tmp_path)
+    told: list[str] = []
+    subject = Nll(checkpoint, data(shapes, checkpoint), NllConfig(batch_size=4), runtime(), World())
+    with StopRequest() as stop:
+
+        def tell(done: int, total: int, note: str) -> None:
+            told.append(note)
+            if len(told) == after:
+                stop.received = signal.SIGTERM
+
+        with pytest.raises(Stopped) as stopped:
+            subject.run(stop, tell)
+    assert len(told) == after
+    assert (stopped.value.signal, stopped.value.images) == (signal.SIGTERM, images)
+    assert math.isnan(stopped.value.total_bpd) == (images == 0)
+
+
+def test_a_signal_in_the_last_step_comes_too_late(shapes: Path, tmp_path: Path) -> None:
+    checkpoint = loaded(tmp_path)
+    subject = Nll(checkpoint, data(shapes, checkpoint), NllConfig(batch_size=4), runtime(), World())
+    with StopRequest() as stop:
+
+        def tell(done: int, total: int, note: str) -> None:
+            if done == total:
+                stop.received = signal.SIGINT
+
+        assert len(subject.run(stop, tell).total_bpd) == 12
+
+
+def test_classes_are_known_by_their_names(shapes: Path, tmp_path: Path) -> None:
+    checkpoint = loaded(tmp_path, **CLASSES)
+    dataset = data(shapes, checkpoint)
+    assert dataset.class_names == ("circle", "cross", "square", "triangle")
+    labels = labels_for(checkpoint, dataset)
+    assert labels is not None
+    assert [CLASSES["class_names"][i] for i in labels] == [name.split("_")[0] for name in dataset.names]
+    assert labels_for(loaded(tmp_path), dataset) is None
+
+
+def test_classes_that_the_model_does_not_know(shapes: Path, tmp_path: Path) -> None:
+    others = loaded(tmp_path, **{**CLASSES, "class_names": ("circle", "cross", "triangle")})
+    with pytest.raises(ValueError, match=r"^the data has the class 'square', .*circle, cross, triangle: .*--labels$"):
+        labels_for(others, data(shapes, others))
+
+
+def test_a_model_without_names(shapes: Path, tmp_path: Path) -> None:
+    nameless = loaded(tmp_path, class_cond=True, num_classes=4)
+    dataset = data(shapes, nameless)
+    labels = labels_for(nameless, dataset)
+    assert labels is not None
+    assert labels.tolist() == dataset.labels.tolist()
+    few = loaded(tmp_path, class_cond=True, num_classes=3)
+    with pytest.raises(ValueError, match="the data has 4 classes, and the model 3"):
+        labels_for(few, dataset)
+
+
+def test_a_trained_model_knows_its_data_better_than_noise(tmp_path: Path) -> None:
+    """Of a model that says 0 the images of one colour are likelier than noise."""
+    write_shapes(tmp_path / "shapes", 4, 8, seed=1)
+    rng = np.random.default_rng(0)
+    (tmp_path / "models").mkdir()
+    totals = []
+    for pixels in (np.full((4, 8, 8, 3), 127, np.uint8), rng.integers(0, 256, (4, 8, 8, 3), np.uint8)):
+        checkpoint = loaded(tmp_path / "models", last=0.0)
+        found = data(tmp_path / "shapes", checkpoint)
+        dataset = Dataset(pixels, None, (), found.preflight, found.names, "")
+        totals.append(evaluated(checkpoint, dataset).total_bpd)
+    assert totals[0].max() < totals[1].min()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_samples": 0}, "num_samples must be positive, not 0"),
+        ({"num_samples": 10**9}, "num_samples must be at most 100,000,000"),
+        ({"batch_size": 0}, "batch_size must be positive, not 0"),
+        ({"steps": 0}, "steps must be positive, not 0"),
+        ({"steps": 5, "timestep_respacing": "5"}, "give one of them"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"precision": "fp8"}, "precision must be one of"),
+    ],
+)
+def test_settings_that_do_not_hold(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        NllConfig(**settings)
