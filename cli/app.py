@@ -1,6 +1,7 @@
 """The command line: one Typer application, one file a command. Nothing here imports torch before a command runs."""
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -9,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff import __version__
-from fastdiff.cli import benchmark, demo, presets, sample, train
+from fastdiff.cli import benchmark, convert, data, demo, evaluate, improved_diffusion, presets, sample, train
+from fastdiff.cli.improved_diffusion import in_our_words, refuse_mpi, script_of
 from fastdiff.cli.options import SWITCHES, with_old_spelling
 
 app = typer.Typer(
@@ -23,8 +25,11 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("demo")(demo.demo)
+app.add_typer(evaluate.app, name="evaluate")
 app.command("benchmark")(benchmark.benchmark)
 app.command("presets")(presets.presets)
+app.command("convert")(convert.convert)
+app.add_typer(data.app, name="data")
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,7 +60,12 @@ def main() -> None:
     debug = "--debug" in sys.argv
     warnings.showwarning = _show_warning
     try:
-        sys.exit(app(with_old_spelling(sys.argv[1:] or ["--help"], SWITCHES), standalone_mode=False))
+        refuse_mpi(sys.argv[1:])
+        words = with_old_spelling(sys.argv[1:] or ["--help"], SWITCHES | improved_diffusion.SWITCHES)
+        if script_of(words) and "--help" in words:
+            shown = shlex.join(in_our_words([words[0]]))
+            typer.echo(f"fastdiff {words[0]} is improved-diffusion's script: fastdiff {shown} ...\n")
+        sys.exit(app(in_our_words(words), standalone_mode=False))
     except (ValueError, OSError, _UsageError) as error:
         if debug:
             traceback.print_exc()

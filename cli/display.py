@@ -1,5 +1,6 @@
 """What the terminal shows of a long job: a bar on a terminal, plain lines elsewhere."""
 
+import time
 from typing import Self
 
 from rich.console import Console
@@ -59,3 +60,17 @@ class Display:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+
+class Slowly:
+    """Shows how far a job is, a few times a second."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._shown = time.perf_counter()
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        now = time.perf_counter()
+        if now - self._shown >= (0.2 if self._display.live else 30) or done == total:
+            self._shown = now
+            self._display.advance("image steps", done, total, note)

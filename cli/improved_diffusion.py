@@ -59,7 +59,11 @@ SCRIPTS: Mapping[str, Script] = {
     "image_sample": _SAMPLE,
     "super_res_sample": Script(_SAMPLE.command, _SAMPLE.defaults, (*_BARE, *_UPSAMPLING), _SAMPLE.out),
     "image_nll": Script(
-        ("evaluate", "nll"), ("--num-samples", "1000", "--batch-size", "1"), bare=_BARE, out=("--out-dir", "")
+        ("evaluate", "nll"),
+        ("--num-samples", "1000", "--batch-size", "1"),
+        bare=_BARE,
+        out=("--out-dir", ""),
+        replaced={"--no-use-fp16": ("--precision", "fp32")},
     ),
 }
 """By name; its parameters are written with underscores or hyphens."""
@@ -109,8 +113,11 @@ def in_our_words(arguments: Sequence[str]) -> list[str]:
         return []
     script = script_of(arguments)
     words, model = _translated(arguments[1:], script.replaced if script else {})
+    command = script.command if script else (arguments[0],)
+    if command[0] == "train" and "--use-fp16" in arguments and not any("--fp16-scale-growth" in word for word in words):
+        words += ["--fp16-scale-growth", "1e-3"]  # what goes without saying there
     if script is None:
-        return [arguments[0], *words, *model]
+        return [*command, *words, *model]
     bare = model and Path(model[0]).suffix != ".safetensors" and not Path(model[0]).is_dir()
     undetermined = script.bare if bare and "--preset" not in words else ()
     return [*script.command, *script.defaults, *undetermined, *_output(script), *words, *model]
@@ -144,8 +151,6 @@ def _translated(arguments: Sequence[str], replaced: Mapping[str, tuple[str, ...]
             words += [*before, last + equals + value]
         else:
             words.append(word)
-    if "--use-fp16" in arguments and not any(word.startswith("--fp16-scale-growth") for word in words):
-        words += ["--fp16-scale-growth", "1e-3"]  # what goes without saying there
     return words, model
 
 

@@ -1,13 +1,13 @@
 """``fastdiff sample``: a checkpoint in, images out."""
 
-import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, refuse_contradiction, with_flags
+from fastdiff.cli.loading import find_with_rate, load_for, young_average
+from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, with_flags
 from fastdiff.config import MOST_SAMPLES, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -15,11 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastdiff.checkpoint import Checkpoint
-    from fastdiff.cli.display import Display
     from fastdiff.runtime.device import Runtime
     from fastdiff.sampling import Plan
-
-_MODEL_FLAGS = frozenset(f.name for config in (ModelConfig, DiffusionConfig) for f in fields(config))
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,7 @@ class Choices:
     trajectory: Path | None = None
     overwrite: bool = False
     timeout: int = 600
+    preset: str | None = None
 
 
 @with_flags(SampleConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
@@ -46,9 +44,10 @@ def sample(
     checkpoint: Annotated[
         Path | None, typer.Argument(help="Checkpoint or run folder; by default the newest run under runs/.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The npz file to write; a grid appears beside it as .png.")] = Path(
-        "samples.npz"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="The npz file to write ({shape} in its name is NxHxWx3); a grid appears beside it as .png."),
+    ] = Path("samples.npz"),
     class_: Annotated[
         str | None, typer.Option("--class", help="Class to draw, by name or number, or several: cat,dog.")
     ] = None,
@@ -87,7 +86,8 @@ def sample(
     A job that was cut off goes on when the same command is given again. Several processes share it when torchrun starts
     them: torchrun --nproc-per-node=8 -m fastdiff sample ...
 
-    A checkpoint knows its model; the model's and the process's flags are for bare state dicts (.pt) only.
+    A checkpoint knows its model. The model's and the process's flags are for bare state dicts (.pt), which tell the
+    architecture, but neither the heads nor the process.
     """
     choices = Choices(
         checkpoint=checkpoint,
@@ -102,6 +102,7 @@ def sample(
         trajectory=trajectory,
         overwrite=overwrite,
         timeout=timeout,
+        preset=preset,
     )
     raise typer.Exit(run_sampling(all_flags(flags, preset, ModelConfig, DiffusionConfig), choices))
 
@@ -111,60 +112,40 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
     config = build(SampleConfig, flags)
     if choices.indices is not None and "num_samples" in flags:
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
-    from fastdiff.cli.display import Display
+    from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
     from fastdiff.sampling import Files, Job, settings_of
 
     world = World.join(choices.timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
-        files = Files(choices.out, choices.png_dir, choices.trajectory, choices.overwrite)
-        world.from_main(files.check)
         local_rank = world.local_rank if world.size > 1 else None
         runtime = world.together(lambda: Runtime.resolve(build(RuntimeConfig, flags), local_rank))
         paths = world.from_main(lambda: _paths(choices))
         plan = world.together(lambda: _plan(paths, flags, config, choices, runtime))
         indices = world.together(lambda: _indices(choices.indices, plan.config.num_samples))
+        size = plan.image_size
+        out = choices.out.with_name(choices.out.name.replace("{shape}", f"{len(indices)}x{size}x{size}x3"))
+        files = Files(out, choices.png_dir, choices.trajectory, choices.overwrite)
+        world.from_main(files.check)
         settings = world.from_main(lambda: settings_of(plan, indices, runtime, *paths, choices.base_samples))
         job = world.together(lambda: Job(plan, indices, files, settings, runtime, world))
         with Display(silent=not world.main) as display:
             models = ("model", plan.checkpoint), ("enlarged by", plan.super_res)
             for (what, loaded), path in zip(models, paths, strict=True):
                 if loaded is not None:
-                    display.line(f"{what}: {path}, step {loaded.step}{_young_average(loaded)}")
-            status = job.run(display.line, _Slowly(display))
+                    display.line(f"{what}: {path}, step {loaded.step}{young_average(loaded)}")
+            status = job.run(display.line, Slowly(display))
     world.leave()
     return status
 
 
-class _Slowly:
-    """Shows how far a job is, a few times a second."""
-
-    def __init__(self, display: "Display") -> None:
-        self._display = display
-        self._shown = time.perf_counter()
-
-    def __call__(self, done: int, total: int, note: str) -> None:
-        now = time.perf_counter()
-        if now - self._shown >= (0.2 if self._display.live else 30) or done == total:
-            self._shown = now
-            self._display.advance("image steps", done, total, note)
-
-
 def _paths(choices: Choices) -> tuple[Path, Path | None]:
     """The checkpoint to draw from, and that of the super-resolution model if there is one."""
-    from fastdiff.checkpoint import find_checkpoint
-
-    rate = None
-    if choices.ema_rate is not None:
-        try:
-            rate = 0.0 if choices.ema_rate == "raw" else float(choices.ema_rate)
-        except ValueError:
-            raise ValueError(f"ema_rate must be a rate such as 0.9999, or raw, not {choices.ema_rate!r}") from None
-    path = find_checkpoint(choices.checkpoint, ema_rate=rate)
+    path = find_with_rate(choices.checkpoint, choices.ema_rate)
     if choices.super_res is None:
         return path, None
-    return path, find_checkpoint(choices.super_res, ema_rate=rate if choices.super_res.is_dir() else None)
+    return path, find_with_rate(choices.super_res, choices.ema_rate if choices.super_res.is_dir() else None)
 
 
 def _plan(
@@ -172,34 +153,24 @@ def _plan(
 ) -> "Plan":
     from fastdiff.sampling import Plan, split_classes
 
-    loaded = _load(paths[0], flags, runtime)
+    loaded = load_for(runtime, paths[0], flags, choices.preset)
     return Plan.of(
         loaded,
         config,
         num_samples=flags.get("num_samples"),
         base_samples=choices.base_samples,
-        super_res=None if paths[1] is None else _load(paths[1], {}, runtime),
+        super_res=None if paths[1] is None else _load_super_res(paths[1], runtime),
         ends=choices.interpolate,
         classes=split_classes(choices.classes, loaded.class_names) if choices.classes is not None else (),
     )
 
 
-def _load(path: Path, flags: Flags, runtime: "Runtime") -> "Checkpoint":
-    """The checkpoint; flags may only describe a bare state dict."""
-    from fastdiff.checkpoint import load_checkpoint
-
-    given = {k: v for k, v in flags.items() if k in _MODEL_FLAGS - {"timestep_respacing"}}
-    bare = given and path.suffix != ".safetensors"
-    loaded = load_checkpoint(
-        path,
-        model_config=build(ModelConfig, given) if bare else None,
-        diffusion_config=build(DiffusionConfig, given) if bare else None,
-        device=runtime.device,
-        kernels=runtime.kernels,
-        memory_format=runtime.memory_format,
-    )
-    refuse_contradiction(given, str(path), loaded.model_config, loaded.diffusion_config)
-    return loaded
+def _load_super_res(path: Path, runtime: "Runtime") -> "Checkpoint":
+    if path.suffix != ".safetensors":  # the flags are the other model's
+        raise ValueError(
+            f"super_res {path} must say what it is: fastdiff convert {path} FILE.safetensors, and name that"
+        )
+    return load_for(runtime, path)
 
 
 def _indices(text: str | None, count: int) -> "NDArray[np.int64]":
@@ -222,10 +193,3 @@ def _indices(text: str | None, count: int) -> "NDArray[np.int64]":
     if len(np.unique(numbers)) != len(numbers):
         raise ValueError(f"indices {text!r} name an image twice")
     return numbers
-
-
-def _young_average(loaded: "Checkpoint") -> str:
-    """A word of warning where an average without warm-up still holds much of the initial weights."""
-    rate, updates = loaded.metadata.get("ema_rate", 0.0), loaded.metadata.get("ema_updates", 0)
-    share = 0.0 if loaded.metadata.get("ema_warmup", True) else rate**updates
-    return f" (warning: {share:.0%} of this average are the initial weights)" if share > 0.01 else ""

@@ -108,7 +108,8 @@ def run_training(
         raise ValueError("no data: name a folder of images with --data-dir")
     if "steps" not in flags and flags.get("lr_anneal_steps"):
         flags = flags | {"steps": flags["lr_anneal_steps"]}  # improved-diffusion's way to say how long
-    run_dir = run_dir or Path("runs") / (Path(flags.get("data_dir", "")).resolve().name or "root")
+    data = Path(flags.get("data_dir", "")).resolve()
+    run_dir = run_dir or Path("runs") / ((data.stem if data.is_file() else data.name) or "root")
     if "data_dir" in flags and run_dir.resolve().is_relative_to(Path(flags["data_dir"]).resolve()):
         raise ValueError(f"run_dir {run_dir} lies inside the data folder, whose images it would add to: name another")
     from fastdiff.runtime.distributed import World
