@@ -100,7 +100,7 @@ def load_checkpoint(
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds a configuration of no model of this version: {error}") from None
     else:
-        state, metadata, class_names = openai.load_state_dict(path), {}, ()
+        state, metadata, class_names = openai.load_state_dict(path), openai.said_by_name(path), ()
         if model_config is None or diffusion_config is None:
             said: dict[str, Any] = {}
             for config in (model_config, diffusion_config):

@@ -94,7 +94,7 @@ class _Database:
         try:
             import lmdb
         except ImportError:
-            raise ValueError("lsun needs lmdb: install fastdiff[lsun]") from None
+            raise ValueError("lsun needs lmdb: pip install lmdb (extra 'lsun')") from None
         if not (folder / "data.mdb").is_file():
             raise ValueError(f"{folder} holds no data.mdb: give a folder like bedroom_train_lmdb, or its zip")
         self._folder, self._error = folder, lmdb.Error

@@ -19,7 +19,7 @@ def refuse_without_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("plot needs matplotlib: install it (extra 'plot'), or leave --plot out") from None
+        raise ValueError("plot needs matplotlib: pip install matplotlib (extra 'plot'), or leave --plot out") from None
 
 
 def save_plot(path: Path, bound: Bound, timesteps: Int64Array, title: str) -> None:

@@ -40,7 +40,7 @@ def installed() -> ModuleType:
     try:
         import diffusers
     except ImportError:
-        raise ValueError("diffusers is not installed: pip install 'fastdiff[diffusers]'") from None
+        raise ValueError("diffusers is not installed: pip install diffusers (extra 'diffusers')") from None
     return diffusers
 
 

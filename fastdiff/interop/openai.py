@@ -1,13 +1,16 @@
 """improved-diffusion's own checkpoints: bare state dicts in .pt files."""
 
 import pickle
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _FIRST = "time_embed.0.weight"
+_NAME = re.compile(r"(model|ema_(?P<rate>0?\.\d+)_)(?P<step>\d{6,})\.pt")
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -41,6 +44,17 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if not all(key.startswith(prefix) for key in state):
         return state
     return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def said_by_name(path: Path) -> dict[str, Any]:
+    """What a name like model200000.pt or ema_0.9999_200000.pt tells, as the metadata of a fastdiff file have it."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        return {}
+    step = int(match["step"])
+    if match["rate"] is None:
+        return {"step": step}
+    return {"step": step, "ema_rate": float(match["rate"]), "ema_updates": step, "ema_warmup": False}
 
 
 def read_file(path: Path) -> object:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,21 @@ def test_weights_of_another_precision_become_fp32(tmp_path: Path, dtype: torch.d
     loaded = load_checkpoint(tmp_path / "model.pt", given=BARE).model.state_dict()
     assert {value.dtype for value in loaded.values()} == {torch.float32}
     assert all(torch.equal(loaded[key], state[key].to(dtype).float()) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model200000.pt", {"step": 200_000}),
+        (
+            "ema_0.9999_020000.pt",
+            {"step": 20_000, "ema_rate": 0.9999, "ema_updates": 20_000, "ema_warmup": False},
+        ),
+        ("cifar10_uncond_50M_500K.pt", {}),
+    ],
+)
+def test_the_name_of_a_bare_state_dict_tells_its_step(tmp_path: Path, name: str, said: dict[str, Any]) -> None:
+    torch.save(build_model(MODEL).state_dict(), tmp_path / name)
+    loaded = load_checkpoint(tmp_path / name, model_config=MODEL, diffusion_config=DIFFUSION)
+    assert loaded.metadata == said
+    assert loaded.step == said.get("step", 0)

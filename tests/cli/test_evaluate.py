@@ -158,7 +158,7 @@ def test_a_bare_state_dict(evaluate: Cli, checkpoint: Path, animals: Path, tmp_p
         *("--num-classes", 3, "--num-heads", 4, "--diffusion-steps", STEPS, "--noise-schedule", "cosine"),
     ]
     result = succeeded(evaluate("model000007.pt", "--data-dir", animals, "--out-dir", "bare", *described))
-    assert " over 7 images, model000007.pt, 20 of 20 steps" in result.out
+    assert " over 7 images, raw weights, 20 of 20 steps" in result.out
     succeeded(evaluate(checkpoint, "--data-dir", animals, "--out-dir", "named"))
     for name in ("vb", "mse", "xstart_mse"):
         np.testing.assert_array_equal(*(array(tmp_path / folder / f"{name}_terms.npz") for folder in ("bare", "named")))
@@ -276,7 +276,7 @@ def test_files_that_are_no_models(evaluate: Cli, run_dir: Path, animals: Path, t
 
 def test_without_matplotlib(evaluate: Cli, checkpoint: Path, animals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    missing = r"plot needs matplotlib: install it \(extra 'plot'\)"
+    missing = r"plot needs matplotlib: pip install matplotlib \(extra 'plot'\)"
     refused(evaluate("nowhere", "--data-dir", "nowhere", "--plot", "terms.png"), missing)  # before any work
     succeeded(evaluate(checkpoint, "--data-dir", animals, "--num-samples", 1, "--steps", 2))
 

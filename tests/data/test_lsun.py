@@ -107,7 +107,7 @@ def test_without_lmdb(tmp_path: Path, database: Path, monkeypatch: pytest.Monkey
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ValueError, match=r"lsun needs lmdb: install fastdiff\[lsun\]"):
+    with pytest.raises(ValueError, match=r"lsun needs lmdb: pip install lmdb \(extra 'lsun'\)"):
         prepare_lsun(database, tmp_path / "out")
 
 

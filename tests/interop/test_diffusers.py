@@ -290,5 +290,5 @@ def test_names_are_a_bijection() -> None:
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ValueError, match=r"fastdiff\[diffusers\]"):
+    with pytest.raises(ValueError, match=r"diffusers is not installed: pip install diffusers \(extra 'diffusers'\)"):
         write(tmp_path / "x", {}, TINY, LINEAR, Scheduler.DDIM)

@@ -1,0 +1,182 @@
+"""A model from one project's files to another's, compared after, with a word for what is lost on the way."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fastdiff.checkpoint.files import replacing
+from fastdiff.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
+from fastdiff.config import NUM_CLASSES, channel_mult_for, is_table_size
+from fastdiff.interop import diffusers
+
+_SAFETENSORS, _BARE = ".safetensors", ".pt"
+_TOLERANCE = 1e-3
+"""Of the outputs' largest value; more than this is no rounding."""
+_COMPARED_SIDE = 64
+_TIMESTEPS = 4
+_Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """ValueError where ``target`` is no name for a converted model, is in the way or cannot be written."""
+    is_file = target.suffix in (_SAFETENSORS, _BARE)
+    if not is_file and target.suffix[1:].isalpha():
+        raise ValueError(f"{target}: DST must end in .safetensors or .pt, or be a folder's name without a suffix")
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{target} is SRC itself, or holds it: name another place")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is no folder: make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{target.parent} cannot be written to: name another folder for DST")
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists: name another, or use --overwrite")
+    if is_file != target.is_file() or not (is_file or (target / "model_index.json").exists()):
+        raise ValueError(f"{target} exists and is not {'a file' if is_file else 'a diffusers folder'}: name another")
+
+
+def convert(source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers.Scheduler) -> list[str]:
+    """Write the checkpoint that was loaded from ``source`` as ``target``; returns what is to be said of it.
+
+    A name that ends in .safetensors is a file of fastdiff's, in .pt one of improved-diffusion's, and any other a folder
+    of diffusers'. Both models are then loaded anew and run on the same input in fp32. The target appears whole or not
+    at all: ValueError where the format cannot express the model, or the outputs differ by more than rounding; OSError
+    where it cannot be written.
+    """
+    state = {key: value.float().contiguous() for key, value in loaded.model.state_dict().items()}
+    with _replacing(target) as temporary:
+        lines = _write(temporary, state, loaded, scheduler)
+        difference = _difference(source, loaded, temporary, target)
+    return [f"{source} -> {target}", *lines, difference]
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """As checkpoint.replacing, for a folder too."""
+    if target.suffix in (_SAFETENSORS, _BARE):
+        with replacing(target) as temporary:
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
+        temporary = Path(folder) / target.name
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        if target.exists():
+            target.rename(Path(folder) / "replaced")
+        temporary.rename(target)
+
+
+def _write(path: Path, state: dict[str, Tensor], loaded: Checkpoint, scheduler: diffusers.Scheduler) -> list[str]:
+    """Write the file or folder; returns what is lost, one line each."""
+    if path.suffix == _SAFETENSORS:
+        described = {"kind", "model_config", "diffusion_config", "step", "class_names"}
+        save_checkpoint(
+            path,
+            state,
+            model_config=loaded.model_config,
+            diffusion_config=loaded.diffusion_config,
+            step=loaded.step,
+            class_names=loaded.class_names,
+            **{key: value for key, value in loaded.metadata.items() if key not in described},
+        )
+        return []
+    lost = []
+    if loaded.class_names:
+        names = ", ".join(f"{i} {name}" for i, name in enumerate(loaded.class_names))
+        lost.append(f"the names of the classes are not written: {names}")
+    if loaded.metadata.get("label_dropout"):
+        lost.append("it was trained with --label-dropout: the label -1, no class, exists in fastdiff only")
+    try:
+        if path.suffix == _BARE:
+            torch.save(state, path)
+            return [*lost, *_for_the_original(loaded)]
+        return [*lost, *diffusers.write(path, state, loaded.model_config, loaded.diffusion_config, scheduler)]
+    except (RuntimeError, SafetensorError) as error:  # both are what a full disk may look like
+        raise OSError(f"DST cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def _for_the_original(loaded: Checkpoint) -> Iterator[str]:
+    """What improved-diffusion's scripts have to be told, and what they cannot do."""
+    config, size = loaded.model_config, loaded.model_config.image_size
+    own = is_table_size(size) and config.multipliers == channel_mult_for(size)
+    widths = ",".join(map(str, config.multipliers))
+    if not own:
+        yield f"improved-diffusion's scripts know no channel_mult {widths} at image_size {size}: change script_util.py"
+    elif size == 128:
+        yield "image_size 128 is one of improved-diffusion's 128x128 fork only"
+    if config.class_cond and config.num_classes != NUM_CLASSES:
+        yield (
+            f"improved-diffusion's scripts have {NUM_CLASSES} classes: set NUM_CLASSES = {config.num_classes} in "
+            "script_util.py"
+        )
+    yield "the file holds tensors only; the flags for improved-diffusion's scripts are:"
+    yield "  " + " ".join(f"--{name} {value}" for name, value in _flags_of(loaded))
+
+
+def _flags_of(loaded: Checkpoint) -> Iterator[tuple[str, str]]:
+    """improved-diffusion's flags, but those that have their default."""
+    config = loaded.model_config
+    if config.small_size is None:
+        yield "image_size", str(config.image_size)
+    else:
+        yield "large_size", str(config.image_size)
+        yield "small_size", str(config.small_size)
+    for part in (config, loaded.diffusion_config):
+        for f in fields(part):
+            value = getattr(part, f.name)
+            if f.name in ("image_size", "small_size", "channel_mult", "num_classes") or value == f.default:
+                continue
+            if f.name != "learn_sigma" or part is config:
+                yield f.name, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _difference(source: Path, loaded: Checkpoint, written: Path, target: Path) -> str:
+    """How far the outputs of the two models are apart, loaded anew from their files; ValueError where it is too far."""
+    config, process = loaded.model_config, loaded.diffusion_config
+    factor = 2 ** (len(config.multipliers) - 1)
+    side = config.image_size if config.image_size <= _COMPARED_SIDE else factor * max(1, _COMPARED_SIDE // factor)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_TIMESTEPS, 3, side, side, generator=generator)
+    last = 999 if process.rescale_timesteps else process.diffusion_steps - 1
+    t = torch.linspace(0, last, _TIMESTEPS).round()
+    given = {}
+    if config.class_cond:
+        given["y"] = torch.randint(config.num_classes, (_TIMESTEPS,), generator=generator)
+    if config.small_size is not None:
+        given["low_res"] = torch.randn(_TIMESTEPS, 3, max(1, side // 2), max(1, side // 2), generator=generator)
+    with torch.inference_mode():
+        outputs = [_predictor(path, loaded)(x, t, given) for path in (source, written)]
+    channels = min(output.shape[1] for output in outputs)  # DDIM's folder has no variance
+    before, after = (output[:, :channels] for output in outputs)
+    apart, size = (before - after).abs().max().item(), before.abs().max().item()
+    relative = apart / size if size else apart
+    if not relative <= _TOLERANCE:
+        raise ValueError(
+            f"{target} was not written: its outputs would differ from {source}'s by {apart:.2g} "
+            f"({relative:.2g} relative)"
+        )
+    where = f"outputs at {_TIMESTEPS} timesteps, {side}x{side} pixels"
+    return f"{where}: largest difference {apart:.2g} ({relative:.2g} relative)"
+
+
+def _predictor(path: Path, loaded: Checkpoint) -> _Predict:
+    if path.is_dir():
+        unet = diffusers.load_unet(path)
+        return lambda x, t, given: unet(x, t, given.get("y")).sample
+    configs: dict[str, Any] = {}
+    if path.suffix != _SAFETENSORS:
+        configs = {"model_config": loaded.model_config, "diffusion_config": loaded.diffusion_config}
+    net = load_checkpoint(path, **configs).model
+    return lambda x, t, given: net(x, t, **given)
