@@ -32,7 +32,7 @@ def save_plot(path: Path, bound: Bound, timesteps: Int64Array, title: str) -> No
     for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         values = bound.terms[name]
         axes.plot(timesteps, values, color="#2a6f97", linewidth=1.2, marker="." if len(values) <= 50 else None)
-        if name == "vb" and (np.isfinite(values) & (values > 0)).any():
+        if (np.isfinite(values) & (values > 0)).any():  # near t = 0 terms are many times those of the rest
             axes.set_yscale("log")
         axes.set_title(label, fontsize="medium")
         axes.set_xlabel("timestep")
