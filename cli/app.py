@@ -63,7 +63,7 @@ def main() -> None:
         refuse_mpi(sys.argv[1:])
         words = with_old_spelling(sys.argv[1:] or ["--help"], SWITCHES | improved_diffusion.SWITCHES)
         if script_of(words) and "--help" in words:
-            shown = shlex.join(in_our_words([words[0]]))
+            shown = shlex.join(in_our_words(words[:1]))
             typer.echo(f"fastdiff {words[0]} is improved-diffusion's script: fastdiff {shown} ...\n")
         sys.exit(app(in_our_words(words), standalone_mode=False))
     except (ValueError, OSError, _UsageError) as error:

@@ -58,7 +58,7 @@ def _load(source: Path, flags: Flags, preset: str | None) -> "tuple[Path, Checkp
     given = all_flags(flags, preset, ModelConfig, DiffusionConfig)
     if unsaid := [name for name in ("diffusion_steps", "noise_schedule") if name not in process | given]:
         wanted = " and ".join("--" + name.replace("_", "-") for name in unsaid)
-        raise ValueError(f"{source}: its scheduler's betas are of no named schedule: say {wanted}")
+        raise ValueError(f"{source}: its scheduler tells no schedule that has a name here: say {wanted}")
     diffusion = build(DiffusionConfig, given | process)
     refuse_contradiction(given, str(source), config, diffusion)
     model = build_model(config)

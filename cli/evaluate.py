@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastdiff.cli.improved_diffusion import log_formats
 from fastdiff.cli.loading import find_with_rate, load_for, young_average
 from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, build, with_flags
 from fastdiff.cli.sample import Choices
@@ -68,6 +69,7 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
     config = build(NllConfig, flags)
     if not config.data_dir:
         raise ValueError("no data: name a folder of images with --data-dir")
+    to_terminal = "stdout" in log_formats()
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.evaluation.files import Files
     from fastdiff.evaluation.nll import Nll, Stopped
@@ -83,7 +85,7 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
         runtime = world.together(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
         path = world.from_main(lambda: find_with_rate(choices.checkpoint, choices.ema_rate))
         loaded = world.together(lambda: load_for(runtime, path, flags, choices.preset))
-        with Display(silent=not world.main) as display:
+        with Display(silent=not world.main or not to_terminal) as display:
             display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
             dataset = _images(config, loaded, display, world)
             evaluation = world.together(lambda: Nll(loaded, dataset, config, runtime, world))

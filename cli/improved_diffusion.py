@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 LOG_FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
@@ -22,6 +22,7 @@ _REPLACED = {
 }
 _EMPTY_MEANS_NONE = ("--base-samples", "--model-path", "--resume-checkpoint")
 _MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_MPI_LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
 _MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
@@ -29,44 +30,43 @@ _MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 class Script:
     """A script of improved-diffusion: the command that does the same, with the script's defaults.
 
-    ``bare`` are its defaults for what a state dict does not say of itself; ``out`` is the option and the file for what
-    it writes into OPENAI_LOGDIR; ``replaced`` are flags that mean something else here.
+    ``assumed`` are its defaults for what a preset or a checkpoint would say; ``out`` is the option and the file for
+    what it writes into OPENAI_LOGDIR; ``replaced`` are flags that mean something else here.
     """
 
     command: tuple[str, ...]
-    defaults: tuple[str, ...]
-    bare: tuple[str, ...] = ()
+    defaults: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
     out: tuple[str, str] | None = None
     replaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+_PER_PROCESS = "--batch-size-per-process"
 _TRAIN = Script(
-    ("train",),
-    ("--batch-size-per-process", "1", "--no-ema-warmup"),
-    replaced={"--batch-size": ("--batch-size-per-process",)},
+    ("train",), ("--no-ema-warmup",), assumed=(_PER_PROCESS, "1"), replaced={"--batch-size": (_PER_PROCESS,)}
 )
-_BARE = ("--diffusion-steps", "1000", "--noise-schedule", "linear", "--num-heads", "4")
+_UNSAID = ("--diffusion-steps", "1000", "--noise-schedule", "linear", "--num-heads", "4")  # by a state dict
+_SMALL_SIZE = ("--small-size", "64")
 _SAMPLE = Script(
     ("sample",),
     ("--num-samples", "10000", "--batch-size", "16"),
-    bare=_BARE,
+    assumed=_UNSAID,
     out=("--out", "samples_{shape}.npz"),
 )
-_UPSAMPLING = ("--image-size", "256", "--small-size", "64")
 SCRIPTS: Mapping[str, Script] = {
     "image_train": _TRAIN,
-    "super_res_train": Script(_TRAIN.command, (*_TRAIN.defaults, *_UPSAMPLING), replaced=_TRAIN.replaced),
+    "super_res_train": replace(_TRAIN, assumed=(*_TRAIN.assumed, "--image-size", "256", *_SMALL_SIZE)),
     "image_sample": _SAMPLE,
-    "super_res_sample": Script(_SAMPLE.command, _SAMPLE.defaults, (*_BARE, *_UPSAMPLING), _SAMPLE.out),
+    "super_res_sample": replace(_SAMPLE, assumed=(*_SAMPLE.assumed, *_SMALL_SIZE)),
     "image_nll": Script(
         ("evaluate", "nll"),
         ("--num-samples", "1000", "--batch-size", "1"),
-        bare=_BARE,
+        assumed=_UNSAID,
         out=("--out-dir", ""),
         replaced={"--no-use-fp16": ("--precision", "fp32")},
     ),
 }
-"""By name; its parameters are written with underscores or hyphens."""
+"""By their names, which may be written with hyphens."""
 
 
 def log_folder() -> Path | None:
@@ -74,17 +74,22 @@ def log_folder() -> Path | None:
 
     ValueError for an address of a store in a network, which improved-diffusion could write to.
     """
-    for name in ("DIFFUSION_BLOB_LOGDIR", "OPENAI_LOGDIR"):
-        if folder := os.environ.get(name):
-            if "://" in folder:
-                raise ValueError(f"{name} {folder}: only folders can be written to; mount it, or name another")
-            return Path(folder).expanduser()
-    return None
+    return _folder_in("DIFFUSION_BLOB_LOGDIR") or _folder_in("OPENAI_LOGDIR")
+
+
+def _folder_in(variable: str) -> Path | None:
+    folder = os.environ.get(variable)
+    if not folder:
+        return None
+    if "://" in folder:
+        raise ValueError(f"{variable} {folder}: only folders can be written to; mount it, or name another")
+    return Path(folder).expanduser()
 
 
 def log_formats() -> frozenset[str]:
     """What OPENAI_LOG_FORMAT asks for; ValueError where it names what is no format."""
-    asked = frozenset(filter(None, os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv").split(",")))
+    names = os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv").split(",")
+    asked = frozenset(filter(None, map(str.strip, names)))
     if unknown := sorted(asked - set(LOG_FORMATS)):
         raise ValueError(f"OPENAI_LOG_FORMAT names {', '.join(unknown)}: there are {', '.join(LOG_FORMATS)}")
     return asked
@@ -94,13 +99,23 @@ def refuse_mpi(arguments: Sequence[str]) -> None:
     """ValueError, with torchrun's line, where mpiexec has started this process as one of several."""
     if "RANK" in os.environ:  # torchrun's, which may itself have been started so on each machine
         return
-    sizes = [os.environ.get(name, "") for name in _MPI_SIZE]
-    count = max((int(size) for size in sizes if size.isdecimal()), default=1)
-    if count > 1:
-        if any(os.environ.get(name, "0") != "0" for name in _MPI_RANK):
-            sys.exit(2)  # the first one says it
-        line = shlex.join(["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "fastdiff", *arguments])
-        raise ValueError(f"fastdiff is started by torchrun, not by mpiexec: {line}")
+    if (count := _number_in(_MPI_SIZE, 1)) == 1:
+        return
+    if _number_in(_MPI_RANK, 0):
+        sys.exit(2)  # the first one says it
+    here = min(_number_in(_MPI_LOCAL_SIZE, count), count)
+    where = ["--standalone"]
+    if here < count:
+        where = [f"--nnodes={-(-count // here)}", "--rdzv-backend=c10d", "--rdzv-endpoint=FIRST_MACHINE:29500"]
+    line = shlex.join(["torchrun", *where, f"--nproc-per-node={here}", "-m", "fastdiff", *arguments])
+    each = ", on each machine" if here < count else ""
+    raise ValueError(f"fastdiff is started by torchrun, not by mpiexec{each}: {line}")
+
+
+def _number_in(variables: Sequence[str], default: int) -> int:
+    """The largest of the whole numbers in these variables of the environment."""
+    found = [os.environ.get(name, "") for name in variables]
+    return max((int(text) for text in found if text.isascii() and text.isdecimal()), default=default)
 
 
 def in_our_words(arguments: Sequence[str]) -> list[str]:
@@ -114,13 +129,17 @@ def in_our_words(arguments: Sequence[str]) -> list[str]:
     script = script_of(arguments)
     words, model = _translated(arguments[1:], script.replaced if script else {})
     command = script.command if script else (arguments[0],)
-    if command[0] == "train" and "--use-fp16" in arguments and not any("--fp16-scale-growth" in word for word in words):
+    if command[0] == "train" and "--use-fp16" in arguments and not _given("--fp16-scale-growth", words):
         words += ["--fp16-scale-growth", "1e-3"]  # what goes without saying there
     if script is None:
         return [*command, *words, *model]
-    bare = model and Path(model[0]).suffix != ".safetensors" and not Path(model[0]).is_dir()
-    undetermined = script.bare if bare and "--preset" not in words else ()
-    return [*script.command, *script.defaults, *undetermined, *_output(script), *words, *model]
+    itself = model and (Path(model[0]).suffix == ".safetensors" or Path(model[0]).is_dir())  # says what it is
+    assumed = () if itself or _given("--preset", words) else script.assumed
+    return [*command, *script.defaults, *assumed, *_output(script), *words, *model]
+
+
+def _given(flag: str, words: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == flag for word in words)
 
 
 def script_of(arguments: Sequence[str]) -> Script | None:
@@ -141,7 +160,9 @@ def _translated(arguments: Sequence[str], replaced: Mapping[str, tuple[str, ...]
         name, equals, value = word.partition("=")
         if name in _EMPTY_MEANS_NONE:
             if not equals:
-                value = rest.pop(0) if rest else ""
+                if not rest or rest[0].startswith("--"):
+                    raise ValueError(f"{name} needs a value: name a file, or leave it out")
+                value = rest.pop(0)
             if name == "--model-path":
                 model = [value] if value else []
             elif value:
@@ -159,7 +180,7 @@ def _output(script: Script) -> list[str]:
     if script.out is None:
         return []
     option, name = script.out
-    folder = os.environ.get("OPENAI_LOGDIR", "")
+    folder = _folder_in("OPENAI_LOGDIR")
     if not name:
-        return [option, folder] if folder else []
-    return [option, str(Path(folder).expanduser() / name)]
+        return [option, str(folder)] if folder else []
+    return [option, str((folder or Path()) / name)]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastdiff.cli.improved_diffusion import log_formats
 from fastdiff.cli.loading import find_with_rate, load_for, young_average
 from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, with_flags
 from fastdiff.config import MOST_SAMPLES, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
@@ -112,6 +113,7 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
     config = build(SampleConfig, flags)
     if choices.indices is not None and "num_samples" in flags:
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
+    to_terminal = "stdout" in log_formats()
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
@@ -130,7 +132,7 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
         world.from_main(files.check)
         settings = world.from_main(lambda: settings_of(plan, indices, runtime, *paths, choices.base_samples))
         job = world.together(lambda: Job(plan, indices, files, settings, runtime, world))
-        with Display(silent=not world.main) as display:
+        with Display(silent=not world.main or not to_terminal) as display:
             models = ("model", plan.checkpoint), ("enlarged by", plan.super_res)
             for (what, loaded), path in zip(models, paths, strict=True):
                 if loaded is not None:

@@ -104,9 +104,9 @@ def run_training(
             raise ValueError("init_from and resume_checkpoint both say what to begin with: give one of them")
         if _is_of(run_dir, resume_checkpoint):
             run_dir, resume, resume_checkpoint = resume_checkpoint.parent, True, None
-    if "data_dir" not in flags and not resume:
+    if not flags.get("data_dir") and not resume:
         raise ValueError("no data: name a folder of images with --data-dir")
-    if "steps" not in flags and flags.get("lr_anneal_steps"):
+    if "steps" not in flags and flags.get("lr_anneal_steps", 0) > 0:
         flags = flags | {"steps": flags["lr_anneal_steps"]}  # improved-diffusion's way to say how long
     data = Path(flags.get("data_dir", "")).resolve()
     run_dir = run_dir or Path("runs") / ((data.stem if data.is_file() else data.name) or "root")

@@ -40,8 +40,10 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{target} exists: name another, or use --overwrite")
-    if is_file != target.is_file() or not (is_file or (target / "model_index.json").exists()):
+    if is_file != target.is_file() or not (is_file or diffusers.is_folder(target)):
         raise ValueError(f"{target} exists and is not {'a file' if is_file else 'a diffusers folder'}: name another")
+    if not is_file and (others := sorted({path.name for path in target.iterdir()} - diffusers.WRITTEN)):
+        raise ValueError(f"{target} holds {others[0]} too, which would be lost: name another, or move that away")
 
 
 def convert(source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers.Scheduler) -> list[str]:
@@ -139,7 +141,8 @@ def _flags_of(loaded: Checkpoint) -> Iterator[tuple[str, str]]:
             if f.name in ("image_size", "small_size", "channel_mult", "num_classes") or value == f.default:
                 continue
             if f.name != "learn_sigma" or part is config:
-                yield f.name, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                # without any, a size that no feature map has
+                yield f.name, (",".join(map(str, value)) or "1") if isinstance(value, tuple) else str(value)
 
 
 def _difference(source: Path, loaded: Checkpoint, written: Path, target: Path) -> str:
@@ -158,6 +161,8 @@ def _difference(source: Path, loaded: Checkpoint, written: Path, target: Path) -
         given["low_res"] = torch.randn(_TIMESTEPS, 3, max(1, side // 2), max(1, side // 2), generator=generator)
     with torch.inference_mode():
         outputs = [_predictor(path, loaded)(x, t, given) for path in (source, written)]
+    if not all(output.isfinite().all() for output in outputs):
+        raise ValueError(f"{target} was not written: {source} gives outputs that are not finite numbers")
     channels = min(output.shape[1] for output in outputs)  # DDIM's folder has no variance
     before, after = (output[:, :channels] for output in outputs)
     apart, size = (before - after).abs().max().item(), before.abs().max().item()

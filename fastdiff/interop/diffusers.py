@@ -23,6 +23,9 @@ from fastdiff.diffusion.schedule import Float64Array
 from fastdiff.interop.openai import first_line
 from fastdiff.interop.unet2d import attending, our_state, unet_options, unet_state
 
+WRITTEN = frozenset(("model_index.json", "unet", "scheduler"))
+"""What a pipeline's folder holds."""
+
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SCALED = 1000
 """What rescaled timesteps are scaled to."""
@@ -130,7 +133,14 @@ def _notes(model: ModelConfig, diffusion: DiffusionConfig, scheduler: Scheduler)
         )
     if diffusion.timestep_respacing:
         yield f"timestep_respacing {diffusion.timestep_respacing} is not written: say num_inference_steps"
+    usual = DiffusionConfig()
+    if training := [
+        name for name in ("use_kl", "rescale_learned_sigmas") if vars(diffusion)[name] != vars(usual)[name]
+    ]:
+        yield f"not written, since it counts in training only: {', '.join(training)}"
     if scheduler is Scheduler.DDIM:
+        if diffusion.sigma_small:
+            yield "sigma_small is not written: DDIM has no use for it; --scheduler ddpm keeps it"
         if model.learn_sigma:
             yield "the learned variance is dropped, which DDIM does not use; --scheduler ddpm keeps it"
         yield "for the images that fastdiff draws with DDIM, call the pipeline with use_clipped_model_output=True"
@@ -156,10 +166,16 @@ def read(folder: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
         tensors = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged or incomplete ({first_line(error)})") from None
+    if (key := next((key for key, tensor in tensors.items() if not tensor.is_floating_point()), None)) is not None:
+        raise ValueError(f"{weights} holds no weights: {key} is of {tensors[key].dtype}")
+    # before a model is built by options that may be anybody's
+    first, blocks = tensors.get("conv_in.weight", torch.empty(0)), config.num_res_blocks * len(config.multipliers)
+    if first.shape[:1] != (config.num_channels,) or blocks > len(tensors):
+        raise ValueError(f"{weights} is not of the model that {folder / 'unet' / 'config.json'} describes")
     try:
         state = our_state(tensors, config)
-    except ValueError as error:
-        raise ValueError(f"{weights} {error}") from None
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{weights} {first_line(error)}") from None
     return state, config, _process(folder / "scheduler" / "scheduler_config.json", config)
 
 

@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def read_file(path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an odd pickle protocol
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped where it can be, so that several processes do not hold it several times
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors (pickled code, perhaps) and is not loaded: it must be a bare state dict"

@@ -19,6 +19,8 @@ UNSAID = ("image_size", "small_size", "num_heads", "diffusion_steps", "noise_sch
 _SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256)}
 _LONGEST_KEY = 80
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -96,15 +98,15 @@ def recognise(state: Mapping[str, Tensor], name: object) -> Architecture:
 
     ValueError where it is no model of this family, naming the nearest preset and the first key that differs from it.
     """
+    own: Shapes = {}
     try:
         found = _read(state)
         with torch.device("meta"):
-            own = build_model(ModelConfig(**found.flags(found.smallest_size), **found.made_up))
-        whole = _shapes(own.state_dict()) == _shapes(state)
+            own = _shapes(build_model(ModelConfig(**found.flags(found.smallest_size), **found.made_up)).state_dict())
     except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError):  # of numbers that make no model
-        whole = False
-    if not whole:
-        _refuse(state, name)
+        _refuse(state, name, {})
+    if own != _shapes(state):
+        _refuse(state, name, own)
     for key, tensor in state.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} holds no weights: {key} is of {tensor.dtype}")
@@ -143,24 +145,34 @@ def _read(state: Mapping[str, Tensor]) -> Architecture:
     )
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
-def _refuse(state: Mapping[str, Tensor], name: object) -> NoReturn:
-    """ValueError that names the nearest preset and the first difference from it."""
+def _refuse(state: Mapping[str, Tensor], name: object, own: Shapes) -> NoReturn:
+    """ValueError that names the nearest preset and the first difference from it.
+
+    ``own`` are the shapes of the model that the file seems to be meant for, or none: it may be nearer than any preset.
+    """
     theirs = _shapes(state)
-    compared = []
+    known = {"a model of its sizes": own} if own else {}
     for preset, values in PRESETS.items():
         with torch.device("meta"):
-            ours = _shapes(build_model(values.config(ModelConfig)).state_dict())
-        compared.append((preset, ours, [key for key in ours | theirs if ours.get(key) != theirs.get(key)]))
-    nearest, ours, differing = min(compared, key=lambda one: len(one[2]))
-    key = differing[0]
-    here, there = (shapes.get(key, "absent") for shapes in (theirs, ours))
+            known[f"--preset {preset}"] = _shapes(build_model(values.config(ModelConfig)).state_dict())
+    differing = {
+        what: [key for key in ours | theirs if ours.get(key) != theirs.get(key)] for what, ours in known.items()
+    }
+    nearest = min((what for what in known if what.startswith("--")), key=lambda what: len(differing[what]))
+
+    def difference(what: str) -> str:
+        keys = differing[what]
+        here, there = (shapes.get(keys[0], "absent") for shapes in (theirs, known[what]))
+        return f"{what}, {len(keys)} tensors differ, first {keys[0][:_LONGEST_KEY]!r}: {here} instead of {there}"
+
+    nearer = [what for what in known if len(differing[what]) < len(differing[nearest])]
+    also = "".join(f"; from {difference(what)}" for what in nearer)
     raise ValueError(
-        f"{name} is no model of improved-diffusion's family: the nearest is --preset {nearest}, from which "
-        f"{len(differing)} tensors differ, first {key[:_LONGEST_KEY]!r}: {here} in the file and {there} in the preset"
+        f"{name} is no model of improved-diffusion's family: from the nearest, {difference(nearest)}{also}"
     )
 
 

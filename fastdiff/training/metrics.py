@@ -104,6 +104,9 @@ class ProgressFiles(Sink):
         self._log = log
         self._warned = False
         self._csv, self._jsonl = run_dir / "progress.csv", run_dir / "progress.jsonl"
+        if self._csv.exists() and not self._jsonl.exists():  # improved-diffusion's, of a run that goes on in its folder
+            kept = self._csv.replace(run_dir / "progress.original.csv")
+            log(f"{self._csv} is not of this run: it is {kept.name} from now on")
         history = [(line, row) for line, row in _history(self._jsonl) if row["step"] <= step]
         _make(self._jsonl, "".join(f"{line}\n" for line, _ in history))
         # The table is made anew from the history: one of another version has other columns.

@@ -148,19 +148,23 @@ class TrainState:
         self.sums.load_state(tensors["log_sums"], self.world.rank, self.world.size)
         self.step = step
 
-    def load_openai(self, run: OpenAIRun, path: Path) -> None:
-        """Go on from an improved-diffusion run; ValueError where ``path``, its model's file, is of another model.
+    def load_openai(self, run: OpenAIRun) -> None:
+        """Go on from an improved-diffusion run; ValueError, before anything is changed, where it is of another model.
 
         An average that it did not keep begins with the weights, as there.
         """
-        for average in run.averages.values():
-            checkpoint.refuse_other_architecture(dict(zip(self.names, self.held, strict=True)), average, path)
-        self.set_weights(run.weights, path)
+        own = dict(zip(self.names, self.held, strict=True))
+        checkpoint.refuse_other_architecture(own, run.weights, run.path)
+        for rate, average in run.averages.items():
+            checkpoint.refuse_other_architecture(own, average, run.average_path(rate))
+        ordered = {name: run.weights[name] for name in self.names}
+        moments = None if run.optimizer is None else run.moments(ordered)
+        self.set_weights(ordered, run.path)
         for ema in self.emas:
             average = run.averages.get(ema.rate, run.weights)
             ema.load((part_of(average[n], held) for n, held in zip(self.names, self.held, strict=True)), run.step)
-        if run.moments is not None:
-            self._set_moments(run.moments)
+        if moments is not None:
+            self._set_moments(moments)
         self.step = run.step
 
     def _set_moments(self, tensors: Mapping[str, Tensor]) -> None:

@@ -151,14 +151,17 @@ class Trainer:
     def _resume_from_openai(self, path: Path) -> None:
         train = self.config.train
         run = read_run(path, train.ema_rate)
-        self.state.load_openai(run, path)
+        self.state.load_openai(run)
         for rate in train.ema_rate:
             if rate not in run.averages:
-                self.log(f"no ema_{rate}_{run.step:06d}.pt beside it: that average begins with the weights")
-        if run.moments is None:
-            self.log(f"no opt{run.step:06d}.pt beside it: the optimizer begins afresh")
-        elif run.lr not in (None, train.lr) and not train.lr_anneal_steps:
-            self.log(f"its learning rate was {run.lr:g}, and the run goes on with --lr {train.lr:g}")
+                self.log(f"no {run.average_path(rate).name} beside it: that average begins with the weights")
+        if run.optimizer is None:
+            self.log(f"no {run.optimizer_path.name} beside it: the optimizer begins afresh")
+        for name, ours in (("lr", train.lr), ("weight_decay", train.weight_decay)):
+            theirs = run.setting(name)
+            if theirs not in (None, ours) and not (name == "lr" and train.lr_anneal_steps):
+                flag = name.replace("_", "-")
+                self.log(f"its optimizer had {name} {theirs:g}, and the run goes on with --{flag} {ours:g}")
 
     def resume(self) -> None:
         """Go on from the run's newest checkpoint that is whole; ValueError where none is, or it does not fit."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,11 @@ def test_what_is_no_target_stays_untouched(cli: Cli) -> None:
     before = contents(Path())
     refused(cli("convert", "a.pt", "photos", *FLAGS, "--overwrite"), "photos exists and is not a diffusers folder")
     refused(cli("convert", "a.pt", "x.pt", *FLAGS, "--overwrite"), r"x\.pt exists and is not a file")
+    succeeded(cli("convert", "a.pt", "pipeline", *FLAGS))
+    Path("pipeline/vae").mkdir()
+    refused(cli("convert", "a.pt", "pipeline", *FLAGS, "--overwrite"), "pipeline holds vae too, which would be lost")
+    assert Path("pipeline/vae").is_dir()
+    shutil.rmtree("pipeline")
     refused(cli("convert", "a.pt", "file", *FLAGS, "--overwrite"), "file exists and is not a diffusers folder")
     assert contents(Path()) == before
 
@@ -166,7 +172,10 @@ def test_what_is_no_target_stays_untouched(cli: Cli) -> None:
         (("a.pt", "b", *FLAGS, "--scheduler", "pndm"), ("scheduler must be one of ddim, ddpm",)),
         (
             ("other.pt", "b.pt"),
-            (r"other\.pt is no model of .*nearest is --preset", "first 'time_embed.0.weight': .128, 32. in"),
+            (
+                r"other\.pt is no model of .*nearest, --preset .* first 'time_embed.0.weight': .128, 32. instead of",
+                "from a model of its sizes, 1 tensors differ, first 'out.2.bias': absent",
+            ),
         ),
         (("wide.safetensors", "b"), ("cannot express 4 heads of 24 and 32 channels",)),
         (("wide.safetensors", "b.pt", "--num-heads", 1), ("num_heads is 4 in",)),
@@ -230,7 +239,10 @@ def test_a_schedule_that_is_none_of_ours_is_asked_for(cli: Cli) -> None:
     options = json.loads(path.read_text())
     options["trained_betas"] = [beta / 2 for beta in options["trained_betas"]]
     path.write_text(json.dumps(options))
-    refused(cli("convert", "folder", "b.pt"), "no named schedule: say --diffusion-steps and --noise-schedule")
+    refused(
+        cli("convert", "folder", "b.pt"),
+        "tells no schedule that has a name here: say --diffusion-steps and --noise-schedule",
+    )
     succeeded(cli("convert", "folder", "b.safetensors", "--diffusion-steps", 500, "--noise-schedule", "linear"))
     assert load_checkpoint("b.safetensors").diffusion_config == DiffusionConfig(diffusion_steps=500)
     refused(cli("convert", "folder", "c.pt", *FLAGS, "--num-channels", 64), "num_channels is 32 in folder and 64")

@@ -165,7 +165,9 @@ def test_ddim_respacing_without_ddim_stays_ancestral(cli: Cli, checkpoint: Path,
     ("pasted", "ours"),
     [
         ("train --large_size 256 --small_size 64", "train --image-size 256 --small-size 64"),
-        ("image-train --batch_size 3", "train --batch-size-per-process 1 --no-ema-warmup --batch-size-per-process 3"),
+        ("image-train --batch_size 3", "train --no-ema-warmup --batch-size-per-process 1 --batch-size-per-process 3"),
+        ("image_train --preset=p --batch_size 3", "train --no-ema-warmup --preset=p --batch-size-per-process 3"),
+        ("super_res_sample --model_path a.pt --preset=p", "{} --preset=p a.pt"),
         ("train --resume_checkpoint= --lr 1", "train --lr 1"),
         ("sample --model_path a.pt --model_path b.pt --use_ddim", "sample --sampler ddim b.pt"),
         ("sample --use_ddim True --use_ddim False x", "sample --sampler ddim --sampler ddpm x"),
@@ -189,6 +191,14 @@ def test_words(monkeypatch: pytest.MonkeyPatch, pasted: str, ours: str) -> None:
         words = [w for w in words if w not in ("--out", "samples_{shape}.npz")]
         ours = ours.format(sampling)
     assert words == ours.split()
+
+
+@pytest.mark.parametrize(
+    "pasted", ["image_train --resume_checkpoint", "image_sample --model_path --num_samples 3", "sample --base-samples"]
+)
+def test_a_variable_that_was_not_set_is_no_reason_to_begin_afresh(cli: Cli, pasted: str) -> None:
+    """``--resume_checkpoint $CKPT`` without a CKPT."""
+    refused(cli(*pasted.split()), r"--(resume-checkpoint|model-path|base-samples) needs a value: name a file, or leave")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -215,6 +225,8 @@ def test_logdir_is_the_run_folder(cli: Cli, shapes: Path, tmp_path: Path, monkey
     succeeded(cli("train", "--data_dir", shapes, *TRAIN, "--run-dir", "named", *PLAIN))  # a flag goes before both
     monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", "gs://bucket/x")
     refused(cli("train", "--data_dir", shapes, *TRAIN, *PLAIN), "DIFFUSION_BLOB_LOGDIR gs://bucket/x: only folders")
+    monkeypatch.setenv("OPENAI_LOGDIR", "s3://bucket/y")
+    refused(cli("image_sample", "--model_path", "x.pt"), "OPENAI_LOGDIR s3://bucket/y: only folders")
 
 
 def test_log_format(cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +234,7 @@ def test_log_format(cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "log,csv,tensorboard")
     result = succeeded(cli("train", "--data_dir", shapes, *TRAIN, *PLAIN))
     assert result.out == ""  # stdout is not among them
+    assert succeeded(cli("sample", "--steps", 2, "--num-samples", 1, *PLAIN)).out == ""
     assert config_of(tmp_path / "runs" / "shapes")["train"]["tensorboard"] is True
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout,parquet")
     refused(
@@ -238,5 +251,11 @@ def test_mpiexec_is_answered_with_torchrun(cli: Cli, monkeypatch: pytest.MonkeyP
     refused(cli("image_train", "--data_dir", "my images"), line)
     monkeypatch.setenv(rank, "3")
     assert cli("image_train", "--data_dir", "my images") == Result(2, "", "")  # the first one has said it
+    monkeypatch.setenv(rank, "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
+    line = (
+        r"on each machine: torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=\S+ --nproc-per-node=4 -m fastdiff"
+    )
+    refused(cli("image_train", "--data_dir", "my images"), line)
     monkeypatch.setenv(size, "1")
     refused(cli("image_train", "--data_dir", "my images"), "my images does not exist")

@@ -240,7 +240,8 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     write(folder, random_model(TINY).state_dict(), TINY, LINEAR, Scheduler.DDIM)
     files = {path: path.read_bytes() for path in (unet, scheduler, weights)}
     tensors = load_file(weights)
-    transposed = {**tensors, "conv_in.weight": tensors["conv_in.weight"].transpose(0, 1).contiguous()}
+    transposed = {**tensors, "conv_out.weight": tensors["conv_out.weight"].transpose(0, 1).contiguous()}
+    whole_numbers = {**tensors, "conv_out.bias": tensors["conv_out.bias"].long()}
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: unet.write_text("{"), r"unet/config\.json is damaged: it is no JSON"),
         (lambda: unet.write_text("[1]"), r"unet/config\.json is damaged: it is no JSON object"),
@@ -263,7 +264,11 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         (lambda: change(unet, num_class_embeds=3), r"safetensors has no class_embedding\.weight"),
         (weights.unlink, r"safetensors does not exist"),
         (lambda: weights.write_bytes(b"{}"), r"safetensors is damaged or incomplete"),
-        (lambda: save_file(transposed, weights), r"has conv_in\.weight as \(3, 32, 3, 3\) instead of \(32, 3, 3, 3\)"),
+        (lambda: save_file(transposed, weights), r"has conv_out\.weight as \(32, 3, 3, 3\) instead of \(3, 32, 3, 3\)"),
+        (lambda: save_file(whole_numbers, weights), r"holds no weights: conv_out\.bias is of torch\.int64"),
+        (lambda: change(unet, block_out_channels=[10**12 * 32, 10**13 * 32]), "is not of the model that"),
+        (lambda: change(unet, block_out_channels=[32, 32 * 10**14]), "calculation overflowed|no down_blocks"),
+        (lambda: change(unet, layers_per_block=10**6), "is not of the model that"),
         (lambda: save_file({**tensors, "more": torch.zeros(1)}, weights), "safetensors has more, which"),
         (scheduler.unlink, r"scheduler_config\.json cannot be read"),
         (lambda: change(scheduler, prediction_type="v_prediction"), "'v_prediction' is none of"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.interop.openai_run import MOMENTS, read_run, step_of
+from fastdiff.interop.openai_run import MOMENTS, step_of
 from fastdiff.training import Trainer
 from fastdiff.training.state import INITIAL_LOG_LOSS_SCALE
 
@@ -27,13 +27,14 @@ def as_openai_saves(trained: Trainer, folder: Path, flattened: bool = False, who
     for ema in state.emas:
         average = dict(zip(state.names, ema.tensors(), strict=True))
         torch.save(average, folder / f"ema_{ema.rate}_{step:06d}.pt")
-    states = [{key: state.optimizer.state[p][key].clone() for key in MOMENTS} for p in state.parameters]
+    content = state.optimizer.state_dict()  # as PyTorch itself writes it, numbered in the parameters' order
+    states = [{key: content["state"][i][key].clone() for key in MOMENTS} for i in range(len(state.parameters))]
     if flattened:  # runs in fp16 keep all parameters as one
         ends = {key: torch.cat([one[key].contiguous().flatten() for one in states]) for key in MOMENTS[1:]}
         states = [{"step": states[0]["step"], **ends}]
     if whole_steps:  # as older releases of PyTorch counted
         states = [one | {"step": int(one["step"])} for one in states]
-    groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": list(range(len(states)))}]
+    groups = [content["param_groups"][0] | {"params": list(range(len(states)))}]
     torch.save({"state": dict(enumerate(states)), "param_groups": groups}, folder / f"opt{step:06d}.pt")
     return path
 
@@ -85,13 +86,45 @@ def test_what_is_missing_is_told(tmp_path: Path, shapes: Path) -> None:
     assert (tmp_path / "resumed" / "model000002.safetensors").exists()
 
 
+@pytest.mark.parametrize("flattened", [False, True])
+def test_the_order_of_the_tensors_in_the_file_does_not_count(tmp_path: Path, shapes: Path, flattened: bool) -> None:
+    """Of the optimizer's state it is the model's."""
+    begun = randomise(trainer(tmp_path / "begun", shapes, steps=2, **FLAGS))
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original", flattened)
+    found = []
+    for order in (list, sorted):
+        torch.save({key: weights(begun)[key] for key in order(weights(begun))}, path)
+        resumed = trainer(tmp_path / order.__name__, shapes, steps=4, **FLAGS)
+        resumed.resume_from(path)
+        found.append([resumed.state.optimizer.state[p]["exp_avg"] for p in resumed.state.parameters])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    ours = [begun.state.optimizer.state[p]["exp_avg"] for p in begun.state.parameters]
+    assert all(torch.equal(one, other) for one, other in zip(found[0], ours, strict=True))
+
+
 def test_another_learning_rate_is_told(tmp_path: Path, shapes: Path) -> None:
     begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
     begun.run()
     path = as_openai_saves(begun, tmp_path / "original")
-    resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4})
+    resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4, "weight_decay": 0.0})
     resumed.resume_from(path)
-    assert "its learning rate was 0.001, and the run goes on with --lr 0.0005" in resumed.log
+    assert "its optimizer had lr 0.001, and the run goes on with --lr 0.0005" in resumed.log
+    assert "its optimizer had weight_decay 0.01, and the run goes on with --weight-decay 0" in resumed.log
+
+
+def test_the_originals_progress_is_kept(tmp_path: Path, shapes: Path) -> None:
+    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
+    begun.run()
+    path = as_openai_saves(begun, tmp_path / "original")
+    there = path.with_name("progress.csv")
+    there.write_text("step,loss\n1,2\n")
+    resumed = trainer(path.parent, shapes, steps=2, **FLAGS)
+    resumed.resume_from(path)
+    resumed.run()
+    assert path.with_name("progress.original.csv").read_text() == "step,loss\n1,2\n"
+    assert "is not of this run: it is progress.original.csv from now on" in "\n".join(resumed.log)
+    assert len(there.read_text().splitlines()) == 2
 
 
 def test_nothing_is_saved_before_an_update(tmp_path: Path, shapes: Path) -> None:
@@ -151,7 +184,7 @@ def test_an_optimizer_that_does_not_fit_is_refused(tmp_path: Path, shapes: Path,
     beside = path.with_name("opt000001.pt")
     torch.save(damage(torch.load(beside)), beside)
     with pytest.raises(ValueError, match=re.escape(f"{beside} is not the optimizer's state of the model beside it")):
-        read_run(path, (0.5,))
+        trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS).resume_from(path)
 
 
 def test_another_architecture_is_refused(tmp_path: Path, shapes: Path) -> None:
@@ -162,7 +195,7 @@ def test_another_architecture_is_refused(tmp_path: Path, shapes: Path) -> None:
     with pytest.raises(ValueError, match="another architecture"):
         other.resume_from(path)
     torch.save({"a": torch.zeros(1)}, path.with_name("ema_0.5_000001.pt"))
-    with pytest.raises(ValueError, match="another architecture"):
+    with pytest.raises(ValueError, match=r"ema_0\.5_000001\.pt is of another architecture"):
         trainer(tmp_path / "again", shapes, steps=2, **FLAGS).resume_from(path)
 
 
