@@ -58,8 +58,14 @@ def nll(
     A checkpoint knows its model. The model's and the process's flags are for bare state dicts (.pt), which tell the
     architecture, but neither the heads nor the process.
     """
+    plot = plot and plot.expanduser()
     choices = Choices(
-        checkpoint=checkpoint, out=out_dir, ema_rate=ema_rate, overwrite=overwrite, timeout=timeout, preset=preset
+        checkpoint=checkpoint,
+        out=out_dir.expanduser(),
+        ema_rate=ema_rate,
+        overwrite=overwrite,
+        timeout=timeout,
+        preset=preset,
     )
     raise typer.Exit(run_nll(flags, choices, plot))
 
@@ -89,7 +95,7 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
             display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
             dataset = _images(config, loaded, display, world)
             evaluation = world.together(lambda: Nll(loaded, dataset, config, runtime, world))
-            about = world.from_main(lambda: _about(path, loaded, config, dataset, evaluation))
+            about = world.from_main(lambda: _about(path, loaded, config, dataset, evaluation, runtime.precision))
             display.line(
                 f"evaluating: {evaluation.count} images of {loaded.model_config.image_size} pixels, "
                 f"{evaluation.diffusion.num_timesteps} steps, seed {config.seed}; {world.describe()}, "
@@ -138,7 +144,7 @@ def _images(config: NllConfig, loaded: "Checkpoint", display: "Display", world: 
 
 
 def _about(
-    path: Path, loaded: "Checkpoint", config: NllConfig, dataset: "Dataset", evaluation: "Nll"
+    path: Path, loaded: "Checkpoint", config: NllConfig, dataset: "Dataset", evaluation: "Nll", precision: str
 ) -> dict[str, Any]:
     """What the figures are of, as JSON can hold it."""
     from fastdiff.checkpoint import sha256
@@ -146,17 +152,20 @@ def _about(
     process = evaluation.diffusion
     return {
         "images": evaluation.count,
+        "different_images": min(evaluation.count, len(dataset.images)),
         "data_dir": str(Path(config.data_dir).resolve()),
         "data_fingerprint": dataset.fingerprint,
+        "labels": config.labels if dataset.labels is not None else None,
         "checkpoint": str(path.resolve()),
         "sha256": sha256(path),
         "step": loaded.step,
         "ema_rate": loaded.metadata.get("ema_rate"),
         "timesteps": process.num_timesteps,
+        "timestep_respacing": config.respacing or loaded.diffusion_config.timestep_respacing,
         "diffusion_steps": process.original_num_steps,
         "clip_denoised": config.clip_denoised,
         "seed": config.seed,
-        "precision": config.precision,
+        "precision": precision,
     }
 
 
@@ -177,7 +186,12 @@ def _tell(
     weights = f"EMA {rate:g}" if rate else "raw weights"
     if not loaded.metadata:
         weights = path.name  # a bare state dict, which does not say
+    images = f"{about['images']} images"
+    if about["different_images"] < about["images"]:
+        images = f"{about['images']} draws of {about['different_images']} images"
+    spec = about["timestep_respacing"]
+    respaced = f" ({spec})" if spec not in ("", str(about["timesteps"])) else ""
     display.line(
-        f"{figures['bits_per_dim']:.4f} bits/dim{error} (prior {figures['prior_bits_per_dim']:.4f}) over {len(names)} "
-        f"images, {weights}, {about['timesteps']} of {about['diffusion_steps']} steps, seed {about['seed']}"
+        f"{figures['bits_per_dim']:.4f} bits/dim{error} (prior {figures['prior_bits_per_dim']:.4f}) over {images}, "
+        f"{weights}, {about['timesteps']} of {about['diffusion_steps']} steps{respaced}, seed {about['seed']}"
     )

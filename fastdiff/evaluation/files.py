@@ -38,7 +38,7 @@ class Files:
         _check_folder("out_dir", self.out_dir)
         if self.plot is not None:
             refuse_without_matplotlib()
-            if self.plot.suffix != ".png":
+            if self.plot.suffix.lower() != ".png":
                 raise ValueError(f"plot {self.plot} must end in .png")
             if self.plot.is_dir():
                 raise ValueError(f"plot {self.plot} is a folder: name a file")
@@ -54,7 +54,7 @@ class Files:
         summary = self.out_dir / SUMMARY
         summary.unlink(missing_ok=True)
         for name, path in self.terms.items():
-            _save(path, arr_0=bound.terms[name])
+            _save(path, arr_0=bound.terms[name].astype(np.float32))
         _save(
             self.out_dir / IMAGES, total_bpd=bound.total_bpd, prior_bpd=bound.prior_bpd, names=np.array(names, np.str_)
         )

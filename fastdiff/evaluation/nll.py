@@ -1,8 +1,9 @@
 """Bits per dimension of a data set's images under a model: the variational bound, term by term."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from fastdiff.data.batches import Batch
 from fastdiff.diffusion import Philox, build_diffusion
 from fastdiff.models.super_res import low_resolution
 from fastdiff.runtime.device import Runtime
-from fastdiff.runtime.distributed import World
+from fastdiff.runtime.distributed import Agreement, World
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.words import duration
 
@@ -37,22 +38,28 @@ OnProgress = Callable[[int, int, str], None]
 class Bound:
     """The bound of the images 0, 1, 2, ...: ``total_bpd`` and, a part of it, ``prior_bpd``, in bits per dimension (N,).
 
-    ``terms`` are means over the images, (T,) each, t = T-1 first: vb (bits per dimension), mse (of the noise) and
-    xstart_mse.
+    The data set has ``distinct`` images: where it is gone through more than once, image i is another draw of its image
+    i mod distinct. ``terms`` are means over the images, (T,) each, t = T-1 first: vb (bits per dimension), mse (of the
+    noise) and xstart_mse.
     """
 
     total_bpd: Float64Array
     prior_bpd: Float64Array
     terms: dict[str, Float64Array]
+    distinct: int
 
     def figures(self) -> dict[str, float]:
-        """Means over the images, and the standard error of the first; NaN where there is none."""
-        n = len(self.total_bpd)
+        """Means over the images, and the standard error of the first; NaN where there is none.
+
+        Further draws of an image tell less than further images, so that it is their mean that counts.
+        """
+        numbers = np.arange(len(self.total_bpd)) % self.distinct
         with np.errstate(invalid="ignore"):  # infinite ones: then there is none
-            deviation = float(self.total_bpd.std(ddof=1)) if n > 1 else math.nan
+            each = np.bincount(numbers, self.total_bpd) / np.bincount(numbers)
+            deviation = float(each.std(ddof=1)) if len(each) > 1 else math.nan
             return {
                 "bits_per_dim": float(self.total_bpd.mean()),
-                "standard_error": deviation / math.sqrt(n),
+                "standard_error": deviation / math.sqrt(len(each)),
                 "prior_bits_per_dim": float(self.prior_bpd.mean()),
             }
 
@@ -84,10 +91,12 @@ class Nll:
         self._small_size = checkpoint.model_config.small_size
         self._labels = labels_for(checkpoint, dataset)
         self._dataset, self._config, self._runtime, self._world = dataset, config, runtime, world
-        first, last = (self.count * rank // world.size for rank in (world.rank, world.rank + 1))
+        shares = [self.count * rank // world.size for rank in range(world.size + 1)]
+        first, last = shares[world.rank : world.rank + 2]
         # as few batches as can be, of one size: another one would compile the model again
         parts = -(-(last - first) // config.batch_size)
         self._size = -(-(last - first) // max(parts, 1))
+        self._rounds = max(-(-(end - begin) // config.batch_size) for begin, end in itertools.pairwise(shares))
         self._last = last
         self._starts = range(first, last, self._size or 1)
         self.calls = parts * self.diffusion.num_timesteps
@@ -96,32 +105,47 @@ class Nll:
     def run(self, stop: StopRequest, on_progress: OnProgress) -> Bound:
         """The bound of all images, for every process.
 
-        Collective. Stopped where a signal came to a process before it was done.
+        Collective. Stopped where a signal came to a process before all were done; the others end with their batch.
         """
         steps = self.diffusion.num_timesteps
         meter = _Meter(on_progress, self.count, steps, self._world.size)
         totals, priors = [np.empty(0)], [np.empty(0)]
         sums = np.zeros((len(TERMS), steps))  # of fp32 numbers: in fp64 all but exact, in whatever order
 
-        def work() -> None:
-            for terms, prior in self._batches(stop, meter):
-                totals.append(prior + terms[0].sum(axis=1))
-                priors.append(prior)
-                np.add(sums, terms.sum(axis=1), out=sums)
-                meter.evaluated(totals[-1])
-                if stop.received is not None:
+        failure: list[ValueError | OSError] = []
+        agreement = Agreement(self._world)
+        with closing(self._batches(stop, meter)) as batches:
+            for _ in range(self._rounds):  # one process may have a batch less
+                try:
+                    batch = next(batches, None)
+                except (ValueError, OSError) as error:
+                    failure.append(error)
+                    batch = None
+                if batch is not None:
+                    terms, prior = batch
+                    totals.append(prior + terms[0].sum(axis=1))
+                    priors.append(prior)
+                    sums += terms.sum(axis=1)
+                    meter.evaluated(totals[-1])
+                # what ends one process is known to all a batch later
+                if any(agreement.exchange(int(stop.received or 0), len(failure))):
                     break
+            agreement.settle()
 
-        self._world.together(work)
+        def told() -> None:
+            if failure:
+                raise failure[0]
+
+        self._world.together(told)
         signal = max(self._world.gathered(int(stop.received or 0)))
         parts = self._world.gathered((np.concatenate(totals), np.concatenate(priors), sums))
         total, prior = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
         if len(total) < self.count:
             raise Stopped(signal, len(total), float(total.mean()) if len(total) else math.nan)
         means = np.sum([part[2] for part in parts], axis=0) / self.count
-        return Bound(total, prior, dict(zip(TERMS, means, strict=True)))
+        return Bound(total, prior, dict(zip(TERMS, means, strict=True)), len(self._dataset.images))
 
-    def _batches(self, stop: StopRequest, meter: "_Meter") -> Iterator[tuple[Float64Array, Float64Array]]:
+    def _batches(self, stop: StopRequest, meter: "_Meter") -> Generator[tuple[Float64Array, Float64Array], None, None]:
         """Each batch's terms (3, n, T) and prior (n,), until a signal comes."""
         device, steps = self._runtime.device, self.diffusion.num_timesteps
         with closing(on_device(self._loaded(), device)) as loaded:

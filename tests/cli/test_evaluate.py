@@ -55,7 +55,7 @@ def test_every_file(evaluate: Cli, checkpoint: Path, animals: Path, tmp_path: Pa
     names = {"vb_terms.npz", "mse_terms.npz", "xstart_mse_terms.npz", "images.npz", "nll.json"}
     assert {path.name for path in folder.iterdir()} == names
     terms = {name: array(folder / f"{name}_terms.npz") for name in ("vb", "mse", "xstart_mse")}
-    assert {(values.shape, values.dtype) for values in terms.values()} == {((STEPS,), np.dtype(np.float64))}
+    assert {(values.shape, values.dtype) for values in terms.values()} == {((STEPS,), np.dtype(np.float32))}
     assert array(folder / "images.npz", "names").tolist() == [
         *("cat_9.png", "dog_1.png", "dog_5.png", "more/cat_1.png", "more/zebra_2.png", "zebra_1.png", "zebra_3.png")
     ]
@@ -68,6 +68,8 @@ def test_every_file(evaluate: Cli, checkpoint: Path, animals: Path, tmp_path: Pa
         "standard_error": pytest.approx(total.std(ddof=1) / 7**0.5),
         "prior_bits_per_dim": prior.mean(),
         "images": 7,
+        "different_images": 7,
+        "labels": "prefix",
         "data_dir": str(animals),
         "data_fingerprint": said["data_fingerprint"],
         "checkpoint": str(checkpoint),
@@ -75,6 +77,7 @@ def test_every_file(evaluate: Cli, checkpoint: Path, animals: Path, tmp_path: Pa
         "step": 7,
         "ema_rate": None,
         "timesteps": STEPS,
+        "timestep_respacing": "",
         "diffusion_steps": STEPS,
         "clip_denoised": True,
         "seed": 0,
@@ -113,7 +116,7 @@ def test_it_is_the_bound_of_the_library(evaluate: Cli, checkpoint: Path, animals
 def test_improved_diffusion_s_spelling(evaluate: Cli, checkpoint: Path, animals: Path, tmp_path: Path) -> None:
     flags = ("--num_samples", 9, "--batch_size", 1, "--clip_denoised", "False", "--timestep_respacing", "4")
     result = succeeded(evaluate(checkpoint, "--data_dir", animals, *flags))
-    assert " over 9 images, raw weights, 4 of 20 steps, seed 0\n" in result.out
+    assert " over 9 draws of 7 images, raw weights, 4 of 20 steps, seed 0\n" in result.out
     assert array(tmp_path / "nll" / "vb_terms.npz").shape == (4,)
     assert array(tmp_path / "nll" / "images.npz", "names")[7:].tolist() == ["cat_9.png", "dog_1.png"]
     assert json.loads((tmp_path / "nll" / "nll.json").read_text())["clip_denoised"] is False

@@ -182,12 +182,16 @@ def test_numbers_that_are_not_finite_are_seen(shapes: Path, tmp_path: Path) -> N
 
 def test_figures() -> None:
     totals, priors = np.array([1.0, 2.0, 6.0]), np.array([0.0, 0.3, 0.0])
-    figures = Bound(totals, priors, {}).figures()
+    figures = Bound(totals, priors, {}, len(totals)).figures()
     assert figures == pytest.approx(
         {"bits_per_dim": 3.0, "standard_error": math.sqrt(7 / 3), "prior_bits_per_dim": 0.1}
     )
-    assert math.isnan(Bound(totals[:1], priors[:1], {}).figures()["standard_error"])
-    infinite = Bound(np.array([1.0, np.inf]), priors[:2], {}).figures()
+    assert math.isnan(Bound(totals[:1], priors[:1], {}, 9).figures()["standard_error"])
+    twice = Bound(
+        np.array([1.0, 3.0, 2.0, 4.0]), np.zeros(4), {}, 2
+    ).figures()  # 1 and 2 of an image, 3 and 4 of another
+    assert twice["standard_error"] == pytest.approx(1.0)
+    infinite = Bound(np.array([1.0, np.inf]), priors[:2], {}, 2).figures()
     assert infinite["bits_per_dim"] == math.inf
     assert math.isnan(infinite["standard_error"])
 
