@@ -103,7 +103,7 @@ def refuse_mpi(arguments: Sequence[str]) -> None:
         return
     if _number_in(_MPI_RANK, 0):
         sys.exit(2)  # the first one says it
-    here = min(_number_in(_MPI_LOCAL_SIZE, count), count)
+    here = min(max(_number_in(_MPI_LOCAL_SIZE, count), 1), count)
     where = ["--standalone"]
     if here < count:
         where = [f"--nnodes={-(-count // here)}", "--rdzv-backend=c10d", "--rdzv-endpoint=FIRST_MACHINE:29500"]
@@ -133,8 +133,11 @@ def in_our_words(arguments: Sequence[str]) -> list[str]:
         words += ["--fp16-scale-growth", "1e-3"]  # what goes without saying there
     if script is None:
         return [*command, *words, *model]
-    itself = model and (Path(model[0]).suffix == ".safetensors" or Path(model[0]).is_dir())  # says what it is
-    assumed = () if itself or _given("--preset", words) else script.assumed
+    # a checkpoint or a run folder says what it is
+    says_nothing = command[0] == "train" or any(
+        Path(m).suffix != ".safetensors" and not Path(m).is_dir() for m in model
+    )
+    assumed = script.assumed if says_nothing and not _given("--preset", words) else ()
     return [*command, *script.defaults, *assumed, *_output(script), *words, *model]
 
 

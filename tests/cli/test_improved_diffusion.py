@@ -174,6 +174,7 @@ def test_ddim_respacing_without_ddim_stays_ancestral(cli: Cli, checkpoint: Path,
         ("image_sample --model_path a.safetensors", "{} a.safetensors"),
         ("image_sample --model_path a.pt --preset p", "{} --preset p a.pt"),
         ("image_sample --model_path a.pt", "{} --diffusion-steps 1000 --noise-schedule linear --num-heads 4 a.pt"),
+        ("image_sample --use_ddim False", "{} --sampler ddpm"),  # of the newest run
         ("image_nll --model_path a.safetensors", "evaluate nll --num-samples 1000 --batch-size 1 a.safetensors"),
         ("train --use_fp16 yes", "train --precision fp16 --fp16-scale-growth 1e-3"),
         ("train --use_fp16=1 --fp16_scale_growth=0.1", "train --precision fp16 --fp16-scale-growth=0.1"),
