@@ -133,11 +133,10 @@ def in_our_words(arguments: Sequence[str]) -> list[str]:
         words += ["--fp16-scale-growth", "1e-3"]  # what goes without saying there
     if script is None:
         return [*command, *words, *model]
-    # a checkpoint or a run folder says what it is
-    says_nothing = command[0] == "train" or any(
-        Path(m).suffix != ".safetensors" and not Path(m).is_dir() for m in model
-    )
-    assumed = script.assumed if says_nothing and not _given("--preset", words) else ()
+    # a checkpoint of fastdiff's and a run folder say themselves what they are
+    bare = any(Path(path).suffix != ".safetensors" and not Path(path).is_dir() for path in model)
+    unsaid = (command[0] == "train" or bare) and not _given("--preset", words)
+    assumed = script.assumed if unsaid else ()
     return [*command, *script.defaults, *assumed, *_output(script), *words, *model]
 
 
