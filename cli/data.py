@@ -1,9 +1,13 @@
 """``fastdiff data``: from archives to folders, a look at them, and one file out of them."""
 
+import os
 import shlex
+import signal
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,15 +16,22 @@ from fastdiff.cli.options import DebugFlag
 from fastdiff.config import Labels
 
 if TYPE_CHECKING:
-    from fastdiff.data.archives import Progress
     from fastdiff.data.survey import Survey
+    from fastdiff.data.threads import Progress
 
 app = typer.Typer(
     help="Prepare images for training: unpack archives, check a folder, pack it into one file.",
     rich_markup_mode=None,
 )
 
-Out = Annotated[Path, typer.Argument(help="Folder to make.")]
+
+def _path(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("it is empty: name a file or a folder")
+    return Path(os.path.expanduser(text))  # Path.expanduser fails for ~nobody
+
+
+Out = Annotated[Path, typer.Argument(parser=_path, help="Folder to make.")]
 _CLASSES, _UNREADABLE = 20, 10
 
 
@@ -33,7 +44,8 @@ def _root(context: typer.Context) -> None:
 @app.command()
 def cifar10(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="cifar-10-python.tar.gz or -binary, or what it unpacks to.")
+        Path,
+        typer.Argument(parser=_path, metavar="SRC", help="cifar-10-python.tar.gz or -binary, or what it unpacks to."),
     ],
     out: Out,
     debug: DebugFlag = False,
@@ -42,16 +54,19 @@ def cifar10(
     from fastdiff.data.cifar10 import CLASSES, prepare_cifar10
 
     with _bar("images") as progress:
-        count = prepare_cifar10(source.expanduser(), out, progress)
+        count = prepare_cifar10(source, out, progress)
     typer.echo(f"{count:,} images in {len(CLASSES)} classes in {out}")
     _go_on(out / "cifar_train", 32, "--class-cond")
 
 
 @app.command()
 def lsun(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder like bedroom_train_lmdb, or the zip of it.")],
+    source: Annotated[
+        Path,
+        typer.Argument(parser=_path, metavar="SRC", help="A folder like bedroom_train_lmdb, or the zip of it."),
+    ],
     out: Out,
-    image_size: Annotated[int, typer.Option(min=1, help="Pixels of the squares that are stored.")] = 256,
+    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels of the squares that are stored.")] = 256,
     prefix: Annotated[str, typer.Option(help="What the file names begin with.")] = "bedroom",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, the first ones.")] = None,
     debug: DebugFlag = False,
@@ -60,7 +75,7 @@ def lsun(
     from fastdiff.data.lsun import prepare_lsun
 
     with _bar("images") as progress:
-        count, unreadable = prepare_lsun(source.expanduser(), out, image_size, prefix, limit, progress)
+        count, unreadable = prepare_lsun(source, out, image_size, prefix, limit, progress)
     typer.echo(f"{count:,} images in {out}" + (f", {unreadable:,} could not be read" if unreadable else ""))
     _go_on(out, image_size)
 
@@ -70,7 +85,9 @@ def imagenet(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="ILSVRC2012_img_train.tar, a folder of its class tars, or any tar or zip of images."
+            parser=_path,
+            metavar="SRC",
+            help="ILSVRC2012_img_train.tar, a folder of its class tars, or any tar or zip of images.",
         ),
     ],
     out: Out,
@@ -83,7 +100,7 @@ def imagenet(
     from fastdiff.data.imagenet import prepare_imagenet
 
     with _bar("MiB", unit=2**20) as progress:
-        found = prepare_imagenet(source.expanduser(), out, image_size, progress)
+        found = prepare_imagenet(source, out, image_size, progress)
     reasons = "".join(f", left out {count:,} ({reason})" for reason, count in found.left_out.items())
     typer.echo(f"{found.images:,} images in {found.folders:,} sub-folders in {out}{reasons}")
     _go_on(out, image_size or 64, *(("--class-cond", "--labels", "folder") if found.folders > 1 else ()))
@@ -91,7 +108,9 @@ def imagenet(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images, or a .zip or .npz of them.")],
+    path: Annotated[
+        Path, typer.Argument(parser=_path, metavar="DIR", help="Folder of images, or a .zip or .npz of them.")
+    ],
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels of the model; by default 64, or those of the .npz.")
     ] = None,
@@ -99,33 +118,41 @@ def check(
         Labels, typer.Option(help="Class of an image: file name up to the first '_', or its sub-folder.")
     ] = Labels.PREFIX,
     sheet: Annotated[
-        Path | None, typer.Option(help="Draw up to 100 images as the model sees them into this .png file.")
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="FILE", help="Draw up to 100 images as the model sees them into this .png file."
+        ),
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
     """Look at every image of a data set: what there is, what cannot be read, what to be wary of."""
-    if sheet is not None and (sheet.suffix.lower() != ".png" or sheet.exists()):
-        what = "exists already" if sheet.exists() else "does not end in .png"
-        raise ValueError(f"sheet {sheet} {what}: name another file")
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise ValueError(f"sheet {sheet} does not end in .png: name another file")
+    from fastdiff.data.archives import whole
     from fastdiff.data.survey import survey
 
-    with _bar("images") as progress:
+    # whether the sheet can be made is known before the images are
+    with _bar("images") as progress, nullcontext() if sheet is None else whole(sheet) as file:
         found = survey(path, image_size, labels, progress)
+        if file is not None:
+            from fastdiff.sampling.output import save_grid
+
+            save_grid(file, found.shown, names=found.captions)
     _print_table(path, found)
     for doubt in found.doubts:
         typer.echo(f"warning: {path} has {doubt}", err=True)
     if sheet is not None:
-        from fastdiff.sampling.output import save_grid
-
-        save_grid(sheet, found.shown, names=found.captions)
         typer.echo(f"drew {len(found.shown)} of them in {sheet}")
 
 
 @app.command()
 def pack(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
+    source: Annotated[Path, typer.Argument(parser=_path, metavar="DIR", help="Folder of images.")],
     out: Annotated[
-        Path, typer.Argument(help="File to make: a .zip of the image files, or an .npz of their pixels at one size.")
+        Path,
+        typer.Argument(
+            parser=_path, help="File to make: a .zip of the image files, or an .npz of their pixels at one size."
+        ),
     ],
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of the images in an .npz.")] = None,
     labels: Annotated[
@@ -155,11 +182,31 @@ def pack(
 
 @contextmanager
 def _bar(what: str, unit: int = 1) -> "Iterator[Progress]":
-    """A progress bar on a terminal."""
+    """A progress bar on a terminal. SIGTERM and SIGHUP leave the block as Ctrl-C does, so that nothing stays behind."""
     from fastdiff.cli.display import Display
 
-    with Display() as display:
+    with _ending_cleanly(), Display() as display:
         yield lambda done, total: display.advance(what, done // unit, total // unit)
+
+
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    def leave(number: int, frame: FrameType | None) -> None:
+        for kind in before:
+            signal.signal(kind, signal.SIG_IGN)  # which often come together, and would cut the cleaning up short
+        raise SystemExit(128 + number)
+
+    kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {kind: signal.getsignal(kind) for kind in kinds if signal.getsignal(kind) is not signal.SIG_IGN}
+    for kind in before:
+        signal.signal(kind, leave)
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _go_on(folder: Path, image_size: int, *flags: str) -> None:

@@ -1,28 +1,26 @@
 """Archives of images, read from the beginning to the end, and folders and files that are whole or not there."""
 
+import errno
 import gzip
 import os
-import shutil
 import stat
 import tarfile
 import tempfile
 import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import IO, cast
 
-from fastdiff.data.words import printable
-from fastdiff.data.zipped import first_line, safe_name
-
-Progress = Callable[[int, int], None]
+from fastdiff.data.threads import Progress
+from fastdiff.data.words import ArchiveError, first_line, printable, safe_file_name, safe_name
 
 _CHUNK = 2**20  # bytes that are read at once; names that are longer do not exist
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError, OverflowError)
+_RATIO = 1032  # two bits of deflate say 258 bytes at best, and of no image so much can be left out
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,50 @@ class Member:
     size: int
     open: Callable[[], IO[bytes]]
 
+    def parts(self) -> Iterator[bytes]:
+        """The content, piece by piece. Raises ArchiveError where it is damaged."""
+        with _explained(self.archive):
+            file = self.open()
+        with file:
+            while True:
+                with _explained(self.archive):
+                    part = file.read(_CHUNK)
+                if not part:
+                    return
+                yield part
+
+    def read(self, most: int) -> bytes:
+        """The content. Raises ArchiveError where it is damaged or longer than ``most`` bytes; the rest is not read."""
+        content = bytearray()
+        for part in self.parts():
+            content += part
+            if len(content) > most:
+                raise ArchiveError(
+                    f"{self.archive} holds {printable(self.name)} of more than {most:,} bytes, which it cannot have: "
+                    "copy it again"
+                )
+        return bytes(content)
+
     def write(self, path: Path) -> None:
-        """Unpack it to a new file. Raises ValueError where it is damaged, and where the file is there already."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Unpack it to a new file. Raises ArchiveError where it is damaged, and where it cannot lie there."""
         try:
-            with _explained(self.archive), self.open() as source, path.open("xb") as target:
-                shutil.copyfileobj(source, target, _CHUNK)
-        except FileExistsError:
-            raise ValueError(
-                f"{self.archive} holds {printable(self.name)} twice: do not use it, or pack it again"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            target = path.open("xb")
+        except (FileExistsError, NotADirectoryError):
+            how = "twice" if path.is_file() else "as a file and as a folder"
+            raise ArchiveError(
+                f"{self.archive} holds {printable(self.name)} {how}: do not use it, or pack it again"
             ) from None
+        except (OSError, ValueError) as error:  # ValueError: not in the encoding of the file system
+            if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
+                raise
+            raise ArchiveError(
+                f"{self.archive} holds {printable(self.name)[:100]}, a name that no file can have here: "
+                "do not use it, or pack it again"
+            ) from None
+        with target:
+            for part in self.parts():
+                target.write(part)
 
 
 @contextmanager
@@ -54,40 +86,80 @@ def reading(path: Path, on_progress: Progress | None = None) -> Iterator[Iterato
     """The files of a tar, tar.gz or zip, one after the other as they lie in it.
 
     ``on_progress(done, total)`` is called with the bytes of the archive that were read, before each member. Raises
-    ValueError for an archive that is damaged or cut short, or holds names that lead out of it, links, devices or
-    encrypted files: what was made of it until then is not to be kept.
+    ValueError where there is no file, and ArchiveError for an archive that is damaged or cut short, or holds names that
+    lead out of it, links, devices, sparse or encrypted files: what was made of it until then is not to be kept.
     """
-    with path.open("rb") as raw, _explained(path):
-        yield _followed(_members(path, raw), raw, on_progress)
+    if not path.is_file():  # a pipe would have to be read twice
+        what = "is not a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}: give the archive, or the folder that it was unpacked to")
+    with path.open("rb") as raw:
+        total = os.fstat(raw.fileno()).st_size
+
+        def followed() -> Iterator[Member]:
+            for member in _stepped(path, _members(path, raw)):
+                if on_progress is not None:
+                    on_progress(min(raw.tell(), total), total)
+                yield member
+
+        yield followed()
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    """tarfile, zipfile and what they unpack with raise nearly anything on damaged bytes."""
     try:
         yield
-    except _DAMAGE as error:
-        raise ValueError(
+    except ArchiveError:
+        raise
+    except Exception as error:
+        raise ArchiveError(
             f"{path} is damaged, incomplete or no tar, tar.gz or zip ({first_line(error)}): copy it again"
         ) from None
 
 
-def tar_members(path: Path, file: IO[bytes]) -> Iterator[Member]:
-    """The regular files of a tar, which may be a member of ``path``; within ``reading``."""
-    reader = _Reader(file)
+def _stepped(path: Path, members: Generator[Member, None, None]) -> Generator[Member, None, None]:
+    """The members. What goes wrong on the way to one is explained, but not what their user does with it."""
+    with closing(members):
+        while True:
+            with _explained(path):
+                member = next(members, None)
+            if member is None:
+                return
+            yield member
+
+
+def tar_in(member: Member) -> Generator[Member, None, None]:
+    """The files of a tar that is a member of an archive."""
+
+    def members() -> Generator[Member, None, None]:
+        with member.open() as file:
+            yield from _tar_members(member.archive, file)
+
+    return _stepped(member.archive, members())
+
+
+def _tar_members(path: Path, file: IO[bytes]) -> Generator[Member, None, None]:
+    reader, place = _Reader(file), -1
     with tarfile.open(fileobj=reader, mode="r:") as tar:  # type: ignore[call-overload]
         while (info := tar.next()) is not None:
             tar.members.clear()  # a million of them would take more than a GiB
-            name = safe_name(path, info.name)
+            if info.size < 0 or info.offset <= place:  # which would lead back, and round and round
+                raise tarfile.ReadError("a negative size")
+            place = info.offset
+            if info.issparse():  # some bytes become as many GiB as they like
+                raise _refused(path, info.name, "a sparse file")
             if info.isreg():
-                yield Member(path, name, info.size, partial(_extract, tar, info))
-            elif not info.isdir():
-                raise _refused(path, name)
+                yield Member(path, safe_file_name(path, info.name), info.size, partial(_extract, tar, info))
+            else:
+                name = safe_name(path, info.name)
+                if not info.isdir():
+                    raise _refused(path, name, "a link or a device")
         # tarfile takes nearly anything for the end: what it read last must be what ends a tar
         if reader.last.strip(b"\0") or len(reader.last) != tarfile.BLOCKSIZE:
             raise EOFError("it has no end")
 
 
-def _members(path: Path, raw: IO[bytes]) -> Iterator[Member]:
+def _members(path: Path, raw: IO[bytes]) -> Generator[Member, None, None]:
     magic = raw.read(4)
     raw.seek(0)
     if magic.startswith(b"PK"):
@@ -95,33 +167,32 @@ def _members(path: Path, raw: IO[bytes]) -> Iterator[Member]:
             yield from _zip_members(path, archive)
     elif magic.startswith(b"\x1f\x8b"):
         with gzip.GzipFile(fileobj=raw) as unpacked:
-            yield from tar_members(path, cast(IO[bytes], unpacked))
+            yield from _tar_members(path, cast(IO[bytes], unpacked))
             while unpacked.read(_CHUNK):  # to the end: there is the checksum
                 pass
     else:
-        yield from tar_members(path, raw)
+        yield from _tar_members(path, raw)
 
 
 def _zip_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
-    for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
-        name = safe_name(path, info.filename)
+    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    if sum(info.compress_size for info in infos) > path.stat().st_size:
+        raise zipfile.BadZipFile("its files overlap")
+    for info in infos:
+        folder = info.filename.endswith("/")
+        name = (safe_name if folder else safe_file_name)(path, info.filename)
         mode = info.external_attr >> 16
         if info.flag_bits & 1:
-            raise ValueError(
+            raise ArchiveError(
                 f"{path} holds {printable(name)}, which is encrypted: unpack it and pack it again without a password"
             )
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise _refused(path, name)
-        if not info.is_dir():
+            raise _refused(path, name, "a link or a device")
+        most = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else _RATIO)
+        if info.file_size > most:
+            raise zipfile.BadZipFile(f"{name} promises more than {info.compress_size:,} bytes can hold")
+        if not folder:
             yield Member(path, name, info.file_size, partial(archive.open, info))
-
-
-def _followed(members: Iterator[Member], raw: IO[bytes], on_progress: Progress | None) -> Iterator[Member]:
-    total = os.fstat(raw.fileno()).st_size
-    for member in members:
-        if on_progress is not None:
-            on_progress(min(raw.tell(), total), total)
-        yield member
 
 
 def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
@@ -130,8 +201,8 @@ def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     return file
 
 
-def _refused(path: Path, name: str) -> ValueError:
-    return ValueError(f"{path} holds {printable(name)}, a link or a device: do not use it, or pack it again without")
+def _refused(path: Path, name: str, what: str) -> ArchiveError:
+    return ArchiveError(f"{path} holds {printable(name)}, {what}: do not use it, or pack it again without")
 
 
 class _Reader:
@@ -143,7 +214,7 @@ class _Reader:
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int) -> bytes:
-        if size > _CHUNK:
+        if not 0 <= size <= _CHUNK:
             raise tarfile.ReadError(f"a name of {size:,} bytes")
         self.last = self._file.read(size)
         return self.last
@@ -153,20 +224,35 @@ class _Reader:
 def whole(out: Path) -> Iterator[Path]:
     """A path in a hidden folder beside ``out`` to make a file or folder at; on success it becomes out, else is gone.
 
-    Whatever else is made in that hidden folder is gone at the end, too. Raises ValueError where out is there already
-    and is not an empty folder.
+    Whatever else is made in that hidden folder is gone at the end, too. A link is followed. Raises ValueError where out
+    is there already and is not an empty folder, and where it cannot be written.
     """
-    out = out.expanduser().absolute()
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} exists already: name another, or delete it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.*.tmp"):
-        warnings.warn(f"{left} may be left from a run that was killed: delete it if none is at work", stacklevel=3)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as name:
-        folder = Path(name)
-        yield folder / out.name
-        if hasattr(os, "sync"):  # not on Windows
-            os.sync()  # the content is on the disk before it has its name; of a million files not one by one
-        if out.is_dir():
-            out.rmdir()  # Windows replaces no folder
-        (folder / out.name).rename(out)
+    out = Path(os.path.realpath(os.path.expanduser(out)))
+    with _writing(out):
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            raise ValueError(f"{out} exists already: name another, or delete it first")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f".{escape(out.name)}.*.tmp"):
+            warnings.warn(f"{left} may be left from a run that was killed: delete it if none is at work", stacklevel=4)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as name:
+            folder = Path(name)
+            yield folder / out.name
+            if hasattr(os, "sync"):  # not on Windows
+                os.sync()  # the content is on the disk before it has its name; of a million files not one by one
+            if out.is_dir():
+                out.rmdir()  # Windows replaces no folder
+            (folder / out.name).rename(out)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Says of errors of the disk what they are about: a full one's has no file in it, others' have a hidden one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            where = Path(os.fsdecode(error.filename))
+            if where not in (out, *out.parents) and not any(part.startswith(f".{out.name}.") for part in where.parts):
+                raise
+        reason = (error.strerror or first_line(error)).lower()
+        raise ValueError(f"{out} cannot be written ({reason}): make room there, or name another place") from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fastdiff.config import Cache, DataConfig
 from fastdiff.data.dataset import ImageFolder, printable
 from fastdiff.data.images import File, UnreadableImage, load_with_size
-from fastdiff.data.threads import in_order
+from fastdiff.data.threads import Progress, in_order
 from fastdiff.data.zipped import ZipMember
 
 MEMORY_SHARE = 0.25
@@ -29,7 +29,6 @@ MEMORY_SHARE = 0.25
 _FORMAT = 1  # of the cache files, and of the pixels in them: change it when decoding changes
 _STALE_SECONDS = 3600  # a temporary file that nobody has written to for so long belongs to a killed run
 
-Progress = Callable[[int, int], None]
 Keep = Callable[[int, NDArray[np.uint8], tuple[int, int]], Any]
 """Takes the number of an image in its folder, its pixels, and its (width, height) before."""
 
@@ -203,7 +202,7 @@ def _state(file: Path | ZipMember) -> tuple[int, str]:
 
 def _cache_dir(config: DataConfig) -> Path:
     if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
+        return Path(os.path.expanduser(config.cache_dir))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdiff"
 
 

@@ -3,7 +3,7 @@
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdiff.data.archives import Progress, reading, whole
-from fastdiff.data.threads import in_order
-from fastdiff.data.words import printable
-from fastdiff.data.zipped import first_line
+from fastdiff.data.archives import Member, reading, whole
+from fastdiff.data.threads import Progress, in_order
+from fastdiff.data.words import first_line, printable
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -54,15 +53,15 @@ def _images(source: Path, folder: Path) -> Iterator[tuple[Path, NDArray[np.uint8
     """Every image (32, 32, 3) with the file it belongs into."""
     missing = {*range(1, _BATCHES), None}
     with _files(source) as files:
-        for name, opened in files:
+        for member in files:
+            name = member.name.rpartition("/")[2]
             if not (match := _BATCH.fullmatch(name)):
                 continue
             number = int(match[1]) if match[1] else None
             if number not in missing:
                 raise ValueError(f"{source} holds {name} twice: give one of CIFAR-10's archives as it was downloaded")
             missing.remove(number)
-            with opened() as file:
-                content = file.read(_ROWS * (_PIXELS + 1024) + 2**16)  # room for file names
+            content = member.read(_ROWS * (2 * _PIXELS + 1024) + 2**16)  # pixels as UTF-8, and room for file names
             pixels, labels = (_binary if match[2] else _pickled)(f"{source}: {name}", content)
             split, first = ("cifar_test", 0) if number is None else ("cifar_train", (number - 1) * _ROWS)
             for i, (row, label) in enumerate(zip(pixels, labels, strict=True), start=first):
@@ -73,19 +72,19 @@ def _images(source: Path, folder: Path) -> Iterator[tuple[Path, NDArray[np.uint8
         raise ValueError(f"{source} has no {lacking}: give cifar-10-python.tar.gz or cifar-10-binary.tar.gz")
 
 
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
 @contextmanager
-def _files(source: Path) -> Iterator[Iterator[tuple[str, Callable[[], IO[bytes]]]]]:
-    """The names, without folders, and the contents of an archive's or a folder's files."""
+def _files(source: Path) -> Iterator[Iterator[Member]]:
+    """The files of an archive or a folder."""
     if source.is_dir():
-
-        def opened(path: Path) -> IO[bytes]:
-            return path.open("rb")
-
         paths = [p for p in (*source.glob("*"), *source.glob("cifar-10-batches-*/*")) if p.is_file()]
-        yield ((path.name, partial(opened, path)) for path in sorted(paths))
+        yield (Member(path, path.name, path.stat().st_size, partial(_open, path)) for path in sorted(paths))
     else:
         with reading(source) as members:
-            yield ((member.name.rpartition("/")[2], member.open) for member in members)
+            yield members
 
 
 def _binary(name: str, content: bytes) -> _Batch:

@@ -53,7 +53,7 @@ class ImageFolder:
             raise ValueError(f"image_size must be positive, not {image_size}")
         if labels is not None and labels not in tuple(Labels):
             raise ValueError(f"labels must be one of {', '.join(Labels)}, not {labels!r}")
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))  # Path.expanduser fails for ~nobody
         self.image_size = image_size
         self.left_out: list[LeftOut] = []
         members: dict[str, ZipMember] | None = None

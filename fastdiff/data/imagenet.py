@@ -8,11 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastdiff.data.archives import Member, Progress, reading, tar_members, whole
+from fastdiff.data.archives import Member, reading, tar_in, whole
 from fastdiff.data.images import EXTENSIONS, MAX_BYTES, UnreadableImage, load
-from fastdiff.data.threads import in_order
-from fastdiff.data.words import printable
-from fastdiff.data.zipped import safe_name
+from fastdiff.data.threads import Progress, in_order
+from fastdiff.data.words import printable, safe_name
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,9 @@ def prepare_imagenet(
 
         def unpacked() -> Iterator[Path]:
             for member in _members(source, on_progress):
-                if member.name.rpartition(".")[2].lower() not in EXTENSIONS:
+                if any(part.startswith(".") for part in member.name.split("/")):
+                    left_out["hidden"] += 1  # to training, too
+                elif member.name.rpartition(".")[2].lower() not in EXTENSIONS:
                     left_out["not an image"] += 1
                 elif member.size > MAX_BYTES:
                     left_out[f"over {MAX_BYTES:,} bytes"] += 1
@@ -94,8 +95,7 @@ def _members(source: Path, on_progress: Progress | None) -> Iterator[Member]:
     with reading(source, on_progress) as members:
         for member in members:
             if member.name.endswith(".tar"):
-                with member.open() as inner:
-                    yield from _in_folder(member.name.removesuffix(".tar"), tar_members(source, inner))
+                yield from _in_folder(member.name.removesuffix(".tar"), tar_in(member))
             else:
                 yield member
 

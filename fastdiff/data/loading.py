@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.config import DataConfig
-from fastdiff.data.cache import Progress, decode_once
+from fastdiff.data.cache import decode_once
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_counts
 from fastdiff.data.npz import Samples, read_samples
+from fastdiff.data.threads import Progress
 from fastdiff.data.words import printable
 
 _MOST_CLASSES = 10**6  # a model has a vector for each
@@ -79,7 +80,7 @@ def load_dataset(
     can be read, for unreadable images if config.strict, where neither the memory nor the disk can hold the decoded
     images, and for an npz of another size, without the labels that are wanted or that read_samples refuses.
     """
-    path = Path(config.data_dir).expanduser()
+    path = Path(os.path.expanduser(config.data_dir))
     if path.suffix.lower() == ".npz" and path.is_file():
         dataset = _from_samples(path, read_samples(path), image_size, labelled)
     else:

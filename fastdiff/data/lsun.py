@@ -10,11 +10,10 @@ from typing import BinaryIO, Literal
 
 from PIL import Image
 
-from fastdiff.data.archives import Progress, reading, whole
+from fastdiff.data.archives import reading, whole
 from fastdiff.data.images import UnreadableImage, decode, fit
-from fastdiff.data.threads import in_order
-from fastdiff.data.words import printable
-from fastdiff.data.zipped import first_line
+from fastdiff.data.threads import Progress, in_order
+from fastdiff.data.words import first_line, printable
 
 
 def prepare_lsun(
@@ -34,8 +33,8 @@ def prepare_lsun(
     """
     if image_size < 1:
         raise ValueError(f"image_size must be positive, not {image_size}")
-    if not prefix or "/" in prefix or "\\" in prefix:
-        raise ValueError(f"prefix must be what file names can begin with, not {prefix!r}")
+    if not prefix.isprintable() or not prefix or prefix.startswith(".") or "/" in prefix or "\\" in prefix:
+        raise ValueError(f"prefix must be what visible file names can begin with, not {prefix!r}")
     with whole(out) as folder:
         folder.mkdir()
 
@@ -102,6 +101,10 @@ class _Database:
             self._open = lmdb.open(str(folder), readonly=True, lock=False, create=False)
         except lmdb.Error as error:
             raise self._damaged(error) from None
+        promised = (self._open.info()["last_pgno"] + 1) * self._open.stat()["psize"]
+        if promised > (length := (folder / "data.mdb").stat().st_size):  # to read the rest would kill the process
+            self._open.close()
+            raise ValueError(f"{folder} is incomplete: data.mdb has {length:,} of {promised:,} bytes: copy it again")
 
     def __len__(self) -> int:
         return int(self._open.stat()["entries"])

@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastdiff.data.cache import available_memory
-from fastdiff.data.words import printable
+from fastdiff.data.words import first_line, printable
 
 _CHUNK = 2**20  # bytes that are read at once; the directory of an npz takes some hundred
 _HEADER = 2**14  # bytes: more than NumPy accepts as an array's header
@@ -70,14 +70,17 @@ def read_samples(path: Path) -> Samples:
                     labels = np.array(_read(file, archive, "arr_1", partial(_are_labels, count)), np.int64)
                 if "class_names.npy" in there:
                     class_names = _texts(_read(file, archive, "class_names", partial(_are_texts, None)))
+                    if len(set(class_names)) != len(class_names):
+                        raise _UnfitError("has two class_names that are the same: give each class a name of its own")
                 if "names.npy" in there:
                     names = _texts(_read(file, archive, "names", partial(_are_texts, count)))
                 return Samples(images, labels, class_names, names, archive.getinfo("arr_0.npy").CRC)
         except _UnfitError as error:
             raise ValueError(f"{path} {error}") from None
         except Exception as error:  # zipfile and NumPy raise nearly anything on damaged bytes
-            reason = printable(str(error).partition("\n")[0])[:100] or "truncated"
-            raise ValueError(f"{path} is damaged or no npz file ({reason}): copy it again, or {_WANTED}") from None
+            raise ValueError(
+                f"{path} is damaged or no npz file ({first_line(error)}): copy it again, or {_WANTED}"
+            ) from None
 
 
 class _UnfitError(ValueError):

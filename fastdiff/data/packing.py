@@ -8,9 +8,9 @@ import numpy as np
 
 from fastdiff.config import DataConfig, Labels
 from fastdiff.data.archives import whole
-from fastdiff.data.cache import Progress
 from fastdiff.data.dataset import ImageFolder, Preflight
 from fastdiff.data.loading import load_dataset
+from fastdiff.data.threads import Progress
 from fastdiff.data.words import printable
 
 

@@ -1,5 +1,6 @@
 """A close look at a data set before it is trained on."""
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.config import DataConfig, Labels
-from fastdiff.data.cache import Progress, decode
+from fastdiff.data.cache import decode
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_counts
 from fastdiff.data.loading import doubts_of_classes, load_dataset
 from fastdiff.data.npz import read_samples
+from fastdiff.data.threads import Progress
 from fastdiff.data.words import printable
 
 SHOWN = 100
@@ -51,7 +53,7 @@ def survey(
     Without ``image_size`` that is 64, and an npz's own. ``on_progress(done, total)`` is called after each image. Raises
     ValueError where it cannot be trained on, as load_dataset does.
     """
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     if path.suffix.lower() == ".npz" and path.is_file():
         return _of_samples(path, image_size, on_progress)
     folder = ImageFolder(path, image_size or 64, labels)

@@ -10,6 +10,9 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
+Progress = Callable[[int, int], None]
+"""Is called with how much is done, and of how much."""
+
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
     """``function(item)`` for each item, in their order. The items are taken in the caller's thread."""

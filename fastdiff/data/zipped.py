@@ -1,7 +1,6 @@
 """The files of a zip, read where they lie. Nothing that such a file says of itself is believed."""
 
 import io
-import re
 import weakref
 import zipfile
 from dataclasses import dataclass
@@ -9,19 +8,9 @@ from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from fastdiff.data.images import MAX_BYTES, UnreadableImage
-from fastdiff.data.words import printable
+from fastdiff.data.words import first_line, safe_file_name
 
 _WHOLE = 2**24  # bytes: larger members are not held in memory, but unpacked as they are read
-
-
-def safe_name(archive: Path, name: str) -> str:
-    """A member's name below the archive's root, with "/"; ValueError for one that leads elsewhere."""
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts or "\\" in name or re.match("[A-Za-z]:", name):
-        raise ValueError(
-            f"{archive} holds {printable(name)}, a name that leads out of its folder: do not use it, or pack it again"
-        )
-    return "/".join(part for part in parts if part not in ("", "."))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +55,7 @@ def zip_members(path: Path) -> dict[str, ZipMember]:
         raise ValueError(f"{path} is damaged or no zip ({first_line(error)}): copy it again") from None
     weakref.finalize(archive, file.close)
     return {
-        safe_name(path, info.filename): ZipMember(archive, info) for info in archive.infolist() if not info.is_dir()
+        safe_file_name(path, info.filename): ZipMember(archive, info)
+        for info in archive.infolist()
+        if not info.filename.endswith("/")  # is_dir() fails without a name
     }
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, for a line of ours."""
-    return printable(str(error).partition("\n")[0])[:100] or type(error).__name__

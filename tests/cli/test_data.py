@@ -57,7 +57,7 @@ def test_cifar10_to_training(cli: Cli, cifar: Path, tmp_path: Path) -> None:
     result = cli(*command, *TINY, *SHORT, "--image-size", 8, "--steps", 2, "--run-dir", "run")
     assert "in 3 classes: car, plane, ship" in succeeded(result).out
     refused(cli("data", "cifar10", cifar, "out"), "out exists already")
-    refused(cli("data", "cifar10", "nowhere", "other"), "nowhere")
+    refused(cli("data", "cifar10", "nowhere", "other"), "nowhere does not exist: give the archive")
     assert not (tmp_path / "other").exists()
 
 
@@ -115,6 +115,33 @@ def test_check(cli: Cli, shapes: Path, tmp_path: Path) -> None:
     refused(cli("data", "check", "data", "--sheet", "sheet.jpg"), "does not end in .png")
     refused(cli("data", "check", "data", "--labels", "folder"), "lies in data itself")
     refused(cli("data", "check", "nowhere"), "does not exist")
+    refused(cli("data", "check", ""), "DIR.*is empty")
+    refused(cli("data", "lsun", "data", "out", "--image-size", 5000), "--image-size.*4096")
+
+
+def test_a_sheet_that_cannot_be_written_is_refused_at_once(
+    cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdiff.data.survey.survey", lambda *_: pytest.fail("looked at"))
+    (tmp_path / "file").touch()
+    refused(cli("data", "check", shapes, "--sheet", "file/s.png"), r"file/s\.png cannot be written")
+
+
+def test_home(cli: Cli, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand what is quoted, and an editor's or a Dockerfile's list of words has no shell."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copytree(shapes, home / "photos")
+    result = succeeded(cli("data", "pack", "~/photos", "~/x.zip"))
+    assert f"{home}/x.zip: 12 files" in result.out
+    assert cli("data", "check", "~/x.zip", "--image-size", 8, "--sheet", "~/s.png").status == 0
+    with tarfile.open(tmp_path / "home/x.tar", "w") as archive:
+        archive.add(home / "photos", "photos")
+    succeeded(cli("data", "imagenet", "~/x.tar", "~/out"))
+    assert {path.name for path in home.iterdir()} == {"photos", "x.zip", "s.png", "x.tar", "out"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    refused(cli("data", "check", "~nobody-of-this-name/x"), "does not exist")
 
 
 def test_check_shows_what_a_terminal_can_bear(cli: Cli, shapes: Path, tmp_path: Path) -> None:
@@ -174,7 +201,7 @@ def test_one_class_warns(cli: Cli, tmp_path: Path, shapes: Path) -> None:
     succeeded(cli(*train, "--run-dir", "two"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_preparation_leaves_nothing_that_looks_whole(tmp_path: Path, number: signal.Signals) -> None:
     rows = 10_000
     for name in ("data_batch_1", "data_batch_2"):
@@ -190,6 +217,6 @@ def test_a_stopped_preparation_leaves_nothing_that_looks_whole(tmp_path: Path, n
         process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode != 0
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGHUP: 129}.get(number, process.returncode or 1)
     assert not (tmp_path / "deep/out").exists()
     assert len(list((tmp_path / "deep").iterdir())) == (number == signal.SIGKILL)

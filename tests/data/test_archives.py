@@ -1,18 +1,28 @@
 """Archives from anywhere: read from end to end or refused in a line, and nothing written where it should not be."""
 
+import contextlib
+import gc
 import os
+import resource
+import shutil
 import stat
 import tarfile
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fastdiff.data import ImageFolder
 from fastdiff.data.archives import reading, whole
+from fastdiff.data.cifar10 import prepare_cifar10
 from fastdiff.data.imagenet import prepare_imagenet
+from fastdiff.data.packing import pack_npz, pack_zip
+from fastdiff.data.words import ArchiveError
 
 from .archive_support import UNSAFE, encrypted, found_below, png, tar, tar_bytes, zipped
+from .support import noise
 
 GOOD = {"n1/a_1.png": png(1), "n2/b_1.png": png(2)}
 
@@ -110,12 +120,137 @@ def test_a_damaged_member_of_a_zip(tmp_path: Path) -> None:
     assert "damaged" in refused(tmp_path, path)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_anywhere_in_a_zip(tmp_path: Path, method: int) -> None:
+    """Whatever the damage makes zipfile and the three libraries under it raise, it is one line with the file in it."""
+    path = zipped(tmp_path / "x.zip", GOOD, method=method)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xD5]) + whole[at + 1 :])
+        with contextlib.suppress(ValueError), reading(path) as members:
+            for member in members:
+                with contextlib.suppress(ArchiveError):
+                    member.read(10**6)
+    damaged = bytearray(whole)
+    start = whole.index(b"n2/b_1.png") + 18
+    damaged[start : start + 12] = bytes(byte ^ 0x5A for byte in damaged[start : start + 12])
+    path.write_bytes(damaged)
+    assert "damaged, incomplete or no tar" in refused(tmp_path, path)
+
+
+def test_a_zip_with_names_that_are_no_text(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.zip", {"\N{LATIN SMALL LETTER E WITH ACUTE}_1.png": png()})
+    path.write_bytes(path.read_bytes().replace("\N{LATIN SMALL LETTER E WITH ACUTE}".encode(), b"\xff\xfe"))
+    assert "damaged" in refused(tmp_path, path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "./"])
+def test_a_file_without_a_name(tmp_path: Path, name: str) -> None:
+    """Of a zip zipfile fails to say whether it is a folder."""
+    assert "a file without a name" in refused(tmp_path, tar(tmp_path / "x.tar", {**GOOD, name: png()}))
+    if not name.endswith("/"):
+        path = zipped(tmp_path / "x.zip", {**GOOD, name: png()})
+        assert "a file without a name" in refused(tmp_path, path)
+        with pytest.raises(ValueError, match=r"x\.zip holds a file without a name"):
+            ImageFolder(path, 8)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"path": "y\0z.png"},
+        {"path": "y" * 300 + ".png"},
+        {"path": "/".join(["y" * 100] * 60) + ".png"},
+        {"GNU.sparse.map": "a,b", "GNU.sparse.size": "10"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "q.png", "GNU.sparse.realsize": "x"},
+    ],
+)
+def test_odd_headers(tmp_path: Path, headers: dict[str, str]) -> None:
+    extra = tarfile.TarInfo("x.png")
+    extra.pax_headers = headers
+    message = refused(tmp_path, tar(tmp_path / "x.tar", GOOD, extra=extra))
+    assert "damaged" in message or "a name that no file can have here" in message
+    assert ".tmp" not in message
+
+
+@pytest.mark.parametrize("names", [("a.png", "a.png/b.png"), ("a.png/b.png", "a.png"), ("a.png", "a.png/b/c.png")])
+def test_a_name_of_a_file_and_a_folder(tmp_path: Path, names: tuple[str, str]) -> None:
+    path = tar(tmp_path / "x.tar", dict.fromkeys(names, png()))
+    assert f"holds {names[1]} as a file and as a folder" in refused(tmp_path, path)
+
+
+@pytest.mark.parametrize("name", ["b.png", "b.txt", "b.tar"])
+@pytest.mark.timeout(20)
+def test_a_size_below_nothing(tmp_path: Path, name: str) -> None:
+    """The next header would be this one, for ever."""
+    info = tarfile.TarInfo(name)
+    info.size = -512
+    path = tar(tmp_path / "x.tar", GOOD)
+    raw = path.read_bytes().rstrip(b"\0")
+    raw += bytes(-len(raw) % 512) + info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    path.write_bytes(raw)
+    assert "a negative size" in refused(tmp_path, path)
+
+
+@pytest.mark.timeout(20)
+def test_a_negative_size_in_another_header(tmp_path: Path) -> None:
+    extra = tarfile.TarInfo("b.txt")
+    extra.pax_headers = {"size": "-1024"}
+    assert "a negative size" in refused(tmp_path, tar(tmp_path / "x.tar", GOOD, extra=extra))
+    info = tarfile.TarInfo("b")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, -512  # all that follows, as a name
+    (tmp_path / "y.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+    assert "a name of -512 bytes" in refused(tmp_path, tmp_path / "y.tar")
+
+
+def test_sparse_files(tmp_path: Path) -> None:
+    """Three KB could become as many GiB as they like."""
+    extra = tarfile.TarInfo("s.png")
+    extra.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**30)}
+    assert "s.png, a sparse file" in refused(tmp_path, tar(tmp_path / "x.tar", GOOD, extra=extra))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_grows_as_no_image_does(tmp_path: Path, method: int) -> None:
+    """An honest one of zeros, but for deflate, which cannot, and so lies."""
+    path = zipped(tmp_path / "x.zip", {"a_1.png": png(), "b.png": bytes(2**23)}, method=method)
+    if method == zipfile.ZIP_DEFLATED:
+        assert prepare_imagenet(path, tmp_path / "out").images == 2
+        shutil.rmtree(tmp_path / "out")
+        raw = bytearray(path.read_bytes())
+        at = raw.rindex(b"PK\1\2") + 24
+        raw[at : at + 4] = (2**30).to_bytes(4, "little")
+        path.write_bytes(raw)
+    assert "b.png promises more than" in refused(tmp_path, path)
+
+
+def test_members_that_overlap(tmp_path: Path) -> None:
+    """One megabyte, found under a thousand names."""
+    path = zipped(tmp_path / "x.zip", {"a.png": os.urandom(5000), "b.png": b""}, method=zipfile.ZIP_STORED)
+    raw = bytearray(path.read_bytes())
+    first, second = raw.index(b"PK\1\2"), raw.rindex(b"PK\1\2")
+    raw[second + 16 : second + 28] = raw[first + 16 : first + 28]  # checksum and lengths
+    path.write_bytes(raw)
+    assert "(its files overlap)" in refused(tmp_path, path)
+
+
+def test_what_the_user_of_an_archive_raises_is_its_own(tmp_path: Path) -> None:
+    def fail(*_: int) -> None:
+        raise RuntimeError("the display")
+
+    with pytest.raises(RuntimeError, match="the display"):
+        prepare_imagenet(tar(tmp_path / "x.tar", GOOD), tmp_path / "out", on_progress=fail)
+
+
 def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"hello" * 1000)
     assert "no tar, tar.gz or zip" in refused(tmp_path, tmp_path / "x.tar")
-    with pytest.raises(OSError, match=r"nowhere\.tar"):
+    with pytest.raises(ValueError, match=r"nowhere\.tar does not exist: give the archive"):
         prepare_imagenet(tmp_path / "nowhere.tar", tmp_path / "out")
-    assert found_below(tmp_path) == {"x.tar"}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a file: give the archive"):
+        prepare_imagenet(tmp_path / "pipe", tmp_path / "out")
+    assert found_below(tmp_path) == {"x.tar", "pipe"}
 
 
 def test_a_name_that_never_ends(tmp_path: Path) -> None:
@@ -190,6 +325,76 @@ def test_what_a_killed_run_left_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"\.out\.abcd1234\.tmp may be left"), whole(tmp_path / "out") as folder:
         folder.mkdir()
     assert found_below(tmp_path) == {"out", ".out.abcd1234.tmp"}
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_is_followed(tmp_path: Path, dangling: bool) -> None:
+    if not dangling:
+        (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    with whole(tmp_path / "out") as folder:
+        make("folder")(folder)
+    assert (tmp_path / "out").is_symlink()
+    assert found_below(tmp_path) == {"out", "there", "there/sub"}
+
+
+def test_links_in_a_circle_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("loop", "pipe"):
+        with pytest.raises(ValueError, match=f"{name} exists already"), whole(tmp_path / name):
+            pytest.fail("it is there")
+
+
+def test_a_name_that_looks_like_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / ".o.abcd1234.tmp").mkdir()
+    for name in ("[o]", "**", "*"):
+        with whole(tmp_path / name) as file:  # any warning is an error
+            make("file")(file)
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file/out", Path("/proc/out"), tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match=r"cannot be written \(.*\): make room there") as caught, whole(out):
+            pytest.fail("it cannot be made")
+        assert str(caught.value).startswith(str(out))
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "cifar10", "zip", "npz", "smaller"])
+def test_a_full_disk(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on the length of files stands in for it: the error has no file in it either."""
+    monkeypatch.setattr("fastdiff.data.cifar10._ROWS", 2)
+    images = tmp_path / "images"
+    images.mkdir()
+    noise(200, 200).save(images / "a_1.png")
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (images / f"{name}.bin").write_bytes(b"\1" + os.urandom(3072) + b"\2" + os.urandom(3072))
+    path = tar(tmp_path / "x.tar", {"a_1.png": (images / "a_1.png").read_bytes()})
+    out = tmp_path / f"out.{kind}"
+    make_it: dict[str, Callable[[], object]] = {
+        "imagenet": lambda: prepare_imagenet(path, out),
+        "cifar10": lambda: prepare_cifar10(images, out),
+        "zip": lambda: pack_zip(images, out),
+        "npz": lambda: pack_npz(images, out, 100),
+        "smaller": lambda: prepare_imagenet(path, out, image_size=100),
+    }
+    before, limits = found_below(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=rf"out\.{kind} cannot be written \(file too large\): make room there"):
+            make_it[kind]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()
+    assert found_below(tmp_path) == before
+
+
+def test_errors_of_other_files_are_theirs(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"), whole(tmp_path / "out"):
+        (tmp_path / "nowhere").read_bytes()
+    with pytest.raises(FileNotFoundError, match="nowhere"), whole(tmp_path / "out"):
+        Path("/nowhere").read_bytes()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

@@ -174,7 +174,8 @@ def test_pickles_of_something_else(tmp_path: Path, content: bytes, message: str)
 def test_binary_batches_of_something_else(tmp_path: Path) -> None:
     content = binary("test_batch")
     assert "not the length of a batch" in refused(tmp_path, content[:-1], ".bin")
-    assert "not the length of a batch" in refused(tmp_path, content + b"\0" * 10**6, ".bin")
+    assert "not the length of a batch" in refused(tmp_path, content + b"\0", ".bin")
+    assert "more than 87,040 bytes" in refused(tmp_path, content + b"\0" * 10**6, ".bin")
     assert "not 3 labels" in refused(tmp_path, b"\x0a" + content[1:], ".bin")
 
 
@@ -202,7 +203,29 @@ def test_stopped_in_the_middle(tmp_path: Path) -> None:
     assert found_below(tmp_path) == {"x.tar"}
 
 
-def test_the_real_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch of 10,000 with its file names is read whole."""
-    monkeypatch.undo()
-    assert module._ROWS * (module._PIXELS + 1024) + 2**16 > 31_035_704
+@pytest.mark.parametrize("form", ["python 2", "python 3", "binary"])
+def test_a_batch_of_the_real_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(module, "_ROWS", 10_000)
+    monkeypatch.setattr(module, "_BATCHES", 1)  # the test batch alone
+    saved = []
+    monkeypatch.setattr(module, "_save", lambda item: saved.append(item[1][0, 0, 0]))
+    pixels, labels = np.full((10_000, 3072), 255, np.uint8), [3] * 10_000  # bytes that become two in UTF-8
+    if form == "binary":
+        content = (b"\3" + b"\xff" * 3072) * 10_000
+    else:
+        content = (python2 if form == "python 2" else python3)(pixels, labels)
+    assert len(content) > (60_000_000 if form == "python 3" else 30_000_000)
+    path = tar(tmp_path / "x.tar.gz", {f"x/test_batch{'.bin' * (form == 'binary')}": content}, "w:gz")
+    assert prepare_cifar10(path, tmp_path / "out") == 10_000
+    assert saved == [255] * 10_000
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_a_batch_of_gigabytes_is_not_read(tmp_path: Path, kind: str) -> None:
+    info = tarfile.TarInfo("test_batch")
+    info.size = 2**40
+    with (tmp_path / "test_batch").open("xb") as file:
+        file.write(info.tobuf() if kind == "tar" else b"")
+        file.truncate(2**41)  # of holes, which take no disk
+    with pytest.raises(ValueError, match="test_batch of more than 87,040 bytes, which it cannot have"):
+        prepare_cifar10(tmp_path / "test_batch" if kind == "tar" else tmp_path, tmp_path / "out")

@@ -61,6 +61,12 @@ def test_images_without_folders(tmp_path: Path) -> None:
     assert prepare_imagenet(path, tmp_path / "out", 8) == Extracted(2, 1, {})
 
 
+def test_hidden_files_are_left_out_as_in_training(tmp_path: Path) -> None:
+    members = {"a_1.png": png(1), ".x/a_2.png": png(2), "b/.a_3.png": png(3), "__MACOSX/._a_1.png": b"x"}
+    assert prepare_imagenet(zipped(tmp_path / "x.zip", members), tmp_path / "out") == Extracted(1, 0, {"hidden": 3})
+    assert found_below(tmp_path / "out") == {"a_1.png"}
+
+
 def test_two_extensions(tmp_path: Path) -> None:
     path = tar(tmp_path / "x.tar", {"a_1.jpg": png(1), "a_1.jpeg": png(2)})
     assert prepare_imagenet(path, tmp_path / "both").images == 2

@@ -2,6 +2,10 @@
 
 import builtins
 import io
+import os
+import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastdiff
 from fastdiff.data import load
 from fastdiff.data.lsun import prepare_lsun
 
@@ -90,12 +95,29 @@ def test_other_sources(tmp_path: Path, database: Path) -> None:
         archive.writestr("lock.mdb", b"x")
     with pytest.raises(ValueError, match=r"x\.zip holds no data\.mdb"):
         prepare_lsun(tmp_path / "x.zip", tmp_path / "out")
-    for prefix in ("", "../x", "a\\b"):
+    for prefix in ("", "../x", "a\\b", "..", ".x", "a\0"):
         with pytest.raises(ValueError, match="prefix must be"):
             prepare_lsun(database, tmp_path / "out", prefix=prefix)
     with pytest.raises(ValueError, match="image_size must be positive"):
         prepare_lsun(database, tmp_path / "out", 0)
     assert found_below(tmp_path) == {"empty", "empty/data.mdb", "x.zip", database.name, f"{database.name}/data.mdb"}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_database_that_is_cut_short(tmp_path: Path, database: Path, zipped: bool) -> None:
+    """In a process of its own: to read what is mapped and not there ends it at once."""
+    pages = (database / "data.mdb").read_bytes()
+    (database / "data.mdb").write_bytes(pages[: len(pages) // 2])
+    source = database
+    if zipped:
+        source = tmp_path / "x.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            archive.write(database / "data.mdb", "db/data.mdb")
+    code = f"from fastdiff.data.lsun import *; prepare_lsun(Path({str(source)!r}), Path('out'))"
+    env = {**os.environ, "PYTHONPATH": str(Path(fastdiff.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 1, result
+    assert re.search(r"ValueError: .*data\.mdb has [\d,]+ of [\d,]+ bytes: copy it again", result.stderr), result.stderr
 
 
 def test_without_lmdb(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,11 @@ def test_other_labels(tmp_path: Path, labels: np.ndarray, found: str) -> None:
     assert refused(tmp_path / "a.npz").startswith(f"holds {found} as arr_1: save uint8 images (N, H, W, 3)")
 
 
+def test_two_classes_of_one_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", IMAGES, LABELS, class_names=[*"abcde", "a"])
+    assert refused(tmp_path / "a.npz").startswith("has two class_names that are the same")
+
+
 class Payload:
     """Makes a folder when it is unpickled."""
 
