@@ -1,5 +1,6 @@
 """``fastdiff evaluate``: how good a checkpoint is, in numbers."""
 
+import math
 import signal
 import warnings
 from pathlib import Path
@@ -182,7 +183,7 @@ def _tell(
             f"warning: the bound of {len(strange)} of {len(names)} images is not a finite number, the first is "
             f"{names[strange[0]]!r}: the weights are damaged, or need --precision fp32"
         )
-    error = f" ± {figures['standard_error']:.4f}" if len(names) > 1 else ""
+    error = f" ± {figures['standard_error']:.4f}" if math.isfinite(figures["standard_error"]) else ""
     weights = f"EMA {rate:g}" if rate else "raw weights"
     if not loaded.metadata:
         weights = path.name  # a bare state dict, which does not say

@@ -21,6 +21,7 @@ _REPLACED = {
     "--large-size": ("--image-size",),
 }
 _EMPTY_MEANS_NONE = ("--base-samples", "--model-path", "--resume-checkpoint")
+_SHARED = ("train", "sample", "evaluate")  # by several processes
 _MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _MPI_LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
 _MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
@@ -99,23 +100,25 @@ def refuse_mpi(arguments: Sequence[str]) -> None:
     """ValueError, with torchrun's line, where mpiexec has started this process as one of several."""
     if "RANK" in os.environ:  # torchrun's, which may itself have been started so on each machine
         return
-    if (count := _number_in(_MPI_SIZE, 1)) == 1:
+    if not arguments or not (arguments[0] in _SHARED or script_of(arguments)):
+        return
+    if (count := _number_in(_MPI_SIZE, 1)) < 2:
         return
     if _number_in(_MPI_RANK, 0):
         sys.exit(2)  # the first one says it
     here = min(max(_number_in(_MPI_LOCAL_SIZE, count), 1), count)
-    where = ["--standalone"]
+    where, each = ["--standalone"], ""
     if here < count:
         where = [f"--nnodes={-(-count // here)}", "--rdzv-backend=c10d", "--rdzv-endpoint=FIRST_MACHINE:29500"]
+        each = f"; on each machine ({count} processes in all)"
     line = shlex.join(["torchrun", *where, f"--nproc-per-node={here}", "-m", "fastdiff", *arguments])
-    each = ", on each machine" if here < count else ""
     raise ValueError(f"fastdiff is started by torchrun, not by mpiexec{each}: {line}")
 
 
 def _number_in(variables: Sequence[str], default: int) -> int:
     """The largest of the whole numbers in these variables of the environment."""
     found = [os.environ.get(name, "") for name in variables]
-    return max((int(text) for text in found if text.isascii() and text.isdecimal()), default=default)
+    return max((int(text) for text in found if text.isascii() and text.isdecimal() and len(text) < 7), default=default)
 
 
 def in_our_words(arguments: Sequence[str]) -> list[str]:
@@ -127,9 +130,11 @@ def in_our_words(arguments: Sequence[str]) -> list[str]:
     if not arguments:
         return []
     script = script_of(arguments)
-    words, model = _translated(arguments[1:], script.replaced if script else {})
     command = script.command if script else (arguments[0],)
-    if command[0] == "train" and "--use-fp16" in arguments and not _given("--fp16-scale-growth", words):
+    named = command[0] in ("sample", "evaluate")  # what takes a model as an argument
+    words, model = _translated(arguments[1:], script.replaced if script else {}, named)
+    half = [word for word in arguments if word in ("--use-fp16", "--no-use-fp16")][-1:]
+    if command[0] == "train" and half == ["--use-fp16"] and not _given("--fp16-scale-growth", words):
         words += ["--fp16-scale-growth", "1e-3"]  # what goes without saying there
     if script is None:
         return [*command, *words, *model]
@@ -149,32 +154,30 @@ def script_of(arguments: Sequence[str]) -> Script | None:
     return SCRIPTS.get(arguments[0].replace("-", "_")) if arguments else None
 
 
-def _translated(arguments: Sequence[str], replaced: Mapping[str, tuple[str, ...]]) -> tuple[list[str], list[str]]:
-    """The words in our spelling, and the path of the model where it is named by a flag, which here is an argument."""
+def _translated(
+    arguments: Sequence[str], replaced: Mapping[str, tuple[str, ...]], named: bool
+) -> tuple[list[str], list[str]]:
+    """The words in our spelling, and the path of the model where ``named`` says that its flag is an argument here."""
     words: list[str] = []
-    model: list[str] = []
+    paths: dict[str, str] = {}  # of which the last one counts, and an empty one means none
     known = _REPLACED | dict(replaced)
     rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return [*words, word, *rest], model
+    while rest and (word := rest.pop(0)) != "--":
         name, equals, value = word.partition("=")
-        if name in _EMPTY_MEANS_NONE:
+        if name in _EMPTY_MEANS_NONE and (named or name != "--model-path"):
             if not equals:
                 if not rest or rest[0].startswith("--"):
                     raise ValueError(f"{name} needs a value: name a file, or leave it out")
                 value = rest.pop(0)
-            if name == "--model-path":
-                model = [value] if value else []
-            elif value:
-                words += [name, value]
+            paths[name] = value
         elif name in known:
             *before, last = known[name]
             words += [*before, last + equals + value]
         else:
             words.append(word)
-    return words, model
+    model = paths.pop("--model-path", "")
+    words += [word for name, path in paths.items() if path for word in (name, path)]
+    return [*words, *(["--", *rest] if rest else [])], [model] if model else []
 
 
 def _output(script: Script) -> list[str]:

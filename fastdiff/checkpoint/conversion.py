@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastdiff.checkpoint.files import replacing
+from fastdiff.checkpoint.files import replacing, sync_folder
 from fastdiff.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
 from fastdiff.config import NUM_CLASSES, channel_mult_for, is_table_size
 from fastdiff.interop import diffusers
@@ -42,7 +42,8 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} exists: name another, or use --overwrite")
     if is_file != target.is_file() or not (is_file or diffusers.is_folder(target)):
         raise ValueError(f"{target} exists and is not {'a file' if is_file else 'a diffusers folder'}: name another")
-    if not is_file and (others := sorted({path.name for path in target.iterdir()} - diffusers.WRITTEN)):
+    there = [] if is_file else [path for path in target.rglob("*") if not path.is_dir() or path.is_symlink()]
+    if others := sorted({path.relative_to(target).as_posix() for path in there} - diffusers.WRITTEN):
         raise ValueError(f"{target} holds {others[0]} too, which would be lost: name another, or move that away")
 
 
@@ -75,9 +76,16 @@ def _replacing(target: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-        if target.exists():
-            target.rename(Path(folder) / "replaced")
-        temporary.rename(target)
+        replaced = Path(folder) / "replaced"
+        try:
+            if target.exists():
+                target.rename(replaced)
+            temporary.rename(target)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        sync_folder(target.parent)
 
 
 def _write(path: Path, state: dict[str, Tensor], loaded: Checkpoint, scheduler: diffusers.Scheduler) -> list[str]:

@@ -93,10 +93,11 @@ class Nll:
         self._dataset, self._config, self._runtime, self._world = dataset, config, runtime, world
         shares = [self.count * rank // world.size for rank in range(world.size + 1)]
         first, last = shares[world.rank : world.rank + 2]
-        # as few batches as can be, of one size: another one would compile the model again
-        parts = -(-(last - first) // config.batch_size)
-        self._size = -(-(last - first) // max(parts, 1))
+        # As few batches as can be, of one size: another one would compile the model again. And as many on every
+        # process, or one would wait for a whole batch of the others.
         self._rounds = max(-(-(end - begin) // config.batch_size) for begin, end in itertools.pairwise(shares))
+        parts = min(self._rounds, last - first)
+        self._size = -(-(last - first) // max(parts, 1))
         self._last = last
         self._starts = range(first, last, self._size or 1)
         self.calls = parts * self.diffusion.num_timesteps

@@ -23,10 +23,12 @@ from fastdiff.diffusion.schedule import Float64Array
 from fastdiff.interop.openai import first_line
 from fastdiff.interop.unet2d import attending, our_state, unet_options, unet_state
 
-WRITTEN = frozenset(("model_index.json", "unet", "scheduler"))
-"""What a pipeline's folder holds."""
-
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+WRITTEN = frozenset(
+    ("model_index.json", "unet/config.json", f"unet/{_WEIGHTS}", "scheduler/scheduler_config.json"),
+)
+"""The files of a pipeline's folder."""
+
 _SCALED = 1000
 """What rescaled timesteps are scaled to."""
 

@@ -47,7 +47,7 @@ class OpenAIRun:
         """The optimizer's lr or weight_decay in its last update, where the file has it."""
         try:
             return float(self.optimizer["param_groups"][0][name])
-        except (KeyError, TypeError, ValueError, IndexError):
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError):
             return None
 
     def moments(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,7 +57,8 @@ class OpenAIRun:
         to end. ValueError where the file is another model's.
         """
         try:
-            states = [self.optimizer["state"][i] for i in range(len(self.optimizer["state"]))]
+            numbered: dict[int, Any] = dict(self.optimizer["state"].items())
+            states = [numbered[i] for i in range(len(numbered))]
             found: dict[str, Tensor] = {}
             whole = True
             if len(states) == 1 and len(weights) > 1:
@@ -71,8 +72,12 @@ class OpenAIRun:
             for (name, weight), state in zip(weights.items(), states, strict=True):
                 whole &= all(state[key].shape == weight.shape and state[key].is_floating_point() for key in MOMENTS[1:])
                 found |= {f"{key}.{name}": torch.as_tensor(state[key], dtype=torch.float32) for key in MOMENTS}
-                whole &= found[f"step.{name}"].ndim == 0
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+                step, mean, square = (found[f"{key}.{name}"] for key in MOMENTS)
+                # of what is not in memory, as meta and sparse tensors are not, this cannot be asked
+                whole &= (
+                    step.ndim == 0 and bool(step >= 0) and bool(mean.isfinite().all()) and bool((square >= 0).all())
+                )
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError):
             whole = False
         if not whole:
             raise ValueError(

@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -105,7 +106,8 @@ class ProgressFiles(Sink):
         self._warned = False
         self._csv, self._jsonl = run_dir / "progress.csv", run_dir / "progress.jsonl"
         if self._csv.exists() and not self._jsonl.exists():  # improved-diffusion's, of a run that goes on in its folder
-            kept = self._csv.replace(run_dir / "progress.original.csv")
+            names = (f"progress.original{n and f'.{n}'}.csv" for n in itertools.chain([""], itertools.count(2)))
+            kept = self._csv.rename(next(path for name in names if not (path := run_dir / name).exists()))
             log(f"{self._csv} is not of this run: it is {kept.name} from now on")
         history = [(line, row) for line, row in _history(self._jsonl) if row["step"] <= step]
         _make(self._jsonl, "".join(f"{line}\n" for line, _ in history))

@@ -145,9 +145,22 @@ def test_what_is_no_target_stays_untouched(cli: Cli) -> None:
     refused(cli("convert", "a.pt", "photos", *FLAGS, "--overwrite"), "photos exists and is not a diffusers folder")
     refused(cli("convert", "a.pt", "x.pt", *FLAGS, "--overwrite"), r"x\.pt exists and is not a file")
     succeeded(cli("convert", "a.pt", "pipeline", *FLAGS))
-    Path("pipeline/vae").mkdir()
-    refused(cli("convert", "a.pt", "pipeline", *FLAGS, "--overwrite"), "pipeline holds vae too, which would be lost")
-    assert Path("pipeline/vae").is_dir()
+    for name in ("vae.bin", "unet/notes.txt"):
+        Path("pipeline", name).write_text("mine")
+        message = f"pipeline holds {name} too, which would be lost"
+        refused(cli("convert", "a.pt", "pipeline", *FLAGS, "--overwrite"), message)
+        Path("pipeline", name).unlink()
+    real = Path.rename
+
+    def rename(self: Path, to: Path) -> Path:
+        if to.name == "pipeline" and self.name == "pipeline":  # the new one; the old one has left its place by then
+            raise OSError("it went wrong")
+        return real(self, to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        refused(cli("convert", "a.pt", "pipeline", *FLAGS, "--overwrite"), "it went wrong")
+    assert Path("pipeline/model_index.json").exists()
     shutil.rmtree("pipeline")
     refused(cli("convert", "a.pt", "file", *FLAGS, "--overwrite"), "file exists and is not a diffusers folder")
     assert contents(Path()) == before

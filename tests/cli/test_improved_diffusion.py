@@ -126,7 +126,7 @@ def test_the_same_words_with_fastdiffs_own_commands(cli: Cli, shapes: Path, tmp_
     succeeded(cli("train", "--data_dir", shapes, *pasted, *small, "--compile", "off", "--device", "cpu"))
     found = config_of(tmp_path / "runs" / "shapes")
     assert found["runtime"]["precision"] == "auto"
-    assert found["train"]["fp16_scale_growth"] == 1e-3
+    assert found["train"]["fp16_scale_growth"] == 0
     assert found["train"]["ema_warmup"] is True
 
 
@@ -170,6 +170,9 @@ def test_ddim_respacing_without_ddim_stays_ancestral(cli: Cli, checkpoint: Path,
         ("super_res_sample --model_path a.pt --preset=p", "{} --preset=p a.pt"),
         ("train --resume_checkpoint= --lr 1", "train --lr 1"),
         ("sample --model_path a.pt --model_path b.pt --use_ddim", "sample --sampler ddim b.pt"),
+        ("train --resume_checkpoint a --resume_checkpoint= --lr 1", "train --lr 1"),
+        ("train --use_fp16 True --use_fp16 False", "train --precision fp16 --precision auto"),
+        ("convert --model_path a b", "convert --model-path a b"),
         ("sample --use_ddim True --use_ddim False x", "sample --sampler ddim --sampler ddpm x"),
         ("image_sample --model_path a.safetensors", "{} a.safetensors"),
         ("image_sample --model_path a.pt --preset p", "{} --preset p a.pt"),
@@ -254,9 +257,10 @@ def test_mpiexec_is_answered_with_torchrun(cli: Cli, monkeypatch: pytest.MonkeyP
     assert cli("image_train", "--data_dir", "my images") == Result(2, "", "")  # the first one has said it
     monkeypatch.setenv(rank, "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
-    line = (
-        r"on each machine: torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=\S+ --nproc-per-node=4 -m fastdiff"
-    )
+    line = r"on each machine \(8 processes in all\): torchrun --nnodes=2 --rdzv-backend=c10d \S+ --nproc-per-node=4 -m"
     refused(cli("image_train", "--data_dir", "my images"), line)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "0")
+    refused(cli("train"), "--nproc-per-node=1 -m fastdiff train")
+    assert cli("--version").status == 0
     monkeypatch.setenv(size, "1")
     refused(cli("image_train", "--data_dir", "my images"), "my images does not exist")

@@ -10,6 +10,7 @@ import torch
 
 from fastdiff.interop.openai_run import MOMENTS, step_of
 from fastdiff.training import Trainer
+from fastdiff.training.metrics import ProgressFiles
 from fastdiff.training.state import INITIAL_LOG_LOSS_SCALE
 
 from .support import file, randomise, same, trainer, weights
@@ -125,6 +126,10 @@ def test_the_originals_progress_is_kept(tmp_path: Path, shapes: Path) -> None:
     assert path.with_name("progress.original.csv").read_text() == "step,loss\n1,2\n"
     assert "is not of this run: it is progress.original.csv from now on" in "\n".join(resumed.log)
     assert len(there.read_text().splitlines()) == 2
+    path.with_name("progress.jsonl").unlink()
+    ProgressFiles(path.parent, 0, resumed.log)  # and never replaced
+    assert path.with_name("progress.original.csv").read_text() == "step,loss\n1,2\n"
+    assert path.with_name("progress.original.2.csv").exists()
 
 
 def test_nothing_is_saved_before_an_update(tmp_path: Path, shapes: Path) -> None:
@@ -168,6 +173,31 @@ def _of_integers(content: Any) -> Any:
     return content
 
 
+def _negative_square(content: Any) -> Any:
+    content["state"][0]["exp_avg_sq"] -= 1
+    return content
+
+
+def _endless_step(content: Any) -> Any:
+    content["state"][0]["step"] = 10**400
+    return content
+
+
+def _nan_step(content: Any) -> Any:
+    content["state"][0]["step"] = torch.tensor(torch.nan)
+    return content
+
+
+def _nowhere(content: Any) -> Any:
+    content["state"][0]["exp_avg"] = content["state"][0]["exp_avg"].to("meta")
+    return content
+
+
+def _sparse(content: Any) -> Any:
+    content["state"][0]["exp_avg"] = content["state"][0]["exp_avg"].to_sparse()
+    return content
+
+
 def _step_of_many(content: Any) -> Any:
     content["state"][0]["step"] = torch.zeros(2)
     return content
@@ -175,7 +205,11 @@ def _step_of_many(content: Any) -> Any:
 
 @pytest.mark.parametrize(
     "damage",
-    [_another_shape, _one_less, _without_moment, _of_integers, _step_of_many, lambda _: {"state": {}}, lambda _: [1]],
+    [
+        *(_another_shape, _one_less, _without_moment, _of_integers, _step_of_many),
+        *(_negative_square, _endless_step, _nan_step, _nowhere, _sparse),
+        *(lambda _: {"state": {}}, lambda _: {"state": [1]}, lambda _: {"state": torch.zeros(2)}, lambda _: [1]),
+    ],
 )
 def test_an_optimizer_that_does_not_fit_is_refused(tmp_path: Path, shapes: Path, damage: Callable[[Any], Any]) -> None:
     begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
