@@ -1,6 +1,14 @@
 """Checkpoints: files that are whole or absent, and that say everything needed to use them."""
 
-from fastdiff.checkpoint.files import FORMAT, NewerFormat, read_tensors, replacing, sha256, write_tensors
+from fastdiff.checkpoint.files import (
+    FORMAT,
+    NewerFormat,
+    read_tensors,
+    refuse_unwritable,
+    replacing,
+    sha256,
+    write_tensors,
+)
 from fastdiff.checkpoint.lease import Lease
 from fastdiff.checkpoint.model import (
     Checkpoint,
@@ -45,6 +53,7 @@ __all__ = [
     "read_tensors",
     "read_weights",
     "refuse_other_architecture",
+    "refuse_unwritable",
     "remove_leftovers",
     "replacing",
     "save_checkpoint",

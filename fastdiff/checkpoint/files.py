@@ -106,6 +106,15 @@ def abandoned(folder: Path, of: str | None = None) -> list[Path]:
     return [p for p in found if of is None or p.name[: -len(".12345678.tmp")] == f".{of}"]
 
 
+def refuse_unwritable(option: str, wanted: Path) -> None:
+    """ValueError, naming the option, where a folder is not there and cannot be made, or may not be written to."""
+    folder = wanted
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {wanted} cannot be written: {folder} is not a folder that you may write to")
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:

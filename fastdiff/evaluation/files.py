@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.checkpoint import replacing
+from fastdiff.checkpoint import refuse_unwritable, replacing
 from fastdiff.evaluation.nll import TERMS, Bound, Int64Array
 from fastdiff.evaluation.plot import refuse_without_matplotlib, save_plot
 
@@ -35,7 +34,7 @@ class Files:
         results = [self.out_dir / SUMMARY, self.out_dir / IMAGES, *self.terms.values()]
         if not self.overwrite and any(path.exists() for path in results):
             raise ValueError(f"out_dir {self.out_dir} holds results: name another folder, or use --overwrite")
-        _check_folder("out_dir", self.out_dir)
+        refuse_unwritable("out_dir", self.out_dir)
         if self.plot is not None:
             refuse_without_matplotlib()
             if self.plot.suffix.lower() != ".png":
@@ -44,7 +43,7 @@ class Files:
                 raise ValueError(f"plot {self.plot} is a folder: name a file")
             if self.plot.exists() and not self.overwrite:
                 raise ValueError(f"plot {self.plot} exists: name another file, or use --overwrite")
-            _check_folder("plot", self.plot.parent)
+            refuse_unwritable("plot", self.plot.parent)
 
     def write(self, bound: Bound, names: Sequence[str], timesteps: Int64Array, about: Mapping[str, Any]) -> None:
         """Write them; ``names`` are those of the images, ``about`` is what the summary says besides the figures.
@@ -70,12 +69,3 @@ class Files:
 def _save(path: Path, **arrays: Any) -> None:
     with replacing(path) as temporary:
         np.savez(temporary, **arrays)
-
-
-def _check_folder(name: str, wanted: Path) -> None:
-    """ValueError where the folder is not there and cannot be made, or may not be written to."""
-    folder = wanted
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} {wanted} cannot be written: {folder} is not a folder that you may write to")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.checkpoint.files import abandoned
+from fastdiff.checkpoint.files import abandoned, refuse_unwritable
 from fastdiff.sampling.classes import file_name_of
 from fastdiff.sampling.generate import Int64Array
 from fastdiff.sampling.output import Uint8Array, save_npz, save_pngs
@@ -74,7 +74,7 @@ class Files:
                 raise ValueError(f"png_dir {self.png_dir} is the name of another file that is written: name a folder")
             if self.png_dir.is_dir() and any(self.png_dir.glob("*.png")) and not self._ours("png_dir"):
                 raise ValueError(f"png_dir {self.png_dir} holds PNG files: name another folder, or use --overwrite")
-            _check_folder("png_dir", self.png_dir)
+            refuse_unwritable("png_dir", self.png_dir)
 
     def _check_file(self, option: str, path: Path) -> None:
         if len(os.fsencode(path.name)) > LONGEST_NAME:
@@ -83,7 +83,7 @@ class Files:
             raise ValueError(f"{option} {path} is a folder: name a file")
         if path.exists() and not self._ours(option):
             raise ValueError(f"{path} exists: name another file with --{option}, or use --overwrite")
-        _check_folder(option, path.parent)
+        refuse_unwritable(option, path.parent)
 
     def _ours(self, option: str) -> bool:
         """Whether what is there may be replaced: by the user's word, or since an unfinished job has made it."""
@@ -149,12 +149,3 @@ def png_names(indices: Int64Array, labels: Int64Array | None, class_names: tuple
         return [f"{i:06d}" for i in indices]
     names = {i: file_name_of(name) for i, name in enumerate(class_names)}
     return [f"{names.get(int(label), label)}_{i:06d}" for i, label in zip(indices, labels, strict=True)]
-
-
-def _check_folder(name: str, wanted: Path) -> None:
-    """ValueError where the folder is not there and cannot be made, or may not be written to."""
-    folder = wanted
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} {wanted} cannot be written: {folder} is not a folder that you may write to")
