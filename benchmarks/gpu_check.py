@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.benchmarks.bars import verdicts
-from fastdiff.benchmarks.harness import append_rows, environment, interleaved, side_stream
+from fastdiff.benchmarks.harness import environment, interleaved, side_stream
 from fastdiff.benchmarks.kernels import Row, measure, measure_all
 from fastdiff.benchmarks.problems import problems
 from fastdiff.benchmarks.roofs import measure_roofs
+from fastdiff.benchmarks.rows import append_rows
 from fastdiff.config import DiffusionConfig, ModelConfig
 from fastdiff.diffusion import build_diffusion
 from fastdiff.kernels.attention.plan import Tiles
@@ -67,7 +68,7 @@ def model(device: torch.device, csv: Path, deadline: float) -> None:
             "median_s": float(f"{timing.median:.5g}"),
             "p20_s": float(f"{timing.quantile(0.2):.5g}"),
             "p80_s": float(f"{timing.quantile(0.8):.5g}"),
-            "ratio_to_first": float(f"{timing.ratio:.4g}"),
+            "speedup": float(f"{timing.speedup():.4g}"),
             "share_of_matmul": float(f"{flops / timing.median / roofs.flops_per_s:.4g}"),
         }
         append_rows(csv, [{**row, **about}])

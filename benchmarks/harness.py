@@ -1,6 +1,5 @@
 """Timing that a sceptic can repeat: candidates in turn in one process, medians, and a row that says where it was."""
 
-import csv
 import platform
 import statistics
 import subprocess
@@ -33,15 +32,17 @@ class Timing:
         """Seconds of a typical round."""
         return statistics.median(self.seconds)
 
-    @property
-    def ratio(self) -> float:
-        """Median over the rounds of this candidate's time to the first one's."""
-        return statistics.median(own / base for own, base in zip(self.seconds, self.baseline, strict=True))
-
     def quantile(self, share: float) -> float:
         """Seconds below which ``share`` of the rounds were."""
-        ordered = sorted(self.seconds)
-        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+        return _quantile(self.seconds, share)
+
+    def speedup(self, share: float = 0.5) -> float:
+        """How many times as fast as the first candidate, round by round; the median, or another quantile."""
+        return _quantile([base / own for own, base in zip(self.seconds, self.baseline, strict=True)], share)
+
+    def speedup_over(self, other: "Timing") -> float:
+        """The same over another candidate of the same rounds."""
+        return statistics.median(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 def interleaved(
@@ -110,19 +111,9 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Add rows to a CSV file, with a header if it is new; ValueError where its columns are others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    if not new:
-        header = path.read_text(encoding="utf-8").splitlines()[0].split(",")
-        if header != list(rows[0]):
-            raise ValueError(f"{path} has other columns: move it away or name another file with --csv")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+def _quantile(values: Sequence[float], share: float) -> float:
+    """Of the values in order the one at ``share`` of the way; the median between two."""
+    return statistics.median(values) if share == 0.5 else sorted(values)[round(share * (len(values) - 1))]
 
 
 def _cpu_name() -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastdiff.benchmarks.bars import Verdict
-from fastdiff.benchmarks.harness import append_rows, environment, interleaved
+from fastdiff.benchmarks.harness import environment, interleaved
+from fastdiff.benchmarks.rows import append_rows
 from fastdiff.benchmarks.suites import TOLERANCE, Workload, inputs, randomised, require_close
 from fastdiff.config import Compile, DiffusionConfig, Kernels, ModelConfig, RuntimeConfig, SampleConfig, Sampler
 from fastdiff.data import to_uint8
@@ -164,7 +165,7 @@ def _figures(contender: Contender, ours: Contender, workload: Workload) -> dict[
         "p20_s": timing.quantile(0.2) / steps,
         "p80_s": timing.quantile(0.8) / steps,
         "images_per_s": workload.batch_size / step_s / IMAGE_STEPS,
-        "ratio_to_ours": timing.ratio,
+        "ratio_to_ours": 1 / timing.speedup(),
         "peak_gib": contender.peak_gib,
         "graph_launches": graphs / STEPS,
         "other_launches": others / STEPS,

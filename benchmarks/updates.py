@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdiff.benchmarks.harness import append_rows, environment
+from fastdiff.benchmarks.harness import environment
 from fastdiff.benchmarks.roofs import measure_roofs
+from fastdiff.benchmarks.rows import append_rows
 from fastdiff.config import (
     Compile,
     DataConfig,

@@ -76,10 +76,10 @@ def _time_kernels(
     import torch
     from rich.table import Table
 
-    from fastdiff.benchmarks.harness import append_rows
     from fastdiff.benchmarks.kernels import measure_all
     from fastdiff.benchmarks.problems import problems
     from fastdiff.benchmarks.roofs import measure_roofs
+    from fastdiff.benchmarks.rows import append_rows
 
     if device.type == "cpu":
         console.print("no GPU: these are CPU figures of the PyTorch implementations, at small sizes")
@@ -119,7 +119,8 @@ def _time_models(
 ) -> None:
     from rich.table import Table
 
-    from fastdiff.benchmarks.harness import append_rows, interleaved
+    from fastdiff.benchmarks.harness import interleaved
+    from fastdiff.benchmarks.rows import append_rows
     from fastdiff.benchmarks.suites import SUITES, Workload, candidates
 
     console.print("building and checking the candidates; compiling takes a minute or two when its cache is cold ...")
@@ -133,7 +134,7 @@ def _time_models(
         for timing in interleaved(SUITES[name](workload, found), rounds, warmup=2, device=device):
             spread = f"{timing.quantile(0.2):.3f} to {timing.quantile(0.8):.3f}"
             speed = batch_size / timing.median
-            table.add_row(name, timing.name, f"{timing.median:.3f}", spread, f"{speed:.1f}", f"{timing.ratio:.3f}")
+            table.add_row(name, timing.name, f"{timing.median:.3f}", spread, f"{speed:.1f}", f"{timing.speedup():.3f}")
             rows.append(
                 {
                     "suite": str(name),
@@ -145,7 +146,7 @@ def _time_models(
                     "median_s": round(timing.median, 5),
                     "p20_s": round(timing.quantile(0.2), 5),
                     "p80_s": round(timing.quantile(0.8), 5),
-                    "ratio_to_first": round(timing.ratio, 4),
+                    "speedup": round(timing.speedup(), 4),
                     **about,
                 }
             )
