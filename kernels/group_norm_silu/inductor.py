@@ -1,0 +1,118 @@
+"""group_norm_silu written for torch.compile on a CPU, in sums per channel: they run along the memory of channels_last.
+
+Inductor's own GroupNorm sums over a group's few channels, a fraction of a vector, and keeps what it computes for the
+backward pass in memory in fp32. Here it gets two passes over x forwards and two over x and dy backwards, and nothing of
+x's size is written but the result.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GroupNormSiLU(torch.autograd.Function):
+    """See op.py. Saves x and the statistics; the backward pass computes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        wide, space = _shifted(x, groups), _space(x)
+        own = wide.mean(space)  # (N, C)
+        spread = (wide - _everywhere(own, x)).square().mean(space)
+        mean = _mean_of_group(own, groups)
+        variance = _mean_of_group(spread + (own - mean).square(), groups)
+        rstd = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        ctx.groups, ctx.silu = groups, silu
+        factor, addend = _affine(mean, weight, bias, scale, shift)
+        y = (wide - _everywhere(mean, x)) * _everywhere(rstd * factor, x) + _everywhere(addend, x)
+        return (y * _sigmoid(y) if silu else y).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias, scale and shift."""
+        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        factor, addend = _affine(mean, weight, bias, scale, shift)
+        centred, g = _shifted(x, ctx.groups) - _everywhere(mean, x), _wide(dy)
+        if ctx.silu:
+            y = centred * _everywhere(rstd * factor, x) + _everywhere(addend, x)
+            s = _sigmoid(y)
+            g = g * s * (1 + y * (1 - s))
+        total = g.sum(_space(x))  # (N, C), of dy/dshift
+        along = rstd * (g * centred).sum(_space(x))  # (N, C), of dy/d(scale * weight)
+        pixels = math.prod(x.shape[2:])
+        mean_g = rstd * _mean_of_group(factor * total, ctx.groups) / pixels
+        mean_gx = rstd.square() * _mean_of_group(factor * along, ctx.groups) / pixels
+        dx = g * _everywhere(rstd * factor, x) - centred * _everywhere(mean_gx, x) - _everywhere(mean_g, x)
+        scaled = 1 if scale is None else 1 + _wide(scale)
+        return (
+            dx.to(x.dtype),
+            (along * scaled).sum(0).to(weight.dtype),
+            (total * scaled).sum(0).to(bias.dtype),
+            None,
+            None,
+            None if scale is None else (along * _wide(weight) + total * _wide(bias)).to(scale.dtype),
+            None if shift is None else total.to(shift.dtype),
+            None,
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _shifted(x: Tensor, groups: int) -> Tensor:
+    """x less one value of each group, which a norm takes out anyway: rounding its mean costs nothing then.
+
+    Of x in half precision the mean's rounding in fp32 is far below x's own.
+    """
+    if x.dtype.itemsize == 2:
+        return _wide(x)
+    n, c = x.shape[:2]
+    first = x.flatten(2)[:, :: c // groups, :1]  # (N, G, 1)
+    return _wide(x) - _everywhere(_wide(first.expand(n, groups, c // groups).reshape(n, c)), x)
+
+
+def _space(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.ndim))
+
+
+def _mean_of_group(values: Tensor, groups: int) -> Tensor:
+    """(N, C) -> (N, C), every channel its group's mean."""
+    n, c = values.shape
+    grouped = values.view(n, groups, c // groups)
+    return grouped.mean(2, keepdim=True).expand_as(grouped).reshape(n, c)
+
+
+def _affine(
+    like: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """By what the normalised x is multiplied, and what is added. (N, C) each"""
+    factor, addend = _wide(weight).expand_as(like), _wide(bias).expand_as(like)
+    if scale is not None:
+        factor, addend = factor * (1 + _wide(scale)), addend * (1 + _wide(scale))
+    return factor, addend if shift is None else addend + _wide(shift)
+
+
+def _everywhere(values: Tensor, x: Tensor) -> Tensor:
+    """(N, C) -> x's shape, every pixel the same.
+
+    By strides, for which Inductor writes the values to memory; what is expanded it computes anew at every pixel.
+    """
+    return values.contiguous().as_strided(x.shape, (x.shape[1], 1, *[0] * (x.ndim - 2)))
+
+
+def _sigmoid(y: Tensor) -> Tensor:
+    # exp2, not exp: Inductor would write the result of an exp, where it is used twice, to memory
+    return 1 / (1 + torch.exp2(y * -math.log2(math.e)))
