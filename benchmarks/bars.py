@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fastdiff.benchmarks.kernels import Row
+from fastdiff.benchmarks.kernels import Measured
 from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.rows import Row
 
 LARGE = 64 * 2**20
 """Bytes of a tensor from which on a norm is to run at the speed of memory."""
@@ -25,13 +26,13 @@ class Verdict:
         return f"{met} {self.what}: {self.worst:.2f}, to be at least {self.mark:.2f} ({self.where})"
 
 
-def verdicts(rows: Sequence[Row], roofs: Roofs) -> list[Verdict]:
+def verdicts(rows: Sequence[Measured], roofs: Roofs) -> list[Verdict]:
     """Every mark that the rows say something about: shares of the floor, and ratios of a rival's time to ours."""
     table = _Table(rows, roofs)
     found: list[Verdict] = []
 
     def judge(what: str, mark: float, figures: list[tuple[float, str]]) -> None:
-        found.append(Verdict(what, mark, *min(figures, default=(math.nan, "not measured"))))
+        found.append(Verdict(what, mark, *_worst(figures)))
 
     for direction, floor, inductor in (("forward", 0.8, 1.2), ("backward", 0.7, 1.3)):
         norms = table.ours("group_norm_silu", direction)
@@ -58,20 +59,41 @@ def verdicts(rows: Sequence[Row], roofs: Roofs) -> list[Verdict]:
     return found
 
 
+def training_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """The marks of a training step, from the rows of the suite train on a GPU."""
+    timed = {row.candidate: row for row in rows}
+    ours = [timed[name] for name in ("+ Triton kernels", "trainer") if name in timed]
+    rival = timed["+ compile"].timing if "+ compile" in timed else None
+    faster, shares = [], []
+    for row in ours:
+        timing = row.timing
+        if rival is not None:
+            faster.append((timing.speedup_over(rival) if timing else 0.0, row.candidate))
+        shares.append((row.limit_s / timing.median if timing else 0.0, row.candidate))
+    return [
+        Verdict("training step against torch's kernels, compiled", 1.15, *_worst(faster)),
+        Verdict("training step, share of the limit", 0.4, *_worst(shares)),
+    ]
+
+
+def _worst(figures: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    return min(figures, default=(math.nan, "not measured"))
+
+
 class _Table:
     """The rows of a run, to look up what was timed on the same problem."""
 
-    def __init__(self, rows: Sequence[Row], roofs: Roofs) -> None:
+    def __init__(self, rows: Sequence[Measured], roofs: Roofs) -> None:
         self._rows = list(rows)
         self._roofs = roofs
 
-    def ours(self, op: str, direction: str) -> list[Row]:
+    def ours(self, op: str, direction: str) -> list[Measured]:
         return [r for r in self._rows if (r.candidate, r.problem.op, r.direction) == ("triton", op, direction)]
 
-    def shares(self, rows: Iterable[Row]) -> list[tuple[float, str]]:
+    def shares(self, rows: Iterable[Measured]) -> list[tuple[float, str]]:
         return [(_or_zero(self._roofs.floor(*r.problem.cost(r.direction)) / r.median), _where(r)) for r in rows]
 
-    def ratios(self, rows: Iterable[Row], *rivals: str) -> list[tuple[float, str]]:
+    def ratios(self, rows: Iterable[Measured], *rivals: str) -> list[tuple[float, str]]:
         """The time of the best rival whose name begins so, to ours."""
         found = []
         for row in rows:
@@ -79,13 +101,13 @@ class _Table:
                 r.median
                 for r in self._rows
                 if r.problem is row.problem and r.direction == row.direction and r.candidate.startswith(rivals)
-                if r.seconds
+                if r.timing
             ]
             if theirs:
                 found.append((_or_zero(min(theirs) / row.median), _where(row)))
         return found
 
-    def layouts(self, rows: Sequence[Row]) -> list[tuple[float, str]]:
+    def layouts(self, rows: Sequence[Measured]) -> list[tuple[float, str]]:
         planar = {r.problem.shape: r.median for r in rows if r.problem.layout == "contiguous"}
         last = [r for r in rows if r.problem.layout == "channels_last" and r.problem.shape in planar]
         return [(_or_zero(planar[r.problem.shape] / r.median), _where(r)) for r in last]
@@ -96,9 +118,9 @@ def _or_zero(figure: float) -> float:
     return 0.0 if math.isnan(figure) else figure
 
 
-def _tokens(row: Row) -> int:
+def _tokens(row: Measured) -> int:
     return int(row.problem.shape.split()[1].removeprefix("T"))
 
 
-def _where(row: Row) -> str:
+def _where(row: Measured) -> str:
     return f"{row.problem.shape} {row.problem.layout}"

@@ -6,7 +6,7 @@ Runs where only PyTorch, Triton and numpy are installed, and stops asking for mo
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -15,19 +15,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
-from fastdiff.benchmarks.bars import verdicts
-from fastdiff.benchmarks.harness import environment, interleaved, side_stream
-from fastdiff.benchmarks.kernels import Row, measure, measure_all
+from fastdiff.benchmarks.bars import training_verdicts, verdicts
+from fastdiff.benchmarks.harness import environment, side_stream
+from fastdiff.benchmarks.kernels import Measured, measure, measure_all
 from fastdiff.benchmarks.problems import problems
 from fastdiff.benchmarks.roofs import measure_roofs
-from fastdiff.benchmarks.rows import append_rows
+from fastdiff.benchmarks.rows import Row, append_rows
 from fastdiff.config import DiffusionConfig, ModelConfig
-from fastdiff.diffusion import build_diffusion
 from fastdiff.kernels.attention.plan import Tiles
 from fastdiff.kernels.group_norm_silu import plan as norm_plan
-from fastdiff.models import build_model, forward_flops
 from fastdiff.presets import preset_named
 
 
@@ -35,79 +32,47 @@ def bars(device: torch.device, csv: Path, deadline: float) -> None:
     """Every kernel beside what else computes the same, then the marks that were set."""
     about = environment(device)
     roofs = measure_roofs(device, torch.bfloat16)
-    print(f"copy {roofs.bytes_per_s / 1e9:.0f} GB/s, bf16 matrix product {roofs.flops_per_s / 1e12:.2f} TFLOP/s")
-    rows: list[Row] = []
+    print(f"in bf16: {roofs}")
+    found: list[Measured] = []
     for measured in measure_all(problems(device), 20 if device.type == "cuda" else 2, device):
-        for row in measured:
-            values = row.as_dict(roofs)
-            append_rows(csv, [{**values, **about}])
-            label = f"{row.problem.op} {row.direction} {row.problem.shape} {row.problem.layout}"
-            result = row.remark or f"{values['median_us']} us, {values['share_of_roof']:.0%} of the roof"
-            print(f"{label:64s} {row.candidate:24s} {result}")
-        rows += measured
+        _keep([one.row(roofs) for one in measured], csv, about)
+        found += measured
         if time.monotonic() > deadline:
             print("the time is over: what follows was not measured")
             break
-    for verdict in verdicts(rows, roofs):
+    for verdict in verdicts(found, roofs):
         print(verdict)
 
 
 def model(device: torch.device, csv: Path, deadline: float) -> None:
-    """A training step of a released model, kernels off and on, everything else equal."""
+    """The training step of a released model, from the plain path to the Trainer's, and the marks that were set."""
+    # they want Pillow and safetensors, which the other parts do not
+    from fastdiff.benchmarks.ladder import Models, ladder
+    from fastdiff.benchmarks.suites import ceilings, measure
+    from fastdiff.benchmarks.workload import Workload
+
     on_gpu = device.type == "cuda"
     name, batch_size = ("imagenet64_uncond", 64) if on_gpu else ("cifar10_uncond", 1)
-    about = environment(device)
-    roofs = measure_roofs(device, torch.bfloat16)
-    candidates, flops = _training(name, batch_size, device)
-    for timing in interleaved(candidates, 10 if on_gpu else 2, 2 if on_gpu else 1, device):
-        row = {
-            "step": "training step",
-            "preset": name,
-            "batch_size": batch_size,
-            "candidate": timing.name,
-            "median_s": float(f"{timing.median:.5g}"),
-            "p20_s": float(f"{timing.quantile(0.2):.5g}"),
-            "p80_s": float(f"{timing.quantile(0.8):.5g}"),
-            "speedup": float(f"{timing.speedup():.4g}"),
-            "share_of_matmul": float(f"{flops / timing.median / roofs.flops_per_s:.4g}"),
-        }
-        append_rows(csv, [{**row, **about}])
-        print(row)
-
-
-def _training(name: str, batch_size: int, device: torch.device) -> tuple[dict[str, Callable[[], object]], float]:
     preset = preset_named(name)
-    config, process = preset.config(ModelConfig), preset.config(DiffusionConfig)
-    x = torch.rand(batch_size, 3, config.image_size, config.image_size, device=device) * 2 - 1
-    t = torch.randint(process.diffusion_steps, (batch_size,), device=device)
-    found: dict[str, Callable[[], object]] = {}
-    for label, backend, compiled in _ways(device):
-        net = build_model(config, kernels=backend).to(device).train()
-        diffusion = build_diffusion(process, kernels=backend)
-        call = torch.compile(net, dynamic=False) if compiled else net
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-
-        def step(
-            diffusion: object = diffusion,
-            call: Callable[..., Tensor] = call,
-            optimizer: torch.optim.Optimizer = optimizer,
-        ) -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = diffusion.training_losses(call, x, t)["loss"].mean()  # type: ignore[attr-defined]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        found[label] = step
-    return found, 3 * forward_flops(config) * batch_size
+    workload = Workload(preset.config(ModelConfig), preset.config(DiffusionConfig), batch_size, device, name)
+    rungs = ladder("train", device) if on_gpu else ladder("train", device)[:3]
+    roofs = ceilings(workload, rungs)
+    for precision, measured in roofs.items():
+        print(f"in {precision}: {measured}")
+    rows = measure("train", Models(workload), rungs, roofs, 10 if on_gpu else 2)
+    _keep(rows, csv, environment(device))
+    for verdict in training_verdicts(rows):
+        print(verdict)
 
 
-def _ways(device: torch.device) -> Iterator[tuple[str, str, bool]]:
-    on_gpu = device.type == "cuda"
-    yield "torch kernels" + (", compiled" if on_gpu else ""), "torch", on_gpu
-    if on_gpu:
-        yield "triton kernels, compiled", "triton", True
-        yield "triton kernels, eager", "triton", False
+def _keep(rows: Sequence[Row], csv: Path, about: Mapping[str, str]) -> None:
+    append_rows(csv, [{**row.as_dict(), **about} for row in rows])
+    for row in rows:
+        values = row.as_dict()
+        result = (
+            row.remark if row.timing is None else f"{values['median_s']:g} s, {values['share_of_limit']:.0%} of limit"
+        )
+        print(f"{row.workload:64s} {row.candidate:24s} {result}")
 
 
 Variants = Mapping[str, Mapping[str, Any]]
@@ -147,10 +112,8 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
             plan = import_module(f"fastdiff.kernels.{problem.op}.plan")
             with patch.multiple(plan, **changes) if changes else nullcontext():
                 norm_plan.plan.cache_clear()
-                (row,) = measure(ours, direction, 10, device)
-            values = row.as_dict(roofs)
-            append_rows(csv, [{"variant": variant, **values, **about}])
-            print(f"{problem.shape} {problem.layout} {direction} {variant}: {row.remark or values['median_us']}")
+                (one,) = measure(ours, direction, 10, device)
+            _keep([replace(one.row(roofs), candidate=variant)], csv, about)
         norm_plan.plan.cache_clear()
 
 

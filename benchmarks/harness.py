@@ -1,17 +1,25 @@
 """Timing that a sceptic can repeat: candidates in turn in one process, medians, and a row that says where it was."""
 
+import itertools
+import json
+import math
+import os
 import platform
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Self
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 HEAD_START = 500_000
 """GPU cycles, a quarter of a millisecond, in which the host can hand over what is timed before the clock starts."""
@@ -44,11 +52,23 @@ class Timing:
         """The same over another candidate of the same rounds."""
         return statistics.median(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
 
+    def divided(self, parts: int) -> Self:
+        """The time of each of so many equal parts of a round."""
+        seconds, baseline = ([value / parts for value in values] for values in (self.seconds, self.baseline))
+        return replace(self, seconds=seconds, baseline=baseline)
+
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: torch.device
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    baseline: str | None = None,
 ) -> list[Timing]:
-    """Time the candidates in turn, round by round, so that a machine that slows down slows all of them."""
+    """Time the candidates in turn, round by round, so that a machine that slows down slows all of them.
+
+    They are compared with the first one, or with ``baseline``, and with nothing where that is not among them.
+    """
     for run in candidates.values():
         for _ in range(warmup):
             run()
@@ -56,8 +76,8 @@ def interleaved(
     for _ in range(rounds):
         for name, run in candidates.items():
             seconds[name].append(_timed(run, device))
-    baseline = next(iter(seconds.values()))
-    return [Timing(name, values, baseline) for name, values in seconds.items()]
+    against = next(iter(seconds.values())) if baseline is None else seconds.get(baseline, [math.nan] * rounds)
+    return [Timing(name, values, against) for name, values in seconds.items()]
 
 
 def seconds_of(run: Callable[[], object], rounds: int, device: torch.device, warmup: int = 2) -> list[float]:
@@ -82,6 +102,42 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
 def side_stream(device: torch.device) -> AbstractContextManager[object]:
     """A stream on which CUDA graphs can be captured; nothing on a CPU."""
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that one call holds at a time, beside those that were there before it.
+
+    What a library allocates for itself is seen on a GPU only where it asks PyTorch for it, on a CPU not at all.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with tempfile.TemporaryDirectory() as folder:
+        with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            run()
+        seen.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
+    in_order = (n_bytes for _, n_bytes in sorted(changes, key=lambda change: change[0]))
+    return max(itertools.accumulate(in_order, initial=0))
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's library says there when it begins and ends, and what it did not see the beginning of."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -12,9 +11,11 @@ import torch._dynamo
 import torch._functorch.config
 from torch import Tensor
 
-from fastdiff.benchmarks.harness import graphed, interleaved, side_stream
+from fastdiff.benchmarks.harness import Timing, graphed, interleaved, peak_bytes, side_stream
 from fastdiff.benchmarks.problems import Forward, Inputs, Problem
 from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.rows import Row
+from fastdiff.kernels import Backend
 
 CACHE_BYTES = 120 * 2**20
 """Inputs take turns until they are larger than this, twice the L2 cache of an H100: what a training step finds there
@@ -24,43 +25,38 @@ MAX_SETS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class Measured:
     """One candidate on one problem: its time, or why it has none."""
 
     problem: Problem
     direction: str
     candidate: str
-    seconds: Sequence[float]
+    timing: Timing | None
+    peak_gib: float = math.nan
     remark: str = ""
 
     @property
     def median(self) -> float:
         """Seconds of a typical call; not a number where there is none."""
-        return statistics.median(self.seconds) if self.seconds else math.nan
+        return self.timing.median if self.timing else math.nan
 
-    def as_dict(self, roofs: Roofs) -> dict[str, object]:
-        """The columns of a CSV row."""
-        n_bytes, flops = self.problem.cost(self.direction)
-        ordered = sorted(self.seconds)
-        p20, p80 = (ordered[int(share * (len(ordered) - 1))] if ordered else math.nan for share in (0.2, 0.8))
-        return {
-            "op": self.problem.op,
-            "direction": self.direction,
-            "shape": self.problem.shape,
-            "dtype": str(self.problem.dtype).removeprefix("torch."),
-            "layout": self.problem.layout,
-            "candidate": self.candidate,
-            "median_us": _rounded(self.median * 1e6),
-            "p20_us": _rounded(p20 * 1e6),
-            "p80_us": _rounded(p80 * 1e6),
-            "gb_per_s": _rounded(n_bytes / self.median / 1e9),
-            "tflop_per_s": _rounded(flops / self.median / 1e12),
-            "share_of_roof": _rounded(roofs.floor(n_bytes, flops) / self.median),
-            "megabytes": _rounded(n_bytes / 1e6),
-            "copy_gb_per_s": _rounded(roofs.bytes_per_s / 1e9),
-            "matmul_tflop_per_s": _rounded(roofs.flops_per_s / 1e12),
-            "remark": self.remark,
-        }
+    def row(self, roofs: Roofs) -> Row:
+        """As every suite's; one of ours that has no time is a failure."""
+        problem = self.problem
+        n_bytes, flops = problem.cost(self.direction)
+        dtype = str(problem.dtype).removeprefix("torch.")
+        return Row(
+            "kernels",
+            f"{problem.op} {self.direction}, {problem.shape}, {dtype}, {problem.layout}",
+            self.candidate,
+            self.timing,
+            flops=flops,
+            n_bytes=n_bytes,
+            limit_s=roofs.floor(n_bytes, flops),
+            peak_gib=self.peak_gib,
+            remark=self.remark,
+            failed=self.timing is None and self.candidate in tuple(Backend),
+        )
 
 
 @dataclass(frozen=True)
@@ -89,28 +85,34 @@ def checked(
     return _over_all_sets(candidate, inputs, direction)
 
 
-def measure(problem: Problem, direction: str, rounds: int, device: torch.device) -> Iterator[Row]:
-    """Time the problem's candidates in one direction, "forward" or "backward"; those that are wrong are not timed."""
+def measure(problem: Problem, direction: str, rounds: int, device: torch.device) -> Iterator[Measured]:
+    """Time the problem's candidates in one direction, "forward" or "backward"; those that are wrong are not timed.
+
+    The reference comes first: it is what the others are compared with.
+    """
     # a compiled candidate would otherwise become an eager one after eight shapes
     torch._dynamo.reset()
     n_bytes, _ = problem.cost(direction)
     sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / n_bytes)))
     inputs = [problem.inputs(seed, device) for seed in range(sets)]
     expected = Expected.of(problem, inputs[0], direction)
+    names = sorted(problem.candidates, key=lambda name: name != Backend.REFERENCE)
     ready: dict[str, Callable[[], object]] = {}
     remarks: dict[str, str] = {}
-    for name in problem.candidates:
+    peaks: dict[str, float] = {}
+    for name in names:
         try:
-            ready[name] = graphed(checked(problem, direction, name, inputs, expected), device)
+            run = checked(problem, direction, name, inputs, expected)
+            peaks[name] = _peak_gib(problem.candidates[name], inputs[0], direction, device)
+            ready[name] = graphed(run, device)
         except Exception as reason:  # whatever keeps a candidate from running or being right is its remark
             remarks[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:100]}"
-    timings = {t.name: t for t in interleaved(ready, rounds, 2, device)} if ready else {}
-    for name in problem.candidates:
-        seconds = [s / sets for s in timings[name].seconds] if name in timings else []
-        yield Row(problem, direction, name, seconds, remarks.get(name, ""))
+    timings = {t.name: t.divided(sets) for t in interleaved(ready, rounds, 2, device, names[0])} if ready else {}
+    for name in names:
+        yield Measured(problem, direction, name, timings.get(name), peaks.get(name, math.nan), remarks.get(name, ""))
 
 
-def measure_all(problems: Iterable[Problem], rounds: int, device: torch.device) -> Iterator[list[Row]]:
+def measure_all(problems: Iterable[Problem], rounds: int, device: torch.device) -> Iterator[list[Measured]]:
     """The rows of each problem, direction by direction."""
     # the default would let a compiled backward pass overwrite what its second call needs
     with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
@@ -160,10 +162,12 @@ def _leaves_and_gradient(tensors: Inputs) -> tuple[list[Tensor], Tensor]:
     return [t for t in tensors.values() if t is not None and t.requires_grad], gradient
 
 
+def _peak_gib(candidate: Forward, tensors: Inputs, direction: str, device: torch.device) -> float:
+    """Of one call with its inputs; of a backward pass, with the forward pass before it."""
+    held = sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
+    return (held + peak_bytes(lambda: _results(candidate, tensors, direction), device)) / 2**30
+
+
 def _error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """The largest over the tensors of ||found - truth|| / ||truth||."""
     return max(float((f.double() - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True))
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")

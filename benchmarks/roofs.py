@@ -1,27 +1,63 @@
-"""How fast this very device copies memory and multiplies matrices: what a kernel's figures are shares of."""
+"""How fast this very device copies memory, multiplies matrices and convolves: what all other figures are shares of."""
 
-import statistics
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 
 from fastdiff.benchmarks.harness import seconds_of
+from fastdiff.benchmarks.work import Convolution, Work
+
+SHAPES = 4
+"""So many of a model's convolutions are tried, those with the most operations first."""
 
 
 @dataclass(frozen=True)
 class Roofs:
-    """Measured ceilings of a device."""
+    """Measured ceilings of a device in one dtype."""
 
     bytes_per_s: float  # read plus written, by a large copy
     flops_per_s: float  # of a large matrix product
+    conv_flops_per_s: float = math.nan  # of the fastest 3x3 convolution of the model, forward
+    conv_training_flops_per_s: float = math.nan  # of the fastest with its backward pass
 
-    def floor(self, n_bytes: int, flops: int) -> float:
+    def floor(self, n_bytes: float, matmul_flops: float, conv_flops: float = 0) -> float:
         """The seconds below which nothing runs that moves and computes so much."""
-        return max(n_bytes / self.bytes_per_s, flops / self.flops_per_s)
+        computing = matmul_flops / self.flops_per_s + (conv_flops / self.conv_flops_per_s if conv_flops else 0)
+        moving = n_bytes / self.bytes_per_s
+        return moving if moving > computing else computing  # unlike max, not a number where a rate is missing
+
+    def limit(self, work: Work, dtype: torch.dtype) -> float:
+        """The same of a model's passes in ``dtype``: those of training, too, at the rate of the forward convolutions.
+
+        A backward pass is made of convolutions as large; where the libraries are slower at them, the machine is not.
+        """
+        return self.floor(work.n_bytes(dtype), work.matmul_flops, work.conv_flops)
+
+    def __str__(self) -> str:
+        said = f"copy {self.bytes_per_s / 1e9:.0f} GB/s, matrix product {_rate(self.flops_per_s)}"
+        if math.isnan(self.conv_flops_per_s):
+            return said
+        training = _rate(self.conv_training_flops_per_s)
+        return f"{said}, 3x3 convolution {_rate(self.conv_flops_per_s)} ({training} with its backward pass)"
 
 
-def measure_roofs(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> Roofs:
-    """Copy and multiply what fills the device; random numbers, since zeros multiply faster."""
+def measure_roofs(
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int = 10,
+    convolutions: Mapping[Convolution, int] = MappingProxyType({}),
+) -> Roofs:
+    """Copy, multiply and convolve what fills the device; random numbers, since zeros multiply faster.
+
+    Of the rounds the fastest counts: a ceiling that the machine's other work lowers is none.
+
+    ``convolutions`` are those of a model's forward pass, with how often each takes place: the fastest of the SHAPES
+    that have the most operations in it is what this device can do with a 3x3 convolution.
+    """
     on_gpu = device.type == "cuda"
     n_bytes = 2**30 if on_gpu else 2**27
     source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
@@ -31,4 +67,33 @@ def measure_roofs(device: torch.device, dtype: torch.dtype, rounds: int = 10) ->
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     product = torch.empty_like(a)
     multiplying = seconds_of(lambda: torch.mm(a, b, out=product), rounds, device)
-    return Roofs(2 * n_bytes / statistics.median(copying), 2 * size**3 / statistics.median(multiplying))
+    rates = 2 * n_bytes / min(copying), 2 * size**3 / min(multiplying)
+    return Roofs(*rates, *_convolution_rates(device, dtype, rounds, convolutions))
+
+
+def _convolution_rates(
+    device: torch.device, dtype: torch.dtype, rounds: int, convolutions: Mapping[Convolution, int]
+) -> tuple[float, float]:
+    """The best rate forward, and forward and backward."""
+    heaviest = sorted(convolutions, key=lambda c: c.flops * convolutions[c], reverse=True)[:SHAPES]
+    forward_rates, training_rates = [], []
+    for shape in heaviest:
+        x = torch.randn(shape.batch_size, shape.channels_in, shape.size, shape.size, device=device, dtype=dtype)
+        weight = torch.randn(shape.channels_out, shape.channels_in, 3, 3, device=device, dtype=dtype) / 100
+        x, weight = (v.contiguous(memory_format=torch.channels_last).requires_grad_() for v in (x, weight))
+        gradient = torch.randn_like(F.conv2d(x, weight, padding=1))
+
+        def forward(x: torch.Tensor = x, weight: torch.Tensor = weight) -> None:
+            with torch.no_grad():
+                F.conv2d(x, weight, padding=1)
+
+        def training(x: torch.Tensor = x, weight: torch.Tensor = weight, gradient: torch.Tensor = gradient) -> None:
+            torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient)
+
+        forward_rates.append(shape.flops / min(seconds_of(forward, rounds, device)))
+        training_rates.append(3 * shape.flops / min(seconds_of(training, rounds, device)))
+    return max(forward_rates, default=math.nan), max(training_rates, default=math.nan)
+
+
+def _rate(flops_per_s: float) -> str:
+    return f"{flops_per_s / 1e12:.1f} TFLOP/s" if flops_per_s >= 1e13 else f"{flops_per_s / 1e9:.0f} GFLOP/s"

@@ -28,6 +28,7 @@ class Row:
     limit_s: float = math.nan
     peak_gib: float = math.nan
     remark: str = ""
+    failed: bool = False  # one of ours, and wrong or broken: the command's exit status says so
 
     def as_dict(self) -> dict[str, object]:
         """The columns of a CSV row."""
@@ -53,15 +54,21 @@ class Row:
         return {**about, "rounds": rounds, **rounded, "remark": self.remark}
 
 
+def require_columns(path: Path, columns: Sequence[str]) -> None:
+    """ValueError where there is a CSV file with other columns, OSError where none can be written; a folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return
+    with path.open("r+", newline="", encoding="utf-8") as file:
+        header = next(csv.reader(file), [])
+    if header != list(columns):
+        raise ValueError(f"{path} has other columns: move it away or name another file with --csv")
+
+
 def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Add rows to a CSV file, with a header if it is new; ValueError where its columns are others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_columns(path, list(rows[0]))
     new = not path.exists()
-    if not new:
-        with path.open(newline="", encoding="utf-8") as file:
-            header = next(csv.reader(file), [])
-        if header != list(rows[0]):
-            raise ValueError(f"{path} has other columns: move it away or name another file with --csv")
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:

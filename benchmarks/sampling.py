@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastdiff.benchmarks.bars import Verdict
 from fastdiff.benchmarks.harness import environment, interleaved
 from fastdiff.benchmarks.rows import append_rows
-from fastdiff.benchmarks.suites import TOLERANCE, Workload, inputs, randomised, require_close
+from fastdiff.benchmarks.workload import TOLERANCE, Workload, inputs, randomised, require_close
 from fastdiff.config import Compile, DiffusionConfig, Kernels, ModelConfig, RuntimeConfig, SampleConfig, Sampler
 from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox, build_diffusion

@@ -1,259 +1,181 @@
-"""What is measured: the UNet's forward pass, a training step, sampling on the plain path, ours, a peer's; a step."""
+"""The suites that measure a model: every candidate checked, its memory counted, then all of them timed in turn."""
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
 
-from fastdiff.config import (
-    Compile,
-    DiffusionConfig,
-    Kernels,
-    MemoryFormat,
-    ModelConfig,
-    Precision,
-    RuntimeConfig,
-    SampleConfig,
-    Sampler,
-)
-from fastdiff.diffusion import Philox, build_diffusion
-from fastdiff.models import build_model
-from fastdiff.runtime.device import Runtime
-from fastdiff.sampling import Loop, generate
+from fastdiff.benchmarks.harness import Timing, interleaved, peak_bytes
+from fastdiff.benchmarks.jobs import Job, forward, job_of, peer_job, sampling_steps, stepping
+from fastdiff.benchmarks.ladder import Models, Rung
+from fastdiff.benchmarks.peers import PEERS, Peer, peers
+from fastdiff.benchmarks.roofs import Roofs, measure_roofs
+from fastdiff.benchmarks.rows import Row
+from fastdiff.benchmarks.work import Work
+from fastdiff.benchmarks.workload import Workload
+from fastdiff.config import Precision
+from fastdiff.runtime.memory import out_of_memory
 
-PLAIN = {
-    "kernels": Kernels.REFERENCE,
-    "compile": Compile.OFF,
-    "precision": Precision.FP32,
-    "memory_format": MemoryFormat.CONTIGUOUS,
+DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.TF32: torch.float32,
+    Precision.BF16: torch.bfloat16,
+    Precision.FP16: torch.float16,
 }
-"""improved-diffusion's own operations in their order: what every ratio is quoted against."""
+"""Of the numbers that convolutions and matrix products read and write."""
 
-SAMPLING_STEPS = 10
-TOLERANCE = {Precision.FP32: 1e-4, Precision.TF32: 1e-2, Precision.BF16: 5e-2, Precision.FP16: 1e-2}
-"""Largest relative error of a candidate's output against the plain path's, beyond which no speed is told."""
+HONEST = 0.9
+"""Of diffusers' speed: a plain path that is slower would flatter every ratio that is quoted against it."""
 
-
-@dataclass(frozen=True)
-class Workload:
-    """The model, process and batch that a suite runs."""
-
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    batch_size: int
-    device: torch.device
+Ceilings = Mapping[Precision, Roofs]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A way to run the model: the module whose parameters it uses, the function to call, and the runtime of ours."""
-
-    module: nn.Module
-    call: Callable[..., Tensor]
-    runtime: Runtime | None = None  # a peer has none
-
-    @property
-    def kernels(self) -> Kernels:
-        """The process's backend."""
-        return self.runtime.kernels if self.runtime else Kernels.AUTO
-
-    def for_sampling(self, workload: Workload) -> Callable[..., Tensor]:
-        """The model as the engine calls it, its weights cast once: those of a copy, for training needs them in fp32.
-
-        ValueError where it computes something else than the model as it was.
-        """
-        self.module.eval()
-        if self.runtime is None:
-            return self.call
-        call = self.runtime.prepare(self.runtime.cast(copy.deepcopy(self.module)), calls=0)
-        x, t, kwargs = inputs(workload)
-        with torch.no_grad():
-            found, expected = (c(x, t.float(), **kwargs) for c in (call, self.runtime.eager(self.module)))
-        tolerance = TOLERANCE[self.runtime.precision]
-        require_close(found, expected, tolerance, "the model with its weights cast differs from itself")
-        return call
-
-
-def candidates(workload: Workload, ours: RuntimeConfig) -> dict[str, Candidate]:
-    """The plain path first, then ours eager and compiled, then diffusers' UNet2DModel where it is installed.
-
-    All with equal weights except the peer's. ValueError where one of ours computes something else than the plain path.
-    """
-    torch.manual_seed(0)
-    initial = randomised(build_model(workload.model).state_dict())
-    values = {**ours.to_dict(), "device": str(workload.device)}
-    configs = {
-        "plain": RuntimeConfig.from_dict({**values, **PLAIN}),
-        "fastdiff, eager": RuntimeConfig.from_dict({**values, "compile": Compile.OFF}),
-    }
-    if ours.compile is not Compile.OFF:
-        configs["fastdiff"] = RuntimeConfig.from_dict({**values, "compile": Compile.ON})
+def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dict[Precision, Roofs]:
+    """What this device can do at most, in each precision that is used, with the convolutions of this very model."""
+    convolutions = Work.of(workload.model, workload.batch_size, training=False).convolutions
     found = {}
-    for name, config in configs.items():
-        runtime = Runtime.resolve(config)
-        module = build_model(workload.model, runtime.kernels, runtime.memory_format)
-        module.load_state_dict(initial)
-        module.to(workload.device)
-        found[name] = Candidate(module, runtime.prepare(module, calls=0), runtime)
-        _check(name, found[name], found["plain"], workload, TOLERANCE[runtime.precision])
-    if find_spec("diffusers") and not workload.model.class_cond:
-        found["diffusers"] = _diffusers_peer(workload)
+    for precision in dict.fromkeys(rung.config.precision for rung in rungs):
+        _set_arithmetic(workload.device, precision)
+        found[precision] = measure_roofs(workload.device, DTYPES[precision], rounds, convolutions)
     return found
 
 
-def unet_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
-    """One forward pass without gradients."""
-    x, t, kwargs = inputs(workload)
+def measure(suite: str, models: Models, rungs: Sequence[Rung], roofs: Ceilings, rounds: int) -> list[Row]:
+    """A row for each rung of "unet", "train" or "sample", then one for each peer; what is wrong or fails has no time.
 
-    def forward(candidate: Candidate) -> Tensor:
-        with torch.no_grad():
-            return candidate.call(x, t.float(), **kwargs)
-
-    return {name: lambda c=c: forward(c) for name, c in found.items()}  # type: ignore[misc]
-
-
-def train_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
-    """One update: loss, gradients, AdamW."""
-    x, t, kwargs = inputs(workload)
-
-    def stepper(candidate: Candidate) -> Callable[[], None]:
-        candidate.module.train()
-        diffusion = build_diffusion(workload.diffusion, candidate.kernels)
-        ours = candidate.runtime is not None
-        optimizer = torch.optim.AdamW(candidate.module.parameters(), lr=1e-4, fused=ours)
-
-        def step() -> None:
-            diffusion.training_losses(candidate.call, x, t, kwargs)["loss"].mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    return {name: stepper(candidate) for name, candidate in found.items()}
+    The first rung is what the others are compared with, and each has its gain over the last one before it.
+    """
+    workload, training = models.workload, suite == "train"
+    table = _Table(suite, workload, roofs)
+    with ExitStack() as stack:
+        work = Work.of(workload.model, workload.batch_size, training)
+        for rung in rungs:
+            build = partial(job_of, suite, models, rung, stack)
+            table.enter(rung.name, rung.config.precision, work, build, rung.trainer)
+        for name, peer in peers(workload).items():
+            table.enter_peer(name, peer, models.num_parameters)
+        return table.timed(rounds)
 
 
-def sample_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
-    """One batch of images in 10 DDIM steps, noise drawn and pixels brought to the host."""
-    respaced = {**workload.diffusion.to_dict(), "timestep_respacing": str(SAMPLING_STEPS)}
-    process = DiffusionConfig.from_dict(respaced)
-    diffusions = {candidate.kernels: build_diffusion(process, candidate.kernels) for candidate in found.values()}
-    size = workload.batch_size
-    config = SampleConfig(num_samples=size, batch_size=size, sampler=Sampler.DDIM)
-    labels = _labels(workload)
-
-    def sampler(name: str, candidate: Candidate) -> Callable[[], object]:
-        call = candidate.for_sampling(workload)
-
-        def sample() -> object:
-            drawn = generate(
-                call,
-                diffusions[candidate.kernels],
-                config,
-                image_size=workload.model.image_size,
-                device=workload.device,
-                labels=None if labels is None else labels.cpu().numpy(),
-                graphs=name.startswith("fastdiff"),
-            )
-            return list(drawn)
-
-        return sample
-
-    return {name: sampler(name, candidate) for name, candidate in found.items()}
-
-
-def step_suite(workload: Workload, found: Mapping[str, Candidate]) -> dict[str, Callable[[], object]]:
+def measure_step(models: Models, rung: Rung, roofs: Ceilings, rounds: int) -> list[Row]:
     """What an ancestral step with its noise costs over the model's call alone, both as the engine runs them."""
-    candidate = found.get("fastdiff", found["fastdiff, eager"])
-    call = candidate.for_sampling(workload)
-    x, t, kwargs = inputs(workload)
-    timesteps = t.float()
-    diffusion = build_diffusion(workload.diffusion, candidate.kernels)
-    loop = Loop(call, diffusion, SampleConfig(sampler=Sampler.DDPM), graphs=True)
-    noise = Philox(0, torch.arange(workload.batch_size, device=workload.device))
-
-    def model_call() -> Tensor:
-        with torch.no_grad():
-            return call(x, timesteps, **kwargs)
-
-    def step() -> None:
-        if not loop.left:
-            loop.begin(x, noise, kwargs)
-        loop.step()
-
-    return {"model call": model_call, "model call and step": step}
-
-
-SUITES: Mapping[str, Callable[[Workload, Mapping[str, Candidate]], dict[str, Callable[[], object]]]] = {
-    "unet": unet_suite,
-    "train": train_suite,
-    "sample": sample_suite,
-    "step": step_suite,
-}
-
-
-def inputs(workload: Workload) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Images, timesteps (N,) int64, and the model's further arguments."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (workload.batch_size, 3, workload.model.image_size, workload.model.image_size)
-    x = torch.rand(shape, generator=generator) * 2 - 1
-    t = torch.randint(workload.diffusion.diffusion_steps, (workload.batch_size,), generator=generator)
-    labels = _labels(workload)
-    return x.to(workload.device), t.to(workload.device), {} if labels is None else {"y": labels}
-
-
-def _labels(workload: Workload) -> Tensor | None:
-    if not workload.model.class_cond:
-        return None
-    return torch.arange(workload.batch_size, device=workload.device) % workload.model.num_classes
-
-
-def randomised(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Small random numbers for what begins as zero, so that a comparison of outputs compares the whole model."""
-    return {k: torch.randn_like(v) * 0.02 if not v.any() else v for k, v in state.items()}
-
-
-def require_close(found: Tensor, expected: Tensor, tolerance: float, verdict: str, what: str = "output") -> None:
-    """ValueError where the relative error is larger than ``tolerance``: what is wrong is not timed."""
-    error = float((found - expected).norm() / expected.norm())
-    if not error <= tolerance:
-        raise ValueError(f"{verdict} by {error:.1e} in its {what} (allowed {tolerance:.0e}): not timed")
-
-
-def _check(name: str, candidate: Candidate, plain: Candidate, workload: Workload, tolerance: float) -> None:
-    x, t, kwargs = inputs(workload)
-    results = []
-    for c in (candidate, plain):
-        output = c.call(x, t.float(), **kwargs)
-        gradients = torch.autograd.grad(output.square().mean(), list(c.module.parameters()))
-        results.append((output.detach().flatten(), torch.cat([g.flatten() for g in gradients])))
-    for what, found, expected in zip(("output", "gradient"), *results, strict=True):
-        require_close(found, expected, tolerance, f"{name} differs from the plain path", what)
-
-
-def _diffusers_peer(workload: Workload) -> Candidate:
-    """UNet2DModel with the same widths, blocks and attention: eager, fp32, its own AdamW unfused."""
-    from diffusers import UNet2DModel
-
+    workload, precision = models.workload, rung.config.precision
     model = workload.model
-    attends = [level in model.attention_levels for level in range(len(model.multipliers))]
-    peer: Any = UNet2DModel(
-        sample_size=model.image_size,
-        in_channels=3,
-        out_channels=model.out_channels,
-        layers_per_block=model.num_res_blocks,
-        block_out_channels=tuple(model.num_channels * m for m in model.multipliers),
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        attention_head_dim=model.num_channels * model.multipliers[-1] // model.num_heads,
-        resnet_time_scale_shift="scale_shift" if model.use_scale_shift_norm else "default",
-    )
-    peer.to(workload.device)
+    work = Work.of(model, workload.batch_size, training=False)
+    # x is read and written, the model's output read
+    moved = 4 * workload.batch_size * (3 + 3 + model.out_channels) * model.image_size**2
+    table = _Table("step", workload, roofs)
 
-    def call(x: Tensor, timesteps: Tensor) -> Tensor:
-        return peer(x, timesteps).sample
+    def call() -> Job:
+        candidate = models.inference(rung.config)
+        return forward(workload, candidate.module, candidate.call)
 
-    return Candidate(peer, call)
+    table.enter("model call", precision, work, call)
+    with_step = replace(work, fp32_bytes=moved)
+    table.enter("model call and step", precision, with_step, lambda: stepping(workload, models.inference(rung.config)))
+    return table.timed(rounds)
+
+
+def against_diffusers(rows: Sequence[Row]) -> list[str]:
+    """What the plain path is worth as the one to compare with, where diffusers was timed beside it."""
+    timings = {row.candidate: row.timing for row in rows}
+    plain, theirs = timings.get("plain"), timings.get("diffusers")
+    if plain is None or theirs is None:
+        return []
+    speed = plain.speedup_over(theirs)
+    said = [f"plain path: {speed:.2f} times as fast as diffusers' eager model"]
+    if speed < HONEST:
+        said.append("warning: the plain path is slow here, and every ratio to it flatters")
+    return said
+
+
+class _Table:
+    """The rows of one suite on one workload, as they come to be."""
+
+    def __init__(self, suite: str, workload: Workload, roofs: Ceilings) -> None:
+        self._workload = workload
+        self._roofs = roofs
+        self._times = sampling_steps(workload) if suite == "sample" else 1
+        label = f"{workload}, {self._times} DDIM steps" if suite == "sample" else str(workload)
+        self._blank = Row(suite, label, "", None, images=workload.batch_size)
+        self._rows: list[Row] = []
+        self._runs: dict[str, Callable[[], object]] = {}
+
+    def enter(
+        self, name: str, precision: Precision, work: Work, build: Callable[[], Job], deterministic: bool = False
+    ) -> None:
+        """One of ours, made ready and its memory counted."""
+        row = self._of(name, precision, work)
+        try:
+            self._ready(row, build(), precision, deterministic)
+        except Exception as reason:  # whatever keeps it from running or being right is its remark
+            self._rows.append(replace(row, remark=_said(reason), failed=not out_of_memory(reason)))
+
+    def enter_peer(self, name: str, build: Callable[[Workload], Peer], our_parameters: int) -> None:
+        """One that is compared with as it comes."""
+        suite, workload, row = self._blank.suite, self._workload, replace(self._blank, candidate=name)
+        try:
+            peer = build(workload)
+            with torch.device("meta"):
+                counted = build(replace(workload, device=torch.device("meta")))
+            work = Work.of_module(counted.module, counted.call, workload.model, workload.batch_size, suite == "train")
+            said = f"{peer.num_parameters / 1e6:.2f} M parameters, ours {our_parameters / 1e6:.2f} M"
+            row = replace(self._of(name, Precision.FP32, work), remark=said)
+            self._ready(row, peer_job(suite, workload, peer.module, peer.call), Precision.FP32, deterministic=False)
+        except Exception as reason:
+            self._rows.append(replace(row, remark=_said(reason)))
+
+    def _of(self, name: str, precision: Precision, work: Work) -> Row:
+        work, dtype = work.times(self._times), DTYPES[precision]
+        limit = self._roofs[precision].limit(work, dtype)
+        return replace(self._blank, candidate=name, flops=work.flops, n_bytes=work.n_bytes(dtype), limit_s=limit)
+
+    def _ready(self, row: Row, job: Job, precision: Precision, deterministic: bool) -> None:
+        device = self._workload.device
+        run = _in_arithmetic(job.run, device, precision, deterministic)
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in job.tensors()}
+        peak = sum(held.values()) + peak_bytes(run, device)
+        self._rows.append(replace(row, peak_gib=peak / 2**30))
+        self._runs[row.candidate] = run
+
+    def timed(self, rounds: int) -> list[Row]:
+        """All that is ready, in turn."""
+        device = self._workload.device
+        first = self._rows[0].candidate
+        timings = {t.name: t for t in interleaved(self._runs, rounds, 1, device, first)} if self._runs else {}
+        _set_arithmetic(device, Precision.FP32, deterministic=False)
+        rows: list[Row] = []
+        before: Timing | None = None
+        for row in self._rows:
+            timing = timings.get(row.candidate)
+            rows.append(replace(row, timing=timing, before=None if row.candidate in PEERS else before))
+            before = timing or before
+        return rows
+
+
+def _said(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+
+
+def _in_arithmetic(
+    run: Callable[[], object], device: torch.device, precision: Precision, deterministic: bool
+) -> Callable[[], object]:
+    """The call with PyTorch's own switches as its runtime and, ``deterministic``, as the Trainer sets them."""
+    if device.type != "cuda":
+        return run
+
+    def switched() -> object:
+        _set_arithmetic(device, precision, deterministic)
+        return run()
+
+    return switched
+
+
+def _set_arithmetic(device: torch.device, precision: Precision, deterministic: bool = False) -> None:
+    if device.type == "cuda":
+        rounded = precision is Precision.TF32
+        torch.set_float32_matmul_precision("high" if rounded else "highest")
+        torch.backends.cudnn.allow_tf32 = rounded
+        torch.backends.cudnn.deterministic = deterministic

@@ -2,11 +2,13 @@
 
 import tempfile
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdiff.benchmarks.harness import environment
@@ -43,7 +45,10 @@ def train(device: torch.device, csv: Path, deadline: float) -> None:
     """
     on_gpu = device.type == "cuda"
     name, batch_size, updates = ("imagenet64_uncond", 64, 20) if on_gpu else ("cifar10_uncond", 1, 2)
-    dataset = _noise(preset_named(name).config(ModelConfig).image_size)
+    preset = preset_named(name)
+    model, process = preset.config(ModelConfig), preset.config(DiffusionConfig)
+    training = TrainConfig(batch_size=batch_size, schedule_sampler=ScheduleSampler.LOSS_SECOND_MOMENT, grad_clip=1.0)
+    compiled = Compile.ON if on_gpu else Compile.OFF
     about, roofs = environment(device), measure_roofs(device, torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/store"
@@ -52,9 +57,11 @@ def train(device: torch.device, csv: Path, deadline: float) -> None:
             if time.monotonic() > deadline:
                 print("the time is over: what follows was not measured")
                 break
-            trainer = _trainer(name, batch_size, device, Precision(precision), Kernels(kernels), dataset, Path(folder))
+            torch._dynamo.reset()
+            on = RuntimeConfig(str(device), Precision(precision), compiled, Kernels(kernels))
+            trainer = build_trainer(model, process, training, on, Path(folder))
             seconds, remark = _timed(trainer, updates)
-            flops = 3 * forward_flops(trainer.config.model) * batch_size
+            flops = 3 * forward_flops(model) * batch_size
             row = {
                 "preset": name,
                 "batch_size": batch_size,
@@ -72,28 +79,25 @@ def train(device: torch.device, csv: Path, deadline: float) -> None:
         dist.destroy_process_group()
 
 
-def _noise(size: int, images: int = 256) -> Dataset:
-    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
-    preflight = Preflight({"png": images}, (), (size, size), (size, size), ())
-    return Dataset(pixels, None, (), preflight, tuple(map(str, range(images))), "")
-
-
-def _trainer(
-    name: str,
-    batch_size: int,
-    device: torch.device,
-    precision: Precision,
-    kernels: Kernels,
-    dataset: Dataset,
-    folder: Path,
+def build_trainer(
+    model: ModelConfig, process: DiffusionConfig, training: TrainConfig, on: RuntimeConfig, folder: Path
 ) -> Trainer:
-    torch._dynamo.reset()
-    preset = preset_named(name)
-    compiled = Compile.ON if device.type == "cuda" else Compile.OFF
-    on = RuntimeConfig(device=str(device), precision=precision, compile=compiled, kernels=kernels)
-    training = TrainConfig(batch_size=batch_size, schedule_sampler=ScheduleSampler.LOSS_SECOND_MOMENT, grad_clip=1.0)
-    config = RunConfig(preset.config(ModelConfig), preset.config(DiffusionConfig), DataConfig(), training, on)
+    """The Trainer of a run on noise, of which nothing is written to ``folder``."""
+    size, images = model.image_size, max(256, training.batch_size)
+    classes = model.num_classes if model.class_cond else 0
+    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
+    labels = np.arange(images) % classes if classes else None
+    preflight = Preflight({"png": images}, (), (size, size), (size, size), ())
+    dataset = Dataset(pixels, labels, tuple(map(str, range(classes))), preflight, tuple(map(str, range(images))), "")
+    config = RunConfig(model, process, DataConfig(), training, on)
     return Trainer(config, dataset, Runtime.resolve(on), folder, Silence())
+
+
+def stream(trainer: Trainer) -> Generator[tuple[Tensor, Tensor | None], None, None]:
+    """Batches as the trainer's own, uint8 (B, H, W, 3), with their labels (B,)."""
+    config, pin = trainer.config, trainer.device.type == "cuda"
+    data = batches(trainer.dataset, config.data, config.train.batch_size, config.train.seed, 0, pin=pin)
+    return on_device(data, trainer.device)
 
 
 def _timed(trainer: Trainer, updates: int) -> tuple[float, str]:
@@ -103,9 +107,7 @@ def _timed(trainer: Trainer, updates: int) -> tuple[float, str]:
     module = DistributedDataParallel(trainer.model, gradient_as_bucket_view=True)
     forward = trainer.runtime.prepare(module, trainer.model_calls)
     update = Updater(trainer.config, trainer.state, trainer.diffusion, module, forward, trainer.world)
-    data = on_device(
-        batches(trainer.dataset, DataConfig(), trainer.config.train.batch_size, 0, 0, pin=on_gpu), trainer.device
-    )
+    data = stream(trainer)
     remark, began = "no wait for the device" if on_gpu else "", time.perf_counter()
     try:
         for _ in range(5 if on_gpu else 1):  # compiled, and two buffers of data filled

@@ -14,12 +14,14 @@ _PANELS = {
 }
 
 
-def refuse_without_matplotlib() -> None:
-    """ValueError, naming the extra, where it is not installed."""
+def refuse_without_matplotlib(option: str = "plot") -> None:
+    """ValueError, naming the extra, where it is not installed; ``option`` is what asks for a picture."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("plot needs matplotlib: pip install matplotlib (extra 'plot'), or leave --plot out") from None
+        raise ValueError(
+            f"{option} needs matplotlib: pip install matplotlib (extra 'plot'), or leave --{option} out"
+        ) from None
 
 
 def save_plot(path: Path, bound: Bound, timesteps: Int64Array, title: str) -> None:

@@ -7,11 +7,13 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastdiff.benchmarks.bars import verdicts
+from fastdiff.benchmarks.bars import training_verdicts, verdicts
 from fastdiff.benchmarks.gpu_check import ATTENTION_VARIANTS, NORM_VARIANTS, Variants
-from fastdiff.benchmarks.kernels import Row, measure
+from fastdiff.benchmarks.harness import Timing
+from fastdiff.benchmarks.kernels import Measured, measure
 from fastdiff.benchmarks.problems import Problem, attention_problem, norm_problem
 from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.rows import Row
 
 CPU = torch.device("cpu")
 ROOFS = Roofs(bytes_per_s=1e9, flops_per_s=1e12)
@@ -26,14 +28,20 @@ def small_norm(layout: str = "contiguous") -> Problem:
     "problem", [small_norm(), small_norm("channels_last"), attention_problem(2, 16, 2, 16, torch.float32, False)]
 )
 def test_every_right_candidate_is_timed(problem: Problem, direction: str) -> None:
-    rows = list(measure(problem, direction, 2, CPU))
-    assert [row.candidate for row in rows] == list(problem.candidates)
-    for row in rows:
-        assert len(row.seconds) == 2
-        assert row.median > 0
-        values = row.as_dict(ROOFS)
-        n_bytes, _ = problem.cost(direction)
-        assert values["gb_per_s"] == pytest.approx(n_bytes / row.median / 1e9, rel=1e-3)
+    found = list(measure(problem, direction, 2, CPU))
+    assert {one.candidate for one in found} == set(problem.candidates)
+    assert found[0].candidate == "reference"
+    n_bytes, flops = problem.cost(direction)
+    for one in found:
+        assert one.median > 0
+        row = one.row(ROOFS)
+        values = row.as_dict()
+        assert values["rounds"] == 2
+        assert (row.suite, row.candidate, row.failed) == ("kernels", one.candidate, False)
+        assert row.workload.startswith(f"{problem.op} {direction}, {problem.shape}, float32, ")
+        assert values["gbyte"] == pytest.approx(n_bytes / 1e9, rel=1e-3)
+        assert values["share_of_limit"] == pytest.approx(ROOFS.floor(n_bytes, flops) / one.median, rel=1e-3)
+        assert row.peak_gib * 2**30 > n_bytes / 4  # at least what it writes
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -47,27 +55,41 @@ def test_a_wrong_candidate_gets_no_time(direction: str) -> None:
         "right": right,
     }
     rows = {r.candidate: r for r in measure(dataclasses.replace(problem, candidates=candidates), direction, 1, CPU)}
-    assert rows["right"].seconds
+    assert rows["right"].timing
+    assert math.isnan(rows["right"].row(ROOFS).as_dict()["speedup"])  # type: ignore[arg-type]  # of no reference
     for name in ("off", "nan"):
-        assert not rows[name].seconds
+        assert rows[name].timing is None
         assert rows[name].remark.startswith("ValueError: not timed: error")
     assert rows["broken"].remark == "RuntimeError: no such kernel"
     assert math.isnan(rows["off"].median)
+    assert not rows["off"].row(ROOFS).failed  # somebody else's
+
+
+def test_one_of_ours_that_is_wrong_is_a_failure() -> None:
+    problem = small_norm()
+    candidates = {**problem.candidates, "torch": _raise}
+    rows = [one.row(ROOFS) for one in measure(dataclasses.replace(problem, candidates=candidates), "forward", 1, CPU)]
+    assert {row.candidate for row in rows if row.failed} == {"torch"}
 
 
 def _raise(**_: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no such kernel\nand a long explanation")
 
 
+def measured(problem: Problem, candidate: str, seconds: float | None, remark: str = "") -> Measured:
+    timing = None if seconds is None else Timing(candidate, [seconds], [seconds])
+    return Measured(problem, "forward", candidate, timing, remark=remark)
+
+
 def test_marks_are_judged_by_the_worst_figure() -> None:
     large, small = (norm_problem(64, c, s, torch.bfloat16, "contiguous", False) for c, s in ((192, 64), (768, 8)))
     floors = {p: ROOFS.floor(*p.cost("forward")) for p in (large, small)}
     rows = [
-        Row(large, "forward", "triton", [floors[large] / 0.9]),
-        Row(large, "forward", "compile", [floors[large] / 0.9 * 1.3]),
-        Row(small, "forward", "triton", [1e-5]),
-        Row(small, "forward", "compile", [1.1e-5]),
-        Row(small, "forward", "torch", []),
+        measured(large, "triton", floors[large] / 0.9),
+        measured(large, "compile", floors[large] / 0.9 * 1.3),
+        measured(small, "triton", 1e-5),
+        measured(small, "compile", 1.1e-5),
+        measured(small, "torch", None),
     ]
     found = {v.what: v for v in verdicts(rows, ROOFS)}
     assert found["norm forward over 64 MB, share of the floor"].worst == pytest.approx(0.9)  # the large one alone
@@ -82,8 +104,8 @@ def test_marks_are_judged_by_the_worst_figure() -> None:
 def test_a_kernel_without_a_time_misses_its_mark() -> None:
     large = norm_problem(64, 192, 64, torch.bfloat16, "contiguous", False)
     rows = [
-        Row(large, "forward", "triton", [], "ValueError: not timed: error 1"),
-        Row(large, "forward", "compile", [1.0]),
+        measured(large, "triton", None, "ValueError: not timed: error 1"),
+        measured(large, "compile", 1.0),
     ]
     found = {v.what: v for v in verdicts(rows, ROOFS)}
     for what in ("norm forward over 64 MB, share of the floor", "norm forward against Inductor"):
@@ -95,9 +117,26 @@ def test_layouts_are_compared_shape_by_shape() -> None:
     planar, last = (
         norm_problem(64, 128, 8, torch.bfloat16, layout, False) for layout in ("contiguous", "channels_last")
     )
-    rows = [Row(planar, "forward", "triton", [1.0]), Row(last, "forward", "triton", [1.25])]
+    rows = [measured(planar, "triton", 1.0), measured(last, "triton", 1.25)]
     found = {v.what: v for v in verdicts(rows, ROOFS)}
     assert found["norm forward, channels_last against contiguous"].worst == pytest.approx(0.8)
+
+
+def step(candidate: str, seconds: float | None) -> Row:
+    timing = None if seconds is None else Timing(candidate, [seconds], [1.0])
+    return Row("train", "imagenet64_uncond, batch 64", candidate, timing, limit_s=0.3)
+
+
+def test_a_training_step_is_judged_by_the_slower_of_ours() -> None:
+    rows = [step("plain", 4.0), step("+ compile", 1.2), step("+ Triton kernels", 0.5), step("trainer", 1.0)]
+    faster, share = training_verdicts(rows)
+    assert (faster.worst, faster.where) == (pytest.approx(1.2), "trainer")
+    assert str(faster).startswith("met")
+    assert share.worst == pytest.approx(0.3)
+    assert str(share).startswith("MISSED")
+    faster, share = training_verdicts([step("+ compile", 1.2), step("trainer", None)])
+    assert (faster.worst, share.worst) == (0, 0)  # what has no time misses its mark
+    assert all(math.isnan(v.worst) for v in training_verdicts([step("plain", 4.0), step("+ compile", 1.2)]))
 
 
 @pytest.mark.parametrize(("op", "variants"), [("group_norm_silu", NORM_VARIANTS), ("attention", ATTENTION_VARIANTS)])

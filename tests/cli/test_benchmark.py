@@ -1,55 +1,112 @@
 """fastdiff benchmark: it checks before it times, and writes rows that say where they come from."""
 
 import csv
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from fastdiff.benchmarks import suites
+from fastdiff.benchmarks import ladder, suites
+from fastdiff.benchmarks.rows import Row
+from fastdiff.runtime import device as runtime_device
 
 from .conftest import Cli
 from .support import refused, succeeded
 
 QUICK = ["--image-size", "8", "--num-channels", "32", "--num-res-blocks", "1", "--channel-mult", "1"]
-ONCE = ["--batch-size", "2", "--rounds", "1", "--compile", "off", "--device", "cpu"]
+ONCE = ["--batch-size", "2", "--rounds", "1", "--device", "cpu"]
+PLAIN = ["--compile", "off"]
 
 
-def test_every_suite_writes_a_row_a_candidate(cli: Cli) -> None:
-    succeeded(cli("benchmark", *QUICK, *ONCE, "--csv", "deep/rows.csv"))
-    succeeded(cli("benchmark", "unet", *QUICK, *ONCE, "--csv", "deep/rows.csv"))
-    with open("deep/rows.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    ours = [(row["suite"], row["candidate"]) for row in rows if row["candidate"] != "diffusers"]
-    expected = [(suite, name) for suite in ("unet", "train", "sample") for name in ("plain", "fastdiff, eager")]
-    expected += [("step", "model call"), ("step", "model call and step")]
-    assert ours == [*expected, ("unet", "plain"), ("unet", "fastdiff, eager")]
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a compiler, which would take minutes."""
+    monkeypatch.setattr(runtime_device, "_has_compiler", lambda _: False)
+
+
+def rows_of(path: str) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_suite_adds_to_one_file(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, suite in (("data", "data"), ("growth", "growth")):
+        monkeypatch.setattr(
+            f"fastdiff.benchmarks.{module}.measure_{module}",
+            lambda *_, suite=suite: iter([Row(suite, "a", "x", None), Row(suite, "b", "y", None)]),
+        )
+    result = succeeded(cli("benchmark", *QUICK, *ONCE, *PLAIN, "--quick", "--csv", "deep/rows.csv"))
+    succeeded(cli("benchmark", "unet", *QUICK, *ONCE, *PLAIN, "--csv", "deep/rows.csv"))
+    rows = rows_of("deep/rows.csv")
+    assert {row["suite"] for row in rows} == {"kernels", "unet", "train", "sample", "step", "data", "growth"}
+    operations = {row["workload"].split()[0] for row in rows if row["suite"] == "kernels"}
+    assert operations == {"group_norm_silu", "attention", "diffusion_step", "diffusion_loss"}
+    for suite, count in (("unet", 2), ("train", 1), ("sample", 1)):
+        assert [row["candidate"] for row in rows if row["suite"] == suite].count("plain") == count
+        asked = [row for row in rows if row["suite"] == suite and row["candidate"].startswith("asked: ")]
+        assert len(asked) == count
     for row in rows:
-        assert float(row["median_s"]) > 0
         assert row["torch"]
         assert row["commit"]
+        assert row["suite"] in ("data", "growth") or float(row["median_s"]) > 0
         assert row["candidate"] != "plain" or float(row["speedup"]) == 1
+    assert "measured here in fp32: copy" in result.out
+    assert all(len(line) <= 100 for line in result.out.splitlines())
 
 
-def test_kernels_have_rows_of_their_own(cli: Cli) -> None:
-    result = cli("benchmark", "kernels", "--rounds", "1", "--device", "cpu", "--csv", "rows.csv")
-    succeeded(result)
-    assert "these are CPU figures" in result.out
-    with open("rows_kernels.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["candidate"] for row in rows} >= {"reference", "torch"}
-    assert {row["op"] for row in rows} == {"group_norm_silu", "attention", "diffusion_step", "diffusion_loss"}
-    for row in rows:
-        assert float(row["median_us"]) > 0
-        assert row["commit"]
+def test_without_a_choice_it_climbs_the_ladder(cli: Cli) -> None:
+    result = succeeded(cli("benchmark", "unet", *QUICK, *ONCE, "--batch-size", "1,2", "--csv", "rows.csv"))
+    for size in (1, 2):
+        rungs = [row["candidate"] for row in rows_of("rows.csv") if row["workload"].endswith(f"batch {size}")]
+        assert rungs[:3] == ["plain", "+ channels_last", "+ torch kernels"]
+    assert "× before" in result.out
+
+
+def test_a_preset_is_named(cli: Cli) -> None:
+    cli("benchmark", "unet", "--preset", "cifar10_uncond", *QUICK, *ONCE, *PLAIN, "--csv", "rows.csv")
+    assert {row["workload"] for row in rows_of("rows.csv")} == {"cifar10_uncond, batch 2"}
 
 
 def test_no_speed_from_a_red_check(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suites, "TOLERANCE", dict.fromkeys(suites.TOLERANCE, 1e-12))
-    result = cli("benchmark", "unet", *QUICK, *ONCE, "--precision", "bf16")
-    refused(result, "fastdiff, eager differs from the plain path by .*not timed")
-    assert "median" not in result.out
+    monkeypatch.setattr(ladder, "TOLERANCE", {**ladder.TOLERANCE, "bf16": 1e-12})
+    result = cli("benchmark", "unet", *QUICK, *ONCE, *PLAIN, "--precision", "bf16", "--csv", "rows.csv")
+    assert result.status == 1
+    plain, asked, *_ = rows_of("rows.csv")
+    assert float(plain["median_s"]) > 0
+    assert asked["median_s"] == asked["speedup"] == "nan"
+    assert asked["remark"].startswith("ValueError: differs from the plain path by ")
+    assert "not timed" in result.out
 
 
-def test_rows_of_other_columns_are_not_mixed(cli: Cli) -> None:
-    with open("rows.csv", "w", encoding="utf-8") as file:
-        file.write("a,b\n1,2\n")
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is measured is an error."""
+
+    def measured(*_: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(suites, "ceilings", measured)
+    return
+
+
+@pytest.mark.usefixtures("untimed")
+def test_files_are_looked_at_before_anything_is_timed(cli: Cli) -> None:
+    Path("rows.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     refused(cli("benchmark", "unet", *QUICK, *ONCE, "--csv", "rows.csv"), r"rows\.csv has other columns.*--csv")
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "rows.csv"), "rows.csv has no columns suite")
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "none.csv"), "none.csv")
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--chart", "chart.jpg"), "must end in .png")
+
+
+@pytest.mark.parametrize("size", ["0", "1,-2", "many", ""])
+def test_sizes_of_batches(cli: Cli, size: str) -> None:
+    refused(cli("benchmark", "unet", *QUICK, "--batch-size", size), "batch_size must be")
+
+
+def test_what_moved_and_a_chart(cli: Cli) -> None:
+    succeeded(cli("benchmark", "unet", *QUICK, *ONCE, "--csv", "rows.csv"))
+    result = succeeded(
+        cli("benchmark", "unet", *QUICK, *ONCE, "--csv", "rows.csv", "--compare", "rows.csv", "--chart", "ladder.png")
+    )
+    assert Path("ladder.png").read_bytes().startswith(b"\x89PNG")
+    assert "chart drawn to ladder.png" in result.out

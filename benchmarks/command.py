@@ -1,0 +1,145 @@
+"""The suites one after the other, their rows printed and kept as soon as they are there."""
+
+import gc
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch._dynamo
+from rich.console import Console
+
+from fastdiff.benchmarks.chart import check_chart, draw_ladder
+from fastdiff.benchmarks.compare import print_comparison, read_measured
+from fastdiff.benchmarks.harness import environment
+from fastdiff.benchmarks.rows import Row, append_rows, require_columns
+from fastdiff.benchmarks.table import print_rows
+from fastdiff.benchmarks.workload import Workload
+from fastdiff.config import RuntimeConfig
+
+MODEL_SUITES = ("unet", "train", "sample", "step")
+SUITES = ("kernels", *MODEL_SUITES, "data", "growth")
+
+ROUNDS = {"cpu": {True: 3, False: 11}, "cuda": {True: 10, False: 40}}
+"""By device, and whether it is to be quick."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: the ladder, or with ``asked`` only the arithmetic of ``ours`` beside the plain path."""
+
+    suites: Sequence[str]
+    workloads: Sequence[Workload]  # the same model, in several batch sizes
+    ours: RuntimeConfig
+    asked: bool = False
+    rounds: int | None = None
+    quick: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is measured."""
+        return self.workloads[0].device
+
+
+def run(
+    request: Request, console: Console, csv: Path | None = None, chart: Path | None = None, compare: Path | None = None
+) -> bool:
+    """Measure, print, keep; False where one of ours was wrong or broken.
+
+    ValueError or OSError before anything is measured where one of the files is not as it must be.
+    """
+    about = environment(request.device)
+    if csv is not None:
+        require_columns(csv, list(Row("", "", "", None).as_dict() | about))
+    if chart is not None:
+        check_chart(chart)
+    old = None if compare is None else read_measured(compare)
+    rows: list[dict[str, object]] = []
+    good = True
+    for measured in _tables(request, console):
+        print_rows(measured, console)
+        values = [row.as_dict() | about for row in measured]
+        if csv is not None:
+            append_rows(csv, values)
+        rows += values
+        good = good and not any(row.failed for row in measured)
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    if csv is not None:
+        console.print(f"rows added to {csv}", highlight=False)
+    if chart is not None:
+        draw_ladder(rows, chart)
+        console.print(f"chart drawn to {chart}", highlight=False)
+    if old is not None:
+        print_comparison(old, rows, console)
+    return good
+
+
+def _tables(request: Request, console: Console) -> Iterator[list[Row]]:
+    """The rows of each table, as they come."""
+    rounds = request.rounds or ROUNDS[request.device.type][request.quick]
+    suites = [suite for suite in MODEL_SUITES if suite in request.suites]
+    if "kernels" in request.suites:
+        yield from _kernels(request, rounds, console)
+    for workload in request.workloads if suites else ():
+        yield from _models(request, suites, workload, rounds, console)
+        gc.collect()  # the memory of the models is that of the next ones
+    if "data" in request.suites:
+        from fastdiff.benchmarks.data import measure_data
+
+        with tempfile.TemporaryDirectory() as folder:
+            yield from _grouped(measure_data(request.quick, Path(folder)))
+    if "growth" in request.suites:
+        from fastdiff.benchmarks.growth import measure_growth
+
+        yield from _grouped(measure_growth(request.workloads[0], request.ours, request.quick))
+
+
+def _kernels(request: Request, rounds: int, console: Console) -> Iterator[list[Row]]:
+    from fastdiff.benchmarks.kernels import measure_all
+    from fastdiff.benchmarks.problems import problems
+    from fastdiff.benchmarks.roofs import measure_roofs
+
+    device = request.device
+    if device.type == "cpu":
+        console.print("kernels: no GPU, so these are CPU figures of the PyTorch implementations, at small sizes")
+    roofs = measure_roofs(device, torch.bfloat16)
+    console.print(f"measured here in bf16: {roofs}", highlight=False)
+    found = list(problems(device))
+    if request.quick:  # the first of each
+        found = list({(p.op, p.layout): p for p in reversed(found)}.values())[::-1]
+    for measured in measure_all(found, rounds, device):
+        yield [one.row(roofs) for one in measured]
+
+
+def _models(
+    request: Request, suites: Sequence[str], workload: Workload, rounds: int, console: Console
+) -> Iterator[list[Row]]:
+    from fastdiff.benchmarks.ladder import Models, as_asked, ladder
+    from fastdiff.benchmarks.peers import missing
+    from fastdiff.benchmarks.suites import against_diffusers, ceilings, measure, measure_step
+
+    torch._dynamo.reset()  # a model compiled for another batch size counts towards Dynamo's limit of eight
+    device, models = workload.device, Models(workload)
+    climbed = {s: as_asked(s, request.ours, device) if request.asked else ladder(s, device) for s in suites}
+    roofs = ceilings(workload, itertools.chain(*climbed.values()))
+    console.print(f"{workload}: {models.num_parameters / 1e6:.2f} M parameters", highlight=False)
+    for precision, measured in roofs.items():
+        console.print(f"measured here in {precision}: {measured}", highlight=False)
+    for line in missing():
+        console.print(line, highlight=False)
+    console.print("building and checking; compiling takes a minute or two when its cache is cold ...")
+    for suite, rungs in climbed.items():
+        if suite == "step":
+            yield measure_step(models, rungs[-1], roofs, rounds)
+            continue
+        rows = measure(suite, models, rungs, roofs, rounds)
+        yield rows
+        for line in against_diffusers(rows):
+            console.print(line, highlight=False)
+
+
+def _grouped(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    for _, group in itertools.groupby(rows, lambda row: (row.suite, row.workload)):
+        yield list(group)

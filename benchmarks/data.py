@@ -1,0 +1,197 @@
+"""The data: a folder opened for the first time and again, batches from it, the wait before the first update."""
+
+import math
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastdiff.benchmarks.fit import slope
+from fastdiff.benchmarks.harness import Timing
+from fastdiff.benchmarks.rows import Row
+from fastdiff.benchmarks.startup import measure_startup
+from fastdiff.config import Cache, DataConfig
+from fastdiff.data import batches, load_dataset, normalised, resize_and_crop
+from fastdiff.data.batches import AHEAD
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+STORED, WANTED = 64, 32
+"""Pixels of the files, and of the images that are made of them."""
+
+DISTINCT = 256
+"""So many images are drawn; the further files hold the same ones again, which neither the cache nor a reader sees."""
+
+BATCH = 64
+PEER = "as improved-diffusion: DataLoader, decode every time"
+
+_TURN_SECONDS = 0.4
+_QUIET_SECONDS = 0.2
+"""After a turn, so that what prefetches comes to rest before the next one's clock starts."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: numbers of files, that of them at which the peer and a start are timed, and how often."""
+
+    files: tuple[int, ...]
+    compared_at: int
+    rounds: int
+    starts: int
+
+
+QUICK = Extent((500, 2_000), 2_000, rounds=5, starts=2)
+FULL = Extent((1_000, 10_000, 100_000), 10_000, rounds=11, starts=5)
+
+
+def measure_data(quick: bool, folder: Path) -> Iterator[Row]:
+    """Rows of the suite data, on PNG files of 64 pixels that are brought to 32, in ``folder``, which is empty.
+
+    The files were written just before, so that they come from memory and what is timed is work, not a disk. Opening
+    happens in a new process, whose peak memory the row tells. Batches are counted on the CPU, as fp32 in [-1, 1].
+    """
+    extent = QUICK if quick else FULL
+    opened: dict[str, list[float]] = {"cold": [], "warm": []}
+    for files in extent.files:
+        images, cache = folder / "images", folder / "cache"
+        write_images(images, files)
+        config = DataConfig(data_dir=str(images), cache=Cache.DISK, cache_dir=str(cache), flip=True)
+        cold = _in_new_process(_open, config, 1)
+        warm, stream = _in_new_process(_open_and_draw, config, extent, files == extent.compared_at)
+        for name, found in (("cold", cold), ("warm", warm)):
+            timing = Timing(name, found.seconds, cold.seconds * len(found.seconds))
+            opened[name].append(timing.median)
+            remark = f"memory grew by {found.grown_gib:.3f} GiB"
+            if files == extent.files[-1]:
+                remark += f"; time ~ files^{slope(extent.files, opened[name]):.2f}"
+            workload = f"opening {files:,} files"
+            yield Row("data", workload, name, timing, images=files, peak_gib=found.peak_gib, remark=remark)
+        yield from stream
+        if files == extent.compared_at:
+            yield from measure_startup(images, folder / "start", extent.starts)
+        for used in (images, cache, folder / "start"):
+            shutil.rmtree(used, ignore_errors=True)
+
+
+def write_images(folder: Path, count: int) -> None:
+    """``count`` PNG files of smooth colours with a little noise, about as long as those of photographs."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    drawn = folder / "drawn.png"
+    contents = []
+    for _ in range(min(count, DISTINCT)):
+        colours = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        smooth = np.asarray(colours.resize((STORED, STORED), Image.Resampling.BICUBIC), np.float32)
+        noisy = smooth + rng.normal(0, 6, smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(drawn)
+        contents.append(drawn.read_bytes())
+    drawn.unlink()
+    for i in range(count):
+        (folder / f"{i:06d}.png").write_bytes(contents[i % len(contents)])
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The seconds of each time, the peak memory of the process, and by how much that is above what it began with."""
+
+    seconds: list[float]
+    peak_gib: float
+    grown_gib: float
+
+
+def _open(config: DataConfig, rounds: int) -> _Opened:
+    before = _memory_gib("VmRSS")
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        load_dataset(config, WANTED, labelled=False)
+        seconds.append(time.perf_counter() - began)
+    peak = _memory_gib("VmHWM")
+    return _Opened(seconds, peak, peak - before)
+
+
+def _open_and_draw(config: DataConfig, extent: Extent, compared: bool) -> tuple[_Opened, list[Row]]:
+    """Opening with a warm cache, and the rows of batches, the peer's first where there is to be one."""
+    torch.set_num_threads(1)  # as the peer's worker has
+    before = _memory_gib("VmRSS")
+    opened = _open(config, extent.rounds)
+    dataset = load_dataset(config, WANTED, labelled=False)
+    files = len(dataset.images)
+    with closing(batches(dataset, config, BATCH, seed=0, start_step=0)) as drawn:
+        peer = {PEER: _decoded_every_time(Path(config.data_dir))} if compared else {}
+        timings = _taking_turns({**peer, "fastdiff": (normalised(images) for images, _ in drawn)}, extent.rounds)
+    peak = _memory_gib("VmHWM")
+    workload = f"batches of {BATCH} from {files:,} files"
+    rows = [Row("data", workload, timing.name, timing, images=BATCH) for timing in timings]
+    rows[-1] = replace(rows[-1], peak_gib=peak, remark=f"memory grew by {peak - before:.3f} GiB, the mapped file's too")
+    return opened, rows
+
+
+def _taking_turns(streams: Mapping[str, Iterator[Tensor]], rounds: int) -> list[Timing]:
+    """The seconds that a batch of each stream takes: the mean of a turn, of which each has so many."""
+    seconds: dict[str, list[float]] = {name: [] for name in streams}
+    for _ in range(rounds):
+        for name, stream in streams.items():
+            for _ in range(AHEAD):
+                next(stream)  # they were ready while the others had their turn
+            taken, began = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - began) < _TURN_SECONDS:
+                next(stream)
+                taken += 1
+            seconds[name].append(elapsed / taken)
+            time.sleep(_QUIET_SECONDS)
+    baseline = next(iter(seconds.values()))
+    return [Timing(name, values, baseline) for name, values in seconds.items()]
+
+
+class _Files(torch.utils.data.Dataset[NDArray[np.float32]]):
+    def __init__(self, folder: Path) -> None:
+        self._paths = sorted(folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> NDArray[np.float32]:
+        with Image.open(self._paths[index]) as image:
+            pixels = resize_and_crop(image.convert("RGB"), WANTED)  # the original's operations, one for one
+        return (pixels.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)
+
+
+def _decoded_every_time(folder: Path) -> Iterator[Tensor]:
+    """Batches as improved-diffusion makes them: one worker, which decodes each image whenever it is drawn."""
+    # The worker of a process that was spawned would be spawned too, and import PyTorch anew in every epoch.
+    start = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    loader = torch.utils.data.DataLoader(
+        _Files(folder), BATCH, shuffle=True, num_workers=1, drop_last=True, multiprocessing_context=start
+    )
+    while True:
+        yield from loader
+
+
+def _in_new_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def _memory_gib(field: str) -> float:
+    """GiB in memory of this process, now (VmRSS) or at most (VmHWM); NaN where the system does not say.
+
+    What getrusage calls the most begins, in a new process, with that of the process that started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return math.nan
+    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,271 @@
+"""How the cost grows: with the batch, the side of the images and the channels; and what a second process does to it."""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastdiff.benchmarks.fit import slope
+from fastdiff.benchmarks.harness import Timing, peak_bytes, seconds_of
+from fastdiff.benchmarks.jobs import Job, forward
+from fastdiff.benchmarks.ladder import Candidate, Models, Rung
+from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.rows import Row
+from fastdiff.benchmarks.suites import DTYPES, ceilings
+from fastdiff.benchmarks.updates import build_trainer, stream
+from fastdiff.benchmarks.work import Work
+from fastdiff.benchmarks.workload import Workload
+from fastdiff.config import Compile, RuntimeConfig, TrainConfig
+from fastdiff.data.cache import available_memory
+from fastdiff.data.shapes import write_shapes
+from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.memory import out_of_memory
+from fastdiff.training.update import Updater
+
+PATIENCE = 4.0
+"""Seconds of a step beyond which no larger size is tried."""
+
+SMALL_BATCH = {"cpu": 2, "cuda": 16}
+"""Of the axes that do not vary it, where the workload's own is larger: a GPU would only wait for launches with less."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is varied, and the power of it that the cost goes with, about: by it the next size is foreseen."""
+
+    name: str
+    label: str  # of a candidate, with the size in its braces
+    power: int
+    full: tuple[int, ...]
+    quick: tuple[int, ...]
+
+    def at(self, workload: Workload, size: int) -> Workload:
+        """The workload with this size; ValueError where there is no such model."""
+        if self.name == "batch":
+            return replace(workload, batch_size=size)
+        model, small = workload.model, _small(workload)
+        model = replace(model, image_size=size) if self.name == "side" else replace(model, num_channels=size)
+        return replace(workload, model=model, batch_size=small)
+
+    def fixed(self, workload: Workload) -> str:
+        """What stays as it is."""
+        model = workload.model
+        values = {"side": model.image_size, "channels": model.num_channels, "batch": _small(workload)}
+        said = [axis.label.format(values[axis.name]) for axis in AXES if axis.name != self.name]
+        return ", ".join([workload.name] * bool(workload.name) + said)
+
+
+AXES = (
+    Axis("batch", "batch {}", 1, tuple(2**i for i in range(20)), (1, 4, 16)),
+    Axis("side", "{} pixels", 2, (32, 64, 128, 256), (16, 32, 64)),
+    Axis("channels", "{} channels", 2, (32, 64, 128, 256), (32, 64, 96)),
+)
+
+JobOf = Callable[[Models, Workload, RuntimeConfig, ExitStack], Job]
+
+
+def measure_growth(workload: Workload, ours: RuntimeConfig, quick: bool) -> Iterator[Row]:
+    """Rows of the suite growth: a forward pass and a training step by each of AXES, then training by processes.
+
+    It is the path that a user gets, but eager unless ``ours`` says compile on: every size would be compiled anew, for a
+    minute or more each. Larger batches are tried until the memory or PATIENCE is at its end, which the remark of the
+    last row says, besides the fitted power. With another side the model has the widths that --image-size gives it.
+    """
+    compiled = Compile.ON if ours.compile is Compile.ON else Compile.OFF
+    precision = Runtime.resolve(replace(ours, device=str(workload.device))).precision
+    config = replace(ours, device=str(workload.device), compile=compiled, precision=precision)
+    rounds = 3 if quick else 5
+    roofs = ceilings(workload, [Rung("", config)], rounds)[precision]
+    for kind, job_of in (("forward", _forward), ("training step", _training)):
+        for axis in AXES:
+            yield from _Series(axis, kind, job_of, config, roofs, rounds).measured(workload, quick)
+    yield from _processes(workload, config, quick)
+
+
+@dataclass(frozen=True)
+class _Series:
+    axis: Axis
+    kind: str
+    job_of: JobOf
+    config: RuntimeConfig
+    roofs: Roofs
+    rounds: int
+
+    def measured(self, workload: Workload, quick: bool) -> list[Row]:
+        """A row for each size; the last one says the fitted power, and why no larger size was measured."""
+        axis, about = self.axis, f"{self.kind} by {self.axis.name}: {self.axis.fixed(workload)}"
+        rows: dict[int, Row] = {}
+        left_out: list[Row] = []
+        models: Models | None = None
+        reason = ""
+        for size in axis.quick if quick else axis.full:
+            blank = Row("growth", about, axis.label.format(size), None)
+            try:
+                at = axis.at(workload, size)
+            except ValueError as error:
+                left_out.append(replace(blank, remark=str(error)))
+                continue
+            if reason := self._too_much(rows, size):
+                break
+            try:
+                if models is None or models.workload.model != at.model:  # each is checked with its first batch
+                    models = Models(at)
+                rows[size] = self._measured(blank, models, at)
+            except Exception as error:  # whatever keeps it from running or being right is its remark
+                if out_of_memory(error):
+                    reason = f"{axis.label.format(size)}: out of memory"
+                else:
+                    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    left_out.append(replace(blank, remark=said, failed=True))
+                break
+            finally:
+                _free()
+        if rows:
+            last = max(rows)
+            rows[last] = replace(rows[last], remark="; ".join(filter(None, (_power(axis.name, rows), reason))))
+        elif reason:
+            left_out.append(replace(blank, remark=reason))
+        return [*rows.values(), *left_out]
+
+    def _measured(self, row: Row, models: Models, workload: Workload) -> Row:
+        device, dtype = workload.device, DTYPES[self.config.precision]
+        work = Work.of(workload.model, workload.batch_size, training=self.job_of is _training)
+        with ExitStack() as stack:
+            if self.config.compile is Compile.ON:
+                torch._dynamo.reset()  # it compiles one model for so many sizes only
+            job = self.job_of(models, workload, self.config, stack)
+            Runtime.resolve(self.config)  # sets PyTorch's switches, which the check has turned
+            job.run()
+            peak = peak_bytes(job.run, device) + sum(tensor.nbytes for tensor in job.tensors())
+            seconds = seconds_of(job.run, 1, device, warmup=0)
+            if seconds[0] < PATIENCE:
+                seconds += seconds_of(job.run, self.rounds - 1, device, warmup=0)
+        return replace(
+            row,
+            timing=_alone(row.candidate, seconds),
+            images=workload.batch_size,
+            flops=work.flops,
+            n_bytes=work.n_bytes(dtype),
+            limit_s=self.roofs.limit(work, dtype),
+            peak_gib=peak / 2**30,
+        )
+
+    def _too_much(self, rows: Mapping[int, Row], size: int) -> str:
+        """Why this size is not tried after the last one, if so."""
+        if not rows or (timing := rows[max(rows)].timing) is None:
+            return ""
+        larger = (size / max(rows)) ** self.axis.power
+        if (seconds := timing.median * larger) > PATIENCE:
+            return f"{self.axis.label.format(size)} would take about {seconds:.0f} s"
+        # On a GPU it is tried: nothing else is lost where its memory ends.
+        if self.config.device == "cpu" and (gib := rows[max(rows)].peak_gib * larger) > available_memory() / 2**30:
+            return f"{self.axis.label.format(size)} would need about {gib:.0f} GiB of memory"
+        return ""
+
+
+def _alone(name: str, seconds: list[float]) -> Timing:
+    """The sizes do not take turns: none is so many times as fast as another."""
+    return Timing(name, seconds, [math.nan] * len(seconds))
+
+
+def _small(workload: Workload) -> int:
+    return min(workload.batch_size, SMALL_BATCH[workload.device.type])
+
+
+def _power(axis: str, rows: Mapping[int, Row]) -> str:
+    """The fitted growth in words, where there is any."""
+    seconds = {size: row.timing.median for size, row in rows.items() if row.timing}
+    return f"time ~ {axis}^{slope(list(seconds), list(seconds.values())):.2f}" if len(seconds) > 1 else ""
+
+
+def _forward(models: Models, workload: Workload, config: RuntimeConfig, stack: ExitStack) -> Job:
+    candidate = models.inference(config)
+    return forward(workload, candidate.module, candidate.call)
+
+
+def _training(models: Models, workload: Workload, config: RuntimeConfig, stack: ExitStack) -> Job:
+    """The Trainer's own update of the batches that it is fed."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    training = TrainConfig(batch_size=workload.batch_size)
+    trainer = build_trainer(workload.model, workload.diffusion, training, config, folder)
+    models.checked(Candidate(trainer.model, trainer.forward, trainer.runtime))
+    state = trainer.state
+    update = Updater(trainer.config, state, trainer.diffusion, trainer.module, trainer.forward, trainer.world)
+    batches = stack.enter_context(closing(stream(trainer)))
+    averages = [tensor for ema in state.emas for tensor in ema.tensors()]
+
+    def tensors() -> list[torch.Tensor]:
+        moments = [v for held in state.optimizer.state.values() for v in held.values() if isinstance(v, torch.Tensor)]
+        return [*state.parameters, *averages, *moments]
+
+    return Job(lambda: update(*next(batches)), tensors)
+
+
+def _free() -> None:
+    """Give back what the size before held, which an error keeps alive, too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _processes(workload: Workload, config: RuntimeConfig, quick: bool) -> list[Row]:
+    """The trainer's own images/s in one process and in two, as torchrun starts them, on a few drawn images.
+
+    On a CPU the processes share its cores, on GPUs each has one: as many as there are. The batch stays as large.
+    """
+    on_cpu = workload.device.type == "cpu"
+    workload = replace(workload, batch_size=max(2, workload.batch_size // 2 * 2))
+    about, rows = f"training by processes: {workload}", dict[int, Row]()
+    for processes in (1, 2):
+        name = f"{processes} process{'es' * (processes > 1)}"
+        blank = Row("growth", about, name, None, images=workload.batch_size)
+        if not on_cpu and processes > torch.cuda.device_count():
+            continue
+        try:
+            seconds, peak = _train(workload, config, processes, quick)
+        except ChildProcessError as error:
+            return [*rows.values(), replace(blank, remark=str(error), failed=True)]
+        rows[processes] = replace(blank, timing=_alone(name, seconds), peak_gib=peak)
+    last = max(rows)
+    shared = "they share the cores" if on_cpu else "a GPU each"
+    remark = "; ".join(filter(None, (_power("processes", rows), shared, "memory of the first process")))
+    rows[last] = replace(rows[last], remark=remark)
+    return list(rows.values())
+
+
+def _train(workload: Workload, config: RuntimeConfig, processes: int, quick: bool) -> tuple[list[float], float]:
+    """Seconds of an update, by line of the log, and peak GiB; ChildProcessError with the run's last words."""
+    interval, lines = (1, 3) if quick else (5, 5)
+    flags = workload.model.to_dict() | workload.diffusion.to_dict() | config.to_dict()
+    del flags["num_classes"]  # which the data tells
+    environment = dict(os.environ)
+    if workload.device.type == "cpu":
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
+    with tempfile.TemporaryDirectory() as folder:
+        images, run_dir = Path(folder, "images"), Path(folder, "run")
+        write_shapes(images, 64, workload.model.image_size, seed=0)
+        flags |= {"device": workload.device.type, "data_dir": images, "run_dir": run_dir, "cache": "memory"}
+        flags |= {"batch_size": workload.batch_size, "steps": interval * (lines + 1), "log_interval": interval}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", "fastdiff", "train", "--preview-interval", "0"]
+        for name, value in flags.items():
+            if value is not None:
+                command += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if run.returncode:
+            errors = [line for line in run.stderr.splitlines() if "error: " in line]
+            raise ChildProcessError((errors or ["fastdiff train ended without a word"])[0])
+        with (run_dir / "progress.jsonl").open(encoding="utf-8") as file:
+            seen = [json.loads(line) for line in file][
+                1:
+            ]  # in the first interval everything happens for the first time
+    return [workload.batch_size / line["images_per_s"] for line in seen], max(line["memory_gib"] for line in seen)

@@ -1,0 +1,154 @@
+"""From improved-diffusion's own operations to what a user gets, one change at a time, each checked first."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.benchmarks.workload import TOLERANCE, Workload, inputs, randomised, require_close
+from fastdiff.config import Compile, Kernels, MemoryFormat, Precision, RuntimeConfig
+from fastdiff.kernels.backend import HAS_TRITON
+from fastdiff.models import UNet, build_model
+from fastdiff.runtime.device import Runtime, has_native_bf16
+
+PLAIN = RuntimeConfig(
+    kernels=Kernels.REFERENCE,
+    compile=Compile.OFF,
+    precision=Precision.FP32,
+    memory_format=MemoryFormat.CONTIGUOUS,
+)
+"""improved-diffusion's own operations in their order: what every speed-up is quoted against."""
+
+LONG = 10**6
+"""Calls of the model in a job that is long enough to compile it."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to run the workload, named by what it adds to the rung below."""
+
+    name: str
+    config: RuntimeConfig
+    fused: bool = False  # the optimizer in one kernel, the averages in one call
+    graphs: bool = False  # CUDA graphs of the sampling steps
+    trainer: bool = False  # the Trainer's own update, with its guards
+
+
+def ladder(suite: str, device: torch.device) -> list[Rung]:
+    """The rungs of a suite on this device, the plain path first; what the device cannot do is left out."""
+    on_gpu, training = device.type == "cuda", suite == "train"
+    compiles = Runtime.resolve(RuntimeConfig(device=str(device))).compiles(LONG)
+    changes: list[tuple[bool, str, dict[str, Any], dict[str, bool]]] = [
+        (True, "+ channels_last", {"memory_format": MemoryFormat.CHANNELS_LAST}, {}),
+        (True, "+ torch kernels", {"kernels": Kernels.TORCH}, {}),
+        (has_native_bf16(device), "+ bf16", {"precision": Precision.BF16}, {}),
+        (training, "+ fused optimizer", {}, {"fused": True}),
+        (compiles, "+ compile", {"compile": Compile.ON}, {}),
+        (on_gpu and HAS_TRITON, "+ Triton kernels", {"kernels": Kernels.AUTO}, {}),
+        (on_gpu and suite == "sample", "+ CUDA graph", {}, {"graphs": True}),
+        (training, "trainer", {}, {"trainer": True}),
+    ]
+    rungs = [Rung("plain", replace(PLAIN, device=str(device)))]
+    for possible, name, settings, options in changes:
+        if possible:
+            rungs.append(replace(rungs[-1], name=name, config=replace(rungs[-1].config, **settings), **options))
+    return rungs
+
+
+def as_asked(suite: str, config: RuntimeConfig, device: torch.device) -> list[Rung]:
+    """The plain path, and beside it one arithmetic as a user gets it."""
+    runtime = Runtime.resolve(replace(config, device=str(device)))
+    compiled = runtime.compiles(LONG)
+    how = "compiled" if compiled else "eager"
+    said = f"{runtime.precision}, {how}, {runtime.memory_format}, kernels {runtime.kernels}"
+    compile = Compile.ON if compiled else Compile.OFF
+    asked = replace(config, device=str(device), precision=runtime.precision, compile=compile)
+    rung = Rung(f"asked: {said}", asked, fused=True, graphs=True, trainer=suite == "train")
+    return [Rung("plain", replace(PLAIN, device=str(device))), rung]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model ready to be called: the module whose parameters it uses, and the function, prepared by its runtime."""
+
+    module: nn.Module
+    call: Callable[..., Tensor]
+    runtime: Runtime
+
+
+class Models:
+    """A workload's model in every arithmetic that is asked for, all with the same weights, checked one by one."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        torch.manual_seed(0)
+        self._initial = randomised(build_model(workload.model).state_dict())
+        self.num_parameters = sum(p.numel() for p in self._initial.values())
+        self._inference: dict[RuntimeConfig, Candidate] = {}
+
+    def inference(self, config: RuntimeConfig) -> Candidate:
+        """The model as the engine calls it, its weights cast once; ValueError where it is not the plain path's.
+
+        The same again for the same ``config``: the suites share what was compiled.
+        """
+        if config not in self._inference:
+            runtime = Runtime.resolve(config)
+            module = runtime.cast(self._module(runtime).eval())
+            candidate = Candidate(module, runtime.prepare(module, LONG), runtime)
+            tolerance = TOLERANCE[runtime.precision]
+            require_close(self._output(candidate), self._expected_output, tolerance, "differs from the plain path")
+            self._inference[config] = candidate
+        return self._inference[config]
+
+    def training(self, config: RuntimeConfig) -> Candidate:
+        """The model as it is trained; ValueError where its output or gradients are not the plain path's."""
+        runtime = Runtime.resolve(config)
+        module = self._module(runtime).train()
+        return self.checked(Candidate(module, runtime.prepare(module, LONG), runtime))
+
+    def checked(self, candidate: Candidate) -> Candidate:
+        """The candidate with the common weights; ValueError where its output or gradients are not the plain path's."""
+        candidate.module.load_state_dict(self._initial)
+        tolerance = TOLERANCE[candidate.runtime.precision]
+        expected = self._expected_gradients
+        for what, found, wanted in zip(("output", "gradient"), self._gradients(candidate), expected, strict=True):
+            require_close(found, wanted, tolerance, "differs from the plain path", what)
+        return candidate
+
+    @functools.cached_property
+    def _plain(self) -> Runtime:
+        return Runtime.resolve(replace(PLAIN, device=str(self.workload.device)))
+
+    @functools.cached_property
+    def _expected_output(self) -> Tensor:
+        module = self._module(self._plain).eval()
+        return self._output(Candidate(module, self._plain.eager(module), self._plain))
+
+    @functools.cached_property
+    def _expected_gradients(self) -> tuple[Tensor, Tensor]:
+        module = self._module(self._plain).train()
+        return self._gradients(Candidate(module, self._plain.eager(module), self._plain))
+
+    def _module(self, runtime: Runtime) -> UNet:
+        module = build_model(self.workload.model, runtime.kernels, runtime.memory_format)
+        module.load_state_dict(self._initial)
+        return module.to(self.workload.device)
+
+    def _output(self, candidate: Candidate) -> Tensor:
+        x, t, conditions = inputs(self.workload)
+        with torch.no_grad():
+            return candidate.call(x, t.float(), **conditions).float()
+
+    def _gradients(self, candidate: Candidate) -> tuple[Tensor, Tensor]:
+        """The output and the gradients of its squares, flat, without dropout, which no two draw alike."""
+        x, t, conditions = inputs(self.workload)
+        x = x.contiguous(memory_format=torch.channels_last)  # as batches come: in another one it is compiled once more
+        candidate.module.train(not self.workload.model.dropout)
+        output = candidate.call(x, t.float(), **conditions)
+        loss = output.float().square().sum() / len(x)
+        gradients = torch.autograd.grad(loss, list(candidate.module.parameters()))
+        candidate.module.train()
+        return output.detach().float().flatten(), torch.cat([g.flatten() for g in gradients])

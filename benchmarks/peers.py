@@ -1,0 +1,158 @@
+"""What others offer for the same work, as it comes: eager, fp32, contiguous, their own module."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdiff.benchmarks.workload import Workload
+
+UNUSED = ("accelerate", "ema_pytorch", "pytorch_fid", "scipy", "torchvision", "tqdm")
+"""What denoising-diffusion-pytorch imports for its trainer and metrics, and its Unet does not need."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer's module, and the function that predicts with it as ours does."""
+
+    module: nn.Module
+    call: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are learned."""
+        return sum(p.numel() for p in self.module.parameters())
+
+
+def diffusers_unet(workload: Workload) -> Peer:
+    """UNet2DModel with the same widths, blocks and attention; with scale and shift its middle one has no norm."""
+    from diffusers import UNet2DModel
+
+    model = workload.model
+    attends = [level in model.attention_levels for level in range(len(model.multipliers))]
+    unet: Any = UNet2DModel(
+        sample_size=model.image_size,
+        in_channels=3,
+        out_channels=model.out_channels,
+        layers_per_block=model.num_res_blocks,
+        block_out_channels=tuple(model.num_channels * m for m in model.multipliers),
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        attention_head_dim=model.num_channels * model.multipliers[-1] // model.num_heads,
+        resnet_time_scale_shift="scale_shift" if model.use_scale_shift_norm else "default",
+        dropout=model.dropout,
+    )
+    unet.to(workload.device)
+    return Peer(unet, lambda x, timesteps: unet(x, timesteps).sample)
+
+
+def lucidrains_unet(workload: Workload) -> Peer:
+    """denoising-diffusion-pytorch's Unet of the same width and levels: its own blocks, two a level."""
+    model = workload.model
+    unet = _lucidrains()(
+        dim=model.num_channels,
+        dim_mults=model.multipliers,
+        channels=3,
+        out_dim=model.out_channels,
+        dropout=model.dropout,
+    ).to(workload.device)
+    return Peer(unet, unet)
+
+
+PEERS: dict[str, tuple[tuple[str, ...], Callable[[Workload], Peer], str]] = {
+    "diffusers": (("diffusers",), diffusers_unet, "pip install diffusers"),
+    "denoising-diffusion-pytorch": (
+        ("denoising_diffusion_pytorch", "einops"),
+        lucidrains_unet,
+        "pip install --no-deps denoising-diffusion-pytorch einops",
+    ),
+}
+"""By the name in the tables: the packages that are needed, what builds it, and how it is installed."""
+
+
+def peers(workload: Workload) -> dict[str, Callable[[Workload], Peer]]:
+    """What builds each peer that is installed; none for a model with conditions, which they take in other ways."""
+    if workload.model.class_cond or workload.model.small_size:
+        return {}
+    return {name: build for name, (packages, build, _) in PEERS.items() if all(map(find_spec, packages))}
+
+
+def missing() -> list[str]:
+    """A line for each peer that is not installed."""
+    return [
+        f"{name} is not installed, and so not compared with: {command}"
+        for name, (packages, _, command) in PEERS.items()
+        if not all(map(find_spec, packages))
+    ]
+
+
+def _lucidrains() -> Callable[..., Any]:
+    """The class Unet, though what the package imports besides may be missing or broken."""
+    package = "denoising_diffusion_pytorch"
+    try:
+        return _unet_of(package)
+    except Exception:  # a torchvision of another torch fails in ways of its own
+        with standing_in(name for name in UNUSED if not _can_import(name)):
+            found = _unet_of(package)
+        # nobody else shall find the package with holes in it
+        for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+            del sys.modules[name]
+        return found
+
+
+def _unet_of(package: str) -> Callable[..., Any]:
+    unet: Callable[..., Any] = importlib.import_module(package).Unet
+    return unet
+
+
+def _can_import(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        return False
+    return True
+
+
+@contextmanager
+def standing_in(packages: Iterable[str]) -> Iterator[None]:
+    """While this lasts, the packages and all below them are empty modules, whose every name is an empty class."""
+    finder = _StandIns(frozenset(packages))
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [n for n in sys.modules if finder.takes(n)]:
+            del sys.modules[name]
+
+
+class _StandIn(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _StandIns(MetaPathFinder, Loader):
+    def __init__(self, packages: frozenset[str]) -> None:
+        self._packages = packages
+
+    def takes(self, name: str) -> bool:
+        return name.partition(".")[0] in self._packages
+
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if self.takes(fullname) else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass

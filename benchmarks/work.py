@@ -1,0 +1,133 @@
+"""What a model's passes come to on paper: operations of convolutions and of matrix products, and numbers to move."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fastdiff.config import Kernels, ModelConfig
+from fastdiff.models import build_model
+
+CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+
+BYTES_OF_UPDATE = 4 * (4 + 3) + 4 * (2 + 1)
+"""Of each parameter: AdamW reads it, its gradient and two moments and writes all but the gradient; an average is read
+and written beside the parameter that is read once more. All in fp32."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A square 3x3 convolution of stride 1."""
+
+    batch_size: int
+    channels_in: int
+    channels_out: int
+    size: int
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass, two for each multiply-add."""
+        return 2 * 9 * self.batch_size * self.size**2 * self.channels_in * self.channels_out
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, two for each multiply-add, and numbers moved.
+
+    Every convolution and matrix product reads its inputs and writes its outputs once, in the precision that it computes
+    in; all else could be fused into them, and is not counted. ``fp32_bytes`` are what is
+    moved besides in fp32, whatever the precision: by an update of the weights, or a sampling step.
+    """
+
+    conv_flops: float
+    matmul_flops: float
+    numbers: float
+    fp32_bytes: float = 0
+    convolutions: Mapping[Convolution, int] = field(default_factory=dict)
+    """The 3x3 convolutions of the forward pass, and how often each takes place."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, batch_size: int, training: bool) -> Self:
+        """One forward pass of our model; ``training`` an update: with its backward pass, AdamW and one average.
+
+        What use_checkpoint computes a second time is not in it.
+        """
+        with torch.device("meta"):
+            # the reference: its attention is made of the plain matrix products that are counted
+            model = build_model(dataclasses.replace(config, use_checkpoint=False), Kernels.REFERENCE)
+        return cls.of_module(model, model, config, batch_size, training)
+
+    @classmethod
+    def of_module(
+        cls, module: nn.Module, call: Callable[..., Tensor], config: ModelConfig, batch_size: int, training: bool
+    ) -> Self:
+        """The same of any module on the device meta that is called as our model of ``config`` would be."""
+        with torch.device("meta"):
+            x, t = torch.empty(batch_size, 3, config.image_size, config.image_size), torch.ones(batch_size)
+            conditions = {}
+            if config.class_cond:
+                conditions["y"] = torch.zeros(batch_size, dtype=torch.int64)
+            if config.small_size:
+                conditions["low_res"] = torch.empty(batch_size, 3, config.small_size, config.small_size)
+        counted = _Count()
+        with torch.set_grad_enabled(training), counted:
+            output = call(x, t, **conditions)
+            if training:
+                output.sum().backward()
+        fp32_bytes = BYTES_OF_UPDATE * sum(p.numel() for p in module.parameters()) if training else 0
+        return cls(counted.conv_flops, counted.matmul_flops, counted.numbers, fp32_bytes, counted.convolutions)
+
+    @property
+    def flops(self) -> float:
+        """Of convolutions and matrix products together."""
+        return self.conv_flops + self.matmul_flops
+
+    def n_bytes(self, dtype: torch.dtype) -> float:
+        """The bytes moved where it is computed in ``dtype``."""
+        return self.numbers * dtype.itemsize + self.fp32_bytes
+
+    def times(self, count: int) -> Self:
+        """So many of it, one after the other."""
+        return dataclasses.replace(
+            self,
+            conv_flops=self.conv_flops * count,
+            matmul_flops=self.matmul_flops * count,
+            numbers=self.numbers * count,
+            fp32_bytes=self.fp32_bytes * count,
+        )
+
+
+class _Count(TorchDispatchMode):
+    """Sums over the operations that PyTorch's FlopCounterMode counts, by its own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_flops = self.matmul_flops = self.numbers = 0
+        self.convolutions: Counter[Convolution] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operation = func._overloadpacket
+        count: Callable[..., int] | None = flop_registry.get(operation)
+        if count is None:
+            return out
+        flops = count(*args, **kwargs, out_val=out)
+        outputs = out if isinstance(out, tuple) else (out,)
+        self.numbers += sum(t.numel() for t in (*args, *outputs) if isinstance(t, Tensor))
+        if operation not in CONVOLUTIONS:
+            self.matmul_flops += flops
+            return out
+        self.conv_flops += flops
+        x, weight, _, stride = args[:4] if operation is CONVOLUTIONS[0] else (args[1], args[2], None, None)
+        if stride == [1, 1] and weight.shape[2:] == (3, 3):
+            self.convolutions[Convolution(x.shape[0], x.shape[1], weight.shape[0], x.shape[2])] += 1
+        return out

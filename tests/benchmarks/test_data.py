@@ -1,0 +1,105 @@
+"""The suite data: what its rows say, that the cache is cold once and warm from then on, and that the peer does the same
+work."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.benchmarks import data
+from fastdiff.benchmarks.fit import slope
+from fastdiff.benchmarks.startup import measure_startup
+from fastdiff.config import DataConfig
+from fastdiff.data import cache, load_dataset, normalised
+
+
+def test_slope_is_the_exponent() -> None:
+    sizes = [1_000, 10_000, 100_000]
+    assert slope(sizes, [3e-6 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+    assert slope([1, 10, 100], [2, 2, 2]) == pytest.approx(0)
+    assert math.isnan(slope([5], [1]))
+    assert math.isnan(slope([5, 5], [1, 2]))
+
+
+def test_files_are_few_images_under_many_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "DISTINCT", 3)
+    data.write_images(tmp_path / "images", 7)
+    paths = sorted((tmp_path / "images").iterdir())
+    assert [path.name for path in paths] == [f"00000{i}.png" for i in range(7)]
+    contents = [path.read_bytes() for path in paths]
+    assert contents == [contents[i % 3] for i in range(7)]
+    assert len(set(contents)) == 3
+    with Image.open(paths[0]) as image:
+        assert (image.size, image.mode) == ((data.STORED, data.STORED), "RGB")
+    assert len(load_dataset(DataConfig(data_dir=str(tmp_path / "images")), data.WANTED, labelled=False).images) == 7
+
+
+def test_the_peer_gives_the_same_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    data.write_images(folder, 5)
+    images = load_dataset(DataConfig(data_dir=str(folder)), data.WANTED, labelled=False).images
+    ours = normalised(torch.from_numpy(images)).numpy()
+    theirs = np.stack([data._Files(folder)[i] for i in range(5)])
+    assert theirs.dtype == ours.dtype == np.float32
+    np.testing.assert_array_equal(theirs, ours)
+
+
+def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "QUICK", data.Extent((70, 140), 140, rounds=2, starts=1))
+    rows = list(data.measure_data(True, tmp_path))
+    assert [(row.workload, row.candidate, row.as_dict()["rounds"]) for row in rows] == [
+        ("opening 70 files", "cold", 1),
+        ("opening 70 files", "warm", 2),
+        ("batches of 64 from 70 files", "fastdiff", 2),
+        ("opening 140 files", "cold", 1),
+        ("opening 140 files", "warm", 2),
+        ("batches of 64 from 140 files", data.PEER, 2),
+        ("batches of 64 from 140 files", "fastdiff", 2),
+        ("start-up, 140 files", "first update, cold cache", 1),
+        ("start-up, 140 files", "first update, warm cache", 1),
+    ]
+    assert {row.suite for row in rows} == {"data"}
+    assert [row.images for row in rows] == [70, 70, 64, 140, 140, 64, 64, 0, 0]
+    assert ["files^" in row.remark for row in rows] == [False] * 3 + [True] * 2 + [False] * 4
+    for stage in ("imports", "reading the images", "building the model", "first update"):
+        assert all(stage in row.remark for row in rows[-2:])
+    assert all(row.as_dict()["speedup"] == 1 for row in rows if row.candidate in ("cold", data.PEER))
+    assert not list(tmp_path.iterdir())  # nothing is left
+
+
+def test_cold_once_and_warm_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    real = cache.decode
+    monkeypatch.setattr(cache, "decode", lambda *args: decoded.append(len(args[0])) or real(*args))
+    monkeypatch.setattr(data, "_in_new_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(data, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(data, "_QUIET_SECONDS", 0)
+    monkeypatch.setattr(data, "FULL", data.Extent((65, 66), compared_at=0, rounds=2, starts=1))
+    assert len(list(data.measure_data(False, tmp_path))) == 6
+    assert decoded == [65, 66]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak memory")
+def test_the_peak_is_that_of_the_new_process() -> None:
+    held = np.ones(2**26)  # half a GiB, which the new process has not
+    before, after = data._in_new_process(_let_go_of_a_quarter_gib)
+    assert held.nbytes == 2**29
+    assert after - before == pytest.approx(0.25, abs=0.03)
+
+
+def _let_go_of_a_quarter_gib() -> tuple[float, float]:
+    before = data._memory_gib("VmRSS")
+    np.ones(2**25).sum()
+    return before, data._memory_gib("VmHWM")
+
+
+def test_a_start_that_fails_is_a_row_without_a_time(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    (row,) = measure_startup(tmp_path / "images", tmp_path / "scratch", rounds=1)
+    assert row.timing is None
+    assert row.failed
+    assert row.remark.startswith("fastdiff train ended before its first update: error: no images in data_dir ")
