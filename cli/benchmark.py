@@ -72,7 +72,7 @@ def benchmark(
 
     device = resolve_device(ours.device)
     workloads = [Workload(model, diffusion, size, device, preset or "") for size in sizes]
-    asked = bool({f.name for f in fields(RuntimeConfig)} - {"device"} & set(flags))
+    asked = bool(set(flags) & {f.name for f in fields(RuntimeConfig)} - {"device"})
     suites = SUITES if suite is Suite.ALL else (suite,)
     console = Console() if sys.stdout.isatty() else Console(width=100)  # in a file the tables are whole
     with torch.random.fork_rng():
