@@ -1,14 +1,23 @@
-"""Rows as a table for people, of at most 100 columns."""
+"""Rows as a table: for the terminal, of at most 100 columns, and for a document.
 
+``python -m fastdiff.benchmarks.table rows.csv`` prints what a CSV file holds as Markdown, for docs/performance.md.
+"""
+
+import itertools
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastdiff.benchmarks.rows import Row
+from fastdiff.benchmarks.rows import Row, read_rows
+
+Values = Mapping[str, object]
+"""The columns of a CSV row."""
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (0.0, "us"))
 """From so many seconds on."""
@@ -16,26 +25,14 @@ UNITS = ((1.0, "s"), (1e-3, "ms"), (0.0, "us"))
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """The rows of one suite and workload; columns without a figure are left out, and remarks stand below."""
-    fastest = min((row.timing.median for row in rows if row.timing), default=math.nan)
-    least, unit = next((found for found in UNITS if fastest >= found[0]), UNITS[0])
-    scale = least or 1e-6
     values = [row.as_dict() for row in rows]
-    columns: dict[str, list[str]] = {
-        f"median, {unit}": [_figure(row.timing.median / scale if row.timing else math.nan) for row in rows],
-        "p20 to p80": [_spread(row, scale) for row in rows],
-        "images/s": [_figure(v["images_per_s"]) for v in values],
-        "× first": [_times(v["speedup"]) for v in values],
-        "× before": [_times(v["gain"]) for v in values],
-        "of limit": [_share(v["share_of_limit"]) for v in values],
-        "GiB": [_figure(v["peak_gib"]) for v in values],
-    }
     table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
     table.add_column("candidate", overflow="fold")
-    shown = {title: cells for title, cells in columns.items() if any(cells)}
-    for title in shown:
+    columns = _columns(values)
+    for title in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    for row, *cells in zip(rows, *shown.values(), strict=True):
-        table.add_row(Text(row.candidate), *cells)
+    for value, *cells in zip(values, *columns.values(), strict=True):
+        table.add_row(Text(str(value["candidate"])), *cells)
     console.print(Text(f"\n{rows[0].suite}: {rows[0].workload}", style="bold"))
     console.print(table)
     for row in rows:
@@ -43,25 +40,66 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             console.print(Text(f"  {row.candidate}: {row.remark}"))
 
 
-def _spread(row: Row, scale: float) -> str:
-    if row.timing is None or len(row.timing.seconds) == 1:
+def markdown(rows: Sequence[Values]) -> str:
+    """The same as sections of a document, one for each suite and workload."""
+    sections = []
+    for (suite, workload), group in itertools.groupby(rows, lambda row: (row["suite"], row["workload"])):
+        values = list(group)
+        columns = _columns(values)
+        lines = [
+            f"**{suite}: {workload}**",
+            "",
+            "| | " + " | ".join(columns) + " |",
+            "|---" + "|---:" * len(columns) + "|",
+        ]
+        for value, *cells in zip(values, *columns.values(), strict=True):
+            lines.append("| " + " | ".join([str(value["candidate"]), *cells]) + " |")
+        remarks = [f"- {value['candidate']}: {value['remark']}" for value in values if value["remark"]]
+        sections.append("\n".join([*lines, *[""] * bool(remarks), *remarks]))
+    return "\n\n".join(sections)
+
+
+def _columns(values: Sequence[Values]) -> dict[str, list[str]]:
+    """The cells below each title that has any."""
+    fastest = min((s for v in values if not math.isnan(s := _number(v["median_s"]))), default=math.nan)
+    least, unit = next((found for found in UNITS if fastest >= found[0]), UNITS[0])
+    scale = least or 1e-6
+    columns = {
+        f"median, {unit}": [_figure(_number(v["median_s"]) / scale) for v in values],
+        "p20 to p80": [_spread(v, scale) for v in values],
+        "images/s": [_figure(_number(v["images_per_s"])) for v in values],
+        "× first": [_times(v["speedup"]) for v in values],
+        "× before": [_times(v["gain"]) for v in values],
+        "of limit": [_share(v["share_of_limit"]) for v in values],
+        "GiB": [_figure(_number(v["peak_gib"])) for v in values],
+    }
+    return {title: cells for title, cells in columns.items() if any(cells)}
+
+
+def _number(value: object) -> float:
+    return float(str(value))
+
+
+def _spread(values: Values, scale: float) -> str:
+    if int(str(values["rounds"])) < 2:
         return ""
-    return f"{_figure(row.timing.quantile(0.2) / scale)} to {_figure(row.timing.quantile(0.8) / scale)}"
+    return " to ".join(_figure(_number(values[name]) / scale) for name in ("p20_s", "p80_s"))
 
 
-def _figure(value: object) -> str:
+def _figure(number: float) -> str:
     """Three digits at least."""
-    number = float(str(value))
     if math.isnan(number):
         return ""
     return f"{number:,.0f}" if number >= 1000 else f"{number:#.3g}".rstrip(".")
 
 
 def _times(value: object) -> str:
-    number = float(str(value))
-    return "" if math.isnan(number) else f"{number:.2f}"
+    return "" if math.isnan(number := _number(value)) else f"{number:.2f}"
 
 
 def _share(value: object) -> str:
-    number = float(str(value))
-    return "" if math.isnan(number) else f"{number:.0%}"
+    return "" if math.isnan(number := _number(value)) else f"{number:.0%}"
+
+
+if __name__ == "__main__":
+    print(markdown(read_rows(Path(sys.argv[1]))))

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from fastdiff.benchmarks.harness import Timing
 from fastdiff.benchmarks.rows import Row
-from fastdiff.benchmarks.table import print_rows
+from fastdiff.benchmarks.table import markdown, print_rows
 
 
 def printed(*rows: Row) -> list[str]:
@@ -45,3 +45,25 @@ def test_what_nobody_has_is_no_column() -> None:
 def test_nothing_timed() -> None:
     lines = printed(Row("unet", "a", "plain", None, limit_s=math.nan, remark="OutOfMemoryError: [b]a lot[/b]"))
     assert lines[-1] == "  plain: OutOfMemoryError: [b]a lot[/b]"
+
+
+def test_as_a_document() -> None:
+    first = Row("train", "a", "plain", timing(0.2, 0.2), peak_gib=1.0)
+    second = Row("train", "a", "peer", timing(0.25, 0.25), remark="1 M parameters")
+    other = Row("unet", "b", "plain", timing(2.0))
+    assert markdown([row.as_dict() for row in (first, second, other)]).splitlines() == [
+        "**train: a**",
+        "",
+        "| | median, ms | p20 to p80 | × first | GiB |",
+        "|---|---:|---:|---:|---:|",
+        "| plain | 200 | 200 to 200 | 5.00 | 1.00 |",
+        "| peer | 250 | 250 to 250 | 4.00 |  |",
+        "",
+        "- peer: 1 M parameters",
+        "",
+        "**unet: b**",
+        "",
+        "| | median, s | × first |",
+        "|---|---:|---:|",
+        "| plain | 2.00 | 0.50 |",
+    ]
