@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CACHES := .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+# A test keeps to one thread, so there is one at a time for each processor; more than 8 would want much memory.
+# pytest-benchmark, which is for benchmarks/, warns wherever tests run side by side, and warnings are errors.
+PYTEST := $(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 
 # Only .venv counts, whatever environment is active.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
@@ -23,10 +26,10 @@ demo: $(STAMP)
 	@$(BIN)/fastdiff demo
 
 test: $(STAMP)
-	@$(BIN)/pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	@$(BIN)/pytest -q -m slow
+	@$(PYTEST) -m slow
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --output-format concise
