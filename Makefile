@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CACHES := .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 # A test keeps to one thread, so there is one at a time for each processor; more than 8 would want much memory.
-# pytest-benchmark, which is for benchmarks/, warns wherever tests run side by side, and warnings are errors.
+# pytest-benchmark, which is for benchmarks/ alone, does not go with that and stays out.
 PYTEST := $(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 
 # Only .venv counts, whatever environment is active.
