@@ -59,8 +59,12 @@ def verdicts(rows: Sequence[Measured], roofs: Roofs) -> list[Verdict]:
     return found
 
 
-def training_verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """The marks of a training step, from the rows of the suite train on a GPU."""
+def training_verdicts(rows: Sequence[Row], peak_flops: float | None = None) -> list[Verdict]:
+    """The marks of a training step, from the rows of the suite train on a GPU.
+
+    Its model FLOPs utilisation is that of the device's ``peak_flops`` a second; where they are not known, it is the
+    share of the limit that was measured.
+    """
     timed = {row.candidate: row for row in rows}
     ours = [timed[name] for name in ("+ Triton kernels", "trainer") if name in timed]
     rival = timed["+ compile"].timing if "+ compile" in timed else None
@@ -69,10 +73,11 @@ def training_verdicts(rows: Sequence[Row]) -> list[Verdict]:
         timing = row.timing
         if rival is not None:
             faster.append((timing.speedup_over(rival) if timing else 0.0, row.candidate))
-        shares.append((row.limit_s / timing.median if timing else 0.0, row.candidate))
+        least = row.flops / peak_flops if peak_flops else row.limit_s
+        shares.append((least / timing.median if timing else 0.0, row.candidate))
     return [
         Verdict("training step against torch's kernels, compiled", 1.15, *_worst(faster)),
-        Verdict("training step, share of the limit", 0.4, *_worst(shares)),
+        Verdict(f"training step, {'MFU' if peak_flops else 'share of the limit'}", 0.4, *_worst(shares)),
     ]
 
 

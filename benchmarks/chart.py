@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.checkpoint import refuse_unwritable, replacing
+from fastdiff.benchmarks.rows import refuse_unwritable_file
+from fastdiff.checkpoint import replacing
 from fastdiff.evaluation.plot import refuse_without_matplotlib
 
 if TYPE_CHECKING:
@@ -30,11 +31,9 @@ def check_chart(path: Path) -> None:
     refuse_without_matplotlib("chart")
     if path.suffix.lower() != ".png":
         raise ValueError(f"chart {path} must end in .png")
-    if path.is_dir():
-        raise ValueError(f"chart {path} is a folder: name a file")
+    refuse_unwritable_file("chart", path)
     if path.exists():
         raise ValueError(f"chart {path} exists: name another file, or delete it")
-    refuse_unwritable("chart", path.parent)
 
 
 def draw_ladder(rows: Sequence[Row], path: Path) -> None:
@@ -68,7 +67,9 @@ def draw_ladder(rows: Sequence[Row], path: Path) -> None:
     figure.legend(handles=kinds, loc="outside upper center", ncols=len(kinds), fontsize=8, frameon=False)
     about = rows[-1]
     where = ", ".join(str(about[name]) for name in ("machine", "gpu") if about[name] != "none")
-    notes = ["Times as fast as the plain path, median and p20 to p80 of the rounds; grey: over the rung above."]
+    notes = [
+        f"Times as fast as the plain path, median and p20 to p80 of {_rounds(rows)} rounds; grey: over the rung above."
+    ]
     notes.append(f"{where}, torch {about['torch']}, commit {about['commit']}, {about['date']}")
     footer = "\n".join(textwrap.fill(note, int(17 * width)) for note in notes)
     figure.supxlabel(footer, fontsize=7.5, color=_QUIET)
@@ -81,8 +82,6 @@ def _draw_block(part: "SubFigure", block: Mapping[str, Panel], rungs: Sequence[s
     all_axes = part.subplots(1, columns, sharey=True, squeeze=False)[0]
     workloads = {suite: str(next(iter(panel.values()))["workload"]) for suite, panel in block.items()}
     common = min(workloads.values(), key=len)  # "..., batch 16" of "..., batch 16, 10 DDIM steps"
-    if not all(f"{workload}, ".startswith(f"{common}, ") for workload in workloads.values()):
-        common = ""
     part.suptitle(common, fontsize=9.5, fontweight="bold")
     limited = False
     for axes, (suite, panel) in zip(all_axes, block.items(), strict=False):
@@ -144,18 +143,27 @@ def _is_peer(name: str, panel: Panel) -> bool:
 
 
 def _blocks(rows: Sequence[Row]) -> list[dict[str, Panel]]:
-    """The nth workload of every suite, as suite, then candidate; suites without a single time are left out."""
+    """The suites of each workload, as suite, then candidate; those without a single time are left out.
+
+    A suite's workload may say more: "..., batch 16, 10 DDIM steps" belongs to "..., batch 16".
+    """
     panels: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
         suite, workload = str(row["suite"]), str(row["workload"])
         panels.setdefault(suite, {}).setdefault(workload, {})[str(row["candidate"])] = row
-    timed = {
-        suite: [p for p in panels[suite].values() if any(_number(row, "speedup") > 0 for row in p.values())]
-        for suite in PANELS
-        if suite in panels
-    }
-    count = max(map(len, timed.values()), default=0)
-    return [{suite: found[i] for suite, found in timed.items() if i < len(found)} for i in range(count)]
+    blocks: dict[str, dict[str, Panel]] = {}
+    for suite in PANELS:
+        for workload, panel in panels.get(suite, {}).items():
+            if any(_number(row, "speedup") > 0 for row in panel.values()):
+                base = next((of for of in blocks if f"{workload}, ".startswith(f"{of}, ")), workload)
+                blocks.setdefault(base, {})[suite] = panel
+    return list(blocks.values())
+
+
+def _rounds(rows: Sequence[Row]) -> str:
+    """How many rounds the drawn ones had."""
+    counts = {int(str(row["rounds"])) for row in rows if row["suite"] in PANELS} - {0}
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def _merged(lists: Sequence[Sequence[str]]) -> list[str]:

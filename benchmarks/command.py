@@ -3,7 +3,7 @@
 import gc
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,10 @@ import torch
 import torch._dynamo
 from rich.console import Console
 
-from fastdiff.benchmarks.chart import check_chart, draw_ladder
+from fastdiff.benchmarks.chart import PANELS, check_chart, draw_ladder
 from fastdiff.benchmarks.compare import print_comparison, read_measured
 from fastdiff.benchmarks.harness import environment
-from fastdiff.benchmarks.rows import Row, append_rows, require_columns
+from fastdiff.benchmarks.rows import Row, append_rows, require_columns, with_against
 from fastdiff.benchmarks.table import print_rows
 from fastdiff.benchmarks.workload import Workload
 from fastdiff.config import RuntimeConfig
@@ -54,26 +54,55 @@ def run(
     if csv is not None:
         require_columns(csv, list(Row("", "", "", None).as_dict() | about))
     if chart is not None:
+        if not set(PANELS) & set(request.suites):
+            raise ValueError(f"chart shows {', '.join(PANELS)}: measure one of them, or leave --chart out")
+        if csv is not None and csv.resolve() == chart.resolve():
+            raise ValueError(f"chart {chart} is the file of --csv, too: name another one")
         check_chart(chart)
     old = None if compare is None else read_measured(compare)
     rows: list[dict[str, object]] = []
+    unsaved: list[Mapping[str, object]] = []
     good = True
-    for measured in _tables(request, console):
-        print_rows(measured, console)
+
+    def said(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    for table in _tables(request, console):
+        measured = with_against(table)
         values = [row.as_dict() | about for row in measured]
-        if csv is not None:
-            append_rows(csv, values)
         rows += values
+        unsaved += values
+        refusal = _append(csv, unsaved)  # before they are printed, which may be the end
+        print_rows(measured, console)
+        if refusal:
+            said(f"warning: {refusal}")  # what is not there yet is added with the next ones
         good = good and not any(row.failed for row in measured)
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    said(", ".join(f"{key} {value}" for key, value in about.items()))
     if csv is not None:
-        console.print(f"rows added to {csv}", highlight=False)
-    if chart is not None:
-        draw_ladder(rows, chart)
-        console.print(f"chart drawn to {chart}", highlight=False)
+        refusal = _append(csv, unsaved)
+        said(f"error: {refusal}: {len(unsaved)} rows are not kept" if refusal else f"rows added to {csv}")
+        good = good and not refusal
     if old is not None:
         print_comparison(old, rows, console)
+    if chart is not None:
+        try:
+            draw_ladder(rows, chart)
+            said(f"chart drawn to {chart}")
+        except (ValueError, OSError) as error:
+            said(f"error: {error}")
+            good = False
     return good
+
+
+def _append(csv: Path | None, unsaved: list[Mapping[str, object]]) -> str:
+    """Move the rows to the file, where there is one; why that cannot be done now, or nothing."""
+    try:
+        if csv is not None and unsaved:
+            append_rows(csv, unsaved)
+    except (ValueError, OSError) as error:
+        return str(error)
+    unsaved.clear()
+    return ""
 
 
 def _tables(request: Request, console: Console) -> Iterator[list[Row]]:
@@ -86,14 +115,27 @@ def _tables(request: Request, console: Console) -> Iterator[list[Row]]:
         yield from _models(request, suites, workload, rounds, console)
         gc.collect()  # the memory of the models is that of the next ones
     if "data" in request.suites:
-        from fastdiff.benchmarks.data import measure_data
-
-        with tempfile.TemporaryDirectory() as folder:
-            yield from _grouped(measure_data(request.quick, Path(folder)))
+        yield from _grouped(_or_failed("data", _data(request)))
     if "growth" in request.suites:
         from fastdiff.benchmarks.growth import measure_growth
 
-        yield from _grouped(measure_growth(request.workloads[0], request.ours, request.quick))
+        growth = measure_growth(request.workloads[0], request.ours, request.quick, request.rounds)
+        yield from _grouped(_or_failed("growth", growth))
+
+
+def _data(request: Request) -> Iterator[Row]:
+    from fastdiff.benchmarks.data import measure_data
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield from measure_data(request.quick, Path(folder), request.device, request.rounds)
+
+
+def _or_failed(suite: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, and where a full disk or the like ends them one that says so: what else was measured is not lost."""
+    try:
+        yield from rows
+    except OSError as error:
+        yield Row(suite, "the rest", "not measured", None, remark=" ".join(str(error).split()), failed=True)
 
 
 def _kernels(request: Request, rounds: int, console: Console) -> Iterator[list[Row]]:

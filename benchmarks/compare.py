@@ -1,6 +1,5 @@
 """What moved since another run, by more than its noise."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,16 @@ Key = tuple[str, str, str]
 LEAST = 0.02
 """Medians that are closer say nothing: a process is faster or slower than the next by as much, by where its memory
 lies, and the rounds within one do not show it."""
+
+ENOUGH = 5
+"""Rounds from which a spread is known; with fewer only a factor of GROSS is told."""
+
+GROSS = 1.5
+
+WIDTHS = 20
+"""Medians of n rounds are apart where that is more than so many times the width from p20 to p80, over n. Of two runs of
+the same, whatever their noise, less than one row in a hundred then seems to have moved, from ENOUGH rounds on: found by
+drawing from one Gaussian. Over n, not its root, since the width of a few rounds may be small by chance."""
 
 LEAST_COUNT = 0.01
 """The same of memory and operations, which are counted: an allocator rounds, and a file has four digits."""
@@ -57,31 +66,25 @@ def read_measured(path: Path) -> list[dict[str, str]]:
 
     To be called before anything is measured: the run may add its own rows to the same file.
     """
-    try:
-        rows = read_rows(path)
-        with path.open(newline="", encoding="utf-8") as file:
-            header = next(csv.reader(file), [])
-    except (UnicodeDecodeError, csv.Error):
-        raise ValueError(f"{path} is not a CSV file: name one that fastdiff benchmark --csv wrote") from None
-    figures = (*_SPEEDUP, *_SECONDS, *_COUNTED)
-    missing = [name for name in (*KEY, "rounds", *figures, "remark", *ENVIRONMENT) if name not in header]
-    if missing:
-        raise ValueError(f"{path} has no columns {', '.join(missing)}: name a file that fastdiff benchmark --csv wrote")
+    rows = read_rows(path, "compare")
+    figures = (*_SPEEDUP, *_SECONDS, *_COUNTED, "rounds")
+    wanted = {*KEY, "against", *figures, "remark", *ENVIRONMENT}
+    if not rows or not wanted <= rows[0].keys():
+        raise ValueError(f"compare {path} holds no rows that this version's fastdiff benchmark --csv wrote")
     for number, row in enumerate(rows, start=1):
-        if len(row) > len(header) or None in row.values() or not all(_is_number(row[name]) for name in figures):
-            raise ValueError(f"{path} is damaged in its row {number}: name another file, or delete that row")
+        if not all(_is_number(row[name]) for name in figures):
+            raise ValueError(f"compare {path} is damaged in its row {number}: name another file, or delete that row")
     return rows
 
 
 def moved(old: Rows, new: Rows) -> list[Change]:
     """What is in both and differs by more than the noise; of several rows of one candidate the last one counts.
 
-    A time is compared as how many times as fast as the first candidate of the same rounds: the machine's pace is not in
-    that. It has moved where the medians are LEAST apart and neither interval from p20 to p80 reaches the other. A first
-    candidate has only its seconds, which move with the machine, too.
+    A time is compared as how many times as fast as another candidate of the same rounds, where that is the same one:
+    the machine's pace is not in that. It has moved where the medians are LEAST and WIDTHS apart and neither interval
+    from p20 to p80 reaches the other. That candidate itself has only its seconds, which move with the machine, too.
     """
     before, now = _latest(old), _latest(new)
-    first_before, first_now = _first(before), _first(now)
     found = []
     for key in now:
         if key not in before:
@@ -91,20 +94,35 @@ def moved(old: Rows, new: Rows) -> list[Change]:
         if math.isnan(x) != math.isnan(y):
             remark = "measured now" if math.isnan(x) else f"not measured now; {b['remark']}".removesuffix("; ")
             found.append(Change(*key, "median_s", x, y, remark))
-        measures = first_before.get(key[:2]), first_now.get(key[:2])
-        relative = measures[0] == measures[1] is not None and not (_own_measure(a) or _own_measure(b))
-        figure, low, high = _SPEEDUP if relative else _SECONDS
-        x, y = _number(a, figure), _number(b, figure)
-        apart = _number(a, high) < _number(b, low) or _number(b, high) < _number(a, low)
-        if apart and abs(y - x) > LEAST * x:
-            alone = "1" in (str(a["rounds"]), str(b["rounds"]))
-            remarks = ["perhaps the machine"] * (not relative) + ["spread unknown: one round"] * alone
-            found.append(Change(*key, figure, x, y, "; ".join(remarks)))
+        relative = a["against"] == b["against"] not in ("", key[2])
+        figures = _SPEEDUP if relative else _SECONDS
+        if _few(a, b):
+            figures, apart = _SECONDS, y > GROSS * x or x > GROSS * y
+        else:
+            apart = _apart(a, b, figures)
+        if apart:
+            remarks = ["perhaps the machine"] * (figures is _SECONDS) + ["few rounds"] * _few(a, b)
+            x, y = _number(a, figures[0]), _number(b, figures[0])
+            found.append(Change(*key, figures[0], x, y, "; ".join(remarks)))
         for figure in _COUNTED:
             x, y = _number(a, figure), _number(b, figure)
             if abs(y - x) > LEAST_COUNT * max(x, y):
                 found.append(Change(*key, figure, x, y))
     return found
+
+
+def _few(*rows: Mapping[str, object]) -> bool:
+    """Whether all of these were timed, but one in so few rounds that its spread is not known."""
+    return 0 < min(_number(row, "rounds") for row in rows) < ENOUGH
+
+
+def _apart(a: Mapping[str, object], b: Mapping[str, object], figures: tuple[str, str, str]) -> bool:
+    median, low, high = figures
+    x, y = _number(a, median), _number(b, median)
+    if not (_number(a, high) < _number(b, low) or _number(b, high) < _number(a, low)):
+        return False
+    width = sum((_number(row, high) - _number(row, low)) / max(1, _number(row, "rounds")) for row in (a, b)) / 2
+    return abs(y - x) > max(LEAST * x, WIDTHS * width)
 
 
 def print_comparison(old: Rows, new: Rows, console: "Console") -> None:
@@ -131,6 +149,10 @@ def print_comparison(old: Rows, new: Rows, console: "Console") -> None:
         alone = [key for key in rows if key not in others]
         if alone:
             say(f"rows only {when}: {len(alone)} ({_names(alone, {key[0] for key in others})})")
+    unclear = sum(_few(before[key], now[key]) for key in both)
+    if unclear:
+        named = f"fewer than {ENOUGH}, and only a factor of {GROSS} is named"
+        say(f"too few rounds to tell: {unclear} of {len(both)} rows have {named}")
     changes = moved(old, new)
     if not both:
         say("nothing to compare: no row is in both")
@@ -152,15 +174,6 @@ def print_comparison(old: Rows, new: Rows, console: "Console") -> None:
 
 def _latest(rows: Rows) -> dict[Key, Mapping[str, object]]:
     return {(str(row["suite"]), str(row["workload"]), str(row["candidate"])): row for row in rows}
-
-
-def _first(rows: dict[Key, Mapping[str, object]]) -> dict[tuple[str, str], str]:
-    """The candidate that the others of its table are measured against."""
-    return {key[:2]: key[2] for key in reversed(rows) if _own_measure(rows[key])}
-
-
-def _own_measure(row: Mapping[str, object]) -> bool:
-    return all(_number(row, name) == 1 for name in _SPEEDUP)
 
 
 def _names(keys: Sequence[Key], suites: set[str]) -> str:

@@ -21,7 +21,7 @@ from fastdiff.benchmarks.harness import environment, side_stream
 from fastdiff.benchmarks.kernels import Measured, measure, measure_all
 from fastdiff.benchmarks.problems import problems
 from fastdiff.benchmarks.roofs import measure_roofs
-from fastdiff.benchmarks.rows import Row, append_rows
+from fastdiff.benchmarks.rows import Row, append_rows, with_against
 from fastdiff.config import DiffusionConfig, ModelConfig
 from fastdiff.kernels.attention.plan import Tiles
 from fastdiff.kernels.group_norm_silu import plan as norm_plan
@@ -44,29 +44,35 @@ def bars(device: torch.device, csv: Path, deadline: float) -> None:
         print(verdict)
 
 
+RESERVE = 120
+"""Seconds for the last rung that is begun, which is compiled, and for the rounds."""
+
+
 def model(device: torch.device, csv: Path, deadline: float) -> None:
-    """The training step of a released model, from the plain path to the Trainer's, and the marks that were set."""
+    """The training step of a released model, fused, compiled and the Trainer's, and the marks that were set."""
     # they want Pillow and safetensors, which the other parts do not
     from fastdiff.benchmarks.ladder import Models, ladder
     from fastdiff.benchmarks.suites import ceilings, measure
     from fastdiff.benchmarks.workload import Workload
+    from fastdiff.runtime.throughput import peak_flops
 
     on_gpu = device.type == "cuda"
     name, batch_size = ("imagenet64_uncond", 64) if on_gpu else ("cifar10_uncond", 1)
     preset = preset_named(name)
     workload = Workload(preset.config(ModelConfig), preset.config(DiffusionConfig), batch_size, device, name)
-    rungs = ladder("train", device) if on_gpu else ladder("train", device)[:3]
+    fused = [rung for rung in ladder("train", device) if rung.fused]
+    rungs = fused if on_gpu else fused[:1]
     roofs = ceilings(workload, rungs)
     for precision, measured in roofs.items():
         print(f"in {precision}: {measured}")
-    rows = measure("train", Models(workload), rungs, roofs, 10 if on_gpu else 2)
+    rows = measure("train", Models(workload), rungs, roofs, 10 if on_gpu else 2, False, deadline - RESERVE)
     _keep(rows, csv, environment(device))
-    for verdict in training_verdicts(rows):
+    for verdict in training_verdicts(rows, peak_flops(device, rungs[-1].config.precision)):
         print(verdict)
 
 
 def _keep(rows: Sequence[Row], csv: Path, about: Mapping[str, str]) -> None:
-    append_rows(csv, [{**row.as_dict(), **about} for row in rows])
+    append_rows(csv, [{**row.as_dict(), **about} for row in with_against(rows)])
     for row in rows:
         values = row.as_dict()
         result = (

@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu_check.sh [correct|sanitize|bars|tune|model|sample|train] ...     (without a part: all of them)
 #
-# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest, for model, sample and train Pillow and safetensors too;
-# pytest-xdist and Liger are used where present. sample is the one part that may need more than one run: it goes on.
+# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest, for model, sample and train Pillow and safetensors
+# too; pytest-xdist and Liger are used where present. sample is the one part that may need more than one run: it goes on.
 # Rows are written as they come, to $OUT (default: gpu_check), so that a run that is cut off keeps what it had. Without
 # a GPU the kernels are interpreted and the figures are those of a small CPU run: good to see that the script works.
 set -uo pipefail

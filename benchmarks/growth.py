@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.benchmarks.child import child
 from fastdiff.benchmarks.fit import slope
 from fastdiff.benchmarks.harness import Timing, peak_bytes, seconds_of
 from fastdiff.benchmarks.jobs import Job, forward
@@ -73,7 +73,7 @@ AXES = (
 JobOf = Callable[[Models, Workload, RuntimeConfig, ExitStack], Job]
 
 
-def measure_growth(workload: Workload, ours: RuntimeConfig, quick: bool) -> Iterator[Row]:
+def measure_growth(workload: Workload, ours: RuntimeConfig, quick: bool, rounds: int | None = None) -> Iterator[Row]:
     """Rows of the suite growth: a forward pass and a training step by each of AXES, then training by processes.
 
     It is the path that a user gets, but eager unless ``ours`` says compile on: every size would be compiled anew, for a
@@ -83,7 +83,7 @@ def measure_growth(workload: Workload, ours: RuntimeConfig, quick: bool) -> Iter
     compiled = Compile.ON if ours.compile is Compile.ON else Compile.OFF
     precision = Runtime.resolve(replace(ours, device=str(workload.device))).precision
     config = replace(ours, device=str(workload.device), compile=compiled, precision=precision)
-    rounds = 3 if quick else 5
+    rounds = rounds or (3 if quick else 5)
     roofs = ceilings(workload, [Rung("", config)], rounds)[precision]
     for kind, job_of in (("forward", _forward), ("training step", _training)):
         for axis in AXES:
@@ -232,14 +232,16 @@ def _processes(workload: Workload, config: RuntimeConfig, quick: bool) -> list[R
             continue
         try:
             seconds, peak = _train(workload, config, processes, quick)
-        except ChildProcessError as error:
+        except OSError as error:
             return [*rows.values(), replace(blank, remark=str(error), failed=True)]
         rows[processes] = replace(blank, timing=_alone(name, seconds), peak_gib=peak)
-    last = max(rows)
-    shared = "they share the cores" if on_cpu else "a GPU each"
-    remark = "; ".join(filter(None, (_power("processes", rows), shared, "memory of the first process")))
-    rows[last] = replace(rows[last], remark=remark)
-    return list(rows.values())
+    one, *more = rows.values()
+    for row in more:
+        if one.timing and row.timing:
+            shared = "they share the cores" if on_cpu else "a GPU each"
+            times = one.timing.median / row.timing.median
+            more = [replace(row, remark=f"{times:.2f}× of 1 process; {shared}; memory of the first process")]
+    return [one, *more]
 
 
 def _train(workload: Workload, config: RuntimeConfig, processes: int, quick: bool) -> tuple[list[float], float]:
@@ -256,16 +258,18 @@ def _train(workload: Workload, config: RuntimeConfig, processes: int, quick: boo
         flags |= {"device": workload.device.type, "data_dir": images, "run_dir": run_dir, "cache": "memory"}
         flags |= {"batch_size": workload.batch_size, "steps": interval * (lines + 1), "log_interval": interval}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["--log-dir", f"{folder}/torchrun"]
         command += ["-m", "fastdiff", "train", "--preview-interval", "0"]
         for name, value in flags.items():
             if value is not None:
                 command += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if run.returncode:
-            errors = [line for line in run.stderr.splitlines() if "error: " in line]
+        with Path(folder, "said").open("w+", encoding="utf-8", errors="replace") as said:
+            with child(command, said, environment) as process:
+                status = process.wait()
+            said.seek(0)
+            errors = [line.strip() for line in said if "error: " in line]
+        if status:
             raise ChildProcessError((errors or ["fastdiff train ended without a word"])[0])
         with (run_dir / "progress.jsonl").open(encoding="utf-8") as file:
-            seen = [json.loads(line) for line in file][
-                1:
-            ]  # in the first interval everything happens for the first time
+            _, *seen = [json.loads(line) for line in file]  # in the first interval everything is new
     return [workload.batch_size / line["images_per_s"] for line in seen], max(line["memory_gib"] for line in seen)

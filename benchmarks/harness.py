@@ -21,6 +21,8 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastdiff import __version__
+
 HEAD_START = 500_000
 """GPU cycles, a quarter of a millisecond, in which the host can hand over what is timed before the clock starts."""
 
@@ -64,20 +66,27 @@ def interleaved(
     warmup: int,
     device: torch.device,
     baseline: str | None = None,
+    errors: dict[str, Exception] | None = None,
 ) -> list[Timing]:
     """Time the candidates in turn, round by round, so that a machine that slows down slows all of them.
 
-    They are compared with the first one, or with ``baseline``, and with nothing where that is not among them.
+    They are compared with the first one, or with ``baseline``, and with nothing where that is not among them. What a
+    candidate raises is raised; with ``errors`` it is put there, the candidate has no time, and the others go on.
     """
-    for run in candidates.values():
-        for _ in range(warmup):
-            run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            seconds[name].append(_timed(run, device))
-    against = next(iter(seconds.values())) if baseline is None else seconds.get(baseline, [math.nan] * rounds)
-    return [Timing(name, values, against) for name, values in seconds.items()]
+    for name in [name for name in candidates for _ in range(warmup)] + [*candidates] * rounds:
+        if name not in seconds:
+            continue
+        try:
+            seconds[name].append(_timed(candidates[name], device))
+        except Exception as error:
+            if errors is None:
+                raise
+            errors[name] = error.with_traceback(None)  # which would hold the memory that it failed with
+            del seconds[name]
+    timed = {name: values[warmup:] for name, values in seconds.items()}
+    against = timed.get(next(iter(candidates)) if baseline is None else baseline, [math.nan] * rounds)
+    return [Timing(name, values, against) for name, values in timed.items()]
 
 
 def seconds_of(run: Callable[[], object], rounds: int, device: torch.device, warmup: int = 2) -> list[float]:
@@ -107,7 +116,8 @@ def side_stream(device: torch.device) -> AbstractContextManager[object]:
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most bytes of tensors that one call holds at a time, beside those that were there before it.
 
-    What a library allocates for itself is seen on a GPU only where it asks PyTorch for it, on a CPU not at all.
+    What a library allocates for itself is seen on a GPU only where it asks PyTorch for it, on a CPU not at all; nor
+    are, on a CPU, what other threads than PyTorch's own allocate and that a call frees what was there before it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -157,9 +167,10 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
 def environment(device: torch.device) -> dict[str, str]:
     """Where and with what a row was measured."""
+    threads = torch.get_num_threads()
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "machine": f"{_cpu_name()}, {threads} thread{'s' * (threads != 1)}",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -189,9 +200,17 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit of this checkout, and not of another one that the package is installed in; or the version."""
+    checkout = RESULTS.parents[1]
+    if _git("rev-parse", "--show-toplevel") == str(checkout) and (found := _git("describe", "--always", "--dirty")):
+        return found
+    return f"fastdiff {__version__}"
+
+
+def _git(*words: str) -> str:
+    """What git says here, or nothing."""
     try:
-        run = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        run = subprocess.run(["git", *words], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
     except OSError:  # no git here
-        return "unknown"
-    return run.stdout.strip() or "unknown"
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""

@@ -1,36 +1,49 @@
-"""What a candidate does in a round: a forward pass, a training step, a batch of a sampling job, one step of it."""
+"""What a candidate does in a round: a forward pass, a training step, a batch of samples, one step of them."""
 
+import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdiff.benchmarks.ladder import Candidate, Models, Rung
 from fastdiff.benchmarks.updates import build_trainer, stream
-from fastdiff.benchmarks.workload import Workload, inputs
-from fastdiff.config import Kernels, MemoryFormat, SampleConfig, Sampler, TrainConfig
+from fastdiff.benchmarks.workload import TOLERANCE, Workload, inputs, require_close
+from fastdiff.config import Kernels, MemoryFormat, Precision, SampleConfig, Sampler, TrainConfig
+from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox, build_diffusion
-from fastdiff.sampling import Loop, generate
+from fastdiff.sampling import Loop
 from fastdiff.training.ema import EMA
-from fastdiff.training.update import Updater
+from fastdiff.training.update import Updater, learning_rate
 
 SAMPLING_STEPS = 10
+IMAGES = 4
+"""Times TOLERANCE that images may be off by: the first step of many divides the model's errors by little. In bf16 right
+ones were off by up to 0.04."""
+
+LOSSES = 0.1
+"""The same of losses, of which the output of a model that has learnt nothing is a small part."""
+
+LEARNING_RATE = 1e-4
 EMA_RATE = 0.9999
-BATCHES = 10_000
-"""Of a sampling job that no benchmark brings to its end."""
+SCALINGS = 20
+"""Updates that fp16 may skip at most until its loss scale is found."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a candidate does in a round, and the tensors that it holds between rounds."""
+    """What a candidate does in a round, and the tensors that it holds between rounds.
+
+    ``check`` is called after the first round: ValueError where what that came to is wrong.
+    """
 
     run: Callable[[], object]
     tensors: Callable[[], Iterable[Tensor]]
+    check: Callable[[], None] = lambda: None
 
 
 def job_of(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
@@ -40,14 +53,11 @@ def job_of(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
         case "train" if rung.trainer:
             return _trained(models, rung, stack)
         case "train":
-            candidate = models.training(rung.config)
-            runtime = candidate.runtime
-            return updating(
-                workload, candidate.module, candidate.call, runtime.kernels, rung.fused, runtime.memory_format
-            )
+            return _updated(models, models.training(rung.config), rung.fused)
         case "sample":
             candidate = models.inference(rung.config)
-            return drawing(workload, candidate.module, candidate.call, candidate.runtime.kernels, rung.graphs)
+            drawing = Drawing(workload, candidate.call, candidate.runtime.kernels, rung.graphs)
+            return Job(drawing, candidate.module.parameters, lambda: _check_images(models, candidate, drawing))
         case _:
             candidate = models.inference(rung.config)
             return forward(workload, candidate.module, candidate.call)
@@ -57,9 +67,12 @@ def peer_job(suite: str, workload: Workload, module: nn.Module, call: Callable[.
     """A peer's module in the place of the plain path's."""
     match suite:
         case "train":
-            return updating(workload, module.train(), call, Kernels.REFERENCE, fused=False)
+            updates = Updates(workload, module.train(), call, Kernels.REFERENCE, fused=False)
+            updates()  # the moments come to be in the first one
+            return Job(updates, updates.tensors)
         case "sample":
-            return drawing(workload, module.eval(), call, Kernels.REFERENCE, graphs=False)
+            module.eval()
+            return Job(Drawing(workload, call, Kernels.REFERENCE, graphs=False), module.parameters)
         case _:
             return forward(workload, module.eval(), call)
 
@@ -76,44 +89,107 @@ def forward(workload: Workload, module: nn.Module, call: Callable[..., Tensor]) 
     return Job(run, module.parameters)
 
 
-def updating(
-    workload: Workload,
-    module: nn.Module,
-    call: Callable[..., Tensor],
-    kernels: Kernels,
-    fused: bool,
-    memory_format: MemoryFormat = MemoryFormat.CONTIGUOUS,
-) -> Job:
-    """One update: timesteps and noise drawn, q_sample, loss, gradients, AdamW, an average of the weights.
+class Updates:
+    """Updates: timesteps and noise drawn, q_sample, loss, gradients, AdamW, an average of the weights.
 
     ``fused`` is AdamW in one kernel and the averages in one call; without it they are PyTorch's default and, as in
     improved-diffusion, parameter by parameter.
     """
-    x, _, conditions = inputs(workload)
-    if memory_format is MemoryFormat.CHANNELS_LAST:
-        x = x.contiguous(memory_format=torch.channels_last)  # as the Trainer's uint8 images become floats
-    diffusion = build_diffusion(workload.diffusion, kernels)
-    parameters = list(module.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=fused or None)
-    average = EMA(parameters, EMA_RATE)
+
+    def __init__(
+        self,
+        workload: Workload,
+        module: nn.Module,
+        call: Callable[..., Tensor],
+        kernels: Kernels,
+        fused: bool,
+        memory_format: MemoryFormat = MemoryFormat.CONTIGUOUS,
+    ) -> None:
+        x, _, self._conditions = inputs(workload)
+        if memory_format is MemoryFormat.CHANNELS_LAST:
+            x = x.contiguous(memory_format=torch.channels_last)  # as the Trainer's uint8 images become floats
+        self._x, self._call, self._fused = x, call, fused
+        self._diffusion = build_diffusion(workload.diffusion, kernels)
+        self.parameters = list(module.parameters())
+        self._optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused or None)
+        self.average = EMA(self.parameters, EMA_RATE, warmup=False)
+
+    def __call__(self, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """One update; the losses (N,). ``t`` (N,) and ``noise`` (N, 3, H, W) are drawn where they are not given."""
+        x = self._x
+        if t is None:
+            t = torch.randint(self._diffusion.num_timesteps, (len(x),), device=x.device)
+        if noise is not None:
+            noise = torch.empty_like(x).copy_(noise)  # in the layout of one that is drawn
+        losses = self._diffusion.training_losses(self._call, x, t, self._conditions, noise)["loss"]
+        losses.mean().backward()
+        self._optimizer.step()
+        if self._fused:
+            self.average.update()
+        else:
+            self._average_one_by_one()
+        self._optimizer.zero_grad(set_to_none=True)
+        return losses.detach()
+
+    def tensors(self) -> list[Tensor]:
+        """Weights, their average and the optimizer's moments."""
+        return [*self.parameters, *self.average.tensors(), *_moments(self._optimizer)]
 
     @torch.no_grad()
-    def averaged_one_by_one() -> None:
-        for own, parameter in zip(average.tensors(), parameters, strict=True):
+    def _average_one_by_one(self) -> None:
+        for own, parameter in zip(self.average.tensors(), self.parameters, strict=True):
             own.mul_(EMA_RATE).add_(parameter, alpha=1 - EMA_RATE)
 
-    def update() -> None:
-        t = torch.randint(diffusion.num_timesteps, (len(x),), device=x.device)
-        diffusion.training_losses(call, x, t, conditions)["loss"].mean().backward()
-        optimizer.step()
-        if fused:
-            average.update()
-        else:
-            averaged_one_by_one()
-        optimizer.zero_grad(set_to_none=True)
 
-    update()  # the moments come to be in the first one
-    return Job(update, lambda: [*parameters, *average.tensors(), *_moments(optimizer)])
+def _updated(models: Models, candidate: Candidate, fused: bool) -> Job:
+    """Updates, of which the first is checked; without dropout, which no two draw alike."""
+    workload, runtime, module = models.workload, candidate.runtime, candidate.module
+    updates = Updates(workload, module, candidate.call, runtime.kernels, fused, runtime.memory_format)
+    x, t, conditions = inputs(workload)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
+
+    @torch.no_grad()
+    def losses_of(plain: Candidate) -> Tensor:
+        diffusion = build_diffusion(workload.diffusion, plain.runtime.kernels)
+        return diffusion.training_losses(plain.call, x, t, conditions, noise)["loss"]
+
+    expected = models.plain("losses", losses_of)
+    module.train(not workload.model.dropout)
+    losses: list[Tensor] = []
+    _check_update(lambda: losses.append(updates(t, noise)), updates.parameters, [updates.average], LEARNING_RATE)
+    module.train()
+    require_close(losses[0], expected, LOSSES * TOLERANCE[runtime.precision], "differs from the plain path", "loss")
+    if workload.model.dropout:
+        updates()  # compiled once more, before the memory is counted
+    return Job(updates, updates.tensors)
+
+
+@torch.no_grad()
+def _zero(averages: Iterable[EMA]) -> None:
+    for own in (tensor for average in averages for tensor in average.tensors()):
+        own.zero_()
+
+
+def _check_update(
+    update: Callable[[], object], parameters: Sequence[Tensor], averages: Sequence[EMA], lr: float
+) -> None:
+    """The first update; ValueError where it is none.
+
+    AdamW's first moves nearly every weight by ``lr``, and an average that was zero becomes (1 - rate) * weight.
+    """
+    before = [p.detach().clone() for p in parameters]
+    _zero(averages)
+    update()
+    with torch.no_grad():
+        moved = torch.stack([(p - b).norm() for p, b in zip(parameters, before, strict=True)]).norm()
+        share = float(moved) / math.sqrt(sum(p.numel() for p in parameters)) / lr
+        if not 0.5 <= share <= 1.01:
+            raise ValueError(f"an update moves the weights by {share:.2g} times the learning rate: not timed")
+        for average in averages:
+            rate = min(average.rate, average.updates / (9 + average.updates)) if average.warmup else average.rate
+            for own, p in zip(average.tensors(), parameters, strict=True):
+                require_close(own, (1 - rate) * p, 1e-5, "is no moving average", "weights")
+                own.copy_(p)
 
 
 def _trained(models: Models, rung: Rung, stack: ExitStack) -> Job:
@@ -130,7 +206,17 @@ def _trained(models: Models, rung: Rung, stack: ExitStack) -> Job:
     def run() -> None:
         update(*next(batches))
 
-    run()
+    def first() -> None:
+        for _ in range(SCALINGS if trainer.runtime.precision is Precision.FP16 else 1):
+            _zero(state.emas)
+            run()
+            sums = state.sums.read()
+            if not sums["skipped"]:
+                break
+        if sums["skipped"] or not math.isfinite(sums["loss"]):
+            raise ValueError(f"the Trainer skips its first update, of loss {sums['loss']:.3g}: not timed")
+
+    _check_update(first, state.parameters, state.emas, learning_rate(trainer.config.train, state.step))
     averages = [tensor for ema in state.emas for tensor in ema.tensors()]
     return Job(run, lambda: [*state.parameters, *averages, *_moments(state.optimizer)])
 
@@ -139,28 +225,48 @@ def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
 
 
-def drawing(workload: Workload, module: nn.Module, call: Callable[..., Tensor], kernels: Kernels, graphs: bool) -> Job:
-    """A batch of a job under way, in SAMPLING_STEPS steps of DDIM: noise drawn, pixels brought to the host.
+class Drawing:
+    """Draws a batch, in SAMPLING_STEPS steps of DDIM: noise, steps, pixels, and the wait until the host has them.
 
     ``graphs`` are CUDA graphs of the steps, which the first batch captures.
     """
-    model, size = workload.model, workload.batch_size
-    _, _, conditions = inputs(workload)
-    drawn = generate(
-        call,
-        _respaced(workload, kernels),
-        SampleConfig(num_samples=size * BATCHES, batch_size=size, sampler=Sampler.DDIM),
-        image_size=model.image_size,
-        device=workload.device,
-        labels=np.arange(size * BATCHES) % model.num_classes if model.class_cond else None,
-        low_res=(lambda _: conditions["low_res"]) if model.small_size else None,
-        graphs=graphs,
-    )
-    return Job(lambda: next(drawn), module.parameters)
+
+    def __init__(self, workload: Workload, call: Callable[..., Tensor], kernels: Kernels, graphs: bool) -> None:
+        size, batch_size = workload.model.image_size, workload.batch_size
+        self._shape = (batch_size, 3, size, size)
+        self._noise = Philox(0, torch.arange(batch_size, device=workload.device))
+        _, _, self._conditions = inputs(workload)
+        self._diffusion = _respaced(workload, kernels)
+        self._loop = Loop(call, self._diffusion, SampleConfig(sampler=Sampler.DDIM), graphs=graphs)
+
+    def __call__(self) -> Tensor:
+        """One batch, uint8 (N, H, W, 3), of the same noise every time."""
+        loop = self._loop
+        loop.begin(self._noise.of_start(self._shape, self._diffusion.kernels), self._noise, self._conditions)
+        while loop.left:
+            loop.step()
+        return to_uint8(loop.x).cpu()
+
+    @property
+    def images(self) -> Tensor:
+        """The last batch (N, 3, H, W), before it became pixels."""
+        return self._loop.x
+
+
+def _check_images(models: Models, candidate: Candidate, drawing: Drawing) -> None:
+    """ValueError where the images are not those that the plain path draws from the same noise."""
+
+    def drawn(plain: Candidate) -> Tensor:
+        theirs = Drawing(models.workload, plain.call, plain.runtime.kernels, graphs=False)
+        theirs()
+        return theirs.images
+
+    tolerance = IMAGES * TOLERANCE[candidate.runtime.precision]
+    require_close(drawing.images, models.plain("images", drawn), tolerance, "differs from the plain path", "images")
 
 
 def sampling_steps(workload: Workload) -> int:
-    """The steps in which ``drawing`` draws."""
+    """The steps in which Drawing draws."""
     return min(SAMPLING_STEPS, workload.diffusion.diffusion_steps)
 
 

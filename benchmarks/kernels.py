@@ -16,6 +16,7 @@ from fastdiff.benchmarks.problems import Forward, Inputs, Problem
 from fastdiff.benchmarks.roofs import Roofs
 from fastdiff.benchmarks.rows import Row
 from fastdiff.kernels import Backend
+from fastdiff.runtime.memory import out_of_memory
 
 CACHE_BYTES = 120 * 2**20
 """Inputs take turns until they are larger than this, twice the L2 cache of an H100: what a training step finds there
@@ -33,16 +34,26 @@ class Measured:
     candidate: str
     timing: Timing | None
     peak_gib: float = math.nan
-    remark: str = ""
+    reason: Exception | None = None
 
     @property
     def median(self) -> float:
         """Seconds of a typical call; not a number where there is none."""
         return self.timing.median if self.timing else math.nan
 
+    @property
+    def remark(self) -> str:
+        """Why it has no time."""
+        reason = self.reason
+        if reason is None:
+            return ""
+        if out_of_memory(reason):
+            return "out of memory"
+        return f"{type(reason).__name__}: {' '.join(str(reason).splitlines()[:1])[:100]}"
+
     def row(self, roofs: Roofs) -> Row:
-        """As every suite's; one of ours that has no time is a failure."""
-        problem = self.problem
+        """As every suite's; one of ours that has no time is a failure, unless it is only too large."""
+        problem, reason = self.problem, self.reason
         n_bytes, flops = problem.cost(self.direction)
         dtype = str(problem.dtype).removeprefix("torch.")
         return Row(
@@ -55,7 +66,7 @@ class Measured:
             limit_s=roofs.floor(n_bytes, flops),
             peak_gib=self.peak_gib,
             remark=self.remark,
-            failed=self.timing is None and self.candidate in tuple(Backend),
+            failed=reason is not None and not out_of_memory(reason) and self.candidate in tuple(Backend),
         )
 
 
@@ -94,11 +105,15 @@ def measure(problem: Problem, direction: str, rounds: int, device: torch.device)
     torch._dynamo.reset()
     n_bytes, _ = problem.cost(direction)
     sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / n_bytes)))
-    inputs = [problem.inputs(seed, device) for seed in range(sets)]
-    expected = Expected.of(problem, inputs[0], direction)
     names = sorted(problem.candidates, key=lambda name: name != Backend.REFERENCE)
+    try:
+        inputs = [problem.inputs(seed, device) for seed in range(sets)]
+        expected = Expected.of(problem, inputs[0], direction)
+    except Exception as reason:  # without what is right nobody can be checked
+        yield from (Measured(problem, direction, name, None, reason=reason) for name in names)
+        return
     ready: dict[str, Callable[[], object]] = {}
-    remarks: dict[str, str] = {}
+    reasons: dict[str, Exception] = {}
     peaks: dict[str, float] = {}
     for name in names:
         try:
@@ -106,10 +121,10 @@ def measure(problem: Problem, direction: str, rounds: int, device: torch.device)
             peaks[name] = _peak_gib(problem.candidates[name], inputs[0], direction, device)
             ready[name] = graphed(run, device)
         except Exception as reason:  # whatever keeps a candidate from running or being right is its remark
-            remarks[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:100]}"
-    timings = {t.name: t.divided(sets) for t in interleaved(ready, rounds, 2, device, names[0])} if ready else {}
+            reasons[name] = reason.with_traceback(None)
+    timings = {t.name: t.divided(sets) for t in interleaved(ready, rounds, 2, device, names[0], reasons)}
     for name in names:
-        yield Measured(problem, direction, name, timings.get(name), peaks.get(name, math.nan), remarks.get(name, ""))
+        yield Measured(problem, direction, name, timings.get(name), peaks.get(name, math.nan), reasons.get(name))
 
 
 def measure_all(problems: Iterable[Problem], rounds: int, device: torch.device) -> Iterator[list[Measured]]:
@@ -169,5 +184,5 @@ def _peak_gib(candidate: Forward, tensors: Inputs, direction: str, device: torch
 
 
 def _error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest over the tensors of ||found - truth|| / ||truth||."""
-    return max(float((f.double() - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True))
+    """The largest over the tensors of ||found - truth|| / ||truth||; NaN where one is, which Python's max may lose."""
+    return float(torch.stack([(f.double() - t).norm() / t.norm() for f, t in zip(found, truth, strict=True)]).max())

@@ -1,4 +1,4 @@
-"""What others offer for the same work, as it comes: eager, fp32, contiguous, their own module."""
+"""What others offer for the same work, as it comes: eager, contiguous, fp32 as PyTorch has it, their own module."""
 
 import importlib
 import sys
@@ -51,6 +51,8 @@ def diffusers_unet(workload: Workload) -> Peer:
         dropout=model.dropout,
     )
     unet.to(workload.device)
+    if model.use_checkpoint:
+        unet.enable_gradient_checkpointing()
     return Peer(unet, lambda x, timesteps: unet(x, timesteps).sample)
 
 

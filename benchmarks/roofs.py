@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -14,6 +14,12 @@ from fastdiff.benchmarks.work import Convolution, Work
 SHAPES = 4
 """So many of a model's convolutions are tried, those with the most operations first."""
 
+ENOUGH = {"cpu": 10e9, "cuda": 1e12}
+"""Operations of a convolution that is large enough to be done at the device's rate, whatever the model's batch."""
+
+FILLING = {"cpu": 2**27, "cuda": 2**30}
+"""Bytes of the tensors that are copied, and at most of a convolution's larger one."""
+
 
 @dataclass(frozen=True)
 class Roofs:
@@ -21,8 +27,8 @@ class Roofs:
 
     bytes_per_s: float  # read plus written, by a large copy
     flops_per_s: float  # of a large matrix product
-    conv_flops_per_s: float = math.nan  # of the fastest 3x3 convolution of the model, forward
-    conv_training_flops_per_s: float = math.nan  # of the fastest with its backward pass
+    conv_flops_per_s: float = math.nan  # of the fastest 3x3 convolution of the model in a large batch, forward
+    conv_training_flops_per_s: float = math.nan  # of the same with its backward pass
 
     def floor(self, n_bytes: float, matmul_flops: float, conv_flops: float = 0) -> float:
         """The seconds below which nothing runs that moves and computes so much."""
@@ -38,6 +44,8 @@ class Roofs:
         return self.floor(work.n_bytes(dtype), work.matmul_flops, work.conv_flops)
 
     def __str__(self) -> str:
+        if math.isnan(self.bytes_per_s):
+            return "out of memory, so that no share of the limit is known"
         said = f"copy {self.bytes_per_s / 1e9:.0f} GB/s, matrix product {_rate(self.flops_per_s)}"
         if math.isnan(self.conv_flops_per_s):
             return said
@@ -56,10 +64,9 @@ def measure_roofs(
     Of the rounds the fastest counts: a ceiling that the machine's other work lowers is none.
 
     ``convolutions`` are those of a model's forward pass, with how often each takes place: the fastest of the SHAPES
-    that have the most operations in it is what this device can do with a 3x3 convolution.
+    that have the most operations in it, in a batch of ENOUGH, is what this device can do with a 3x3 convolution.
     """
-    on_gpu = device.type == "cuda"
-    n_bytes = 2**30 if on_gpu else 2**27
+    on_gpu, n_bytes = device.type == "cuda", FILLING[device.type]
     source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copying = seconds_of(lambda: target.copy_(source), rounds, device)
@@ -74,25 +81,40 @@ def measure_roofs(
 def _convolution_rates(
     device: torch.device, dtype: torch.dtype, rounds: int, convolutions: Mapping[Convolution, int]
 ) -> tuple[float, float]:
-    """The best rate forward, and forward and backward."""
+    """The best rate forward, and that of the same convolution forward and backward."""
     heaviest = sorted(convolutions, key=lambda c: c.flops * convolutions[c], reverse=True)[:SHAPES]
-    forward_rates, training_rates = [], []
-    for shape in heaviest:
-        x = torch.randn(shape.batch_size, shape.channels_in, shape.size, shape.size, device=device, dtype=dtype)
-        weight = torch.randn(shape.channels_out, shape.channels_in, 3, 3, device=device, dtype=dtype) / 100
-        x, weight = (v.contiguous(memory_format=torch.channels_last).requires_grad_() for v in (x, weight))
-        gradient = torch.randn_like(F.conv2d(x, weight, padding=1))
+    if device.type == "cpu":
+        rounds = min(rounds, 3)  # of a tenth of a second and more
+    large = [_enlarged(shape, device, dtype) for shape in heaviest]
+    rates = [(_convolution_rate(shape, device, dtype, rounds, training=False), i) for i, shape in enumerate(large)]
+    if not rates:
+        return math.nan, math.nan
+    best, i = max(rates)
+    return best, _convolution_rate(large[i], device, dtype, rounds, training=True)
 
-        def forward(x: torch.Tensor = x, weight: torch.Tensor = weight) -> None:
-            with torch.no_grad():
-                F.conv2d(x, weight, padding=1)
 
-        def training(x: torch.Tensor = x, weight: torch.Tensor = weight, gradient: torch.Tensor = gradient) -> None:
-            torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient)
+def _enlarged(shape: Convolution, device: torch.device, dtype: torch.dtype) -> Convolution:
+    """The convolution of as many images as are ENOUGH, or as fill the device."""
+    one = replace(shape, batch_size=1)
+    image_bytes = max(shape.channels_in, shape.channels_out) * shape.size**2 * dtype.itemsize
+    enough = min(math.ceil(ENOUGH[device.type] / one.flops), FILLING[device.type] // image_bytes)
+    return replace(shape, batch_size=max(1, enough))
 
-        forward_rates.append(shape.flops / min(seconds_of(forward, rounds, device)))
-        training_rates.append(3 * shape.flops / min(seconds_of(training, rounds, device)))
-    return max(forward_rates, default=math.nan), max(training_rates, default=math.nan)
+
+def _convolution_rate(
+    shape: Convolution, device: torch.device, dtype: torch.dtype, rounds: int, training: bool
+) -> float:
+    x = torch.randn(shape.batch_size, shape.channels_in, shape.size, shape.size, device=device, dtype=dtype)
+    weight = torch.randn(shape.channels_out, shape.channels_in, 3, 3, device=device, dtype=dtype) / 100
+    x, weight = (v.contiguous(memory_format=torch.channels_last).requires_grad_(training) for v in (x, weight))
+    if not training:
+        return shape.flops / min(seconds_of(lambda: F.conv2d(x, weight, padding=1), rounds, device))
+    gradient = torch.randn_like(F.conv2d(x, weight, padding=1))
+
+    def run() -> None:
+        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient)
+
+    return 3 * shape.flops / min(seconds_of(run, rounds, device))
 
 
 def _rate(flops_per_s: float) -> str:

@@ -1,15 +1,18 @@
 """The suites that measure a model: every candidate checked, its memory counted, then all of them timed in turn."""
 
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 
 import torch
+import torch._dynamo
 
-from fastdiff.benchmarks.harness import Timing, interleaved, peak_bytes
+from fastdiff.benchmarks.harness import Timing, graphed, interleaved, peak_bytes, side_stream
 from fastdiff.benchmarks.jobs import Job, forward, job_of, peer_job, sampling_steps, stepping
-from fastdiff.benchmarks.ladder import Models, Rung
+from fastdiff.benchmarks.ladder import TF32, Models, Rung
 from fastdiff.benchmarks.peers import PEERS, Peer, peers
 from fastdiff.benchmarks.roofs import Roofs, measure_roofs
 from fastdiff.benchmarks.rows import Row
@@ -26,8 +29,9 @@ DTYPES = {
 }
 """Of the numbers that convolutions and matrix products read and write."""
 
-HONEST = 0.9
-"""Of diffusers' speed: a plain path that is slower would flatter every ratio that is quoted against it."""
+HONEST = 1 / 1.1
+"""Of diffusers' speed: a plain path that is slower by more than 10% would flatter every ratio that is quoted against
+it."""
 
 Ceilings = Mapping[Precision, Roofs]
 
@@ -38,29 +42,50 @@ def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dic
     found = {}
     for precision in dict.fromkeys(rung.config.precision for rung in rungs):
         _set_arithmetic(workload.device, precision)
-        found[precision] = measure_roofs(workload.device, DTYPES[precision], rounds, convolutions)
+        try:
+            found[precision] = measure_roofs(workload.device, DTYPES[precision], rounds, convolutions)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            found[precision] = Roofs(math.nan, math.nan)
     return found
 
 
-def measure(suite: str, models: Models, rungs: Sequence[Rung], roofs: Ceilings, rounds: int) -> list[Row]:
+def measure(
+    suite: str,
+    models: Models,
+    rungs: Sequence[Rung],
+    roofs: Ceilings,
+    rounds: int,
+    with_peers: bool = True,
+    deadline: float = math.inf,
+) -> list[Row]:
     """A row for each rung of "unet", "train" or "sample", then one for each peer; what is wrong or fails has no time.
 
-    The first rung is what the others are compared with, and each has its gain over the last one before it.
+    The first rung is what the others are compared with, and each has its gain over the last one before it. After
+    ``deadline``, of time.monotonic(), no other is begun.
     """
     workload, training = models.workload, suite == "train"
     table = _Table(suite, workload, roofs)
     with ExitStack() as stack:
+        stack.enter_context(_never_eager())
         work = Work.of(workload.model, workload.batch_size, training)
         for rung in rungs:
+            if time.monotonic() > deadline:
+                table.leave_out(rung.name, "the time was over before it was built")
+                continue
             build = partial(job_of, suite, models, rung, stack)
             table.enter(rung.name, rung.config.precision, work, build, rung.trainer)
-        for name, peer in peers(workload).items():
-            table.enter_peer(name, peer, models.num_parameters)
+        for name, peer in peers(workload).items() if with_peers else ():
+            table.enter_peer(name, peer, models.num_parameters, work)
         return table.timed(rounds)
 
 
 def measure_step(models: Models, rung: Rung, roofs: Ceilings, rounds: int) -> list[Row]:
-    """What an ancestral step with its noise costs over the model's call alone, both as the engine runs them."""
+    """What an ancestral step with its noise costs over the model's call alone, both as the engine runs them.
+
+    On a GPU both are CUDA graphs.
+    """
     workload, precision = models.workload, rung.config.precision
     model = workload.model
     work = Work.of(model, workload.batch_size, training=False)
@@ -72,20 +97,28 @@ def measure_step(models: Models, rung: Rung, roofs: Ceilings, rounds: int) -> li
         candidate = models.inference(rung.config)
         return forward(workload, candidate.module, candidate.call)
 
-    table.enter("model call", precision, work, call)
+    def step() -> Job:
+        return stepping(workload, models.inference(rung.config))
+
     with_step = replace(work, fp32_bytes=moved)
-    table.enter("model call and step", precision, with_step, lambda: stepping(workload, models.inference(rung.config)))
-    return table.timed(rounds)
+    with side_stream(workload.device), _never_eager():
+        table.enter("model call", precision, work, call, graph=True)
+        table.enter("model call and step", precision, with_step, step)
+        return table.timed(rounds)
 
 
 def against_diffusers(rows: Sequence[Row]) -> list[str]:
-    """What the plain path is worth as the one to compare with, where diffusers was timed beside it."""
+    """What the plain path is worth as the one to compare with, where diffusers was timed beside it.
+
+    On a GPU it is the plain path in TF32, as diffusers is.
+    """
     timings = {row.candidate: row.timing for row in rows}
-    plain, theirs = timings.get("plain"), timings.get("diffusers")
+    tf32 = TF32 in timings
+    plain, theirs = timings.get(TF32 if tf32 else "plain"), timings.get("diffusers")
     if plain is None or theirs is None:
         return []
     speed = plain.speedup_over(theirs)
-    said = [f"plain path: {speed:.2f} times as fast as diffusers' eager model"]
+    said = [f"plain path{' in tf32' * tf32}: {speed:.2f} times as fast as diffusers' eager model"]
     if speed < HONEST:
         said.append("warning: the plain path is slow here, and every ratio to it flatters")
     return said
@@ -102,65 +135,108 @@ class _Table:
         self._blank = Row(suite, label, "", None, images=workload.batch_size)
         self._rows: list[Row] = []
         self._runs: dict[str, Callable[[], object]] = {}
+        self._held: dict[str, int] = {}
 
     def enter(
-        self, name: str, precision: Precision, work: Work, build: Callable[[], Job], deterministic: bool = False
+        self,
+        name: str,
+        precision: Precision,
+        work: Work,
+        build: Callable[[], Job],
+        deterministic: bool = False,
+        graph: bool = False,
     ) -> None:
-        """One of ours, made ready and its memory counted."""
+        """One of ours, made ready and its memory counted; with ``graph`` it becomes a CUDA graph on a GPU."""
         row = self._of(name, precision, work)
+        beside = self._allocated()
         try:
-            self._ready(row, build(), precision, deterministic)
+            self._ready(row, build(), precision, deterministic, graph)
         except Exception as reason:  # whatever keeps it from running or being right is its remark
-            self._rows.append(replace(row, remark=_said(reason), failed=not out_of_memory(reason)))
+            self._rows.append(self._without_time(row, reason, beside))
 
-    def enter_peer(self, name: str, build: Callable[[Workload], Peer], our_parameters: int) -> None:
-        """One that is compared with as it comes."""
+    def enter_peer(self, name: str, build: Callable[[Workload], Peer], our_parameters: int, ours: Work) -> None:
+        """One that is compared with as it comes, in PyTorch's default arithmetic."""
         suite, workload, row = self._blank.suite, self._workload, replace(self._blank, candidate=name)
+        beside = self._allocated()
         try:
             peer = build(workload)
-            with torch.device("meta"):
-                counted = build(replace(workload, device=torch.device("meta")))
+            with torch.device("meta"):  # what is computed a second time is not counted, nor is it of ours
+                model = replace(workload.model, use_checkpoint=False)
+                counted = build(replace(workload, model=model, device=torch.device("meta")))
             work = Work.of_module(counted.module, counted.call, workload.model, workload.batch_size, suite == "train")
-            said = f"{peer.num_parameters / 1e6:.2f} M parameters, ours {our_parameters / 1e6:.2f} M"
-            row = replace(self._of(name, Precision.FP32, work), remark=said)
-            self._ready(row, peer_job(suite, workload, peer.module, peer.call), Precision.FP32, deterministic=False)
+            rounded = workload.device.type == "cuda" and Precision.TF32 in self._roofs
+            row = self._of(name, Precision.TF32 if rounded else Precision.FP32, work)
+            said = (
+                f"{_size(peer.num_parameters, row.flops)}; ours {_size(our_parameters, ours.times(self._times).flops)}"
+            )
+            row = replace(row, remark=said)
+            self._ready(row, peer_job(suite, workload, peer.module, peer.call), None)
         except Exception as reason:
-            self._rows.append(replace(row, remark=_said(reason)))
+            self._rows.append(self._without_time(row, reason, beside))
+
+    def leave_out(self, name: str, remark: str) -> None:
+        """A row without a time, which is nobody's fault."""
+        self._rows.append(replace(self._blank, candidate=name, remark=remark))
 
     def _of(self, name: str, precision: Precision, work: Work) -> Row:
         work, dtype = work.times(self._times), DTYPES[precision]
         limit = self._roofs[precision].limit(work, dtype)
         return replace(self._blank, candidate=name, flops=work.flops, n_bytes=work.n_bytes(dtype), limit_s=limit)
 
-    def _ready(self, row: Row, job: Job, precision: Precision, deterministic: bool) -> None:
+    def _ready(
+        self, row: Row, job: Job, precision: Precision | None, deterministic: bool = False, graph: bool = False
+    ) -> None:
         device = self._workload.device
         run = _in_arithmetic(job.run, device, precision, deterministic)
         held = {tensor.data_ptr(): tensor.nbytes for tensor in job.tensors()}
         peak = sum(held.values()) + peak_bytes(run, device)
+        job.check()
+        self._runs[row.candidate] = graphed(run, device) if graph else run
+        self._held[row.candidate] = sum(held.values())
         self._rows.append(replace(row, peak_gib=peak / 2**30))
-        self._runs[row.candidate] = run
+
+    def _allocated(self) -> int:
+        """Bytes of the GPU's memory that are taken."""
+        device = self._workload.device
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+    def _without_time(self, row: Row, reason: Exception, beside: int) -> Row:
+        """Its remark; what is only too large, with ``beside`` bytes of others there, has not failed, nor has a peer."""
+        full = out_of_memory(reason) or isinstance(reason, MemoryError)
+        said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+        if full:
+            said = "out of memory" + f", beside {beside / 2**30:.1f} GiB of other candidates" * bool(beside)
+        return replace(row, peak_gib=math.nan, remark=said, failed=not full and row.candidate not in PEERS)
 
     def timed(self, rounds: int) -> list[Row]:
-        """All that is ready, in turn."""
-        device = self._workload.device
+        """All that is ready, in turn; one that fails meanwhile has no time, and the others go on."""
+        device, allocated = self._workload.device, self._allocated()
+        errors: dict[str, Exception] = {}
         first = self._rows[0].candidate
-        timings = {t.name: t for t in interleaved(self._runs, rounds, 1, device, first)} if self._runs else {}
-        _set_arithmetic(device, Precision.FP32, deterministic=False)
+        timings = {t.name: t for t in interleaved(self._runs, rounds, 1, device, first, errors)}
+        _set_arithmetic(device, Precision.FP32)
         rows: list[Row] = []
         before: Timing | None = None
         for row in self._rows:
+            if (error := errors.get(row.candidate)) is not None:
+                row = self._without_time(row, error, max(0, allocated - self._held[row.candidate]))
             timing = timings.get(row.candidate)
             rows.append(replace(row, timing=timing, before=None if row.candidate in PEERS else before))
             before = timing or before
         return rows
 
 
-def _said(reason: Exception) -> str:
-    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+def _size(parameters: int, flops: float) -> str:
+    return f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.4g} GFLOP"
+
+
+def _never_eager() -> AbstractContextManager[object]:
+    """Past Dynamo's limit of recompilations a compiled candidate is an error, not an eager one of that name."""
+    return torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 
 
 def _in_arithmetic(
-    run: Callable[[], object], device: torch.device, precision: Precision, deterministic: bool
+    run: Callable[[], object], device: torch.device, precision: Precision | None, deterministic: bool
 ) -> Callable[[], object]:
     """The call with PyTorch's own switches as its runtime and, ``deterministic``, as the Trainer sets them."""
     if device.type != "cuda":
@@ -173,9 +249,9 @@ def _in_arithmetic(
     return switched
 
 
-def _set_arithmetic(device: torch.device, precision: Precision, deterministic: bool = False) -> None:
+def _set_arithmetic(device: torch.device, precision: Precision | None, deterministic: bool = False) -> None:
+    """PyTorch's switches; those that it has by itself where ``precision`` is None."""
     if device.type == "cuda":
-        rounded = precision is Precision.TF32
-        torch.set_float32_matmul_precision("high" if rounded else "highest")
-        torch.backends.cudnn.allow_tf32 = rounded
+        torch.set_float32_matmul_precision("high" if precision is Precision.TF32 else "highest")
+        torch.backends.cudnn.allow_tf32 = precision in (Precision.TF32, None)
         torch.backends.cudnn.deterministic = deterministic

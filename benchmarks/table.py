@@ -1,4 +1,4 @@
-"""Rows as a table: for the terminal, of at most 100 columns, and for a document.
+"""Rows as a table: for the terminal, of at most 100 columns or as many as it has, and for a document.
 
 ``python -m fastdiff.benchmarks.table rows.csv`` prints what a CSV file holds as Markdown, for docs/performance.md.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -19,25 +20,40 @@ from fastdiff.benchmarks.rows import Row, read_rows
 Values = Mapping[str, object]
 """The columns of a CSV row."""
 
+EXPENDABLE = ("GiB", "p20 to p80", "of limit", "images/s", "× before")
+"""Columns that a narrow terminal goes without, the first of them first."""
+
+NAME_WIDTH = 20
+"""Characters of a candidate's name that stay on one line before a column is left out."""
+
 UNITS = ((1.0, "s"), (1e-3, "ms"), (0.0, "us"))
 """From so many seconds on."""
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """The rows of one suite and workload; columns without a figure are left out, and remarks stand below."""
-    values = [row.as_dict() for row in rows]
-    table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
-    table.add_column("candidate", overflow="fold")
-    columns = _columns(values)
-    for title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    for value, *cells in zip(values, *columns.values(), strict=True):
-        table.add_row(Text(str(value["candidate"])), *cells)
+    names = [row.candidate for row in rows]
+    columns = _columns([row.as_dict() for row in rows])
+    unbounded = console.options.update(max_width=1000)
+    for title in EXPENDABLE:
+        if Measurement.get(console, unbounded, _table(names, columns)).minimum <= console.width:
+            break
+        columns.pop(title, None)
     console.print(Text(f"\n{rows[0].suite}: {rows[0].workload}", style="bold"))
-    console.print(table)
+    console.print(_table(names, columns))
     for row in rows:
         if row.remark:
             console.print(Text(f"  {row.candidate}: {row.remark}"))
+
+
+def _table(names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+    table.add_column("candidate", overflow="fold", min_width=min(NAME_WIDTH, max(map(len, names))))
+    for title, column in columns.items():
+        table.add_column(title, justify="right", no_wrap=True, min_width=max(map(len, (title, *column))))
+    for name, *cells in zip(names, *columns.values(), strict=True):
+        table.add_row(Text(name), *cells)
+    return table
 
 
 def markdown(rows: Sequence[Values]) -> str:

@@ -49,8 +49,13 @@ def randomised(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: torch.randn_like(v) * 0.02 if not v.any() else v for k, v in state.items()}
 
 
-def require_close(found: Tensor, expected: Tensor, tolerance: float, verdict: str, what: str = "output") -> None:
-    """ValueError where the relative error is larger than ``tolerance``: what is wrong is not timed."""
-    error = float((found - expected).norm() / expected.norm())
+def require_close(
+    found: Tensor, expected: Tensor, tolerance: float, verdict: str, what: str = "output", floor: Tensor | float = 0.0
+) -> None:
+    """ValueError where the relative error is larger than ``tolerance``: what is wrong is not timed.
+
+    ``floor`` is added to the norm that it is relative to, for what is nothing but rounding errors.
+    """
+    error = float((found - expected).norm() / (expected.norm() + floor))
     if not error <= tolerance:
         raise ValueError(f"{verdict} by {error:.1e} in its {what} (allowed {tolerance:.0e}): not timed")

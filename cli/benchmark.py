@@ -1,7 +1,8 @@
 """``fastdiff benchmark``: how fast, against whom, how close to the limit of this machine."""
 
+import io
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, with_flags
-from fastdiff.config import DiffusionConfig, ModelConfig, RuntimeConfig
+from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, RuntimeConfig
 from fastdiff.config.base import tuple_of
 
 _SMALL = {"image_size": 32, "num_channels": 64, "learn_sigma": True, "noise_schedule": "cosine"}
@@ -36,7 +37,8 @@ def benchmark(
     preset: PresetFlag = None,
     batch_size: Annotated[str, typer.Option(help="Images in a batch, or several sizes: 1,16.")] = "16",
     rounds: Annotated[
-        int | None, typer.Option(help="Rounds in which the candidates take turns.", min=1, show_default=False)
+        int | None,
+        typer.Option(help="Rounds in which the candidates take turns; repetitions in data and growth.", min=1),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and shapes: all in under ten minutes.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Add the rows to this CSV file.")] = None,
@@ -51,10 +53,14 @@ def benchmark(
     of those four flags they measure the plain path and what is asked for. Then come the peers that are installed. A
     candidate is checked first: a wrong one gets no time, and the exit status is 1.
 
-    All candidates take turns. "× first" and "× before" are how many times as fast as the first and as the one above,
+    All candidates take turns. "first" and "before" are how many times as fast as the first and as the one above,
     round by round; "of limit" is the share of what the rates of this device, measured in the same run, would allow.
 
-    Without model flags: the small model, 32 pixels, 64 channels.
+    data has images and a model of its own: of the flags it heeds --rounds, --quick and, for the start-up, --device.
+    growth takes the first of several batch sizes. --compare needs five rounds or more in both runs to tell small
+    changes.
+
+    Without any model flag it is the small model of 32 pixels and 64 channels; with one, the defaults below count.
     """
     values = all_flags(flags, preset)
     if not {f.name for kind in (ModelConfig, DiffusionConfig) for f in fields(kind)} & set(values):
@@ -66,16 +72,32 @@ def benchmark(
     import torch
     from rich.console import Console
 
+    from fastdiff.benchmarks.child import signals_as_exceptions
     from fastdiff.benchmarks.command import SUITES, Request, run
     from fastdiff.benchmarks.workload import Workload
     from fastdiff.runtime.device import resolve_device
 
     device = resolve_device(ours.device)
+    _refuse_impossible(replace(ours, device=str(device)))
     workloads = [Workload(model, diffusion, size, device, preset or "") for size in sizes]
     asked = bool(set(flags) & {f.name for f in fields(RuntimeConfig)} - {"device"})
     suites = SUITES if suite is Suite.ALL else (suite,)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no × still gets the figures
     console = Console() if sys.stdout.isatty() else Console(width=100)  # in a file the tables are whole
-    with torch.random.fork_rng():
+    with signals_as_exceptions(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         good = run(Request(suites, workloads, ours, asked, rounds, quick), console, csv, chart, compare)
     if not good:
         raise typer.Exit(1)
+
+
+def _refuse_impossible(config: RuntimeConfig) -> None:
+    """ValueError where this machine has no such arithmetic: a candidate of it would be a failed row."""
+    from fastdiff.kernels.backend import HAS_TRITON, INTERPRETED
+    from fastdiff.runtime.device import Runtime
+
+    device = Runtime.resolve(config).device
+    if config.kernels is Kernels.TRITON and not HAS_TRITON:
+        raise ValueError("kernels triton: the package triton is not installed; use auto or torch")
+    if config.kernels is Kernels.TRITON and device.type == "cpu" and not INTERPRETED:
+        raise ValueError("kernels triton: they need a GPU; use auto or torch on a CPU")

@@ -15,6 +15,7 @@ from fastdiff.runtime.distributed import World
 from fastdiff.training.ema import EMA
 from fastdiff.training.guard import Guard
 from fastdiff.training.metrics import LossSums
+from fastdiff.training.optimizer import FusedAdamW
 from fastdiff.training.parallel import own_part, part_of, whole_of
 from fastdiff.training.run_folder import RunConfig
 from fastdiff.training.saver import CheckpointFile
@@ -50,7 +51,7 @@ class TrainState:
         self.emas = [EMA(self.parameters, rate, train.ema_warmup, everyone) for rate in train.ema_rate]
         device = self.parameters[0].device
         # The fused update skips a step with an infinite gradient by itself, without a word from the host.
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+        self.optimizer = FusedAdamW(self.parameters, train.lr, train.weight_decay)
         self.scaler = _scaler(device, precision, train.fp16_scale_growth)
         self.guard = Guard(train.spike_guard, device)
         self.sums = LossSums(device)

@@ -79,6 +79,7 @@ def test_a_panel_a_suite_and_the_same_rungs_beside_all(drawn: Any) -> None:
     footer = figure.get_supxlabel()
     assert all(word in footer for word in ("a CPU, 2 threads", "torch 2.13.0", "commit 1234567"))
     assert "none" not in footer
+    assert "median and p20 to p80 of 3 rounds" in footer
 
 
 def test_a_rung_says_how_fast_and_what_it_gained(drawn: Any) -> None:
@@ -114,11 +115,19 @@ def test_workloads_stand_below_each_other(drawn: Any) -> None:
     assert [len([axes for axes in part.axes if axes.axison]) for part in figure.subfigs] == [2, 1]
 
 
+def test_workloads_of_suites_are_paired_by_what_they_are(drawn: Any) -> None:
+    unet = ladder("unet", "batch 1", plain=0)[1:] + ladder("unet", "batch 16", ours=2.0)  # nothing timed at batch 1
+    sample = [row for size in (1, 16) for row in ladder("sample", f"batch {size}, 10 steps", ours=3.0)]
+    figure = drawn(unet + sample)
+    found = {part.get_suptitle(): len([axes for axes in part.axes if axes.axison]) for part in figure.subfigs}
+    assert found == {"batch 16": 2, "batch 1, 10 steps": 1}
+
+
 @pytest.mark.parametrize(
     ("workloads", "titles"),
     [
         (("batch 1", "batch 1, 10 steps"), ["batch 1", "UNet, forward", "sampling, 10 steps"]),
-        (("batch 1", "batch 16"), ["", "UNet, forward, batch 1", "sampling, batch 16"]),
+        (("batch 1", "batch 16"), ["batch 1", "UNet, forward", "sampling"]),
     ],
 )
 def test_what_is_common_is_said_once(workloads: tuple[str, str], titles: list[str], drawn: Any) -> None:
@@ -147,12 +156,14 @@ def test_nothing_to_draw(rows: list[dict[str, object]], tmp_path: Path) -> None:
         ("a.pdf", r"a\.pdf must end in \.png"),
         ("folder.png", r"folder\.png is a folder: name a file"),
         ("old.png", r"old\.png exists: name another file"),
-        ("old.png/a.png", r"old\.png cannot be written: .* is not a folder"),
+        ("old.png/a.png", r"\S*old\.png cannot be written: .* is not a folder"),
+        ("none.png", r"none\.png is a link to nothing: name another file, or delete it"),
     ],
 )
 def test_a_chart_that_cannot_be_written(name: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "old.png").touch()
+    (tmp_path / "none.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(ValueError, match=rf"^chart \S*{remedy}"):
         check_chart(tmp_path / name)
     check_chart(tmp_path / "deep" / "new.PNG")

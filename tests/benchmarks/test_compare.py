@@ -4,6 +4,7 @@ import io
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -15,10 +16,17 @@ ABOUT = {"machine": "a CPU, 2 threads", "gpu": "none", "torch": "2.13.0", "trito
 BASELINE = (1.0, 1.1, 1.2)
 
 
-def row(candidate: str, *seconds: float, first: tuple[float, ...] = BASELINE, **values: object) -> dict[str, str]:
-    """As read from a file."""
-    timing = Timing(candidate, seconds, first[: len(seconds)]) if seconds else None
-    written = Row("unet", "32 pixels, batch 16", candidate, timing).as_dict()
+def row(
+    candidate: str,
+    *seconds: float,
+    first: tuple[float, ...] = BASELINE,
+    against: str = "plain",
+    times: int = 4,
+    **values: object,
+) -> dict[str, str]:
+    """As read from a file; every second is that of so many rounds."""
+    timing = Timing(candidate, seconds * times, first[: len(seconds)] * times) if seconds else None
+    written = Row("unet", "32 pixels, batch 16", candidate, timing, against=against).as_dict()
     return {name: str(value) for name, value in (written | ABOUT | values).items()}
 
 
@@ -61,24 +69,71 @@ def test_a_machine_that_slows_down_moves_the_first_candidate_alone() -> None:
 def test_ratios_to_different_candidates_are_not_compared() -> None:
     old = [plain(), row("ours", 0.5, 0.55, 0.6)]
     faster = (0.5, 0.55, 0.6)
-    new = [row("SDPA", *faster, first=faster), row("ours", 0.5, 0.55, 0.6, first=faster)]
+    sdpa = row("SDPA", *faster, first=faster, against="SDPA")
+    new = [sdpa, row("ours", 0.5, 0.55, 0.6, first=faster, against="SDPA")]
     assert moved(old, new) == []  # 2 times as fast as plain, then 1 time as fast as SDPA
-    new = [row("SDPA", *faster, first=faster), row("ours", 0.25, 0.275, 0.3, first=faster)]
+    new = [sdpa, row("ours", 0.25, 0.275, 0.3, first=faster, against="SDPA")]
     (change,) = moved(old, new)
     assert (change.figure, str(change)) == ("median_s", "100.0% faster; perhaps the machine")
+    # a file of several runs, in which one and the same candidate is measured against plain first, then against SDPA
+    assert moved(old + new, new) == []
+    assert moved(new, old + new) == []
+
+
+def test_one_as_fast_as_the_first_is_no_first() -> None:
+    old = [plain(), row("same", *BASELINE), row("ours", 0.5, 0.55, 0.6)]
+    assert moved(old, [plain(), row("same", *BASELINE), row("ours", 0.5, 0.55, 0.6)]) == []
+    slower = (2.0, 2.2, 2.4)  # the machine, and nothing but it
+    new = [plain(*slower), row("same", *slower, first=slower), row("ours", 1.0, 1.1, 1.2, first=slower)]
+    assert [change.candidate for change in moved(old, new)] == ["plain"]
 
 
 def test_what_has_nothing_beside_it_is_compared_by_its_seconds() -> None:
     alone = (math.nan,) * 3
-    old, new = row("batch 4", 1.0, 1.1, 1.2, first=alone), row("batch 4", 0.5, 0.55, 0.6, first=alone)
+    old = row("batch 4", 1.0, 1.1, 1.2, first=alone, against="")
+    new = row("batch 4", 0.5, 0.55, 0.6, first=alone, against="")
     (change,) = moved([old], [new])
     assert (change.figure, str(change)) == ("median_s", "100.0% faster; perhaps the machine")
     assert moved([old], [old]) == []
 
 
-def test_one_round_says_nothing_about_the_spread() -> None:
-    (change,) = moved([plain(), row("ours", 0.5, 0.55, 0.6)], [plain(), row("ours", 0.4)])
-    assert str(change) == "25.0% faster; spread unknown: one round"
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_few_rounds_say_nothing_but_what_is_gross(rounds: int) -> None:
+    old = [plain(), row("ours", 0.5, 0.55, 0.6)]
+    near, far = (row("ours", seconds, times=rounds) for seconds in (0.4, 0.3))
+    assert moved(old, [plain(), near]) == []
+    (change,) = moved(old, [plain(), far])
+    assert str(change) == "83.3% faster; perhaps the machine; few rounds"
+    told = "too few rounds to tell: 1 of 2 rows have fewer than 5, and only a factor of 1.5 is named"
+    assert (
+        " ".join(printed(old, [plain(), near]).splitlines())
+        == f"{told} nothing moved by more than the noise, of 2 rows"
+    )
+    assert told in printed([plain(), near], old)
+
+
+@pytest.mark.parametrize("rounds", [5, 7, 11, 40])
+@pytest.mark.parametrize("noise", [0.01, 0.1])
+def test_two_runs_of_the_same_seldom_seem_to_differ(rounds: int, noise: float) -> None:
+    """In less than one row of a hundred; a row is a candidate of its own here."""
+    rng = np.random.default_rng(rounds)
+    runs = [
+        [
+            row(str(i), *seconds, first=(1.0,) * rounds, times=1)
+            for i, seconds in enumerate(rng.normal(1, noise, (2000, rounds)))
+        ]
+        for _ in range(2)
+    ]
+    assert len(moved(*runs)) < 20
+
+
+def test_a_shift_of_five_percent_is_found_in_noise_of_one() -> None:
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        old, new = (row("ours", *rng.normal(mean, 0.01, 11), first=(1.0,) * 11, times=1) for mean in (1, 1.05))
+        found += len(moved([old], [new]))
+    assert found >= 190
 
 
 def test_the_last_of_several_runs_counts() -> None:
@@ -113,7 +168,7 @@ def test_what_has_no_time_any_more_is_told_with_its_reason() -> None:
 
 
 def test_the_table_names_the_row_and_both_figures() -> None:
-    old = [plain(), row("[ours]", 0.5, 0.55, 0.6), row("gone", 1.0)]
+    old = [plain(), row("[ours]", 0.5, 0.55, 0.6), row("gone", 1.0, times=5)]
     new = [plain(), row("[ours]", 0.4, 0.44, 0.48, torch="2.14.0"), row("new", 1.0), row("other", suite="train")]
     lines = printed(old, new).splitlines()
     assert lines[0] == "torch: 2.13.0 before, 2.13.0, 2.14.0 now"
@@ -146,12 +201,15 @@ def test_what_the_benchmark_writes_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "has no columns suite, workload"),
-        ("suite,candidate,median_s\nunet,plain,1\n", "has no columns workload, rounds, speedup, .*--csv"),
-        (b"\x80\x81", "is not a CSV file"),
+        ("", "holds no rows that this version's fastdiff benchmark --csv wrote"),
+        ("suite,candidate,median_s\nunet,plain,1\n", "holds no rows that .*--csv"),
+        (b"\x80\x81", "is not a CSV file in UTF-8"),
+        ("{header}\n{row}\n".encode("utf-16"), "is not a CSV file in UTF-8"),
+        ("a" * 200_000, "is not a CSV file"),
         ("{header}\n{row},more\n", "is damaged in its row 1"),
         ("{header}\n{row}\nunet,32 pixels, batch 16,pl", "is damaged in its row 2"),
         ("{header}\nunet,w,plain,3,fast\n", "is damaged in its row 1"),
+        ("{header}\n{row}", "is damaged in its row 1"),
     ],
 )
 def test_other_files_are_refused(text: str | bytes, words: str, tmp_path: Path) -> None:
@@ -160,6 +218,19 @@ def test_other_files_are_refused(text: str | bytes, words: str, tmp_path: Path) 
     header, written = good.read_text(encoding="utf-8").splitlines()
     data = text if isinstance(text, bytes) else text.replace("{header}", header).replace("{row}", written).encode()
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"^\S*old\.csv {words}") as refusal:
+    with pytest.raises(ValueError, match=rf"^compare \S*old\.csv {words}") as refusal:
         read_measured(path)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for name, what in (("none.csv", "is not there"), ("", "is no file")):
+        with pytest.raises(ValueError, match=rf"^compare \S+ {what}: name one that fastdiff benchmark --csv wrote$"):
+            read_measured(tmp_path / name)
+
+
+def test_a_spreadsheet_adds_a_mark(tmp_path: Path) -> None:
+    append_rows(tmp_path / "a.csv", [plain()])
+    (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes().replace(b"\n", b"\r\n"))
+    append_rows(tmp_path / "b.csv", [row("ours", 0.5)])
+    assert [read["candidate"] for read in read_measured(tmp_path / "b.csv")] == ["plain", "ours"]

@@ -2,6 +2,10 @@
 work."""
 
 import math
+import multiprocessing
+import os
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.benchmarks import data
+from fastdiff.benchmarks import data, startup
 from fastdiff.benchmarks.fit import slope
 from fastdiff.benchmarks.startup import measure_startup
 from fastdiff.config import DataConfig
 from fastdiff.data import cache, load_dataset, normalised
+from fastdiff.runtime.device import Runtime
+
+from .support import CPU
 
 
 def test_slope_is_the_exponent() -> None:
@@ -49,7 +56,8 @@ def test_the_peer_gives_the_same_numbers(tmp_path: Path) -> None:
 
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "QUICK", data.Extent((70, 140), 140, rounds=2, starts=1))
-    rows = list(data.measure_data(True, tmp_path))
+    rows = list(data.measure_data(True, tmp_path, CPU))
+    model = "32 pixels, 64 channels, batch 16"
     assert [(row.workload, row.candidate, row.as_dict()["rounds"]) for row in rows] == [
         ("opening 70 files", "cold", 1),
         ("opening 70 files", "warm", 2),
@@ -58,15 +66,18 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("opening 140 files", "warm", 2),
         ("batches of 64 from 140 files", data.PEER, 2),
         ("batches of 64 from 140 files", "fastdiff", 2),
-        ("start-up, 140 files", "first update, cold cache", 1),
-        ("start-up, 140 files", "first update, warm cache", 1),
+        (f"start-up, 140 files: {model}, eager", "first update, cold cache", 1),
+        (f"start-up, 140 files: {model}, eager", "first update, warm cache", 1),
     ]
     assert {row.suite for row in rows} == {"data"}
     assert [row.images for row in rows] == [70, 70, 64, 140, 140, 64, 64, 0, 0]
     assert ["files^" in row.remark for row in rows] == [False] * 3 + [True] * 2 + [False] * 4
-    for stage in ("imports", "reading the images", "building the model", "first update"):
+    assert not any("-" in row.remark for row in rows[-2:])  # no stage takes less than nothing
+    for stage in ("imports and reading the images", "building the model", "first update"):
         assert all(stage in row.remark for row in rows[-2:])
-    assert all(row.as_dict()["speedup"] == 1 for row in rows if row.candidate in ("cold", data.PEER))
+    assert all(row.as_dict()["speedup"] == 1 for row in rows if row.candidate == data.PEER)
+    # one cold measurement is nothing to quote a ratio over
+    assert [row.candidate for row in rows if row.as_dict()["speedup"] > 0] == ["fastdiff", data.PEER, "fastdiff"]
     assert not list(tmp_path.iterdir())  # nothing is left
 
 
@@ -78,7 +89,8 @@ def test_cold_once_and_warm_from_then_on(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data, "_TURN_SECONDS", 0.01)
     monkeypatch.setattr(data, "_QUIET_SECONDS", 0)
     monkeypatch.setattr(data, "FULL", data.Extent((65, 66), compared_at=0, rounds=2, starts=1))
-    assert len(list(data.measure_data(False, tmp_path))) == 6
+    rows = list(data.measure_data(False, tmp_path, CPU, rounds=3))
+    assert [row.as_dict()["rounds"] for row in rows] == [1, 3, 3] * 2
     assert decoded == [65, 66]
 
 
@@ -96,10 +108,48 @@ def _let_go_of_a_quarter_gib() -> tuple[float, float]:
     return before, data._memory_gib("VmHWM")
 
 
+def test_a_reader_that_is_killed_is_an_error_of_one_line() -> None:
+    with pytest.raises(ChildProcessError, match=r"^the process that reads the images was killed: .*memory$"):
+        data._in_new_process(os.abort)
+
+
+def test_a_reader_ends_with_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(Future, "result", interrupt)
+    with pytest.raises(SystemExit):
+        data._in_new_process(time.sleep, 100)  # the test's own limit is 120 seconds
+    assert not multiprocessing.active_children()
+
+
+def test_compiled_starts_have_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = {"off": [1.0, 2.0, 4.0], "on": [1.0, 2.0, 9.0]}
+    seen = []
+
+    def starts(self: startup._Start, compile: str, name: str) -> list[float]:
+        seen.append((compile, name))
+        return reached[compile]
+
+    monkeypatch.setattr(startup._Start, "_reached", starts)
+    monkeypatch.setattr(Runtime, "compiles", lambda *_: True)
+    rows = measure_startup(tmp_path, tmp_path, 2, CPU, compiled=True)
+    assert seen == [(how, name) for how in ("off", "on") for name in ("cold", "warm 0", "warm 1")]
+    assert [(row.workload.rpartition(", ")[2], row.candidate, row.timing and row.timing.median) for row in rows] == [
+        ("eager", "first update, cold cache", 4.0),
+        ("eager", "first update, warm cache", 4.0),
+        ("compiled", "first update, compiled, cold cache", 9.0),
+        ("compiled", "first update, compiled, warm cache", 9.0),
+    ]
+    assert rows[0].remark == "imports and reading the images 1.0 s, building the model 1.0 s, first update 2.0 s"
+    monkeypatch.setattr(Runtime, "compiles", lambda *_: False)  # without a compiler
+    assert len(measure_startup(tmp_path, tmp_path, 2, CPU, compiled=True)) == 2
+
+
 def test_a_start_that_fails_is_a_row_without_a_time(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "notes.txt").write_text("no image")
-    (row,) = measure_startup(tmp_path / "images", tmp_path / "scratch", rounds=1)
+    (row,) = measure_startup(tmp_path / "images", tmp_path / "scratch", 1, CPU, compiled=True)
     assert row.timing is None
     assert row.failed
     assert row.remark.startswith("fastdiff train ended before its first update: error: no images in data_dir ")

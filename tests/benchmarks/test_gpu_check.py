@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.benchmarks import gpu_check, suites, updates
+from fastdiff.benchmarks import gpu_check, roofs, updates
 from fastdiff.benchmarks.problems import Problem, norm_problem
 from fastdiff.presets import Preset
 
@@ -25,7 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "problems", problems)
     for module in (gpu_check, updates):
         monkeypatch.setattr(module, "preset_named", lambda _: TINY)
-    monkeypatch.setattr(suites, "peers", lambda _: {})
+    monkeypatch.setattr(roofs, "ENOUGH", {"cpu": 1e6})
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -44,9 +44,11 @@ def test_the_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_training_step_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu_check.model(CPU, tmp_path / "rows.csv", math.inf)
     rows = rows_of(tmp_path / "rows.csv")
-    assert [row["candidate"] for row in rows] == ["plain", "+ channels_last", "+ torch kernels"]
+    assert [row["candidate"] for row in rows] == ["+ fused optimizer"]
     assert all(float(row["median_s"]) > 0 for row in rows)
     assert "training step against torch's kernels, compiled: nan" in capsys.readouterr().out
+    gpu_check.model(CPU, tmp_path / "late.csv", 0)
+    assert [row["remark"] for row in rows_of(tmp_path / "late.csv")] == ["the time was over before it was built"]
 
 
 def test_the_updates_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

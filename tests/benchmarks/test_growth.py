@@ -2,12 +2,13 @@
 
 import json
 import math
-import subprocess
-from collections.abc import Mapping
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 import torch
@@ -153,7 +154,8 @@ class TestProcesses:
         """What is started, in the place of which a run is found that was twice as fast with two processes."""
         runs = []
 
-        def run(command: list[str], env: Mapping[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        @contextmanager
+        def run(command: list[str], output: IO[str], env: Mapping[str, str]) -> Iterator[SimpleNamespace]:
             runs.append((command, env))
             processes = int(command[command.index("--standalone") + 1].partition("=")[2])
             folder = Path(command[command.index("--run_dir") + 1])
@@ -161,9 +163,9 @@ class TestProcesses:
             speeds = [1.0, 7.0 * processes, 8.0 * processes, 9.0 * processes]
             lines = [json.dumps({"images_per_s": speed, "memory_gib": 0.5}) for speed in speeds]
             (folder / "progress.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return subprocess.CompletedProcess(command, 0, "", "")
+            yield SimpleNamespace(wait=lambda: 0)
 
-        monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.setattr(growth, "child", run)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
         return runs
 
@@ -172,7 +174,7 @@ class TestProcesses:
         assert {row.workload for row in rows} == {"training by processes: 8 pixels, 32 channels, batch 4"}
         assert [row.candidate for row in rows] == ["1 process", "2 processes"]
         assert [row.timing and row.timing.median for row in rows] == [4 / 8, 4 / 16]  # without the first line
-        assert rows[1].remark == "time ~ processes^-1.00; they share the cores; memory of the first process"
+        assert rows[1].remark == "2.00× of 1 process; they share the cores; memory of the first process"
         assert rows[1].peak_gib == 0.5
         assert [env["OMP_NUM_THREADS"] for _, env in started] == ["8", "4"]
         for command, _ in started:
@@ -189,14 +191,23 @@ class TestProcesses:
 
     def test_a_run_that_fails_is_the_remark(self, monkeypatch: pytest.MonkeyPatch) -> None:
         said = "W1123 torchrun\nprocess 1: error: there is no room\nTraceback: ...\n"
-        monkeypatch.setattr(subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", said))
+
+        @contextmanager
+        def run(command: list[str], output: IO[str], env: Mapping[str, str]) -> Iterator[SimpleNamespace]:
+            output.write(said)
+            yield SimpleNamespace(wait=lambda: 1)
+
+        monkeypatch.setattr(growth, "child", run)
         (row,) = measure_growth(TINY, FP32, quick=True)
         assert (row.candidate, row.timing, row.failed) == ("1 process", None, True)
         assert row.remark == "process 1: error: there is no room"
 
     @pytest.mark.slow
-    def test_they_train(self) -> None:
+    def test_they_train(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
         rows = list(measure_growth(TINY, FP32, quick=True))
         assert [row.remark for row in rows if row.failed] == []
         assert all(row.timing and row.timing.median > 0 and row.peak_gib > 0 for row in rows)
         assert len(rows) == 2
+        assert not list(tmp_path.iterdir())  # nothing of torchrun's is left

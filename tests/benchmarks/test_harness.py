@@ -1,10 +1,15 @@
 """Timing and memory: pairs by rounds, and a program whose memory is known."""
 
 import math
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastdiff
+from fastdiff.benchmarks import harness
 from fastdiff.benchmarks.harness import Timing, interleaved, peak_bytes
 
 from .support import CPU
@@ -26,6 +31,25 @@ def test_another_baseline() -> None:
     assert a.baseline == b.seconds
     (alone,) = interleaved({"a": lambda: None}, 2, 0, CPU, baseline="gone")
     assert math.isnan(alone.speedup())
+
+
+def test_one_that_fails_on_the_way_leaves_the_others_their_time() -> None:
+    calls: list[str] = []
+
+    def fails_in_its_second_round() -> None:
+        calls.append("b")
+        if len(calls) > 5:
+            raise RuntimeError("no more")
+
+    runs = {"a": lambda: calls.append("a"), "b": fails_in_its_second_round, "c": lambda: None}
+    errors: dict[str, Exception] = {}
+    found = interleaved(runs, 3, 1, CPU, "b", errors)
+    assert calls == ["a", "b", "a", "b", "a", "b", "a"]
+    assert [(t.name, len(t.seconds)) for t in found] == [("a", 3), ("c", 3)]
+    assert math.isnan(found[0].speedup())
+    assert list(errors) == ["b"]
+    with pytest.raises(RuntimeError, match="no more"):
+        interleaved(runs, 1, 0, CPU)
 
 
 def test_a_round_of_several_parts() -> None:
@@ -59,6 +83,21 @@ def test_the_memory_of_a_backward_pass() -> None:
 
     found = peak_bytes(run, CPU)
     assert 8 * MIB <= found <= 12 * MIB + 4096
+
+
+def test_the_commit_is_this_checkout_s_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path.resolve() / "project"
+    package = project / "vendored" / "benchmarks"
+    package.mkdir(parents=True)
+    git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(harness, "RESULTS", package / "results")
+    assert harness.environment(CPU)["commit"] == f"fastdiff {fastdiff.__version__}"
+    monkeypatch.setattr(harness, "RESULTS", project / "benchmarks" / "results")
+    assert re.fullmatch(r"[0-9a-f]{7,}", harness.environment(CPU)["commit"])
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "gone" / "benchmarks" / "results")
+    assert harness.environment(CPU)["commit"] == f"fastdiff {fastdiff.__version__}"
 
 
 def test_counting_memory_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:

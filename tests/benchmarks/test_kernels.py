@@ -72,13 +72,58 @@ def test_one_of_ours_that_is_wrong_is_a_failure() -> None:
     assert {row.candidate for row in rows if row.failed} == {"torch"}
 
 
+def test_a_gradient_that_is_not_a_number_is_wrong_wherever_it_is() -> None:
+    problem = small_norm()
+    right = problem.candidates["torch"]
+
+    def last_is_nan(**tensors: torch.Tensor) -> torch.Tensor:
+        last = [name for name, t in tensors.items() if t is not None and t.requires_grad][-1]
+        tensors[last] = _NanGradient.apply(tensors[last])
+        return right(**tensors)
+
+    candidates = {**problem.candidates, "torch": last_is_nan}
+    found = {r.candidate: r for r in measure(dataclasses.replace(problem, candidates=candidates), "backward", 1, CPU)}
+    assert found["torch"].timing is None
+    assert found["torch"].remark.startswith("ValueError: not timed: error nan")
+
+
+class _NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan
+
+
+def test_what_is_too_large_has_not_failed() -> None:
+    problem = small_norm()
+
+    def large(**_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("a lot")
+
+    candidates = {**problem.candidates, "torch": large}
+    rows = [one.row(ROOFS) for one in measure(dataclasses.replace(problem, candidates=candidates), "forward", 1, CPU)]
+    (row,) = (row for row in rows if row.candidate == "torch")
+    assert (row.timing, row.remark, row.failed) == (None, "out of memory", False)
+
+
+def test_without_what_is_right_nothing_is_timed() -> None:
+    problem = dataclasses.replace(small_norm(), reference=_raise)
+    rows = [one.row(ROOFS) for one in measure(problem, "forward", 1, CPU)]
+    assert {row.candidate for row in rows} == set(problem.candidates)
+    assert all(row.timing is None and row.remark == "RuntimeError: no such kernel" for row in rows)
+    assert any(row.failed for row in rows)
+
+
 def _raise(**_: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no such kernel\nand a long explanation")
 
 
-def measured(problem: Problem, candidate: str, seconds: float | None, remark: str = "") -> Measured:
+def measured(problem: Problem, candidate: str, seconds: float | None) -> Measured:
     timing = None if seconds is None else Timing(candidate, [seconds], [seconds])
-    return Measured(problem, "forward", candidate, timing, remark=remark)
+    return Measured(problem, "forward", candidate, timing, reason=ValueError("not timed") if seconds is None else None)
 
 
 def test_marks_are_judged_by_the_worst_figure() -> None:
@@ -104,7 +149,7 @@ def test_marks_are_judged_by_the_worst_figure() -> None:
 def test_a_kernel_without_a_time_misses_its_mark() -> None:
     large = norm_problem(64, 192, 64, torch.bfloat16, "contiguous", False)
     rows = [
-        measured(large, "triton", None, "ValueError: not timed: error 1"),
+        measured(large, "triton", None),
         measured(large, "compile", 1.0),
     ]
     found = {v.what: v for v in verdicts(rows, ROOFS)}
@@ -124,7 +169,7 @@ def test_layouts_are_compared_shape_by_shape() -> None:
 
 def step(candidate: str, seconds: float | None) -> Row:
     timing = None if seconds is None else Timing(candidate, [seconds], [1.0])
-    return Row("train", "imagenet64_uncond, batch 64", candidate, timing, limit_s=0.3)
+    return Row("train", "imagenet64_uncond, batch 64", candidate, timing, limit_s=0.3, flops=5e14)
 
 
 def test_a_training_step_is_judged_by_the_slower_of_ours() -> None:
@@ -134,6 +179,8 @@ def test_a_training_step_is_judged_by_the_slower_of_ours() -> None:
     assert str(faster).startswith("met")
     assert share.worst == pytest.approx(0.3)
     assert str(share).startswith("MISSED")
+    _, utilisation = training_verdicts(rows, peak_flops=1e15)
+    assert (utilisation.what, utilisation.worst) == ("training step, MFU", pytest.approx(0.5))
     faster, share = training_verdicts([step("+ compile", 1.2), step("trainer", None)])
     assert (faster.worst, share.worst) == (0, 0)  # what has no time misses its mark
     assert all(math.isnan(v.worst) for v in training_verdicts([step("plain", 4.0), step("+ compile", 1.2)]))

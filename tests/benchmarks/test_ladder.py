@@ -42,17 +42,21 @@ def test_each_rung_is_one_change_more(suite: str, able: bool) -> None:
     assert [rung.name for rung in rungs] == names
 
 
+@pytest.mark.parametrize("tf32", [True, False])
 @pytest.mark.parametrize(("suite", "last"), [("unet", "+ Triton kernels"), ("sample", "+ CUDA graph")])
-def test_a_gpu_has_more_rungs(monkeypatch: pytest.MonkeyPatch, suite: str, last: str) -> None:
+def test_a_gpu_has_more_rungs(monkeypatch: pytest.MonkeyPatch, suite: str, last: str, tf32: bool) -> None:
     gpu = torch.device("cuda", 0)
     on_gpu = Runtime(gpu, Precision.BF16, Compile.ON, Kernels.AUTO, MemoryFormat.CHANNELS_LAST)
     monkeypatch.setattr(Runtime, "resolve", lambda *_: on_gpu)
     monkeypatch.setattr(module, "has_native_bf16", lambda _: True)
+    monkeypatch.setattr(module, "has_tf32", lambda _: tf32)
     monkeypatch.setattr(module, "HAS_TRITON", True)
     rungs = ladder(suite, gpu)
     assert [differences(*pair) for pair in itertools.pairwise(rungs)] == [1] * (len(rungs) - 1)
     assert rungs[-1].name == last
     assert (rungs[-1].config.kernels, rungs[-1].graphs) == (Kernels.AUTO, suite == "sample")
+    assert [rung.name for rung in rungs[:3]] == ["plain", *["+ tf32"] * tf32, "+ channels_last", "+ torch kernels"][:3]
+    assert [rung.name for rung in as_asked(suite, RuntimeConfig(), gpu)][:-1] == ["plain", *["+ tf32"] * tf32]
 
 
 def test_what_is_asked_for_stands_beside_the_plain_path(able: bool) -> None:
@@ -109,6 +113,19 @@ def test_a_wrong_gradient_is_refused() -> None:
 
     with pytest.raises(ValueError, match="in its gradient"):
         models.checked(Candidate(right.module, call, right.runtime))
+
+
+@pytest.mark.parametrize("layer", ["qkv", "time_embed", "emb_layers"])
+def test_a_layer_without_a_gradient_is_seen(layer: str) -> None:
+    model = dataclasses.replace(WORKLOAD.model, channel_mult=(1, 1), attention_resolutions=(8,))
+    models = Models(dataclasses.replace(WORKLOAD, model=model))
+    right = models.training(BF16)
+    found = [parameter for name, parameter in right.module.named_parameters() if layer in name]
+    assert found
+    for parameter in found:
+        parameter.register_hook(torch.zeros_like)
+    with pytest.raises(ValueError, match=f"gradient of .*{layer}"):
+        models.checked(right)
 
 
 def test_dropout_is_no_difference() -> None:

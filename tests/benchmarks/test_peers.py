@@ -34,6 +34,11 @@ def test_diffusers_has_as_many_parameters_and_as_much_work() -> None:
     assert theirs.flops == pytest.approx(Work.of(SMALL, 2, training=False).flops, rel=0.002)
 
 
+def test_diffusers_computes_again_where_ours_does() -> None:
+    again = dataclasses.replace(WORKLOAD, model=dataclasses.replace(WORKLOAD.model, use_checkpoint=True))
+    assert [diffusers_unet(w).module.is_gradient_checkpointing for w in (WORKLOAD, again)] == [False, True]
+
+
 def test_diffusers_predicts() -> None:
     x, t, _ = inputs(WORKLOAD)
     assert diffusers_unet(WORKLOAD).call(x, t.float()).shape == (2, 6, 8, 8)

@@ -35,30 +35,44 @@ def test_without_convolutions_none_are_measured() -> None:
 
 
 def test_the_fastest_of_the_heaviest_convolutions_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[Convolution] = []
+    forward: list[Convolution] = []
+    backward: list[Convolution] = []
 
-    def fake(run: object, rounds: int, device: torch.device) -> list[float]:
-        shape = getattr(run, "__defaults__", None)
-        if shape:
-            x, weight = shape[:2]
-            timed.append(Convolution(x.shape[0], x.shape[1], weight.shape[0], x.shape[2]))
-            return [1.0 if x.shape[2] == 16 else 4.0] * rounds
-        return [2.0] * rounds
+    def rate(shape: Convolution, device: torch.device, dtype: torch.dtype, rounds: int, training: bool) -> float:
+        (backward if training else forward).append(shape)
+        return 1.0 if training else float(shape.size == 16) + 1
 
-    monkeypatch.setattr(module, "seconds_of", fake)
+    monkeypatch.setattr(module, "_convolution_rate", rate)
+    monkeypatch.setattr(module, "seconds_of", lambda run, rounds, device: [2.0] * rounds)
+    monkeypatch.setattr(module, "ENOUGH", {"cpu": 1.0})
     small, large = Convolution(1, 32, 32, 16), Convolution(1, 32, 32, 24)
     rare = [Convolution(1, 1, 1, size) for size in range(2, 8)]
     counts = {**dict.fromkeys(rare, 1), small: 9, large: 1}
     roofs = measure_roofs(CPU, torch.float32, 2, counts)
-    assert set(timed) == {small, large, *rare[-2:]}
-    assert roofs.conv_flops_per_s == small.flops  # in its one second; the large one takes four
-    assert roofs.conv_training_flops_per_s == 3 * small.flops
+    assert set(forward) == {small, large, *rare[-2:]}
+    assert backward == [small]
+    assert (roofs.conv_flops_per_s, roofs.conv_training_flops_per_s) == (2, 1)
     assert roofs.flops_per_s == 2 * 1024**3 / 2
     assert roofs.bytes_per_s == 2 * 2**27 / 2
 
 
+@pytest.mark.parametrize(("device", "gigaflops"), [("cpu", 10), ("cuda", 1000)])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_the_rate_is_the_devices_whatever_the_batch(device: str, gigaflops: int, batch_size: int) -> None:
+    def large(channels: int, size: int) -> Convolution:
+        return module._enlarged(Convolution(batch_size, channels, channels, size), torch.device(device), torch.bfloat16)
+
+    for found in (large(192, 16), large(192, 64)):
+        assert gigaflops <= found.flops / 1e9 < 1.3 * gigaflops
+    filling = module._enlarged(Convolution(1, 3, 64, 32), torch.device(device), torch.float32)
+    assert filling.batch_size * 64 * 32**2 * 4 <= module.FILLING[device]
+    huge = Convolution(1, 4096, 4096, 4096)
+    assert module._enlarged(huge, torch.device(device), torch.float32) == huge
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_they_are_measured(dtype: torch.dtype) -> None:
+def test_they_are_measured(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(module, "ENOUGH", {"cpu": 1e6})
     roofs = measure_roofs(CPU, dtype, 1, {Convolution(2, 32, 32, 8): 1})
     rates = (roofs.bytes_per_s, roofs.flops_per_s, roofs.conv_flops_per_s, roofs.conv_training_flops_per_s)
     assert all(0 < rate < math.inf for rate in rates)

@@ -1,22 +1,35 @@
 """The suites: checked before they are timed, a figure for everything, and what is wrong without any."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from contextlib import ExitStack
+from importlib import import_module
 
 import pytest
 import torch
+import torch._dynamo
 
-from fastdiff.benchmarks import peers, suites
+from fastdiff.benchmarks import peers, roofs, suites
 from fastdiff.benchmarks.harness import Timing
-from fastdiff.benchmarks.jobs import Job, job_of, stepping
+from fastdiff.benchmarks.jobs import Drawing, Job, job_of, stepping
 from fastdiff.benchmarks.ladder import PLAIN, Models, Rung, ladder
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.suites import against_diffusers, ceilings, measure, measure_step
 from fastdiff.benchmarks.work import Work
 from fastdiff.config import ModelConfig, Precision
+from fastdiff.kernels import Backend
 from fastdiff.runtime import device as runtime_device
+from fastdiff.sampling import Loop
+from fastdiff.training.ema import EMA
 
 from .support import CPU, ROOFS, WORKLOAD
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that take no time."""
+    monkeypatch.setattr(roofs, "ENOUGH", {"cpu": 1e6})
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +66,13 @@ def test_every_rung_and_peer_has_every_figure(suite: str) -> None:
     assert first.flops == forward * (3 if suite == "sample" else 1)
 
 
-@pytest.mark.parametrize("extra", [{"class_cond": True, "num_classes": 5}, {"small_size": 4}])
+@pytest.mark.parametrize("extra", [{"class_cond": True, "num_classes": 5}, {"small_size": 4}, {"dropout": 0.5}])
 @pytest.mark.parametrize("suite", ["unet", "train", "sample"])
-def test_models_with_conditions(suite: str, extra: dict[str, object]) -> None:
+def test_models_with_conditions_or_dropout(suite: str, extra: dict[str, object]) -> None:
     model = ModelConfig.from_dict(WORKLOAD.model.to_dict() | extra)
     rungs = ladder(suite, CPU)
     rows = measure(suite, Models(dataclasses.replace(WORKLOAD, model=model)), [rungs[0], rungs[-1]], ROOFS, rounds=1)
-    assert [row.remark for row in rows] == ["", ""]
+    assert [row.remark for row in rows[:2]] == ["", ""]
     assert all(row.timing for row in rows)
 
 
@@ -87,8 +100,152 @@ def test_without_a_first_one_nothing_is_compared(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(suites, "job_of", build)
     plain, *others = measure("unet", Models(WORKLOAD), ladder("unet", CPU), ROOFS, rounds=1)
     assert (plain.timing, plain.failed) == (None, False)  # it is not wrong, only large
-    assert plain.remark == "OutOfMemoryError: a lot"
+    assert plain.remark == "out of memory"
     assert all(row.timing is not None and str(row.as_dict()["speedup"]) == "nan" for row in others)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_round_of_samples_is_a_whole_batch(monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
+    taken: list[int] = []
+    step = Loop.step
+    monkeypatch.setattr(Loop, "step", lambda loop: (taken.append(loop.left), step(loop)))
+    candidate = Models(WORKLOAD).inference(PLAIN)
+    drawing = Drawing(WORKLOAD, candidate.call, candidate.runtime.kernels, graphs)
+    for _ in range(3):
+        taken.clear()
+        pixels = drawing()
+        assert taken == [3, 2, 1]
+        assert (pixels.shape, pixels.dtype, pixels.device) == ((2, 8, 8, 3), torch.uint8, CPU)
+    assert drawing.images.shape == (2, 3, 8, 8)
+
+
+def broken(operation: str, change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's kernel of that name with other results; the reference stays right."""
+    op = import_module(f"fastdiff.kernels.{operation}.op")
+    right = op.IMPLEMENTATIONS[Backend.TORCH]
+
+    def wrong(*args: object, **kwargs: object) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if t is None else change(t) for t in right(*args, **kwargs))
+
+    monkeypatch.setitem(op.IMPLEMENTATIONS, Backend.TORCH, wrong)
+
+
+def on_torch_kernels(suite: str) -> dict[str, Row]:
+    """The rows of the rungs with the reference's and PyTorch's kernels, by name."""
+    rungs = [rung for rung in ladder(suite, CPU) if rung.name != "+ bf16"]
+    return {row.candidate: row for row in measure(suite, Models(WORKLOAD), rungs, ROOFS, rounds=1)}
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken("diffusion_step", torch.zeros_like, monkeypatch)
+    rows = on_torch_kernels("sample")
+    assert rows["plain"].timing is not None
+    wrong = rows["+ torch kernels"]
+    assert (wrong.timing, wrong.failed) == (None, True)
+    assert "in its images" in wrong.remark
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("factor", [0, math.nan])
+def test_a_wrong_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    broken("diffusion_loss", lambda t: t * factor, monkeypatch)
+    rows = on_torch_kernels("train")
+    assert rows["plain"].timing is not None
+    for name in ("+ torch kernels", "+ fused optimizer", "trainer"):
+        assert (rows[name].timing, rows[name].failed) == (None, True), name
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_optimizer_that_does_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: None)
+    for name, row in on_torch_kernels("train").items():
+        assert (row.timing, row.failed) == (None, True), name
+        assert "moves the weights by 0 times the learning rate" in row.remark, name
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_average_that_stands_still_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EMA, "update", lambda ema: setattr(ema, "updates", ema.updates + 1))
+    rows = on_torch_kernels("train")
+    assert {name for name, row in rows.items() if row.timing} == {"plain", "+ channels_last", "+ torch kernels"}
+    assert all("no moving average" in rows[name].remark for name in ("+ fused optimizer", "trainer"))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("error", "remark", "failed"),
+    [(torch.OutOfMemoryError("a lot"), "out of memory", False), (ValueError("a bug"), "ValueError: a bug", True)],
+)
+def test_one_that_fails_in_a_timed_round_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, remark: str, failed: bool
+) -> None:
+    calls = 0
+
+    def build(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
+        job = job_of(suite, models, rung, stack)
+
+        def run() -> object:
+            nonlocal calls
+            calls += 1
+            if calls == 4:  # after its memory was counted, the warm-up and a round
+                raise error
+            return job.run()
+
+        return dataclasses.replace(job, run=run) if rung.name == "+ channels_last" else job
+
+    monkeypatch.setattr(suites, "job_of", build)
+    plain, dropped, after = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:3], ROOFS, rounds=3)
+    assert (dropped.timing, dropped.remark, dropped.failed) == (None, remark, failed)
+    assert after.timing is not None
+    assert len(after.timing.seconds) == 3
+    assert after.before is plain.timing
+
+
+def test_on_a_gpu_it_says_what_else_was_there() -> None:
+    table = suites._Table("unet", WORKLOAD, ROOFS)
+    row = table._without_time(Row("unet", "", "plain", None), torch.OutOfMemoryError("a lot"), 3 * 2**29)
+    assert (row.remark, row.failed) == ("out of memory, beside 1.5 GiB of other candidates", False)
+    assert table._without_time(row, MemoryError(), 0).remark == "out of memory"
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_candidate_past_dynamos_limit_is_not_timed_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
+        job = job_of(suite, models, rung, stack)
+        sizes = iter(range(2, 100))
+        compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+        return dataclasses.replace(job, run=lambda: [compiled(torch.zeros(next(sizes))) for _ in range(9)])
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(suites, "job_of", build)
+    (row,) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], ROOFS, rounds=1)
+    assert (row.timing, row.failed) == (None, True)
+    assert row.remark.startswith("FailOnRecompileLimitHit")
+
+
+@pytest.mark.usefixtures("alone")
+def test_after_the_deadline_nothing_is_begun() -> None:
+    plain, *others = measure("unet", Models(WORKLOAD), ladder("unet", CPU), ROOFS, rounds=1, deadline=-1)
+    for row in (plain, *others):
+        assert (row.timing, row.failed, row.remark) == (None, False, "the time was over before it was built")
+
+
+def test_peers_compute_as_pytorch_does_by_itself() -> None:
+    gpu, found = torch.device("cuda"), []
+    for precision in (Precision.FP32, Precision.TF32, None):
+        suites._set_arithmetic(gpu, precision)
+        found.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+    assert found == [("highest", False), ("high", True), ("highest", True)]
+    assert found[-1] == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+
+def test_a_peer_says_how_large_it_is() -> None:
+    *_, row = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], ROOFS, rounds=1)[:2]
+    assert row.candidate == "diffusers"
+    theirs, ours = row.remark.split("; ours ")
+    assert theirs.endswith(f" M parameters, {row.flops / 1e9:.4g} GFLOP")
+    assert ours.endswith(f" M parameters, {Work.of(WORKLOAD.model, 2, training=False).flops / 1e9:.4g} GFLOP")
 
 
 def test_a_peer_that_does_not_run_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +294,18 @@ def test_the_ceilings_are_those_of_the_precisions_in_use() -> None:
     assert found[1].conv_flops_per_s > 0
 
 
+def test_ceilings_that_find_no_room_are_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("a lot")
+
+    monkeypatch.setattr(suites, "measure_roofs", full)
+    found = ceilings(WORKLOAD, [Rung("plain", PLAIN)], rounds=1)
+    assert str(found[Precision.FP32]).startswith("out of memory")
+    (row, *_) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], found, rounds=1)
+    assert row.timing is not None
+    assert math.isnan(row.limit_s)
+
+
 def timed(name: str, seconds: float) -> Row:
     return Row("unet", "", name, Timing(name, [seconds] * 3, [1.0] * 3))
 
@@ -147,3 +316,8 @@ def test_a_slow_plain_path_is_told() -> None:
     assert fair == ["plain path: 0.95 times as fast as diffusers' eager model"]
     slow = against_diffusers([timed("plain", 1.0), timed("diffusers", 0.5)])
     assert slow[1].startswith("warning: the plain path is slow")
+    assert against_diffusers([timed("plain", 1.0), timed("diffusers", 0.91)])[1:] == []
+    rounded = [timed("plain", 2.0), timed("+ tf32", 1.0), timed("diffusers", 1.0)]
+    assert against_diffusers(rounded) == ["plain path in tf32: 1.00 times as fast as diffusers' eager model"]
+    rounded[1] = dataclasses.replace(rounded[1], timing=None)
+    assert against_diffusers(rounded) == []  # fp32 is no match for it

@@ -36,6 +36,19 @@ def test_every_figure_in_100_columns() -> None:
     assert max(map(len, lines)) <= 100
 
 
+def test_a_narrow_terminal_keeps_the_names_and_goes_without_columns() -> None:
+    figures = {"images": 16, "limit_s": 0.1, "peak_gib": 12.3456}
+    row = Row("train", "a workload", "+ channels_last", timing(0.1234, 0.1239, 0.1251), **figures)
+    for width, gone in ((100, []), (66, ["GiB"]), (45, ["GiB", "p20 to p80", "of limit"])):
+        out = io.StringIO()
+        print_rows([row], Console(file=out, width=width))
+        lines = out.getvalue().splitlines()
+        assert any(line.strip().startswith("+ channels_last ") for line in lines), lines
+        assert max(map(len, lines)) <= width
+        titles = ("GiB", "p20 to p80", "of limit", "images/s", "× first")
+        assert [title for title in titles if title not in out.getvalue()] == gone, width
+
+
 def test_what_nobody_has_is_no_column() -> None:
     text = "\n".join(printed(Row("kernels", "a", "triton", timing(2e-6))))
     assert "median, us" in text

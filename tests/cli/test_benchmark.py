@@ -3,15 +3,16 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastdiff.benchmarks import ladder, suites
+from fastdiff.benchmarks import command, ladder, roofs, suites
 from fastdiff.benchmarks.rows import Row
 from fastdiff.runtime import device as runtime_device
 
 from .conftest import Cli
-from .support import refused, succeeded
+from .support import finish, refused, start, succeeded
 
 QUICK = ["--image-size", "8", "--num-channels", "32", "--num-res-blocks", "1", "--channel-mult", "1"]
 ONCE = ["--batch-size", "2", "--rounds", "1", "--device", "cpu"]
@@ -22,6 +23,7 @@ PLAIN = ["--compile", "off"]
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a compiler, which would take minutes."""
     monkeypatch.setattr(runtime_device, "_has_compiler", lambda _: False)
+    monkeypatch.setattr(roofs, "ENOUGH", {"cpu": 1e6})  # operations of a convolution whose rate is measured
 
 
 def rows_of(path: str) -> list[dict[str, str]]:
@@ -92,10 +94,30 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("untimed")
 def test_files_are_looked_at_before_anything_is_timed(cli: Cli) -> None:
     Path("rows.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--csv", "rows.csv"), r"rows\.csv has other columns.*--csv")
-    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "rows.csv"), "rows.csv has no columns suite")
-    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "none.csv"), "none.csv")
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--csv", "rows.csv"), r"^error: csv rows\.csv has other columns: ")
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "rows.csv"), "rows.csv holds no rows")
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "none.csv"), "none.csv is not there: name")
     refused(cli("benchmark", "unet", *QUICK, *ONCE, "--chart", "chart.jpg"), "must end in .png")
+    same = ["--csv", "a.png", "--chart", "./a.png"]
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, *same), "a.png is the file of --csv, too: name another one")
+    for path in ("/proc/a", "rows.csv/a"):
+        refused(cli("benchmark", "unet", *QUICK, *ONCE, "--csv", f"{path}.csv"), "^error: csv .* cannot be written")
+        refused(cli("benchmark", "unet", *QUICK, *ONCE, "--chart", f"{path}.png"), "^error: chart .* cannot be written")
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("suite", ["kernels", "step", "data", "growth"])
+def test_a_chart_of_nothing_is_refused_before_anything_is_timed(cli: Cli, suite: str) -> None:
+    result = cli("benchmark", suite, *QUICK, *ONCE, "--chart", "a.png")
+    refused(result, "chart shows unet, train, sample: measure one of them, or leave --chart out")
+
+
+@pytest.mark.usefixtures("untimed")
+def test_kernels_that_this_machine_has_not(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff.kernels.backend.INTERPRETED", False)
+    refused(
+        cli("benchmark", "unet", *QUICK, *ONCE, "--kernels", "triton"), "^error: kernels triton: .*use auto or torch"
+    )
 
 
 @pytest.mark.parametrize("size", ["0", "1,-2", "many", ""])
@@ -110,3 +132,66 @@ def test_what_moved_and_a_chart(cli: Cli) -> None:
     )
     assert Path("ladder.png").read_bytes().startswith(b"\x89PNG")
     assert "chart drawn to ladder.png" in result.out
+
+
+def no_room(*_: object) -> Iterator[Row]:
+    yield Row("data", "a", "x", None)
+    raise OSError(28, "No space left on device", "/tmp/a.png")
+
+
+def test_a_full_disk_costs_one_suite(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff.benchmarks.data.measure_data", no_room)
+    monkeypatch.setattr("fastdiff.benchmarks.growth.measure_growth", lambda *_: iter([Row("growth", "b", "y", None)]))
+    for module in ("_kernels", "_models"):
+        monkeypatch.setattr(f"fastdiff.benchmarks.command.{module}", lambda *_: iter(()))
+    result = cli("benchmark", *QUICK, *ONCE, "--csv", "rows.csv", "--chart", "a.png")
+    assert (result.status, result.err) == (1, "")
+    assert [(row["suite"], row["candidate"]) for row in rows_of("rows.csv")] == [
+        ("data", "x"),
+        ("data", "not measured"),
+        ("growth", "y"),
+    ]
+    assert "not measured: [Errno 28] No space left on device: '/tmp/a.png'" in result.out
+    assert "error: chart a.png: nothing to draw" in result.out  # what comes before the chart is there, too
+    assert result.out.index("commit") < result.out.index("rows added to rows.csv") < result.out.index("error: chart")
+
+
+def test_rows_that_cannot_be_kept_now_are_kept_with_the_next(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [Row("growth", name, name, None) for name in "abc"]
+    monkeypatch.setattr("fastdiff.benchmarks.growth.measure_growth", lambda *_: iter(tables))
+    real, errors = command.append_rows, [OSError("csv rows.csv cannot be written: No space left on device")]
+
+    def append(*args: Any) -> None:
+        if errors:
+            raise errors.pop()
+        real(*args)
+
+    monkeypatch.setattr(command, "append_rows", append)
+    result = succeeded(cli("benchmark", "growth", *QUICK, *ONCE, "--csv", "rows.csv"))
+    assert [row["candidate"] for row in rows_of("rows.csv")] == ["a", "b", "c"]
+    assert result.out.count("warning: csv rows.csv cannot be written: No space left on device") == 1
+    errors += [OSError("csv rows.csv cannot be written: it is gone")] * 9
+    result = cli("benchmark", "growth", *QUICK, *ONCE, "--csv", "rows.csv")
+    assert result.status == 1
+    assert "error: csv rows.csv cannot be written: it is gone: 3 rows are not kept" in result.out
+
+
+@pytest.mark.parametrize("stdout", ["ascii", "closed"])
+def test_what_cannot_be_shown_is_kept(stdout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start("benchmark", "unet", *QUICK, *ONCE, *PLAIN, "--csv", "rows.csv", cwd=tmp_path)
+    assert process.stdout is not None
+    if stdout == "closed":
+        while "candidate" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        assert process.stderr is not None
+        with process.stderr:
+            said = process.stderr.read()
+        process.wait(100)
+    else:
+        result = succeeded(finish(process))
+        assert "? first" in result.out
+        said = result.err
+    assert said == ""
+    assert rows_of(f"{tmp_path}/rows.csv")[0]["candidate"] == "plain"

@@ -1,0 +1,107 @@
+"""What a benchmark starts ends with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fastdiff
+from fastdiff.benchmarks import child as module
+from fastdiff.benchmarks.child import child, signals_as_exceptions
+
+WAITS = "import time, pathlib; pathlib.Path('ready').touch(); time.sleep(60)"
+CLEANS_UP = f"""
+import signal, sys
+def leave(*_):
+    pathlib.Path('cleaned').touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, leave)
+{WAITS}
+""".replace("import signal", "import pathlib, signal", 1)
+DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAITS}"
+
+
+def until(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("program", "status"), [(CLEANS_UP, 0), (DEAF, -signal.SIGKILL)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
+def test_an_error_ends_it_gently_then_by_force(
+    program: str, status: int, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 60 if program is CLEANS_UP else 0.2)
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted() -> None:
+        with (
+            (tmp_path / "said").open("w+") as said,
+            child([sys.executable, "-c", program], said, os.environ) as process,
+        ):
+            started.append(process)
+            until(tmp_path / "ready")
+            raise error
+
+    started: list[subprocess.Popen[bytes]] = []
+    with pytest.raises(error):
+        interrupted()
+    assert started[0].returncode == status
+    assert (tmp_path / "cleaned").exists() == (program is CLEANS_UP)
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_one_that_has_ended_is_left_alone(tmp_path: Path) -> None:
+    with (tmp_path / "said").open("w+") as said:
+        with child([sys.executable, "-c", "print('a'); raise SystemExit(3)"], said, os.environ) as process:
+            assert process.wait() == 3
+        said.seek(0)
+        assert said.read() == "a\n"
+
+
+PARENT = """
+import os, sys, tempfile
+from pathlib import Path
+from fastdiff.benchmarks.child import child, signals_as_exceptions
+with signals_as_exceptions(), tempfile.TemporaryDirectory(dir=".") as folder, open("said", "w+") as said:
+    with child([sys.executable, "-c", sys.argv[1]], said, os.environ) as process:
+        Path("pid").write_text(str(process.pid))
+        process.wait()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_child_and_removes_the_folder(number: signal.Signals, tmp_path: Path) -> None:
+    root = str(Path(fastdiff.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PARENT, CLEANS_UP]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as parent:
+        try:
+            until(tmp_path / "ready")
+            until(tmp_path / "pid")
+            parent.send_signal(number)
+            status = parent.wait(60)
+        finally:
+            parent.kill()
+    assert status == (-number if number == signal.SIGINT else 128 + number)
+    assert {path.name for path in tmp_path.iterdir()} == {"said", "pid", "ready", "cleaned"}
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_as_exceptions():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
