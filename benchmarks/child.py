@@ -6,7 +6,6 @@ import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import IO
 
 PATIENCE = 35.0
@@ -27,25 +26,6 @@ def child(command: Sequence[str], output: IO[str], env: Mapping[str, str]) -> It
     finally:
         with _uninterrupted():
             _end(process)
-
-
-@contextmanager
-def signals_as_exceptions() -> Iterator[None]:
-    """SIGTERM and a closed terminal as SystemExit, which cleans up as Ctrl-C does; what nohup ignores stays so."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {kind: signal.signal(kind, _leave) for kind in _SIGNALS if signal.getsignal(kind) == signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    for kind in _SIGNALS:
-        signal.signal(kind, signal.SIG_IGN)  # which often come together, and would cut the cleaning up short
-    raise SystemExit(128 + number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

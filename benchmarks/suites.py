@@ -202,7 +202,7 @@ class _Table:
 
     def _without_time(self, row: Row, reason: Exception, beside: int) -> Row:
         """Its remark; what is only too large, with ``beside`` bytes of others there, has not failed, nor has a peer."""
-        full = out_of_memory(reason) or isinstance(reason, MemoryError)
+        full = out_of_memory(reason)
         said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
         if full:
             said = "out of memory" + f", beside {beside / 2**30:.1f} GiB of other candidates" * bool(beside)

@@ -72,10 +72,10 @@ def benchmark(
     import torch
     from rich.console import Console
 
-    from fastdiff.benchmarks.child import signals_as_exceptions
     from fastdiff.benchmarks.command import SUITES, Request, run
     from fastdiff.benchmarks.workload import Workload
     from fastdiff.runtime.device import resolve_device
+    from fastdiff.runtime.signals import signals_as_exceptions
 
     device = resolve_device(ours.device)
     _refuse_impossible(replace(ours, device=str(device)))

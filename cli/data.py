@@ -2,12 +2,9 @@
 
 import os
 import shlex
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -184,29 +181,10 @@ def pack(
 def _bar(what: str, unit: int = 1) -> "Iterator[Progress]":
     """A progress bar on a terminal. SIGTERM and SIGHUP leave the block as Ctrl-C does, so that nothing stays behind."""
     from fastdiff.cli.display import Display
+    from fastdiff.runtime.signals import signals_as_exceptions
 
-    with _ending_cleanly(), Display() as display:
+    with signals_as_exceptions(), Display() as display:
         yield lambda done, total: display.advance(what, done // unit, total // unit)
-
-
-@contextmanager
-def _ending_cleanly() -> Iterator[None]:
-    def leave(number: int, frame: FrameType | None) -> None:
-        for kind in before:
-            signal.signal(kind, signal.SIG_IGN)  # which often come together, and would cut the cleaning up short
-        raise SystemExit(128 + number)
-
-    kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {kind: signal.getsignal(kind) for kind in kinds if signal.getsignal(kind) is not signal.SIG_IGN}
-    for kind in before:
-        signal.signal(kind, leave)
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def _go_on(folder: Path, image_size: int, *flags: str) -> None:

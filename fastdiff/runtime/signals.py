@@ -1,9 +1,10 @@
-"""Ctrl-C, SIGTERM and a closed terminal as a wish that the loop reads at a step's end, so that work is saved."""
+"""Ctrl-C, SIGTERM and a closed terminal: a wish that a loop reads at a step's end, or an exception that cleans up."""
 
 import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Self
 
@@ -48,3 +49,25 @@ class StopRequest:
         with contextlib.suppress(OSError):  # print is not safe in a signal handler
             os.write(2, self._answer)
         signal.signal(number, self._before[self.received])  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """SIGTERM and a closed terminal as SystemExit, which cleans up as Ctrl-C does; what nohup ignores stays so."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for kind in before:
+            signal.signal(kind, signal.SIG_IGN)  # which often come together, and would cut the cleaning up short
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        kinds = (kind for kind in _SIGNALS if kind != signal.SIGINT)
+        before = {kind: handler for kind in kinds if (handler := signal.getsignal(kind)) is not signal.SIG_IGN}
+    for kind in before:
+        signal.signal(kind, leave)
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

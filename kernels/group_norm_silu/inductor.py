@@ -14,18 +14,9 @@ from torch.autograd.function import once_differentiable
 
 
 @torch.compiler.allow_in_graph
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> Tensor:
+def group_norm_silu(*arguments: Any) -> Tensor:
     """See op.py. To Dynamo one operation: to follow both passes of all norms of a model, it takes ten seconds."""
-    return GroupNormSiLU.apply(x, weight, bias, groups, eps, scale, shift, silu)
+    return GroupNormSiLU.apply(*arguments)
 
 
 class GroupNormSiLU(torch.autograd.Function):

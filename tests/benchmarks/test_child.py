@@ -11,7 +11,8 @@ import pytest
 
 import fastdiff
 from fastdiff.benchmarks import child as module
-from fastdiff.benchmarks.child import child, signals_as_exceptions
+from fastdiff.benchmarks.child import child
+from fastdiff.runtime.signals import signals_as_exceptions
 
 WAITS = "import time, pathlib; pathlib.Path('ready').touch(); time.sleep(60)"
 CLEANS_UP = f"""
@@ -69,7 +70,8 @@ def test_one_that_has_ended_is_left_alone(tmp_path: Path) -> None:
 PARENT = """
 import os, sys, tempfile
 from pathlib import Path
-from fastdiff.benchmarks.child import child, signals_as_exceptions
+from fastdiff.benchmarks.child import child
+from fastdiff.runtime.signals import signals_as_exceptions
 with signals_as_exceptions(), tempfile.TemporaryDirectory(dir=".") as folder, open("said", "w+") as said:
     with child([sys.executable, "-c", sys.argv[1]], said, os.environ) as process:
         Path("pid").write_text(str(process.pid))
