@@ -22,7 +22,7 @@ from fastdiff.config import RuntimeConfig
 MODEL_SUITES = ("unet", "train", "sample", "step")
 SUITES = ("kernels", *MODEL_SUITES, "data", "growth")
 
-ROUNDS = {"cpu": {True: 3, False: 31}, "cuda": {True: 10, False: 40}}
+ROUNDS = {"cpu": {True: 3, False: 25}, "cuda": {True: 10, False: 40}}
 """By device, and whether it is to be quick."""
 
 

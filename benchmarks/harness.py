@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of one candidate's rounds, and of the first candidate's in the same rounds."""
+    """The seconds of one candidate's rounds, and of the first candidate's beside them."""
 
     name: str
     seconds: Sequence[float]
@@ -51,8 +51,11 @@ class Timing:
         return _quantile([base / own for own, base in zip(self.seconds, self.baseline, strict=True)], share)
 
     def speedup_over(self, other: "Timing") -> float:
-        """The same over another candidate of the same rounds."""
-        return statistics.median(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
+        """The same over another candidate: by what both are to the first one, or, without that, round by round."""
+        quotient = self.speedup() / other.speedup()
+        if math.isnan(quotient):
+            return statistics.median(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
+        return quotient
 
     def divided(self, parts: int) -> Self:
         """The time of each of so many equal parts of a round."""
@@ -70,23 +73,39 @@ def interleaved(
 ) -> list[Timing]:
     """Time the candidates in turn, round by round, so that a machine that slows down slows all of them.
 
-    They are compared with the first one, or with ``baseline``, and with nothing where that is not among them. What a
+    They are compared with the first one, or with ``baseline``, and with nothing where that is not among them. It runs
+    before and after each of the others, P A P B P, and a run is compared with the mean of the two beside it. What a
     candidate raises is raised; with ``errors`` it is put there, the candidate has no time, and the others go on.
     """
+    base = next(iter(candidates), "") if baseline is None else baseline
+    others = [name for name in candidates if name != base]
+    one_round = [name for other in others for name in (base, other)] or [base]
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for name in [name for name in candidates for _ in range(warmup)] + [*candidates] * rounds:
+
+    def run(name: str, into: list[float]) -> None:
         if name not in seconds:
-            continue
+            return
         try:
-            seconds[name].append(_timed(candidates[name], device))
+            into.append(_timed(candidates[name], device))
         except Exception as error:
             if errors is None:
                 raise
             errors[name] = error.with_traceback(None)  # which would hold the memory that it failed with
             del seconds[name]
-    timed = {name: values[warmup:] for name, values in seconds.items()}
-    against = timed.get(next(iter(candidates)) if baseline is None else baseline, [math.nan] * rounds)
-    return [Timing(name, values, against) for name, values in timed.items()]
+
+    for name in [name for name in candidates for _ in range(warmup)]:
+        run(name, [])
+    beside: list[float] = []  # the times of base
+    for name in [*one_round * rounds, *[base] * bool(others)]:
+        run(name, beside if name == base else seconds.get(name, []))
+    if base in seconds:
+        turns = max(1, len(others))
+        seconds[base] = beside[: rounds * turns : turns]  # one of each round
+        between = [statistics.mean(pair) for pair in itertools.pairwise(beside)]
+        against = {base: seconds[base], **{name: between[turn::turns] for turn, name in enumerate(others)}}
+    else:
+        against = dict.fromkeys(others, [math.nan] * rounds)
+    return [Timing(name, own, against[name]) for name, own in seconds.items()]
 
 
 def seconds_of(run: Callable[[], object], rounds: int, device: torch.device, warmup: int = 2) -> list[float]:

@@ -1,5 +1,7 @@
 """Timing and memory: pairs by rounds, and a program whose memory is known."""
 
+import functools
+import itertools
 import math
 import re
 import subprocess
@@ -17,20 +19,44 @@ from .support import CPU
 MIB = 2**20
 
 
-def test_candidates_take_turns() -> None:
+def test_candidates_take_turns_each_between_two_runs_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = itertools.count(1), list[str]()
+    monkeypatch.setattr(harness, "_timed", lambda run, device: run() or float(next(clock)))
+    runs = {name: functools.partial(calls.append, name) for name in "pab"}
+    p, a, b = interleaved(runs, 2, 0, CPU)
+    assert "".join(calls) == "papbpapbp"
+    assert [p.name, p.seconds, p.baseline] == ["p", [1, 5], [1, 5]]
+    assert [a.name, a.seconds, a.baseline] == ["a", [2, 6], [2, 6]]  # (1 + 3) / 2, (5 + 7) / 2
+    assert [b.name, b.seconds, b.baseline] == ["b", [4, 8], [4, 8]]
+
+
+def test_warming_up_is_not_timed() -> None:
     calls: list[str] = []
-    found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, 1, CPU)
-    assert calls == ["a", "b", "a", "b", "a", "b"]
-    assert [t.name for t in found] == ["a", "b"]
-    assert found[1].baseline == found[0].seconds
+    found = interleaved({name: functools.partial(calls.append, name) for name in "ab"}, 1, 2, CPU)
+    assert "".join(calls) == "aabbaba"
+    assert [len(t.seconds) for t in found] == [1, 1]
+    calls.clear()
+    assert len(harness.seconds_of(lambda: calls.append("a"), 3, CPU, warmup=1)) == 3
+    assert len(calls) == 4
 
 
-def test_another_baseline() -> None:
+def test_another_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(1)
+    monkeypatch.setattr(harness, "_timed", lambda run, device: float(next(clock) ** 2))
     runs = {"a": lambda: None, "b": lambda: None}
     a, b = interleaved(runs, 2, 0, CPU, baseline="b")
-    assert a.baseline == b.seconds
+    assert [a.seconds, a.baseline] == [[4, 16], [5, 17]]  # (1 + 9) / 2, (9 + 25) / 2
+    assert b.seconds == b.baseline == [1, 9]
     (alone,) = interleaved({"a": lambda: None}, 2, 0, CPU, baseline="gone")
+    assert len(alone.seconds) == 2
     assert math.isnan(alone.speedup())
+
+
+def test_one_over_another() -> None:
+    a, b = Timing("a", [1.0, 1.0, 4.0], [2.0, 2.0, 8.0]), Timing("b", [2.0, 2.0, 2.0], [2.0, 3.0, 2.0])
+    assert a.speedup_over(b) == 2  # 2 and 1 times as fast as what ran beside them
+    alone = Timing("b", [3.0, 4.0, 2.0], [math.nan] * 3)
+    assert a.speedup_over(alone) == 3  # of 3, 4 and 0.5
 
 
 def test_one_that_fails_on_the_way_leaves_the_others_their_time() -> None:
@@ -44,12 +70,28 @@ def test_one_that_fails_on_the_way_leaves_the_others_their_time() -> None:
     runs = {"a": lambda: calls.append("a"), "b": fails_in_its_second_round, "c": lambda: None}
     errors: dict[str, Exception] = {}
     found = interleaved(runs, 3, 1, CPU, "b", errors)
-    assert calls == ["a", "b", "a", "b", "a", "b", "a"]
+    assert "".join(calls) == "abbabbaa"
     assert [(t.name, len(t.seconds)) for t in found] == [("a", 3), ("c", 3)]
     assert math.isnan(found[0].speedup())
     assert list(errors) == ["b"]
     with pytest.raises(RuntimeError, match="no more"):
         interleaved(runs, 1, 0, CPU)
+
+
+def test_one_beside_the_first_that_fails_is_none_of_the_others_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, errors = itertools.count(1), dict[str, Exception]()
+
+    def timed(run: object, device: torch.device) -> float:
+        if (now := float(next(clock))) == 6:
+            raise RuntimeError("no more")
+        return now
+
+    monkeypatch.setattr(harness, "_timed", timed)
+    first, last = interleaved({name: lambda: None for name in "pab"}, 3, 0, CPU, errors=errors)
+    # p a p b: 1 2 3 4, 5 6 7 8 where 6 is none, then without a: 9 10 11, 12
+    assert (first.name, first.seconds) == ("p", [1, 5, 9])
+    assert (last.name, last.seconds, last.baseline) == ("b", [4, 8, 11], [4, 8, 11])
+    assert list(errors) == ["a"]
 
 
 def test_a_round_of_several_parts() -> None:
