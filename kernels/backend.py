@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 Implementation = Callable[..., Any]
@@ -80,6 +81,19 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast changes no dtype on the device of ``x``."""
     available = torch.amp.autocast_mode.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if available else nullcontext()
+
+
+def let_cache(function: str, version: str) -> None:
+    """Let torch.compile keep traced graphs that call ``function``, "module.name", until its ``version`` is another.
+
+    One that PyTorch does not know to be safe keeps the graph of the whole model out of its cache, and every start would
+    trace it anew.
+    """
+    torch._inductor.config.unsafe_marked_cacheable_functions[function] = version
+
+
+for _name in ("_enter_autocast", "_exit_autocast"):  # without_autocast in a graph
+    let_cache(f"torch.amp.autocast_mode.{_name}", version=torch.__version__)
 
 
 def require(holds: bool, op: str, message: str, *values: Any) -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
 
 from fastdiff.kernels import group_norm_silu
 
@@ -91,3 +93,14 @@ def test_compiled_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         limit = 2 * float((reference[name].double() - truth[name]).abs().max()) + 0.01 * float(truth[name].abs().max())
         assert float((tensor.double() - truth[name]).abs().max()) <= limit, name
         torch.testing.assert_close(tensor, alone[name], rtol=1e-2, atol=1e-2, msg=name)
+
+
+def test_the_compiled_graph_is_kept_for_the_next_start() -> None:
+    counters.clear()
+    torch._dynamo.reset()
+    weight, bias = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
+    compiled = torch.compile(lambda x: group_norm_silu(x, weight, bias, backend="torch"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled(torch.randn(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)).sum().backward()
+    found = counters["aot_autograd"]
+    assert found["total"] == found["autograd_cache_hit"] + found["autograd_cache_miss"] == 1, found
