@@ -160,24 +160,25 @@ def _models(
 ) -> Iterator[list[Row]]:
     from fastdiff.benchmarks.ladder import Models, as_asked, ladder
     from fastdiff.benchmarks.peers import missing
-    from fastdiff.benchmarks.suites import against_diffusers, ceilings, measure, measure_step
+    from fastdiff.benchmarks.suites import Ceilings, against_diffusers, measure, measure_step
 
     torch._dynamo.reset()  # a model compiled for another batch size counts towards Dynamo's limit of eight
     device, models = workload.device, Models(workload)
     climbed = {s: as_asked(s, request.ours, device) if request.asked else ladder(s, device) for s in suites}
-    roofs = ceilings(workload, itertools.chain(*climbed.values()))
+    roofs = Ceilings(workload, itertools.chain(*climbed.values()))
+    roofs()
     console.print(f"{workload}: {models.num_parameters / 1e6:.2f} M parameters", highlight=False)
-    for precision, measured in roofs.items():
-        console.print(f"measured here in {precision}: {measured}", highlight=False)
     for line in missing():
         console.print(line, highlight=False)
     console.print("building and checking; compiling takes a minute or two when its cache is cold ...")
     for suite, rungs in climbed.items():
         if suite == "step":
-            yield measure_step(models, rungs[-1], roofs, rounds)
-            continue
-        rows = measure(suite, models, rungs, roofs, rounds)
+            rows = measure_step(models, rungs[-1], roofs, rounds)
+        else:
+            rows = measure(suite, models, rungs, roofs, rounds)
         yield rows
+        for precision, measured in roofs.best.items():
+            console.print(f"measured here in {precision}: {measured}", highlight=False)
         for line in against_diffusers(rows):
             console.print(line, highlight=False)
 

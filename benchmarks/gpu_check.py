@@ -52,7 +52,7 @@ def model(device: torch.device, csv: Path, deadline: float) -> None:
     """The training step of a released model, fused, compiled and the Trainer's, and the marks that were set."""
     # they want Pillow and safetensors, which the other parts do not
     from fastdiff.benchmarks.ladder import Models, ladder
-    from fastdiff.benchmarks.suites import ceilings, measure
+    from fastdiff.benchmarks.suites import Ceilings, measure
     from fastdiff.benchmarks.workload import Workload
     from fastdiff.runtime.throughput import peak_flops
 
@@ -62,10 +62,11 @@ def model(device: torch.device, csv: Path, deadline: float) -> None:
     workload = Workload(preset.config(ModelConfig), preset.config(DiffusionConfig), batch_size, device, name)
     fused = [rung for rung in ladder("train", device) if rung.fused]
     rungs = fused if on_gpu else fused[:1]
-    roofs = ceilings(workload, rungs)
-    for precision, measured in roofs.items():
-        print(f"in {precision}: {measured}")
+    roofs = Ceilings(workload, rungs)
+    roofs()
     rows = measure("train", Models(workload), rungs, roofs, 10 if on_gpu else 2, False, deadline - RESERVE)
+    for precision, measured in roofs.best.items():
+        print(f"in {precision}: {measured}")
     _keep(rows, csv, environment(device))
     for verdict in training_verdicts(rows, peak_flops(device, rungs[-1].config.precision)):
         print(verdict)

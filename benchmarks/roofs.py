@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -42,6 +42,11 @@ class Roofs:
         A backward pass is made of convolutions as large; where the libraries are slower at them, the machine is not.
         """
         return self.floor(work.n_bytes(dtype), work.matmul_flops, work.conv_flops)
+
+    def or_better(self, other: "Roofs") -> "Roofs":
+        """Of each rate the higher one, of two measurements of the same device."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Roofs(*(b if math.isnan(a) or b > a else a for a, b in pairs))
 
     def __str__(self) -> str:
         if math.isnan(self.bytes_per_s):

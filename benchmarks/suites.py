@@ -33,8 +33,6 @@ HONEST = 1 / 1.1
 """Of diffusers' speed: a plain path that is slower by more than 10% would flatter every ratio that is quoted against
 it."""
 
-Ceilings = Mapping[Precision, Roofs]
-
 
 def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dict[Precision, Roofs]:
     """What this device can do at most, in each precision that is used, with the convolutions of this very model."""
@@ -51,19 +49,35 @@ def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dic
     return found
 
 
+class Ceilings:
+    """The same, measured anew at every call: a machine that others use may be slow for longer than one measurement.
+
+    The best so far counts, ``best``.
+    """
+
+    def __init__(self, workload: Workload, rungs: Iterable[Rung]) -> None:
+        self._workload, self._rungs = workload, list(rungs)
+        self.best: dict[Precision, Roofs] = {}
+
+    def __call__(self) -> Mapping[Precision, Roofs]:
+        for precision, found in ceilings(self._workload, self._rungs).items():
+            self.best[precision] = found.or_better(self.best.get(precision, found))
+        return self.best
+
+
 def measure(
     suite: str,
     models: Models,
     rungs: Sequence[Rung],
-    roofs: Ceilings,
+    roofs: Callable[[], Mapping[Precision, Roofs]],
     rounds: int,
     with_peers: bool = True,
     deadline: float = math.inf,
 ) -> list[Row]:
     """A row for each rung of "unet", "train" or "sample", then one for each peer; what is wrong or fails has no time.
 
-    The first rung is what the others are compared with, and each has its gain over the last one before it. After
-    ``deadline``, of time.monotonic(), no other is begun.
+    The first rung is what the others are compared with, and each has its gain over the last one before it. ``roofs``
+    is called when all were timed. After ``deadline``, of time.monotonic(), no other is begun.
     """
     workload, training = models.workload, suite == "train"
     table = _Table(suite, workload, roofs)
@@ -81,7 +95,7 @@ def measure(
         return table.timed(rounds)
 
 
-def measure_step(models: Models, rung: Rung, roofs: Ceilings, rounds: int) -> list[Row]:
+def measure_step(models: Models, rung: Rung, roofs: Callable[[], Mapping[Precision, Roofs]], rounds: int) -> list[Row]:
     """What an ancestral step with its noise costs over the model's call alone, both as the engine runs them.
 
     On a GPU both are CUDA graphs.
@@ -127,7 +141,7 @@ def against_diffusers(rows: Sequence[Row]) -> list[str]:
 class _Table:
     """The rows of one suite on one workload, as they come to be."""
 
-    def __init__(self, suite: str, workload: Workload, roofs: Ceilings) -> None:
+    def __init__(self, suite: str, workload: Workload, roofs: Callable[[], Mapping[Precision, Roofs]]) -> None:
         self._workload = workload
         self._roofs = roofs
         self._times = sampling_steps(workload) if suite == "sample" else 1
@@ -136,6 +150,7 @@ class _Table:
         self._rows: list[Row] = []
         self._runs: dict[str, Callable[[], object]] = {}
         self._held: dict[str, int] = {}
+        self._work: dict[str, tuple[Precision, Work]] = {}
 
     def enter(
         self,
@@ -164,7 +179,7 @@ class _Table:
                 model = replace(workload.model, use_checkpoint=False)
                 counted = build(replace(workload, model=model, device=torch.device("meta")))
             work = Work.of_module(counted.module, counted.call, workload.model, workload.batch_size, suite == "train")
-            rounded = workload.device.type == "cuda" and Precision.TF32 in self._roofs
+            rounded = workload.device.type == "cuda" and any(kind is Precision.TF32 for kind, _ in self._work.values())
             row = self._of(name, Precision.TF32 if rounded else Precision.FP32, work)
             said = (
                 f"{_size(peer.num_parameters, row.flops)}; ours {_size(our_parameters, ours.times(self._times).flops)}"
@@ -179,9 +194,9 @@ class _Table:
         self._rows.append(replace(self._blank, candidate=name, remark=remark))
 
     def _of(self, name: str, precision: Precision, work: Work) -> Row:
-        work, dtype = work.times(self._times), DTYPES[precision]
-        limit = self._roofs[precision].limit(work, dtype)
-        return replace(self._blank, candidate=name, flops=work.flops, n_bytes=work.n_bytes(dtype), limit_s=limit)
+        work = work.times(self._times)
+        self._work[name] = (precision, work)
+        return replace(self._blank, candidate=name, flops=work.flops, n_bytes=work.n_bytes(DTYPES[precision]))
 
     def _ready(
         self, row: Row, job: Job, precision: Precision | None, deterministic: bool = False, graph: bool = False
@@ -214,12 +229,16 @@ class _Table:
         errors: dict[str, Exception] = {}
         first = self._rows[0].candidate
         timings = {t.name: t for t in interleaved(self._runs, rounds, 1, device, first, errors)}
+        roofs = self._roofs()
         _set_arithmetic(device, Precision.FP32)
         rows: list[Row] = []
         before: Timing | None = None
         for row in self._rows:
             if (error := errors.get(row.candidate)) is not None:
                 row = self._without_time(row, error, max(0, allocated - self._held[row.candidate]))
+            if row.candidate in self._work:
+                precision, work = self._work[row.candidate]
+                row = replace(row, limit_s=roofs[precision].limit(work, DTYPES[precision]))
             timing = timings.get(row.candidate)
             rows.append(replace(row, timing=timing, before=None if row.candidate in PEERS else before))
             before = timing or before

@@ -14,3 +14,8 @@ WORKLOAD = Workload(
     CPU,
 )
 ROOFS = dict.fromkeys(Precision, Roofs(bytes_per_s=1e9, flops_per_s=1e12, conv_flops_per_s=2e12))
+
+
+def known() -> dict[Precision, Roofs]:
+    """In the place of ceilings that are measured."""
+    return ROOFS

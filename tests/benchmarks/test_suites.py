@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from fastdiff.benchmarks import peers, roofs, suites
 from fastdiff.benchmarks.harness import Timing
 from fastdiff.benchmarks.jobs import Drawing, Job, job_of, stepping
 from fastdiff.benchmarks.ladder import PLAIN, Models, Rung, ladder
+from fastdiff.benchmarks.roofs import Roofs
 from fastdiff.benchmarks.rows import Row
-from fastdiff.benchmarks.suites import against_diffusers, ceilings, measure, measure_step
+from fastdiff.benchmarks.suites import Ceilings, against_diffusers, ceilings, measure, measure_step
 from fastdiff.benchmarks.work import Work
 from fastdiff.config import ModelConfig, Precision
 from fastdiff.kernels import Backend
@@ -23,7 +25,7 @@ from fastdiff.runtime import device as runtime_device
 from fastdiff.sampling import Loop
 from fastdiff.training.ema import EMA
 
-from .support import CPU, ROOFS, WORKLOAD
+from .support import CPU, ROOFS, WORKLOAD, known
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("suite", ["unet", "train", "sample"])
 def test_every_rung_and_peer_has_every_figure(suite: str) -> None:
     rungs = ladder(suite, CPU)
-    rows = measure(suite, Models(WORKLOAD), rungs, ROOFS, rounds=2)
+    rows = measure(suite, Models(WORKLOAD), rungs, known, rounds=2)
     assert [row.candidate for row in rows] == [r.name for r in rungs] + list(peers.peers(WORKLOAD))
     for row in rows:
         values = row.as_dict()
@@ -71,7 +73,7 @@ def test_every_rung_and_peer_has_every_figure(suite: str) -> None:
 def test_models_with_conditions_or_dropout(suite: str, extra: dict[str, object]) -> None:
     model = ModelConfig.from_dict(WORKLOAD.model.to_dict() | extra)
     rungs = ladder(suite, CPU)
-    rows = measure(suite, Models(dataclasses.replace(WORKLOAD, model=model)), [rungs[0], rungs[-1]], ROOFS, rounds=1)
+    rows = measure(suite, Models(dataclasses.replace(WORKLOAD, model=model)), [rungs[0], rungs[-1]], known, rounds=1)
     assert [row.remark for row in rows[:2]] == ["", ""]
     assert all(row.timing for row in rows)
 
@@ -82,7 +84,7 @@ def test_a_wrong_one_has_no_time_and_the_others_go_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr("fastdiff.benchmarks.ladder.TOLERANCE", tolerance)
     plain = Rung("plain", PLAIN)
     wrong = Rung("+ bf16", dataclasses.replace(PLAIN, precision=Precision.BF16))
-    rows = measure("train", Models(WORKLOAD), [plain, wrong, dataclasses.replace(plain, name="after")], ROOFS, rounds=1)
+    rows = measure("train", Models(WORKLOAD), [plain, wrong, dataclasses.replace(plain, name="after")], known, rounds=1)
     assert [row.failed for row in rows] == [False, True, False]
     assert rows[1].timing is None
     assert rows[1].remark.startswith("ValueError: differs from the plain path by ")
@@ -98,7 +100,7 @@ def test_without_a_first_one_nothing_is_compared(monkeypatch: pytest.MonkeyPatch
         return job_of(suite, models, rung, stack)
 
     monkeypatch.setattr(suites, "job_of", build)
-    plain, *others = measure("unet", Models(WORKLOAD), ladder("unet", CPU), ROOFS, rounds=1)
+    plain, *others = measure("unet", Models(WORKLOAD), ladder("unet", CPU), known, rounds=1)
     assert (plain.timing, plain.failed) == (None, False)  # it is not wrong, only large
     assert plain.remark == "out of memory"
     assert all(row.timing is not None and str(row.as_dict()["speedup"]) == "nan" for row in others)
@@ -133,7 +135,7 @@ def broken(operation: str, change: Callable[[torch.Tensor], torch.Tensor], monke
 def on_torch_kernels(suite: str) -> dict[str, Row]:
     """The rows of the rungs with the reference's and PyTorch's kernels, by name."""
     rungs = [rung for rung in ladder(suite, CPU) if rung.name != "+ bf16"]
-    return {row.candidate: row for row in measure(suite, Models(WORKLOAD), rungs, ROOFS, rounds=1)}
+    return {row.candidate: row for row in measure(suite, Models(WORKLOAD), rungs, known, rounds=1)}
 
 
 @pytest.mark.usefixtures("alone")
@@ -195,7 +197,7 @@ def test_one_that_fails_in_a_timed_round_is_dropped(
         return dataclasses.replace(job, run=run) if rung.name == "+ channels_last" else job
 
     monkeypatch.setattr(suites, "job_of", build)
-    plain, dropped, after = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:3], ROOFS, rounds=3)
+    plain, dropped, after = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:3], known, rounds=3)
     assert (dropped.timing, dropped.remark, dropped.failed) == (None, remark, failed)
     assert after.timing is not None
     assert len(after.timing.seconds) == 3
@@ -219,14 +221,14 @@ def test_a_candidate_past_dynamos_limit_is_not_timed_as_compiled(monkeypatch: py
 
     torch._dynamo.reset()
     monkeypatch.setattr(suites, "job_of", build)
-    (row,) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], ROOFS, rounds=1)
+    (row,) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], known, rounds=1)
     assert (row.timing, row.failed) == (None, True)
     assert row.remark.startswith("FailOnRecompileLimitHit")
 
 
 @pytest.mark.usefixtures("alone")
 def test_after_the_deadline_nothing_is_begun() -> None:
-    plain, *others = measure("unet", Models(WORKLOAD), ladder("unet", CPU), ROOFS, rounds=1, deadline=-1)
+    plain, *others = measure("unet", Models(WORKLOAD), ladder("unet", CPU), known, rounds=1, deadline=-1)
     for row in (plain, *others):
         assert (row.timing, row.failed, row.remark) == (None, False, "the time was over before it was built")
 
@@ -241,7 +243,7 @@ def test_peers_compute_as_pytorch_does_by_itself() -> None:
 
 
 def test_a_peer_says_how_large_it_is() -> None:
-    *_, row = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], ROOFS, rounds=1)[:2]
+    *_, row = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], known, rounds=1)[:2]
     assert row.candidate == "diffusers"
     theirs, ours = row.remark.split("; ours ")
     assert theirs.endswith(f" M parameters, {row.flops / 1e9:.4g} GFLOP")
@@ -253,14 +255,14 @@ def test_a_peer_that_does_not_run_is_no_failure(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("no such\nlayer")
 
     monkeypatch.setattr(suites, "peers", lambda _: {"diffusers": broken})
-    *_, peer = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], ROOFS, rounds=1)
+    *_, peer = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], known, rounds=1)
     assert (peer.timing, peer.remark, peer.failed) == (None, "RuntimeError: no such layer", False)
 
 
 def test_the_limit_is_that_of_the_precision() -> None:
     roofs = {**ROOFS, Precision.BF16: dataclasses.replace(ROOFS[Precision.BF16], bytes_per_s=1e6)}
     rungs = [Rung("plain", PLAIN), Rung("bf16", dataclasses.replace(PLAIN, precision=Precision.BF16))]
-    plain, bf16, *_ = measure("unet", Models(WORKLOAD), rungs, roofs, rounds=1)
+    plain, bf16, *_ = measure("unet", Models(WORKLOAD), rungs, lambda: roofs, rounds=1)
     assert bf16.n_bytes == plain.n_bytes / 2
     assert bf16.limit_s == pytest.approx(bf16.n_bytes / 1e6)
     assert plain.limit_s == pytest.approx(plain.n_bytes / 1e9)
@@ -269,7 +271,7 @@ def test_the_limit_is_that_of_the_precision() -> None:
 def test_memory_holds_weights_moments_and_an_average() -> None:
     rungs = [rung for rung in ladder("train", CPU) if rung.name in ("plain", "trainer")]
     models = Models(WORKLOAD)
-    for row in measure("train", models, rungs, ROOFS, rounds=1)[:2]:
+    for row in measure("train", models, rungs, known, rounds=1)[:2]:
         weights = 4 * models.num_parameters
         # and the gradients, which are there with the moments; activations are small here
         assert 5 * weights <= row.peak_gib * 2**30 < 8 * weights, row.candidate
@@ -277,7 +279,7 @@ def test_memory_holds_weights_moments_and_an_average() -> None:
 
 def test_a_step_is_measured_beside_the_call_that_it_makes() -> None:
     models, rung = Models(WORKLOAD), ladder("step", CPU)[-1]
-    call, step = measure_step(models, rung, ROOFS, rounds=5)  # more than the process has steps
+    call, step = measure_step(models, rung, known, rounds=5)  # more than the process has steps
     assert (call.candidate, step.candidate) == ("model call", "model call and step")
     assert call.timing is not None
     assert step.timing is not None
@@ -301,9 +303,32 @@ def test_ceilings_that_find_no_room_are_said_to(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(suites, "measure_roofs", full)
     found = ceilings(WORKLOAD, [Rung("plain", PLAIN)], rounds=1)
     assert str(found[Precision.FP32]).startswith("out of memory")
-    (row, *_) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], found, rounds=1)
+    (row, *_) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: found, rounds=1)
     assert row.timing is not None
     assert math.isnan(row.limit_s)
+
+
+def test_of_several_measurements_of_a_ceiling_the_best_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([Roofs(1, 30, 5, 2), Roofs(3, 20, 4, 2), Roofs(math.nan, math.nan)])
+    monkeypatch.setattr(suites, "measure_roofs", lambda *_: next(seen))
+    roofs = Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
+    assert roofs() == {Precision.FP32: Roofs(1, 30, 5, 2)}
+    assert roofs()[Precision.FP32] == Roofs(3, 30, 5, 2)
+    assert roofs()[Precision.FP32] == roofs.best[Precision.FP32] == Roofs(3, 30, 5, 2)
+
+
+def test_the_ceilings_are_measured_when_all_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    timed_in_turn = suites.interleaved
+
+    def interleaved(*arguments: Any) -> Any:
+        events.append("timed")
+        return timed_in_turn(*arguments)
+
+    monkeypatch.setattr(suites, "interleaved", interleaved)
+    row, *_ = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: events.append("roofs") or ROOFS, 1)
+    assert events == ["timed", "roofs"]
+    assert row.limit_s > 0
 
 
 def timed(name: str, seconds: float) -> Row:
