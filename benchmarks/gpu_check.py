@@ -45,7 +45,7 @@ def bars(device: torch.device, csv: Path, deadline: float) -> None:
 
 
 RESERVE = 120
-"""Seconds for the last rung that is begun, which is compiled, and for the rounds."""
+"""Seconds for the last rung that is begun, which is compiled, for the rounds and for the ceilings after them."""
 
 
 def model(device: torch.device, csv: Path, deadline: float) -> None:

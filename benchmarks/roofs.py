@@ -28,7 +28,7 @@ class Roofs:
     bytes_per_s: float  # read plus written, by a large copy
     flops_per_s: float  # of a large matrix product
     conv_flops_per_s: float = math.nan  # of the fastest 3x3 convolution of the model in a large batch, forward
-    conv_training_flops_per_s: float = math.nan  # of the same with its backward pass
+    conv_training_flops_per_s: float = math.nan  # of one with its backward pass
 
     def floor(self, n_bytes: float, matmul_flops: float, conv_flops: float = 0) -> float:
         """The seconds below which nothing runs that moves and computes so much."""

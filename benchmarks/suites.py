@@ -50,9 +50,9 @@ def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dic
 
 
 class Ceilings:
-    """The same, measured anew at every call: a machine that others use may be slow for longer than one measurement.
+    """``ceilings``, measured anew at every call: a machine that others use may be slow for longer than one takes.
 
-    The best so far counts, ``best``.
+    The best so far counts, ``best``, so that of several suites the last has the highest ceilings.
     """
 
     def __init__(self, workload: Workload, rungs: Iterable[Rung]) -> None:
@@ -60,7 +60,13 @@ class Ceilings:
         self.best: dict[Precision, Roofs] = {}
 
     def __call__(self) -> Mapping[Precision, Roofs]:
-        for precision, found in ceilings(self._workload, self._rungs).items():
+        try:
+            now = ceilings(self._workload, self._rungs)
+        except Exception:  # with all candidates in a GPU's memory there may be no room for its libraries
+            if not self.best:
+                raise
+            return self.best
+        for precision, found in now.items():
             self.best[precision] = found.or_better(self.best.get(precision, found))
         return self.best
 
@@ -238,7 +244,8 @@ class _Table:
                 row = self._without_time(row, error, max(0, allocated - self._held[row.candidate]))
             if row.candidate in self._work:
                 precision, work = self._work[row.candidate]
-                row = replace(row, limit_s=roofs[precision].limit(work, DTYPES[precision]))
+                known = roofs.get(precision, Roofs(math.nan, math.nan))
+                row = replace(row, limit_s=known.limit(work, DTYPES[precision]))
             timing = timings.get(row.candidate)
             rows.append(replace(row, timing=timing, before=None if row.candidate in PEERS else before))
             before = timing or before

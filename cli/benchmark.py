@@ -53,8 +53,9 @@ def benchmark(
     of those four flags they measure the plain path and what is asked for. Then come the peers that are installed. A
     candidate is checked first: a wrong one gets no time, and the exit status is 1.
 
-    All candidates take turns. "first" and "before" are how many times as fast as the first and as the one above,
-    round by round; "of limit" is the share of what the rates of this device, measured in the same run, would allow.
+    All candidates take turns, each between two runs of the first. "first" is how many times as fast as these it was,
+    "before" how many times as fast as the one above; "of limit" is the share of what the rates of this device, measured
+    in the same run, would allow.
 
     data has images and a model of its own: of the flags it heeds --rounds, --quick and, for the start-up, --device.
     growth takes the first of several batch sizes. --compare needs five rounds or more in both runs to tell small

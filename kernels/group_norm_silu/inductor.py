@@ -23,7 +23,7 @@ def group_norm_silu(*arguments: Any) -> Tensor:
     return GroupNormSiLU.apply(*arguments)
 
 
-# what it does is this file
+# what it does is this file: nothing else of ours may be called while it is traced
 let_cache(f"{__name__}.{group_norm_silu.__name__}", version=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 
 
