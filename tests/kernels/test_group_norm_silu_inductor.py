@@ -112,16 +112,16 @@ def compiled_anew() -> str:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch's key does not have autocast's dtype")
-def test_the_compiled_graph_is_kept_for_the_next_start_until_the_norm_is_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", True)
-    config, norm = torch._inductor.config, "fastdiff.kernels.group_norm_silu.inductor.group_norm_silu"
-    assert norm in config.unsafe_marked_cacheable_functions
-    monkeypatch.setattr(
-        config, "unsafe_marked_cacheable_functions", dict(config.unsafe_marked_cacheable_functions)
-    )  # to be undone
-    with fresh_cache():
+def test_the_compiled_graph_is_kept_for_the_next_start_until_the_norm_is_another() -> None:
+    norm = "fastdiff.kernels.group_norm_silu.inductor.group_norm_silu"
+    marked = torch._inductor.config.unsafe_marked_cacheable_functions
+    assert norm in marked
+    # PyTorch's own patch: pytest's removes a setting when it undoes, and every later compilation fails
+    with (
+        torch._functorch.config.patch(enable_autograd_cache=True),
+        torch._inductor.config.patch(unsafe_marked_cacheable_functions=dict(marked)),
+        fresh_cache(),
+    ):
         assert [compiled_anew(), compiled_anew()] == ["miss", "hit"]
         let_cache(norm, version="another")
         assert compiled_anew() == "miss"
