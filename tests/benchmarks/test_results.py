@@ -45,3 +45,21 @@ def test_the_table_of_the_readme_is_of_the_rows(readme: str) -> None:
         seconds = [float(row["median_s"]) for row in (train, sample)]
         speedups = [f"{float(row['speedup']):.2f}" for row in (train, sample)]
         assert figures == [f"{seconds[0]:.3f}", speedups[0], f"{seconds[1]:.2f}", speedups[1]]
+
+
+def test_two_runs_of_the_same_as_the_document_tells_them() -> None:
+    """Every pair of ratios is in its table, and no two are farther apart than it says."""
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    pattern = r"^\| \| train \| again .*\n\|-.*\n((?:\|.*\n)+)\nNo two .* (\d+)% apart"
+    (lines, apart), *_ = re.findall(pattern, text, re.MULTILINE)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()]
+    told = {name: figures for name, *figures in cells}
+    pairs: dict[tuple[str, str], list[float]] = {}
+    for row in read_measured(ROOT / "benchmarks" / "results" / "cpu_repeated.csv"):
+        pairs.setdefault((row["suite"], row["candidate"]), []).append(float(row["speedup"]))
+    for suite, candidate in pairs:
+        first, second = pairs[suite, candidate]
+        place = 2 * ("train", "unet", "sample").index(suite)
+        assert told[candidate][place : place + 2] == [f"{first:.2f}", f"{second:.2f}"], candidate
+        assert max(first, second) / min(first, second) - 1 <= float(apart) / 100
+    assert len(pairs) == sum(cell != "" for figures in told.values() for cell in figures) / 2
