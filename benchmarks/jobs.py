@@ -275,16 +275,30 @@ def _respaced(workload: Workload, kernels: Kernels) -> GaussianDiffusion:
     return build_diffusion(process, kernels)
 
 
-def stepping(workload: Workload, candidate: Candidate) -> Job:
+def stepping(models: Models, candidate: Candidate) -> Job:
     """The model's call with the ancestral step and its noise, as the engine runs them."""
+    workload = models.workload
     x, _, conditions = inputs(workload)
-    diffusion = build_diffusion(workload.diffusion, candidate.runtime.kernels)
-    loop = Loop(candidate.call, diffusion, SampleConfig(sampler=Sampler.DDPM), graphs=True)
     noise = Philox(0, torch.arange(workload.batch_size, device=workload.device))
 
-    def run() -> None:
+    def loop_of(one: Candidate, graphs: bool) -> Loop:
+        diffusion = build_diffusion(workload.diffusion, one.runtime.kernels)
+        return Loop(one.call, diffusion, SampleConfig(sampler=Sampler.DDPM), graphs=graphs)
+
+    def advance(loop: Loop) -> None:
         if not loop.left:
             loop.begin(x, noise, conditions)
         loop.step()
 
-    return Job(run, candidate.module.parameters)
+    def stepped(plain: Candidate) -> Tensor:
+        theirs = loop_of(plain, graphs=False)
+        advance(theirs)
+        return theirs.x
+
+    loop = loop_of(candidate, graphs=True)
+
+    def check() -> None:
+        tolerance = TOLERANCE[candidate.runtime.precision]
+        require_close(loop.x, models.plain("step", stepped), tolerance, "differs from the plain path", "step")
+
+    return Job(lambda: advance(loop), candidate.module.parameters, check)

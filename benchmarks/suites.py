@@ -118,7 +118,7 @@ def measure_step(models: Models, rung: Rung, roofs: Callable[[], Mapping[Precisi
         return forward(workload, candidate.module, candidate.call)
 
     def step() -> Job:
-        return stepping(workload, models.inference(rung.config))
+        return stepping(models, models.inference(rung.config))
 
     with_step = replace(work, fp32_bytes=moved)
     with side_stream(workload.device), _never_eager():

@@ -146,6 +146,10 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = rows["+ torch kernels"]
     assert (wrong.timing, wrong.failed) == (None, True)
     assert "in its images" in wrong.remark
+    call, step = measure_step(Models(WORKLOAD), ladder("step", CPU)[-1], known, rounds=1)
+    assert call.timing is not None
+    assert (step.timing, step.failed) == (None, True)
+    assert "in its step" in step.remark
 
 
 @pytest.mark.usefixtures("alone")
@@ -284,7 +288,7 @@ def test_a_step_is_measured_beside_the_call_that_it_makes() -> None:
     assert call.timing is not None
     assert step.timing is not None
     assert step.n_bytes - call.n_bytes == 4 * 2 * 8 * 8 * (3 + 3 + 6)
-    job = stepping(WORKLOAD, models.inference(rung.config))
+    job = stepping(models, models.inference(rung.config))
     for _ in range(4):
         job.run()
 
