@@ -166,7 +166,6 @@ def _models(
     device, models = workload.device, Models(workload)
     climbed = {s: as_asked(s, request.ours, device) if request.asked else ladder(s, device) for s in suites}
     roofs = Ceilings(workload, itertools.chain(*climbed.values()))
-    roofs()
     console.print(f"{workload}: {models.num_parameters / 1e6:.2f} M parameters", highlight=False)
     for line in missing():
         console.print(line, highlight=False)

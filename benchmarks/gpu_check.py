@@ -63,7 +63,6 @@ def model(device: torch.device, csv: Path, deadline: float) -> None:
     fused = [rung for rung in ladder("train", device) if rung.fused]
     rungs = fused if on_gpu else fused[:1]
     roofs = Ceilings(workload, rungs)
-    roofs()
     rows = measure("train", Models(workload), rungs, roofs, 10 if on_gpu else 2, False, deadline - RESERVE)
     for precision, measured in roofs.best.items():
         print(f"in {precision}: {measured}")

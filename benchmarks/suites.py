@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -50,32 +50,32 @@ def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dic
 
 
 class Ceilings:
-    """``ceilings``, measured anew at every call: a machine that others use may be slow for longer than one takes.
+    """``ceilings``, measured at once and anew at every call, for a machine that others use may be slow for a while.
 
     The best so far counts, ``best``, so that of several suites the last has the highest ceilings.
     """
 
     def __init__(self, workload: Workload, rungs: Iterable[Rung]) -> None:
         self._workload, self._rungs = workload, list(rungs)
-        self.best: dict[Precision, Roofs] = {}
+        self.best = ceilings(workload, self._rungs)
 
     def __call__(self) -> Mapping[Precision, Roofs]:
-        try:
-            now = ceilings(self._workload, self._rungs)
-        except Exception:  # with all candidates in a GPU's memory there may be no room for its libraries
-            if not self.best:
-                raise
-            return self.best
-        for precision, found in now.items():
-            self.best[precision] = found.or_better(self.best.get(precision, found))
+        # with all candidates in a GPU's memory there may be no room for its libraries
+        with suppress(RuntimeError):
+            for precision, found in ceilings(self._workload, self._rungs).items():
+                self.best[precision] = found.or_better(self.best[precision])
         return self.best
+
+
+Measuring = Callable[[], Mapping[Precision, Roofs]]
+"""``Ceilings``, or what stands for them."""
 
 
 def measure(
     suite: str,
     models: Models,
     rungs: Sequence[Rung],
-    roofs: Callable[[], Mapping[Precision, Roofs]],
+    roofs: Measuring,
     rounds: int,
     with_peers: bool = True,
     deadline: float = math.inf,
@@ -101,7 +101,7 @@ def measure(
         return table.timed(rounds)
 
 
-def measure_step(models: Models, rung: Rung, roofs: Callable[[], Mapping[Precision, Roofs]], rounds: int) -> list[Row]:
+def measure_step(models: Models, rung: Rung, roofs: Measuring, rounds: int) -> list[Row]:
     """What an ancestral step with its noise costs over the model's call alone, both as the engine runs them.
 
     On a GPU both are CUDA graphs.
@@ -147,7 +147,7 @@ def against_diffusers(rows: Sequence[Row]) -> list[str]:
 class _Table:
     """The rows of one suite on one workload, as they come to be."""
 
-    def __init__(self, suite: str, workload: Workload, roofs: Callable[[], Mapping[Precision, Roofs]]) -> None:
+    def __init__(self, suite: str, workload: Workload, roofs: Measuring) -> None:
         self._workload = workload
         self._roofs = roofs
         self._times = sampling_steps(workload) if suite == "sample" else 1

@@ -316,9 +316,21 @@ def test_of_several_measurements_of_a_ceiling_the_best_counts(monkeypatch: pytes
     seen = iter([Roofs(1, 30, 5, 2), Roofs(3, 20, 4, 2), Roofs(math.nan, math.nan)])
     monkeypatch.setattr(suites, "measure_roofs", lambda *_: next(seen))
     roofs = Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
-    assert roofs() == {Precision.FP32: Roofs(1, 30, 5, 2)}
+    assert roofs.best == {Precision.FP32: Roofs(1, 30, 5, 2)}
     assert roofs()[Precision.FP32] == Roofs(3, 30, 5, 2)
     assert roofs()[Precision.FP32] == roofs.best[Precision.FP32] == Roofs(3, 30, 5, 2)
+
+
+def test_ceilings_that_cannot_be_measured_again_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(suites, "measure_roofs", lambda *_: Roofs(1, 30))
+    roofs = Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
+    monkeypatch.setattr(suites, "measure_roofs", fails)
+    assert roofs()[Precision.FP32].flops_per_s == 30
+    with pytest.raises(RuntimeError, match="CUBLAS"):
+        Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
 
 
 def test_the_ceilings_are_measured_when_all_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
