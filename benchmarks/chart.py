@@ -70,7 +70,9 @@ def draw_ladder(rows: Sequence[Row], path: Path) -> None:
     notes = [
         f"Times as fast as the plain path, median and p20 to p80 of {_rounds(rows)} rounds; grey: over the rung above."
     ]
-    notes.append(f"{where}, torch {about['torch']}, commit {about['commit']}, {about['date']}")
+    drawn = [row for block in blocks for panel in block.values() for row in panel.values()]
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in drawn))  # a file may hold several runs
+    notes.append(f"{where}, torch {about['torch']}, commit {commits}, {about['date']}")
     footer = "\n".join(textwrap.fill(note, int(17 * width)) for note in notes)
     figure.supxlabel(footer, fontsize=7.5, color=_QUIET)
     with replacing(path) as temporary:

@@ -141,6 +141,12 @@ def test_rows_read_from_a_file_are_drawn(drawn: Any) -> None:
     assert "2.00×" in words(*panels(drawn(rows)))
 
 
+def test_the_commits_are_those_of_what_is_drawn(drawn: Any) -> None:
+    unet, train = ladder("unet", ours=2.0), [row | {"commit": "later"} for row in ladder("train", ours=2.0)]
+    figure = drawn([*unet, *train, *(row | {"commit": "other"} for row in ladder("growth"))])
+    assert f"commit {ABOUT['commit']}, later, " in " ".join(figure.get_supxlabel().split())
+
+
 @pytest.mark.parametrize("rows", [[], ladder("kernels", triton=2.0), ladder("unet", wrong=0)[1:]])
 def test_nothing_to_draw(rows: list[dict[str, object]], tmp_path: Path) -> None:
     with pytest.raises(
