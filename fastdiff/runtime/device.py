@@ -20,6 +20,10 @@ _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 COMPILE_PAYS_AFTER = {"cuda": 200, "cpu": 2000}
 """Calls of the model that win back the minute or two which torch.compile takes when its cache is cold."""
 
+_ISAS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+"""Values of ONEDNN_MAX_CPU_ISA under which oneDNN multiplies bf16 as fp32, after conversions that cost more than they
+save (AVX2_VNNI_2 converts in hardware and multiplies in fp32)."""
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -134,9 +138,12 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware."""
+    """Whether the device multiplies bf16 matrices in hardware, and on a CPU, whether oneDNN may use that."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+    if limit.upper() in _ISAS_WITHOUT_BF16:
+        return False
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have none
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
