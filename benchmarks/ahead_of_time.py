@@ -1,10 +1,14 @@
 """Compiling launches for GPUs that are not at hand, and reading from the result what they would use."""
 
+import ast
+import hashlib
+import inspect
 import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from fastdiff.kernels.launch import Launch
 
@@ -99,6 +104,17 @@ class Program:
         """Equal for programs that are compiled to the same code."""
         return self.source.hash(), self.num_warps, self.num_stages
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the source and of all that is decided at compile time, whatever the comments say and the line is.
+
+        Triton's own key would change with every line that is added above a kernel.
+        """
+        source = self.source
+        decided = sorted((str(key), str(value)) for key, value in source.constants.items())
+        text = (_texts(source.fn), source.signature, decided, source.attrs, self.num_warps, self.num_stages)
+        return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+
     def compile_for(self, target: str) -> Compiled:
         """Compile for one of TARGETS and read what the result uses."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -107,6 +123,31 @@ class Program:
         if not found.loads:  # what asks for too much of Blackwell's tensor memory is compiled to a trap, without a word
             raise ValueError(f"{self.name} for {target} reads nothing: the compiler has given it up")
         return found
+
+
+@cache
+def _texts(function: JITFunction) -> tuple[str, ...]:
+    """The source of a Triton function and of those that it calls, Triton's own left out."""
+    found: dict[str, str] = {}
+    waiting = [function]
+    while waiting:
+        function = waiting.pop()
+        (tree,) = function.parse().body
+        if ast.get_docstring(tree) is not None:
+            del tree.body[0]
+        found[f"{function.module}.{tree.name}"] = ast.unparse(tree)
+        scope = {**function.fn.__globals__, **inspect.getclosurevars(function.fn).nonlocals}
+        for node in ast.walk(tree):
+            value = None
+            if isinstance(node, ast.Name):
+                value = scope.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                value = getattr(scope.get(node.value.id), node.attr, None)
+            if isinstance(value, triton.language.constexpr):
+                found[ast.unparse(node)] = repr(value.value)
+            elif isinstance(value, JITFunction) and not value.module.startswith("triton"):
+                waiting += [value] if f"{value.module}.{value.fn.__name__}" not in found else []
+    return tuple(f"{name}: {text}" for name, text in sorted(found.items()))
 
 
 def compile_for(launch: Launch, target: str) -> Compiled:

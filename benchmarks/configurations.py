@@ -7,15 +7,17 @@ import argparse
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from unittest.mock import patch
 
 import torch
+import triton
 
 from fastdiff.benchmarks.ahead_of_time import TARGETS, Compiled, Program
+from fastdiff.benchmarks.programs import TABLE, Figures, Key, differences, read, share_of_today, write
 from fastdiff.benchmarks.shapes import AttentionShape, NormShape, preset_shapes
 from fastdiff.kernels.attention import op as attention_op
 from fastdiff.kernels.attention import plan as attention_plan
@@ -34,6 +36,9 @@ MATRIX_UNITS_OF = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "t
 MAY_SPILL = {"group_norm_silu": 16}
 """Bytes a thread that an operation's kernels may put aside. Of the norm's, ptxas parks one to four registers before a
 loop and takes them back behind it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
+SHARE = 24
+"""Programs of the table that a run of the tests compiles again: 15 s of one core."""
+UPDATE = "python -m fastdiff.benchmarks.configurations --update"
 BATCHES = [1, 2, 4, 8, 16, 64]  # from sampling one image to training
 
 
@@ -130,9 +135,12 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
-def compile_all(found: list[Configuration], targets: Sequence[str]) -> Iterator[tuple[Configuration, Compiled]]:
-    """Each configuration compiled for each target, on all cores."""
-    jobs = [(c, target) for c in found for target in targets if target in c.targets]
+Job = tuple[Configuration, str]
+"""A program, and the target that it is compiled for."""
+
+
+def compile_all(jobs: list[Job]) -> Iterator[tuple[Configuration, Compiled]]:
+    """Each of the jobs in turn, compiled on all cores."""
     # forked, because launches hold kernels and tensors that no other way of starting a process could pass on
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         _jobs[:] = jobs
@@ -140,7 +148,7 @@ def compile_all(found: list[Configuration], targets: Sequence[str]) -> Iterator[
             yield configuration, compiled
 
 
-_jobs: list[tuple[Configuration, str]] = []
+_jobs: list[Job] = []
 
 
 def _compile(index: int) -> Compiled:
@@ -162,26 +170,88 @@ def faults(configuration: Configuration, built: Compiled) -> list[str]:
     return found
 
 
+def known_by(jobs: list[Job]) -> dict[Key, Job]:
+    """The jobs by the keys under which the table has them."""
+    return {Key(c.program.fingerprint, target, triton.__version__): (c, target) for c, target in jobs}
+
+
+def figures(configuration: Configuration, built: Compiled) -> Figures:
+    """What the table says of a compiled configuration."""
+    numbers = {f.name: getattr(built, f.name) for f in fields(Figures) if f.name not in ("kernel", "workload")}
+    return Figures(configuration.program.name, configuration.workload, **numbers)
+
+
+def show(
+    compiled: Iterable[tuple[Configuration, Compiled]], kept: Mapping[Key, Figures]
+) -> tuple[dict[Key, Figures], int]:
+    """Print what each program needs and what is wrong with it; its figures, and how many are wrong.
+
+    A program whose figures are not those of the table is wrong, too.
+    """
+    layout = "{:39} {:48} {:7} {:>9} {:>6} {:>7} {:>8} {:>8}  {} {}"
+    print(layout.format("kernel", "workload", "target", *COLUMNS, "matrix units", ""))
+    found: dict[Key, Figures] = {}
+    wrong = 0
+    for configuration, built in compiled:
+        (key,) = known_by([(configuration, built.target)])
+        found[key] = figures(configuration, built)
+        faults_of = [*faults(configuration, built), *(differences(found[key], kept[key]) if key in kept else [])]
+        loads, stores = f"{built.wide_loads}/{built.loads}", f"{built.wide_stores}/{built.stores}"
+        numbers = built.registers, built.spills, built.shared, loads, stores, built.matrix_units
+        words = "; ".join(faults_of).upper()
+        print(layout.format(configuration.program.name, configuration.workload, built.target, *numbers, words))
+        wrong += bool(faults_of)
+    print(f"{len(found)} programs compiled, {wrong} with a fault (loads and stores: those of 16 bytes / all)")
+    return found, wrong
+
+
+def check(jobs: list[Job]) -> bool:
+    """Hold the table to the programs in use: what it has not is compiled, and a share of the rest, other ones each day.
+
+    False where a program is wrong, or the table has not all of this Triton release, or more than is in use. A release
+    that it knows nothing of is held by the share alone.
+    """
+    table, wanted = read(), known_by(jobs)
+    kept = {key: figures for key, figures in table.items() if key.triton == triton.__version__}
+    missing, unused = sorted(set(wanted) - set(kept)), set(kept) - set(wanted)
+    chosen = share_of_today(missing, SHARE) + share_of_today(sorted(set(wanted) & set(kept)), SHARE)
+    _, wrong = show(compile_all([wanted[key] for key in chosen]), kept)
+    if not kept:
+        print(f"{TABLE.name} has nothing of Triton {triton.__version__}: only these were compiled")
+        return not wrong
+    if missing or unused:
+        print(f"{TABLE.name} lacks {len(missing)} programs and has {len(unused)} that are not in use: run {UPDATE}")
+    return not (wrong or missing or unused)
+
+
+def update(jobs: list[Job]) -> bool:
+    """Bring the table up to date: only what it lacks is compiled. False, and nothing is written, where one is wrong."""
+    table, wanted = read(), known_by(jobs)
+    kept = {key: table[key] for key in wanted if key in table}
+    found, wrong = show(compile_all([job for key, job in wanted.items() if key not in kept]), kept)
+    if not wrong:
+        write(kept | found)
+    return not wrong
+
+
 def main() -> None:
     """Print what every configuration in use needs on every target; exit status 1 where one has a fault."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("targets", nargs="*", default=[], metavar="TARGET", help="default: all")
     parser.add_argument("--thorough", action="store_true", help="every dtype and layout, not only the default ones")
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument("--check", action="store_true", help=f"hold {TABLE.name} to them, in less than a minute")
+    table.add_argument("--update", action="store_true", help=f"bring {TABLE.name} up to date")
     arguments = parser.parse_args()
     targets = arguments.targets or list(TARGETS)
     if unknown := [target for target in targets if target not in TARGETS]:
         parser.error(f"no target {unknown[0]}: {', '.join(TARGETS)}")
-    layout = "{:39} {:48} {:7} {:>9} {:>6} {:>7} {:>8} {:>8}  {} {}"
-    print(layout.format("kernel", "workload", "target", *COLUMNS, "matrix units", ""))
-    wrong, compiled = 0, 0
-    for configuration, built in compile_all(configurations(arguments.thorough), targets):
-        loads, stores = f"{built.wide_loads}/{built.loads}", f"{built.wide_stores}/{built.stores}"
-        figures = built.registers, built.spills, built.shared, loads, stores, built.matrix_units
-        found = faults(configuration, built)
-        words = "; ".join(found).upper()
-        print(layout.format(configuration.program.name, configuration.workload, built.target, *figures, words))
-        compiled, wrong = compiled + 1, wrong + bool(found)
-    print(f"{compiled} programs compiled, {wrong} with a fault (loads and stores: those of 16 bytes / all)")
+    if (arguments.check or arguments.update) and (arguments.targets or arguments.thorough):
+        parser.error(f"{TABLE.name} has the default programs for all targets: give --check or --update alone")
+    jobs = [(c, target) for c in configurations(arguments.thorough) for target in targets if target in c.targets]
+    if arguments.check or arguments.update:
+        sys.exit(not (check if arguments.check else update)(jobs))
+    _, wrong = show(compile_all(jobs), {})
     sys.exit(wrong > 0)
 
 

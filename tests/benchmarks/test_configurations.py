@@ -1,10 +1,23 @@
 """Every launch that the released models make, compiled for GPUs that are not at hand."""
 
+import importlib.util
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import triton
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fastdiff.benchmarks import configurations, programs
+from fastdiff.benchmarks.ahead_of_time import TARGETS, Compiled, Program
+from fastdiff.benchmarks.programs import read
 
 COMMAND = [sys.executable, "-m", "fastdiff.benchmarks.configurations"]
 
@@ -41,13 +54,25 @@ KERNELS = [
     "attention_backward_keys",
     "diffusion_step",
     "diffusion_loss_forward",
+    "diffusion_loss_finish",
     "diffusion_loss_backward",
 ]
 
 
-@pytest.mark.timeout(1500)
-def test_the_default_ones_compile_for_every_target() -> None:
-    assert_all_compiled(run(), 1000)
+def test_the_table_is_of_the_programs_in_use() -> None:
+    """All of them are in it, and what is compiled anew, other programs every day, has the figures that it says."""
+    result = run("--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(result.stdout.splitlines()[-1].split()[0]) >= configurations.SHARE
+
+
+def test_every_kernel_and_target_is_in_the_table_and_none_spills() -> None:
+    table = read()
+    assert {figures.kernel.split()[0] for figures in table.values()} == set(KERNELS)
+    assert {key.target for key in table} == set(TARGETS)
+    assert len(table) > 1000
+    for figures in table.values():
+        assert figures.spills == 0 or figures.kernel.startswith(tuple(configurations.MAY_SPILL)), figures
 
 
 @pytest.mark.slow
@@ -56,7 +81,139 @@ def test_every_dtype_and_layout_compiles() -> None:
     assert_all_compiled(run("--thorough"), 5000)
 
 
-def test_an_unknown_target() -> None:
-    result = run("sm_12")
-    assert result.returncode == 2
-    assert "no target sm_12: sm_80, sm_90, sm_100, gfx942" in result.stderr
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["sm_12"], "no target sm_12: sm_80, sm_90, sm_100, gfx942"), (["sm_90", "--check"], "give --check or --update")],
+)
+def test_bad_arguments(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["configurations", *words])
+    with pytest.raises(SystemExit) as ended:
+        configurations.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+# What --check finds, with compilers that are not there
+
+
+JOBS = [
+    (SimpleNamespace(program=SimpleNamespace(fingerprint=f"{i:x}", name="a 4w"), workload="w"), "sm_80")
+    for i in range(9)
+]
+BUILT = Compiled("sm_80", 32, 0, 1024, 4, 4, 2, 2, "", "")
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A table of the nine programs, one of which is compiled to what the test says."""
+    path = tmp_path / "programs.csv"
+    kept = {key: configurations.figures(*job[:1], BUILT) for key, job in configurations.known_by(JOBS).items()}
+    programs.write(kept, path)
+    monkeypatch.setattr(configurations, "read", lambda: programs.read(path))
+    monkeypatch.setattr(configurations, "write", lambda table: programs.write(table, path))
+    monkeypatch.setattr(configurations, "faults", lambda *_: [])
+    monkeypatch.setattr(configurations, "compile_all", lambda jobs: [(job[0], BUILT) for job in jobs])
+    return path
+
+
+def test_a_table_that_is_right(table: Path) -> None:
+    assert programs.read(table)
+    assert configurations.check(JOBS)
+
+
+def test_a_figure_that_changed(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worse = replace(BUILT, registers=64)
+    monkeypatch.setattr(configurations, "compile_all", lambda jobs: [(job[0], worse) for job in jobs])
+    assert not configurations.check(JOBS)
+    assert "REGISTERS 64, NOT 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("of_the_table", "said"), [(slice(8), "lacks 1 programs and has 0"), (slice(9), "")])
+def test_a_program_that_nobody_has_registered(
+    of_the_table: slice, said: str, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs.write(dict(list(programs.read(table).items())[of_the_table]), table)
+    assert configurations.check(JOBS) == (not said)
+    assert said in capsys.readouterr().out
+    assert configurations.update(JOBS)
+    assert configurations.check(JOBS)
+
+
+def test_a_program_that_is_no_longer_in_use(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not configurations.check(JOBS[:8])
+    assert "has 1 that are not in use" in capsys.readouterr().out
+    assert configurations.update(JOBS[:8])
+    assert len(programs.read(table)) == 8
+
+
+def test_what_is_wrong_is_not_written(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.unlink()
+    monkeypatch.setattr(configurations, "faults", lambda *_: ["spills 8 bytes"])
+    assert not configurations.update(JOBS)
+    assert not table.exists()
+
+
+def test_another_release_of_triton(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table.write_text(table.read_text().replace(triton.__version__, "1.0"))
+    assert configurations.check(JOBS)
+    assert "has nothing of Triton" in capsys.readouterr().out
+
+
+def test_all_are_chosen_in_their_turn() -> None:
+    items = list(range(103))
+    chosen = [programs.share_of_today(items, 10, day) for day in range(739_000, 739_010)]
+    assert sorted(itertools.chain(*chosen)) == items
+    assert {len(share) for share in chosen} == {10, 11}
+    assert programs.share_of_today(items[:3], 10, 5) == items[:3]
+
+
+KERNEL = """
+import triton
+import triton.language as tl
+
+{constant} = tl.constexpr({value})
+
+@triton.jit
+def inner(x):
+    {comment}
+    return x * {constant}
+
+@triton.jit
+def outer(x, BLOCK: tl.constexpr):
+    "A docstring."
+    tl.store(x, inner(BLOCK))
+"""
+
+
+def fingerprint(folder: Path, text: str, block: int = 1) -> str:
+    path = folder / f"m{len(list(folder.iterdir()))}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("m", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fn = JITFunction(module.outer.fn)
+    module.inner = JITFunction(module.inner.fn)  # as without the interpreter
+    return Program(ASTSource(fn, {"x": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": block}), 4, 1).fingerprint
+
+
+def test_a_fingerprint_is_of_what_is_compiled(tmp_path: Path) -> None:
+    text = KERNEL.format(constant="TWO", value=2, comment="# why")
+    same = [
+        text,
+        "# a line above\n" + text,
+        text.replace("# why", "# because"),
+        text.replace("A docstring.", "Another."),
+    ]
+    assert len({fingerprint(tmp_path, t) for t in same}) == 1
+    others = [
+        text.replace("x * TWO", "x + TWO"),
+        text.replace("constexpr(2)", "constexpr(3)"),
+        text.replace("(BLOCK))", "(2 * BLOCK))"),
+    ]
+    assert len({fingerprint(tmp_path, t) for t in [text, *others]} | {fingerprint(tmp_path, text, block=2)}) == 5
