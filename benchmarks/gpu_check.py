@@ -31,10 +31,11 @@ from fastdiff.presets import preset_named
 def bars(device: torch.device, csv: Path, deadline: float) -> None:
     """Every kernel beside what else computes the same, then the marks that were set."""
     about = environment(device)
-    roofs = measure_roofs(device, torch.bfloat16)
-    print(f"in bf16: {roofs}")
+    on_gpu = device.type == "cuda"
+    roofs = measure_roofs(device, torch.bfloat16 if on_gpu else torch.float32)  # the problems' dtype
+    print(f"in {'bf16' if on_gpu else 'fp32'}: {roofs}")
     found: list[Measured] = []
-    for measured in measure_all(problems(device), 20 if device.type == "cuda" else 2, device):
+    for measured in measure_all(problems(device), 20 if on_gpu else 2, device):
         _keep([one.row(roofs) for one in measured], csv, about)
         found += measured
         if time.monotonic() > deadline:

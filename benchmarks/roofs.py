@@ -17,6 +17,9 @@ SHAPES = 4
 ENOUGH = {"cpu": 10e9, "cuda": 1e12}
 """Operations of a convolution that is large enough to be done at the device's rate, whatever the model's batch."""
 
+SIDE = {"cpu": 1024, "cuda": 8192}
+"""Rows and columns of the matrices that are multiplied."""
+
 FILLING = {"cpu": 2**27, "cuda": 2**30}
 """Bytes of the tensors that are copied, and at most of a convolution's larger one."""
 
@@ -71,11 +74,10 @@ def measure_roofs(
     ``convolutions`` are those of a model's forward pass, with how often each takes place: the fastest of the SHAPES
     that have the most operations in it, in a batch of ENOUGH, is what this device can do with a 3x3 convolution.
     """
-    on_gpu, n_bytes = device.type == "cuda", FILLING[device.type]
+    size, n_bytes = SIDE[device.type], FILLING[device.type]
     source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copying = seconds_of(lambda: target.copy_(source), rounds, device)
-    size = 8192 if on_gpu else 1024
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     product = torch.empty_like(a)
     multiplying = seconds_of(lambda: torch.mm(a, b, out=product), rounds, device)

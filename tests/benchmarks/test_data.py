@@ -20,6 +20,7 @@ from fastdiff.config import DataConfig
 from fastdiff.data import cache, load_dataset, normalised
 from fastdiff.runtime.device import Runtime
 
+from ..processes import FORKSERVER
 from .support import CPU
 
 
@@ -54,8 +55,16 @@ def test_the_peer_gives_the_same_numbers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(theirs, ours)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New processes that have imported PyTorch already."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKSERVER)
+
+
+@pytest.mark.usefixtures("forked")
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "QUICK", data.Extent((70, 140), 140, rounds=2, starts=1))
+    monkeypatch.setattr(startup, "_MODEL", ("--image-size", "8", "--num-channels", "32", "--channel-mult", "1"))
     rows = list(data.measure_data(True, tmp_path, CPU))
     model = "32 pixels, 64 channels, batch 16"
     assert [(row.workload, row.candidate, row.as_dict()["rounds"]) for row in rows] == [
@@ -109,18 +118,20 @@ def _let_go_of_a_quarter_gib() -> tuple[float, float]:
     return before, data._memory_gib("VmHWM")
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_reader_that_is_killed_is_an_error_of_one_line() -> None:
     with pytest.raises(ChildProcessError, match=r"^the process that reads the images was killed: .*memory$"):
         data._in_new_process(os.abort)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_reader_ends_with_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise SystemExit(143)
 
     monkeypatch.setattr(Future, "result", interrupt)
     with pytest.raises(SystemExit):
-        data._in_new_process(time.sleep, 100)  # the test's own limit is 120 seconds
+        data._in_new_process(time.sleep, 10_000)  # the test's own limit is 600 seconds
     assert not multiprocessing.active_children()
 
 

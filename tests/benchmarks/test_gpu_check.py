@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.benchmarks import gpu_check, roofs, updates
+from fastdiff.benchmarks import gpu_check, updates
 from fastdiff.benchmarks.problems import Problem, norm_problem
 from fastdiff.presets import Preset
 
-from .support import CPU, WORKLOAD
+from .support import CPU, WORKLOAD, measure_little
 
 TINY = Preset("a tiny model", {**WORKLOAD.model.to_dict(), **WORKLOAD.diffusion.to_dict()})
 
@@ -25,7 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "problems", problems)
     for module in (gpu_check, updates):
         monkeypatch.setattr(module, "preset_named", lambda _: TINY)
-    monkeypatch.setattr(roofs, "ENOUGH", {"cpu": 1e6})
+    measure_little(monkeypatch)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

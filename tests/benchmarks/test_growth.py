@@ -15,11 +15,14 @@ import torch
 
 from fastdiff.benchmarks import growth, ladder
 from fastdiff.benchmarks.growth import Axis, measure_growth
+from fastdiff.benchmarks.harness import peak_bytes
 from fastdiff.benchmarks.jobs import Job
 from fastdiff.benchmarks.roofs import Roofs
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.workload import Workload
 from fastdiff.config import Compile, DiffusionConfig, ModelConfig, Precision, RuntimeConfig
+
+from .support import count_no_memory
 
 TINY = Workload(
     ModelConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult=(1,), learn_sigma=True),
@@ -35,7 +38,8 @@ BATCH, SIDE, CHANNELS = (
 
 @pytest.fixture(autouse=True)
 def _light(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes of a test, ceilings that are not measured, and no further processes."""
+    """Sizes of a test, ceilings and memory that are not measured, and no further processes."""
+    count_no_memory(monkeypatch, growth)
     monkeypatch.setattr(growth, "AXES", (BATCH, SIDE, CHANNELS))
     monkeypatch.setattr(growth, "_processes", lambda *_: [])
     monkeypatch.setattr(growth, "ceilings", lambda *_: dict.fromkeys(Precision, Roofs(1e12, 1e15, 1e15)))
@@ -46,7 +50,8 @@ def measured(*axes: Axis, monkeypatch: pytest.MonkeyPatch, ours: RuntimeConfig =
     return list(measure_growth(TINY, ours, quick=True))
 
 
-def test_both_passes_along_every_axis() -> None:
+def test_both_passes_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "peak_bytes", peak_bytes)
     rows = list(measure_growth(TINY, FP32, quick=True))
     kinds = ("forward", "training step")
     about = ("by batch: 8 pixels, 32 channels", "by side: batch 2, 32 channels", "by channels: batch 2, 8 pixels")

@@ -9,7 +9,7 @@ from fastdiff.benchmarks import roofs as module
 from fastdiff.benchmarks.roofs import Roofs, measure_roofs
 from fastdiff.benchmarks.work import Convolution, Work
 
-from .support import CPU
+from .support import CPU, measure_little
 
 ROOFS = Roofs(bytes_per_s=100, flops_per_s=1000, conv_flops_per_s=2000)
 
@@ -72,7 +72,7 @@ def test_the_rate_is_the_devices_whatever_the_batch(device: str, gigaflops: int,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_measured(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(module, "ENOUGH", {"cpu": 1e6})
+    measure_little(monkeypatch)
     roofs = measure_roofs(CPU, dtype, 1, {Convolution(2, 32, 32, 8): 1})
     rates = (roofs.bytes_per_s, roofs.flops_per_s, roofs.conv_flops_per_s, roofs.conv_training_flops_per_s)
     assert all(0 < rate < math.inf for rate in rates)

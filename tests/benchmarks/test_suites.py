@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch._dynamo
 
-from fastdiff.benchmarks import peers, roofs, suites
-from fastdiff.benchmarks.harness import Timing
+from fastdiff.benchmarks import peers, suites
+from fastdiff.benchmarks.harness import Timing, peak_bytes
 from fastdiff.benchmarks.jobs import Drawing, Job, job_of, stepping
 from fastdiff.benchmarks.ladder import PLAIN, Models, Rung, ladder
 from fastdiff.benchmarks.roofs import Roofs
@@ -25,13 +25,14 @@ from fastdiff.runtime import device as runtime_device
 from fastdiff.sampling import Loop
 from fastdiff.training.ema import EMA
 
-from .support import CPU, ROOFS, WORKLOAD, known
+from .support import CPU, ROOFS, WORKLOAD, count_no_memory, known, measure_little
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings that take no time."""
-    monkeypatch.setattr(roofs, "ENOUGH", {"cpu": 1e6})
+    """Ceilings that take no time, and memory that is not counted."""
+    measure_little(monkeypatch)
+    count_no_memory(monkeypatch, suites)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("suite", ["unet", "train", "sample"])
-def test_every_rung_and_peer_has_every_figure(suite: str) -> None:
+def test_every_rung_and_peer_has_every_figure(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "peak_bytes", peak_bytes)
     rungs = ladder(suite, CPU)
     rows = measure(suite, Models(WORKLOAD), rungs, known, rounds=2)
     assert [row.candidate for row in rows] == [r.name for r in rungs] + list(peers.peers(WORKLOAD))
@@ -272,7 +274,8 @@ def test_the_limit_is_that_of_the_precision() -> None:
     assert plain.limit_s == pytest.approx(plain.n_bytes / 1e9)
 
 
-def test_memory_holds_weights_moments_and_an_average() -> None:
+def test_memory_holds_weights_moments_and_an_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "peak_bytes", peak_bytes)
     rungs = [rung for rung in ladder("train", CPU) if rung.name in ("plain", "trainer")]
     models = Models(WORKLOAD)
     for row in measure("train", models, rungs, known, rounds=1)[:2]:

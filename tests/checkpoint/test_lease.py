@@ -2,11 +2,11 @@
 
 import errno
 import os
-import signal
 import socket
-import subprocess
-import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,23 +14,29 @@ from filelock import SoftFileLock, UnixFileLock
 
 from fastdiff.checkpoint import Lease, lease
 
+from ..processes import FORKSERVER
+
 HOLD = """
-import sys, time
 from pathlib import Path
 from fastdiff.checkpoint import Lease
-with Lease(Path(sys.argv[1]), "job 7"):
-    print("held", flush=True)
-    sys.stdin.read()
+with Lease(Path(run_dir), "job 7"):
+    channel.send("held")
+    channel.recv()
 """
 
 
-def hold(run_dir: Path) -> subprocess.Popen[str]:
-    """Another process that holds the folder until its input ends."""
-    command = [sys.executable, "-c", HOLD, str(run_dir)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+@contextmanager
+def held(run_dir: Path) -> Iterator[BaseProcess]:
+    """Another process, which holds the folder until the end."""
+    ours, theirs = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=exec, args=(HOLD, {"run_dir": str(run_dir), "channel": theirs}))
+    process.start()
+    theirs.close()
+    assert ours.recv() == "held"
+    yield process
+    if process.is_alive():
+        ours.send("end")
+    process.join()
 
 
 def names(run_dir: Path) -> set[str]:
@@ -39,20 +45,20 @@ def names(run_dir: Path) -> set[str]:
 
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     run_dir = tmp_path / "new" / "run"
-    with hold(run_dir) as process:
+    with held(run_dir) as process:
         says = rf"run is in use by process {process.pid} on {socket.gethostname()} since 20.*: stop it, or .*--run-dir"
         for _ in range(2):
             with pytest.raises(ValueError, match=says), Lease(run_dir):
                 pass
         assert Lease.begun_by(run_dir) == "job 7"  # a refusal changes nothing
-        process.communicate()
     with Lease(run_dir):
         pass
 
 
 def test_the_lease_of_a_dead_process_is_free(tmp_path: Path) -> None:
-    with hold(tmp_path) as process:
-        process.send_signal(signal.SIGKILL)
+    with held(tmp_path) as process:
+        process.kill()
+        process.join()
     assert Lease.begun_by(tmp_path) == "job 7"  # known before the lease is taken
     with Lease(tmp_path, "job 8"), pytest.raises(ValueError, match=rf"process {os.getpid()} on"), Lease(tmp_path):
         pass
