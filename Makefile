@@ -1,9 +1,12 @@
-# make demo and make test are all that a fresh machine needs: each makes .venv, installs the tested set, and runs.
+# make demo and make test are all that a fresh machine needs: each makes .venv, installs what it runs, of the tested set,
+# and runs it. What make demo installs is what a user of the package has; make test and make lint add the tools.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 CACHES := .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 # A test keeps to one thread, so there is one at a time for each processor; more than 8 would want much memory.
 # pytest-benchmark, which is for benchmarks/ alone, does not go with that and stays out.
@@ -12,41 +15,52 @@ PYTEST := $(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal -p no:be
 # Only .venv counts, whatever environment is active.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-portable test-slow lint format clean
 
 help:
 	@echo "make demo       train a small model on a toy set and sample from it"
 	@echo "make test       the tests, without the slow ones"
+	@echo "make test-portable  the numeric tests as another processor computes"
 	@echo "make test-slow  the slow tests"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove build products and caches (not .venv, not runs)"
 
-demo: $(STAMP)
+demo: $(INSTALLED)
 	@$(BIN)/fastdiff demo
 
-test: $(STAMP)
+test: $(TOOLS)
 	@$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP)
+# The numbers as a processor of other instructions and two threads compute them.
+test-portable: $(TOOLS)
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 TEST_THREADS=2 $(BIN)/pytest -q -p no:benchmark \
+		-m "not slow" $(PORTABLE)
+
+test-slow: $(TOOLS)
 	@$(PYTEST) -m slow
 
-lint: $(STAMP)
+lint: $(TOOLS)
 	@$(BIN)/ruff check --output-format concise
 	@$(BIN)/ruff format --check --output-format concise
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-format: $(STAMP)
+format: $(TOOLS)
 	@$(BIN)/ruff check --fix-only
 	@$(BIN)/ruff format
 
-$(STAMP): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "fastdiff needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "Installing into $(VENV) (the first time this downloads PyTorch) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(INSTALL) .
+	@touch $@
+
+$(TOOLS): $(INSTALLED)
+	@echo "Installing what the tests and linters need ..."
+	@$(INSTALL) '.[dev]'
 	@touch $@
 
 clean:
