@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
 
 from fastdiff.data.shapes import write_shapes
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from .interpreter import speed_up
+
+    speed_up()
+
 # Tests send signals, which a shell may have them ignore (a job in the background, nohup), and their children with them.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
@@ -21,7 +26,7 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Models of a few pixels run ten times faster on one thread than on two that wait for each other."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastdiff import DiffusionConfig, ModelConfig, build_model, save_checkpoint
 from fastdiff.cli.app import main
 
+from ..support import randomise
 from .support import PLAIN, SHORT, TINY, Result, succeeded
 
 Cli = Callable[..., Result]
@@ -69,11 +69,7 @@ DIFFUSION = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine")
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with random weights everywhere, so that every input has its effect. Not to be written to."""
-    model = build_model(MODEL)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    model = randomise(build_model(MODEL), seed=0)
     path = tmp_path_factory.mktemp("checkpoint") / "cats.safetensors"
     names = ("cat", "dog", "zebra")
     return save_checkpoint(path, model, model_config=MODEL, diffusion_config=DIFFUSION, step=7, class_names=names)

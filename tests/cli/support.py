@@ -4,10 +4,11 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import fastdiff
+
+from ..processes import Result
 
 TINY = [
     *("--image-size", "8", "--num-channels", "32", "--num-res-blocks", "1", "--channel-mult", "1"),
@@ -20,15 +21,6 @@ PLAIN = ["--compile", "off", "--precision", "fp32", "--device", "cpu"]
 
 SHORT = ["--batch-size", "4", "--preview-interval", "0", *PLAIN]
 """A training that does not take long."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command left behind."""
-
-    status: int
-    out: str
-    err: str
 
 
 def refused(result: Result, *patterns: str) -> None:
@@ -55,24 +47,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
-    """``fastdiff`` as a process of its own."""
+def start(*args: str, cwd: Path, before: str = "") -> subprocess.Popen[str]:
+    """``fastdiff`` as a process of its own, after a line of Python."""
     root = str(Path(fastdiff.__file__).parents[1])  # where the tests themselves find it, installed or not
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
-        [sys.executable, "-m", "fastdiff", *args],
+        [sys.executable, "-c", f"{before}\nfrom fastdiff.cli.app import main\nmain()", *args],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def finish(process: subprocess.Popen[str]) -> Result:
-    """Wait for a process."""
-    try:
-        out, err = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    return Result(process.returncode, out, err)

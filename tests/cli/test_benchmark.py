@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from fastdiff.benchmarks import command, ladder, roofs, suites
+from fastdiff.benchmarks import command, ladder, suites
 from fastdiff.benchmarks.rows import Row
 from fastdiff.runtime import device as runtime_device
 
+from ..benchmarks.support import measure_little
+from ..processes import finish
 from .conftest import Cli
-from .support import finish, refused, start, succeeded
+from .support import refused, start, succeeded
 
 QUICK = ["--image-size", "8", "--num-channels", "32", "--num-res-blocks", "1", "--channel-mult", "1"]
 ONCE = ["--batch-size", "2", "--rounds", "1", "--device", "cpu"]
@@ -23,7 +25,7 @@ PLAIN = ["--compile", "off"]
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a compiler, which would take minutes."""
     monkeypatch.setattr(runtime_device, "_has_compiler", lambda _: False)
-    monkeypatch.setattr(roofs, "ENOUGH", {"cpu": 1e6})  # operations of a convolution whose rate is measured
+    measure_little(monkeypatch)
 
 
 def rows_of(path: str) -> list[dict[str, str]]:
@@ -179,7 +181,8 @@ def test_rows_that_cannot_be_kept_now_are_kept_with_the_next(cli: Cli, monkeypat
 @pytest.mark.parametrize("stdout", ["ascii", "closed"])
 def test_what_cannot_be_shown_is_kept(stdout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    process = start("benchmark", "unet", *QUICK, *ONCE, *PLAIN, "--csv", "rows.csv", cwd=tmp_path)
+    little = "from fastdiff.benchmarks import roofs; roofs.ENOUGH, roofs.SIDE = {'cpu': 1e6}, {'cpu': 64}"
+    process = start("benchmark", "unet", *QUICK, *ONCE, *PLAIN, "--csv", "rows.csv", cwd=tmp_path, before=little)
     assert process.stdout is not None
     if stdout == "closed":
         while "candidate" not in process.stdout.readline():

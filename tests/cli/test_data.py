@@ -4,15 +4,15 @@ import shlex
 import shutil
 import signal
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ..processes import Job
 from .conftest import Cli
-from .support import SHORT, TINY, refused, start, succeeded
+from .support import SHORT, TINY, refused, succeeded
 
 
 def names(folder: Path) -> set[str]:
@@ -206,17 +206,10 @@ def test_a_stopped_preparation_leaves_nothing_that_looks_whole(tmp_path: Path, n
     rows = 10_000
     for name in ("data_batch_1", "data_batch_2"):
         (tmp_path / f"{name}.bin").write_bytes(bytes(rows * 3073))
-    process = start("data", "cifar10", ".", "deep/out", cwd=tmp_path)
-    try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("deep/.out.*/out/cifar_train/*.png")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        process.send_signal(number)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGHUP: 129}.get(number, process.returncode or 1)
+    job = Job(None, ["data", "cifar10", ".", "deep/out"], cwd=tmp_path)
+    job.wait_for(lambda: bool(list(tmp_path.glob("deep/.out.*/out/cifar_train/*.png"))))
+    job.send_signal(number)
+    status = job.finish().status
+    assert status == {signal.SIGTERM: 143, signal.SIGHUP: 129}.get(number, status or 1)
     assert not (tmp_path / "deep/out").exists()
     assert len(list((tmp_path / "deep").iterdir())) == (number == signal.SIGKILL)

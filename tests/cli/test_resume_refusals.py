@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,9 @@ from safetensors.torch import save_file
 from fastdiff.checkpoint import verify_step
 from fastdiff.checkpoint.steps import write_manifest
 
+from ..processes import Job
 from .conftest import Cli
-from .support import PLAIN, SHORT, TINY, Result, contents, finish, refused, start, succeeded
+from .support import PLAIN, SHORT, TINY, Result, contents, refused, succeeded
 
 NEWER = "was made by a newer fastdiff: upgrade"
 
@@ -65,19 +65,18 @@ def resume(cli: Cli) -> Cli:
 
 
 @pytest.fixture
-def another(shapes: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def another(shapes: Path, tmp_path: Path) -> Iterator[Job]:
     """Another process, which trains in the folder ``busy``."""
-    flags = ["--data-dir", str(shapes), "--run-dir", "busy", *TINY, "--class-cond", *SHORT, "--steps", "1000000"]
-    with start("train", *flags, "--log-interval", "5", cwd=tmp_path) as process:
-        try:
-            assert process.stdout is not None
-            assert any(line.startswith("step ") for line in process.stdout)
-            yield process
-        finally:
-            process.kill()
+    flags = ["--data-dir", shapes, "--run-dir", "busy", *TINY, "--class-cond", *SHORT, "--steps", 1000000]
+    job = Job(None, ["train", *flags, "--log-interval", 5], cwd=tmp_path)
+    try:
+        job.wait_for(lambda: "\nstep " in job.out)
+        yield job
+    finally:
+        job.kill()
 
 
-def test_two_runs_on_one_folder(train: Cli, another: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_two_runs_on_one_folder(train: Cli, another: Job, tmp_path: Path) -> None:
     refused(
         train("busy", "--resume"),
         rf"^error: busy is in use by process {another.pid} on {socket.gethostname()} since .*: stop it, or .*--run-dir",
@@ -85,14 +84,14 @@ def test_two_runs_on_one_folder(train: Cli, another: subprocess.Popen[str], tmp_
     refused(train("busy", "--steps", 1), "busy already holds a run")
     assert json.loads((tmp_path / "busy/.lease.json").read_text())["pid"] == another.pid
     another.send_signal(signal.SIGTERM)
-    result = finish(another)
+    result = another.finish()
     assert result.status == 143, result  # it has noticed nothing
     step = int(re.findall(r"stopped by SIGTERM at step (\d+), which is saved", result.out)[0])
     verify_step(tmp_path / "busy", step)
     assert f"resumed at step {step}\n" in succeeded(train("busy", "--resume", "--steps", step + 1)).out
 
 
-def test_a_run_that_was_killed_holds_nobody_up(train: Cli, another: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_run_that_was_killed_holds_nobody_up(train: Cli, another: Job, tmp_path: Path) -> None:
     another.kill()
     another.wait()
     assert (tmp_path / "busy/.lease.json").exists()

@@ -4,30 +4,20 @@ import re
 import signal
 from pathlib import Path
 
-import pytest
-
+from ..processes import Job
 from .conftest import Cli
-from .support import SHORT, TINY, finish, start, succeeded
+from .support import SHORT, TINY, succeeded
 
 
-@pytest.mark.timeout(240)
 def test_a_stopped_training_is_saved_and_goes_on(shapes: Path, tmp_path: Path, train: Cli) -> None:
     signals = {"int": signal.SIGINT, "term": signal.SIGTERM}
-    flags = ["--data-dir", str(shapes), *TINY, "--class-cond", *SHORT, "--steps", "1000000", "--log-interval", "5"]
-    processes = {name: start("train", "--run-dir", name, *flags, cwd=tmp_path) for name in signals}
+    flags = ["--data-dir", shapes, *TINY, "--class-cond", *SHORT, "--steps", 1000000, "--log-interval", 5]
     results = {}
-    try:
-        for name, process in processes.items():
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("step "):
-                    break
-            process.send_signal(signals[name])
-            results[name] = finish(process)
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+    for name, number in signals.items():
+        job = Job(None, ["train", "--run-dir", name, *flags], cwd=tmp_path)
+        job.wait_for(lambda job=job: "\nstep " in job.out)
+        job.send_signal(number)
+        results[name] = job.finish()
     assert {name: result.status for name, result in results.items()} == {"int": 130, "term": 143}
     for name, result in results.items():
         assert result.err.strip().startswith("stopping and saving"), result.err

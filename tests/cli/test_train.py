@@ -14,8 +14,9 @@ from safetensors import safe_open
 from fastdiff import load_checkpoint
 from fastdiff.training.metrics import COLUMNS
 
+from ..processes import Job
 from .conftest import Cli
-from .support import PLAIN, SHORT, TINY, finish, refused, start, succeeded
+from .support import PLAIN, SHORT, TINY, refused, succeeded
 
 
 def config_of(run_dir: Path) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def test_labels_by_folder(train: Cli, tmp_path: Path) -> None:
 
 def test_a_batch_larger_than_the_data_is_a_warning(shapes: Path, tmp_path: Path) -> None:
     flags = ["--run-dir", "r", *TINY, *SHORT, "--batch-size", "20", "--steps", "1"]
-    result = finish(start("train", "--data-dir", str(shapes), *flags, cwd=tmp_path))
+    result = Job(None, ["train", "--data-dir", shapes, *flags], cwd=tmp_path).finish()
     assert result.status == 0, result
     assert "batch_size 20 is larger than the 12 images" in result.out + result.err
     assert (tmp_path / "r/model000001.safetensors").exists()

@@ -21,6 +21,7 @@ from fastdiff.data.imagenet import prepare_imagenet
 from fastdiff.data.packing import pack_npz, pack_zip
 from fastdiff.data.words import ArchiveError
 
+from ..support import refusal
 from .archive_support import UNSAFE, encrypted, found_below, png, tar, tar_bytes, zipped
 from .support import noise
 
@@ -30,11 +31,9 @@ GOOD = {"n1/a_1.png": png(1), "n2/b_1.png": png(2)}
 def refused(tmp_path: Path, archive: Path) -> str:
     """The one line that an archive is refused with; nothing is left but the archive itself."""
     before = found_below(tmp_path)
-    with pytest.raises(ValueError, match=str(archive)) as caught:
-        prepare_imagenet(archive, tmp_path / "out")
+    message = refusal(lambda: prepare_imagenet(archive, tmp_path / "out"), str(archive))
     assert found_below(tmp_path) == before
-    assert str(caught.value).isprintable()
-    return str(caught.value)
+    return message
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
@@ -180,7 +179,6 @@ def test_a_name_of_a_file_and_a_folder(tmp_path: Path, names: tuple[str, str]) -
 
 
 @pytest.mark.parametrize("name", ["b.png", "b.txt", "b.tar"])
-@pytest.mark.timeout(20)
 def test_a_size_below_nothing(tmp_path: Path, name: str) -> None:
     """The next header would be this one, for ever."""
     info = tarfile.TarInfo(name)
@@ -192,7 +190,6 @@ def test_a_size_below_nothing(tmp_path: Path, name: str) -> None:
     assert "a negative size" in refused(tmp_path, path)
 
 
-@pytest.mark.timeout(20)
 def test_a_negative_size_in_another_header(tmp_path: Path) -> None:
     extra = tarfile.TarInfo("b.txt")
     extra.pax_headers = {"size": "-1024"}

@@ -17,6 +17,7 @@ from fastdiff.data import Dataset, ImageFolder, LeftOut, UnreadableImage, batche
 from fastdiff.data import zipped as zipped_module
 from fastdiff.data.packing import pack_npz, pack_zip
 
+from ..support import refusal
 from .archive_support import UNSAFE, encrypted, found_below, png, zipped
 from .support import noise, save
 
@@ -151,9 +152,8 @@ def test_members_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", UNSAFE)
 def test_names_that_lead_out(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="leads out of its folder") as caught:
-        ImageFolder(zipped(tmp_path / "x.zip", {"a_1.png": png(), name: png()}), 8)
-    assert str(caught.value).isprintable()
+    path = zipped(tmp_path / "x.zip", {"a_1.png": png(), name: png()})
+    refusal(lambda: ImageFolder(path, 8), "leads out of its folder")
 
 
 def test_files_that_are_no_zip(data: Path) -> None:
@@ -273,9 +273,7 @@ IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
 )
 def test_arrays_that_do_not_fit(tmp_path: Path, arrays: dict[str, object], message: str) -> None:
     np.savez(tmp_path / "a.npz", IMAGES, **{name: np.asarray(value) for name, value in arrays.items()})
-    with pytest.raises(ValueError, match=message) as caught:
-        loaded(tmp_path / "a.npz")
-    assert str(caught.value).isprintable()
+    refusal(lambda: loaded(tmp_path / "a.npz"), message)
 
 
 def test_names_in_bytes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastdiff.diffusion import Philox
 from fastdiff.kernels.backend import HAS_TRITON
 
+from ..support import refusal
 from .support import process, randn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,9 +31,7 @@ def step(name: str, kernels: str, weight: Tensor, **kwargs: Any) -> dict[str, Te
 def test_the_kernel_asks_for_no_grad(name: str) -> None:
     weight = torch.full((), 0.5, device=DEVICE, requires_grad=True)
     expected = step(name, "reference", weight)
-    with pytest.raises(ValueError, match=r"has no gradient: call it under torch\.no_grad\(\)") as error:
-        step(name, "triton", weight)
-    assert "\n" not in str(error.value)
+    refusal(lambda: step(name, "triton", weight), r"has no gradient: call it under torch\.no_grad\(\)")
     found = [step(name, "triton", weight.detach())]  # gradients are on, but nothing wants any
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:

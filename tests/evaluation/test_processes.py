@@ -1,15 +1,12 @@
 """The same figures from any number of processes, and an end that is told once."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ..cli.support import Result, finish
+from ..processes import Result, launch
 from ..sampling.support import saved
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -21,24 +18,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("model") / "model.safetensors", learn_sigma=True, **classes)
 
 
-def launch(processes: int, model: Path, data: Path, cwd: Path, *args: object, **environment: object) -> Result:
+def evaluate(processes: int, model: Path, data: Path, cwd: Path, *args: object, **environment: object) -> Result:
     """``fastdiff evaluate nll`` alone or as several processes, through a worker that can be told to come to harm."""
-    run = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
     how = ["--data-dir", data, "--cache-dir", cwd / "cache", "--compile", "off", "--device", "cpu", *args]
-    process = subprocess.Popen(
-        [sys.executable, *run, *map(str, (WORKER, "evaluate", "nll", model, *how))],
-        cwd=cwd,
-        env={
-            **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")},
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "OMP_NUM_THREADS": "1",
-            **{name: str(value) for name, value in environment.items()},
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return finish(process)
+    return launch(WORKER, ("evaluate", "nll", model, *how), cwd, environment, processes)
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -50,7 +33,7 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
 def test_two_processes_find_what_one_does(model: Path, shapes: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         flags = ("--num-samples", 17, "--batch-size", 5, "--out-dir", processes)
-        result = launch(processes, model, shapes, tmp_path, *flags)
+        result = evaluate(processes, model, shapes, tmp_path, *flags)
         assert result.status == 0, result
         assert result.out.count(" bits/dim ± ") == 1
     alone, shared = arrays(tmp_path / "1"), arrays(tmp_path / "2")
@@ -66,7 +49,7 @@ def test_two_processes_find_what_one_does(model: Path, shapes: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_more_processes_than_images(model: Path, shapes: Path, tmp_path: Path) -> None:
-    result = launch(2, model, shapes, tmp_path, "--num-samples", 1, "--steps", 2)
+    result = evaluate(2, model, shapes, tmp_path, "--num-samples", 1, "--steps", 2)
     assert result.status == 0, result
     assert arrays(tmp_path / "nll")["images total_bpd"].shape == (1,)
     assert " over 1 images, " in result.out
@@ -75,7 +58,7 @@ def test_more_processes_than_images(model: Path, shapes: Path, tmp_path: Path) -
 @pytest.mark.parametrize(("kind", "status"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)])
 def test_a_signal(model: Path, shapes: Path, tmp_path: Path, kind: str, status: int) -> None:
     harm = {"SIGNAL": kind, "SIGNAL_AFTER_STEPS": 33}
-    result = launch(1, model, shapes, tmp_path, "--batch-size", 4, **harm)
+    result = evaluate(1, model, shapes, tmp_path, "--batch-size", 4, **harm)
     assert result.status == status
     assert f"stopped by {kind}: 4 of 12 images were done, " in result.out
     assert "bits/dim; nothing is written" in result.out
@@ -86,7 +69,7 @@ def test_a_signal(model: Path, shapes: Path, tmp_path: Path, kind: str, status: 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two(model: Path, shapes: Path, tmp_path: Path) -> None:
     harm = {"SIGNAL": "SIGINT", "SIGNAL_AFTER_STEPS": 3, "SIGNAL_RANK": 1}
-    result = launch(2, model, shapes, tmp_path, **harm)
+    result = evaluate(2, model, shapes, tmp_path, **harm)
     assert result.status != 0
     assert result.out.count("stopped by SIGINT: 6 of 12 images were done, ") == 1, result
     assert not (tmp_path / "nll").exists()
@@ -94,7 +77,7 @@ def test_a_signal_to_one_of_two(model: Path, shapes: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_what_fails_on_one_is_told_once(model: Path, shapes: Path, tmp_path: Path, rank: int) -> None:
-    result = launch(2, model, shapes, tmp_path, FAIL_AFTER_STEPS=3, FAIL_RANK=rank)
+    result = evaluate(2, model, shapes, tmp_path, FAIL_AFTER_STEPS=3, FAIL_RANK=rank)
     assert result.status != 0
     told = [line for line in result.err.splitlines() if "error: " in line and "has lost 7 bytes" in line]
     assert told == ["process 1: " * rank + "error: decoded.npy, the decoded images, has lost 7 bytes"], result
@@ -103,6 +86,6 @@ def test_what_fails_on_one_is_told_once(model: Path, shapes: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_bad_input_is_told_once(model: Path, tmp_path: Path) -> None:
-    result = launch(2, model, tmp_path / "nowhere", tmp_path)
+    result = evaluate(2, model, tmp_path / "nowhere", tmp_path)
     assert result.status != 0
     assert result.err.count("error: data_dir") == 1, result

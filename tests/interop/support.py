@@ -7,6 +7,7 @@ from fastdiff import ModelConfig, build_model
 from fastdiff.models import UNet
 
 from ..parity.support import load_json
+from ..support import randomise
 
 GOLDEN = load_json("state_dicts.json")
 """By architecture: flags, parameter count, every key with its shape."""
@@ -20,9 +21,4 @@ def meta_state(name: str) -> dict[str, Tensor]:
 def random_model(config: ModelConfig, seed: int = 0) -> UNet:
     """A model without a layer that is zero."""
     torch.manual_seed(seed)
-    model = build_model(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return model
+    return randomise(build_model(config).eval(), only_zeros=True)

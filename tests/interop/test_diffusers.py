@@ -18,6 +18,8 @@ from fastdiff.interop.diffusers import Scheduler, load_unet, read, write
 from fastdiff.interop.unet2d import our_state, unet_options, unet_state
 from fastdiff.models import UNet
 
+from ..numerics import relative
+from ..support import refusal
 from .support import random_model
 
 CIFAR = ModelConfig(image_size=32, num_channels=128, num_res_blocks=3, learn_sigma=True)
@@ -26,10 +28,6 @@ AT_64 = ModelConfig(image_size=64, num_channels=32, num_res_blocks=1, attention_
 TINY = ModelConfig(image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="8")
 COSINE = DiffusionConfig(diffusion_steps=4000, noise_schedule="cosine", learn_sigma=True)
 LINEAR = DiffusionConfig()
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
 @pytest.mark.parametrize("class_cond", [False, True])
@@ -57,7 +55,7 @@ def test_the_output_is_the_same(tmp_path: Path, config: ModelConfig, scheduler: 
         ours, theirs = model(x, t, y), unet(x, t, y).sample
     channels = 6 if config.learn_sigma and scheduler is Scheduler.DDPM else 3
     assert theirs.shape == (2, channels, *x.shape[2:])
-    assert relative(ours[:, :channels], theirs) < 1e-4
+    assert relative(theirs, ours[:, :channels]) < 1e-4
 
 
 def test_the_released_cifar10_model(tmp_path: Path) -> None:
@@ -69,7 +67,7 @@ def test_the_released_cifar10_model(tmp_path: Path) -> None:
     assert sum(p.numel() for p in unet.parameters()) == sum(p.numel() for p in model.parameters())
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([500.0])
     with torch.no_grad():
-        assert relative(model(x, t), unet(x, t).sample) < 1e-4
+        assert relative(unet(x, t).sample, model(x, t)) < 1e-4
 
 
 def from_noise(noise: Tensor) -> Callable[..., Tensor]:
@@ -198,7 +196,7 @@ def test_diffusers_own_folders_are_read(tmp_path: Path) -> None:
     ours.load_state_dict(state)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
     with torch.no_grad():
-        assert relative(ours(x, t), unet(x, t).sample) < 1e-4
+        assert relative(unet(x, t).sample, ours(x, t)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -276,9 +274,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     ]
     for damage, message in cases:
         damage()
-        with pytest.raises(ValueError, match=message) as error:
-            read(folder)
-        assert "\n" not in str(error.value)
+        refusal(lambda: read(folder), message)
         for path, content in files.items():
             path.write_bytes(content)
     read(folder)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdiff.kernels import attention
 
-from .support import random
+from .support import DEVICE, assert_all_within_budget, random
 
 
 def formula(qkv: Tensor, heads: int) -> Tensor:
@@ -28,6 +28,18 @@ def run(backend: str, qkv: Tensor, heads: int, grad: Tensor) -> dict[str, Tensor
     y = formula(leaf, heads) if backend == "truth" else attention(leaf, heads, backend=backend)
     (dqkv,) = torch.autograd.grad(y, leaf, grad.to(y.dtype))
     return {"y": y.detach(), "dqkv": dqkv}
+
+
+def hold(backend: str, qkv: Tensor, heads: int, grad: Tensor | None = None) -> None:
+    """y and the gradient within the error budget of the reference."""
+    if grad is None:
+        grad = random(*qkv.shape[:2], qkv.shape[2] // 3, seed=2, dtype=qkv.dtype)
+    if backend == "triton":
+        qkv, grad = qkv.to(DEVICE), grad.to(DEVICE)
+    found, reference, truth = (run(name, qkv, heads, grad) for name in (backend, "reference", "truth"))
+    assert {value.dtype for value in found.values()} == {qkv.dtype}
+    assert backend != "triton" or all(value.is_contiguous() for value in found.values())
+    assert_all_within_budget(found, reference, truth)
 
 
 VIEWS = {

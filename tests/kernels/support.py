@@ -64,3 +64,28 @@ def assert_within_budget(found: Tensor, reference: Tensor, truth: Tensor, what: 
     assert torch.isfinite(found).all(), what
     limit = 2 * error(reference, truth) + rounding(truth, found.dtype)
     assert error(found, truth) <= limit, f"{what}: error {error(found, truth):.3g} over the budget {limit:.3g}"
+
+
+Results = Mapping[str, Tensor]
+"""Outputs and gradients by name."""
+
+
+def joined(batches: Sequence[Sequence[Results]]) -> list[dict[str, Tensor]]:
+    """What each implementation made of one batch after the other, as the results of a single batch."""
+    return [
+        {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*batches, strict=True)
+    ]
+
+
+def assert_all_within_budget(found: Results, reference: Results, truth: Results, what: str = "") -> None:
+    """Every result has the reference's dtype and is within its budget."""
+    assert found.keys() == reference.keys() == truth.keys()
+    for name, value in truth.items():
+        assert found[name].dtype == reference[name].dtype
+        assert_within_budget(found[name], reference[name], value, f"{name} {what}")
+
+
+def assert_a_few_roundings(found: Results, truth: Results, dtype: torch.dtype) -> None:
+    """Every result is at most 16 roundings to ``dtype`` away."""
+    for name, value in truth.items():
+        assert error(found[name], value) <= 16 * rounding(value, dtype), name

@@ -1,27 +1,20 @@
 """attention: every implementation against the formula in float64, forward and gradient."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastdiff.kernels import attention
 from fastdiff.kernels.attention.pytorch import CPU_PRODUCTS_UP_TO
 
 from .attention_formula import VIEWS, run
-from .support import DTYPES, assert_within_budget, error, random, rounding
+from .attention_formula import hold as hold_backend
+from .support import DTYPES, assert_a_few_roundings, random
 
 BACKENDS = ["torch", "reference"]
-
-
-def hold(qkv: Tensor, heads: int, grad: Tensor | None = None) -> None:
-    if grad is None:
-        grad = random(*qkv.shape[:2], qkv.shape[2] // 3, seed=2, dtype=qkv.dtype)
-    truth, reference, found = (run(backend, qkv, heads, grad) for backend in ("truth", "reference", "torch"))
-    for name in truth:
-        assert found[name].dtype == reference[name].dtype == qkv.dtype
-        assert_within_budget(found[name], reference[name], truth[name], name)
+hold = partial(hold_backend, "torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,8 +39,7 @@ def test_budget_of_long_sequences(head_dim: int, dtype: torch.dtype) -> None:
 def test_float64_is_the_formula(tokens: int, heads: int, backend: str) -> None:
     qkv, grad = random(2, tokens, 3 * 48, seed=1).double(), random(2, tokens, 48, seed=2).double()
     truth, found = run("truth", qkv, heads, grad), run(backend, qkv, heads, grad)
-    for name, value in truth.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=name)
+    torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,9 +47,7 @@ def test_float64_is_the_formula(tokens: int, heads: int, backend: str) -> None:
 def test_a_few_roundings_from_the_formula(backend: str, dtype: torch.dtype) -> None:
     """The budget is relative to the reference: here is what the reference itself may cost."""
     qkv, grad = random(2, 64, 3 * 48, seed=1, dtype=dtype), random(2, 64, 48, seed=2, dtype=dtype)
-    truth, found = run("truth", qkv, 2, grad), run(backend, qkv, 2, grad)
-    for name, value in truth.items():
-        assert error(found[name], value) <= 16 * rounding(value, dtype), name
+    assert_a_few_roundings(run(backend, qkv, 2, grad), run("truth", qkv, 2, grad), dtype)
 
 
 @pytest.mark.parametrize("tokens", [19, CPU_PRODUCTS_UP_TO + 1])
@@ -107,8 +97,7 @@ def test_runs_under_autocast(backend: str, tokens: int) -> None:
         found = run(backend, qkv, 3, grad)
     assert found["y"].dtype == torch.bfloat16
     assert found["dqkv"].dtype == torch.float32
-    for name, value in truth.items():
-        assert error(found[name], value) <= 16 * rounding(value, torch.bfloat16), name
+    assert_a_few_roundings(found, truth, torch.bfloat16)
 
 
 def test_auto_is_torch_on_a_cpu() -> None:

@@ -14,7 +14,7 @@ from fastdiff.kernels.diffusion_loss import kernel
 from fastdiff.kernels.gaussian import TABLES
 
 from .process import LAYOUTS, STEPS, images, model_output, process, tables, timesteps
-from .support import DEVICE, TRITON_DTYPES, assert_within_budget, pairwise, random
+from .support import DEVICE, TRITON_DTYPES, assert_all_within_budget, joined, pairwise, random
 
 AXES: dict[str, list[Any]] = {
     "mean_type": list(ModelMeanType),
@@ -42,6 +42,12 @@ def run(
     (gradient,) = torch.autograd.grad(list(found.values()), output, upstream)
     assert gradient.dtype == output.dtype
     return {name: value.detach() for name, value in found.items()} | {"gradient": gradient}
+
+
+def three(tensors: dict[str, Tensor], t: Tensor, chosen: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Kernel, reference and truth."""
+    runs = (("triton", False), ("reference", False), ("reference", True))
+    return [run(backend, tensors, t, wide, chosen) for backend, wide in runs]
 
 
 def batch(
@@ -77,18 +83,11 @@ def hold(
     One timestep alone would hold a single number to what may be the reference's luck.
     """
     chosen = {"mean_type": mean_type, "var_type": var_type, "loss_type": loss_type}
-    parts: list[tuple[dict[str, Tensor], ...]] = []
+    batches = []
     for first in range(0, 5, shape[0]):
         t = timesteps(shape[0], first)
-        tensors = batch(mean_type, var_type, shape, layout, output_layout, dtype, t)
-        runs = (("reference", True), ("reference", False), ("triton", False))
-        parts.append(tuple(run(backend, tensors, t, wide, chosen) for backend, wide in runs))
-    truth, reference, found = (
-        {name: torch.cat([p[i][name] for p in parts]) for name in p0} for i, p0 in enumerate(parts[0])
-    )
-    assert set(found) == set(truth)
-    for name, value in truth.items():
-        assert_within_budget(found[name], reference[name], value, name)
+        batches.append(three(batch(mean_type, var_type, shape, layout, output_layout, dtype, t), t, chosen))
+    assert_all_within_budget(*joined(batches))
 
 
 @pytest.mark.parametrize("case", pairwise(AXES), ids=lambda case: "-".join(map(str, case.values())))
@@ -137,12 +136,7 @@ def hold_likelihood(log_variance: float, mean: float, scale: float) -> None:
     tensors = {"output": output, "x_start": x_start, "x_t": x_start, "noise": x_start}
     t = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     chosen = {"mean_type": "previous_x", "var_type": "learned", "loss_type": "kl"}
-    truth, reference, found = (
-        run(backend, tensors, t, wide, chosen)
-        for backend, wide in (("reference", True), ("reference", False), ("triton", False))
-    )
-    for name, value in truth.items():
-        assert_within_budget(found[name], reference[name], value, name)
+    assert_all_within_budget(*three(tensors, t, chosen))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's infinities
@@ -166,12 +160,7 @@ def test_the_likelihood_alone() -> None:
         tensors = {"output": output, "x_start": levels, "x_t": levels, "noise": levels}
         t = torch.zeros(len(levels), dtype=torch.int64, device=DEVICE)
         chosen = {"mean_type": "previous_x", "var_type": "learned", "loss_type": "kl"}
-        truth, reference, found = (
-            run(backend, tensors, t, wide, chosen)
-            for backend, wide in (("reference", True), ("reference", False), ("triton", False))
-        )
-        for name, value in truth.items():
-            assert_within_budget(found[name], reference[name], value, f"{name} {mean} {log_variance}")
+        assert_all_within_budget(*three(tensors, t, chosen), what=f"{mean} {log_variance}")
 
 
 def case(shape: tuple[int, ...] = (3, 3, 8, 8), layout: str = "channels_last") -> tuple[dict[str, Tensor], Tensor]:

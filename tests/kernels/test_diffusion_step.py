@@ -1,5 +1,6 @@
 """diffusion_step: every implementation against the definition in float64."""
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from fastdiff.kernels import diffusion_step, philox_normal
 from fastdiff.kernels.diffusion_step import kernel
 from fastdiff.kernels.gaussian import TABLES, Sampler
 
+from ..numerics import assert_equal_but_for_rounding
 from .process import LAYOUTS, STEPS, images, model_output, process, tables, timesteps
-from .support import DEVICE, TRITON_DTYPES, assert_within_budget, pairwise, random
+from .support import DEVICE, TRITON_DTYPES, assert_all_within_budget, assert_within_budget, joined, pairwise, random
 
 SEED = 2**63 + 5
 
@@ -52,7 +54,7 @@ def hold(
     samples = torch.arange(n, device=DEVICE) + 2**40
 
     def run_all(first: int) -> list[dict[str, Tensor]]:
-        """Truth, reference and kernel for a batch of its own."""
+        """Kernel, reference and truth for a batch of its own."""
         x_start, z, t = images(*shape, seed=first), random(*shape, seed=first + 10).to(DEVICE), timesteps(n, first)
         x = LAYOUTS[layout](process().q_sample(x_start, t, z))
         output = LAYOUTS[output_layout](model_output(mean_type, x_start, z, learned, seed=first + 20).to(dtype))
@@ -73,16 +75,11 @@ def hold(
             )
             return {name: value for name, value in step._asdict().items() if value is not None}
 
-        return [run("reference", torch.float64), run("reference", torch.float32), run("triton", torch.float32)]
+        return [run("triton", torch.float32), run("reference", torch.float32), run("reference", torch.float64)]
 
-    batches = [run_all(first) for first in range(0, 5, n)]
-    truth, reference, found = (
-        {name: torch.cat([p[name] for p in ps]) for name in ps[0]} for ps in zip(*batches, strict=True)
-    )
-    assert set(found) == {"sample", "pred_xstart"}
-    for name, value in truth.items():
-        assert found[name].dtype == torch.float32
-        assert_within_budget(found[name], reference[name], value, name)
+    found, reference, truth = joined([run_all(first) for first in range(0, 5, n)])
+    assert found["sample"].dtype == found["pred_xstart"].dtype == torch.float32
+    assert_all_within_budget(found, reference, truth)
 
 
 @pytest.mark.parametrize("case", pairwise(AXES), ids=lambda case: "-".join(map(str, case.values())))
@@ -105,12 +102,22 @@ def test_budget_of_every_combination(mean_type: str, var_type: str) -> None:
 def test_other_shapes(shape: tuple[int, ...]) -> None:
     x, output, noise = (random(*shape, seed=seed).to(DEVICE) for seed in (1, 2, 3))
     arguments = x, output, timesteps(2, 1), tables()
-    for given in ({"noise": noise}, {"seed": SEED}):
-        expected, found = (
-            diffusion_step(*arguments, var_type="fixed_small", backend=backend, **given).sample
-            for backend in ("reference", "triton")
+    update = [STEPS - t for t in arguments[2].tolist()]
+    drawn = torch.cat([philox_normal(SEED, torch.tensor([i]), update[i], shape[1:]) for i in range(2)]).to(DEVICE)
+    for given, z in (({"noise": noise}, noise), ({"seed": SEED}, drawn)):
+        truth, reference = (
+            diffusion_step(
+                *(t.to(dtype) for t in arguments[:2]),
+                arguments[2],
+                tables(dtype),
+                noise=z.to(dtype),
+                var_type="fixed_small",
+                backend="reference",
+            ).sample
+            for dtype in (torch.float64, torch.float32)
         )
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        found = diffusion_step(*arguments, var_type="fixed_small", backend="triton", **given).sample
+        assert_equal_but_for_rounding(found, reference, truth, str(shape))
 
 
 @pytest.mark.parametrize("dtype", [d for d in TRITON_DTYPES if d is not torch.float32], ids=str)
@@ -307,16 +314,19 @@ def test_the_processs_steps_are_the_ops(sampler: str, backend: str) -> None:
 def test_loops_draw_what_they_would_be_given(sampler: str) -> None:
     """x_T is step 0, the first update step 1: replayed noise and Philox inside the kernel make the same images."""
     shape, samples = (2, 3, 4, 4), torch.tensor([4, 2**33], device=DEVICE)
-    results = []
-    for backend in ("reference", "triton"):
+    draws = [philox_normal(SEED, samples, step, shape[1:]) for step in range(7)]
+
+    def run(backend: str, noise: Any, step_noise: Any) -> Tensor:
         d = GaussianDiffusion(betas=get_named_beta_schedule("cosine", 6), kernels=backend)
-        loop = d.p_sample_loop if sampler == "ddpm" else lambda *a, d=d, **k: d.ddim_sample_loop(*a, eta=1.0, **k)
-        philox = Philox(SEED, samples)
-        results.append(loop(lambda x, t: 0.1 * x, shape, noise=philox, step_noise=philox))
-        draws = [philox_normal(SEED, samples, step, shape[1:]) for step in range(7)]
-        results.append(loop(lambda x, t: 0.1 * x, shape, noise=draws[0], step_noise=draws[1:]))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
+        loop = d.p_sample_loop if sampler == "ddpm" else partial(d.ddim_sample_loop, eta=1.0)
+        return loop(lambda x, t: 0.1 * x, shape, noise=noise, step_noise=step_noise)
+
+    exact = [draw.double() for draw in draws]
+    truth, reference = run("reference", exact[0], exact[1:]), run("reference", draws[0], draws[1:])
+    philox = Philox(SEED, samples)
+    for backend in ("reference", "triton"):
+        assert_equal_but_for_rounding(run(backend, philox, philox), reference, truth, f"{backend}, drawn inside")
+    assert_equal_but_for_rounding(run("triton", draws[0], draws[1:]), reference, truth, "triton, given")
 
 
 def test_the_tables_are_the_processs() -> None:

@@ -1,4 +1,8 @@
-"""Every kernel, forward and backward, at sizes whose ends are ragged: short enough to run under compute-sanitizer."""
+"""A smoke test: it runs every kernel for compute-sanitizer and asserts only that results are finite.
+
+Forward and backward, at sizes whose ends are ragged, and in a short time. Correctness is held by the files that have an
+operation's name: test_group_norm_silu*, test_attention*, test_diffusion_step, test_diffusion_loss and test_philox.
+"""
 
 from typing import Any
 
@@ -11,16 +15,24 @@ from fastdiff.kernels.gaussian import TABLES
 from .support import DEVICE, TRITON_DTYPES, random
 from .test_group_norm_silu_full import KINDS, change_plan
 
+smoke = pytest.mark.slow if DEVICE.type == "cpu" else lambda test: test
+"""Interpreted, these show nothing that the files of the operations do not."""
+
 
 def leaf(*shape: int, seed: int, dtype: torch.dtype, memory_format: Any = torch.contiguous_format) -> torch.Tensor:
     x = random(*shape, seed=seed, dtype=dtype).to(DEVICE).contiguous(memory_format=memory_format)
     return x.requires_grad_()
 
 
+def assert_finite(*results: torch.Tensor) -> None:
+    assert all(torch.isfinite(result).all() for result in results)
+
+
+@smoke
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("plan", KINDS)
-def test_group_norm_silu(
+def test_smoke_of_group_norm_silu(
     plan: str, memory_format: torch.memory_format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_plan(monkeypatch, plan)
@@ -28,10 +40,10 @@ def test_group_norm_silu(
     weight, bias = (leaf(96, seed=seed, dtype=torch.float32) for seed in (2, 3))
     scale, shift = leaf(2, 192, seed=4, dtype=dtype).chunk(2, dim=1)
     y = group_norm_silu(x, weight, bias, scale=scale, shift=shift, backend="triton")
-    gradients = torch.autograd.grad(y, [x, weight, bias, scale, shift], torch.ones_like(y))
-    assert all(torch.isfinite(found).all() for found in (y, *gradients))
+    assert_finite(y, *torch.autograd.grad(y, [x, weight, bias, scale, shift], torch.ones_like(y)))
 
 
+@smoke
 @pytest.mark.parametrize(
     ("tokens", "head_dim", "dtype"),
     [
@@ -39,17 +51,18 @@ def test_group_norm_silu(
         *((tokens, d, torch.float32) for tokens, d in ((5, 24), (40, 48))),
     ],
 )
-def test_attention(tokens: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_smoke_of_attention(tokens: int, head_dim: int, dtype: torch.dtype) -> None:
     qkv = leaf(2, tokens, 6 * head_dim, seed=1, dtype=dtype)
     y = attention(qkv, 2, backend="triton")
-    (dqkv,) = torch.autograd.grad(y, qkv, torch.ones_like(y))
-    assert torch.isfinite(y).all()
-    assert torch.isfinite(dqkv).all()
+    assert_finite(y, *torch.autograd.grad(y, qkv, torch.ones_like(y)))
 
 
+@smoke
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (32, 33)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_the_process(memory_format: torch.memory_format, size: tuple[int, int]) -> None:
+def test_smoke_of_philox_diffusion_loss_and_diffusion_step(
+    memory_format: torch.memory_format, size: tuple[int, int]
+) -> None:
     tables = (0.5 * torch.rand(10, len(TABLES), generator=torch.Generator().manual_seed(0)) + 0.1).to(DEVICE)
     t = torch.tensor([0, 7, 9], device=DEVICE)
     x, x_start = (random(3, 3, *size, seed=seed).to(DEVICE) for seed in (1, 2))
@@ -64,7 +77,10 @@ def test_the_process(memory_format: torch.memory_format, size: tuple[int, int]) 
                 x, output, t, tables, sampler=sampler, eta=eta, seed=5, pred_xstart=True, backend="triton"
             )
             found += list(step)
-    assert all(torch.isfinite(value).all() for value in found)
+    assert_finite(*found)
+
+
+# Not smoke tests: arguments without an element, and a gradient that there is not
 
 
 def test_no_tokens() -> None:

@@ -1,11 +1,17 @@
-"""What the model tests share: small models whose every weight counts."""
+"""What the model tests share: small models whose every weight counts, and how two of them are compared."""
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from fastdiff.config import ModelConfig
 from fastdiff.models import UNet, build_model
+
+from ..numerics import relative
+from ..support import randomise
+
+Results = tuple[Tensor, dict[str, Tensor]]
+"""An output and the parameters' gradients."""
 
 
 def small_config(**changes: Any) -> ModelConfig:
@@ -24,25 +30,14 @@ def small_config(**changes: Any) -> ModelConfig:
 
 def small_model(kernels: str = "auto", memory_format: str = "channels_last", **changes: Any) -> UNet:
     """A model of small_config with random weights everywhere, also in the layers that begin at zero."""
-    model = build_model(small_config(**changes), kernels, memory_format)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            z = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.1 * z if p.ndim == 1 else z / p[0].numel() ** 0.5)
-    return model
+    return randomise(build_model(small_config(**changes), kernels, memory_format), seed=0, std=None)
 
 
-def inputs(model: UNet, batch: int = 2) -> dict[str, torch.Tensor]:
-    """Arguments for the model."""
-    generator = torch.Generator().manual_seed(1)
-    config = model.config
-    found = {
-        "x": torch.randn(batch, 3, config.image_size, config.image_size, generator=generator),
-        "timesteps": torch.linspace(3.25, 990, batch),
-    }
-    if config.class_cond:
-        found["y"] = torch.arange(batch) % config.num_classes
-    if config.small_size:
-        found["low_res"] = torch.randn(batch, 3, config.small_size, config.small_size, generator=generator)
-    return found
+def assert_near(found: Results, expected: Results, tolerance: float) -> None:
+    """Each is near by its norm; of gradients that are zero but for rounding, there is a millionth of the largest."""
+    (out, grads), (expected_out, expected_grads) = found, expected
+    assert relative(out, expected_out) <= tolerance
+    assert grads.keys() == expected_grads.keys()
+    largest = max(float(value.norm()) for value in expected_grads.values())
+    for name, value in expected_grads.items():
+        assert float((grads[name] - value).norm()) <= tolerance * float(value.norm()) + 1e-6 * largest, name

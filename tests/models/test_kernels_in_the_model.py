@@ -1,6 +1,5 @@
 """The UNet with the Triton kernels (interpreted where there is no GPU) is the UNet: outputs, gradients, compilation."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastdiff.models import UNet
 
-from .support import inputs, small_model
+from ..support import gradients, inputs
+from .support import assert_near, small_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -27,20 +27,6 @@ def case(kernels: str, memory_format: str = "channels_last", **changes: Any) -> 
     return model.to(DEVICE), {name: value.to(DEVICE) for name, value in inputs(model).items()}
 
 
-def results(call: Callable[..., Tensor], model: UNet, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.zero_grad()
-    out = call(**given)
-    out.square().mean().backward()
-    return {"out": out.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    largest = max(float(value.norm()) for value in expected.values())
-    for name, value in expected.items():
-        assert float((found[name] - value).norm()) <= tolerance * float(value.norm()) + 1e-6 * largest, name
-
-
 @pytest.mark.parametrize(
     ("variant", "memory_format"),
     [*((variant, "channels_last") for variant in VARIANTS), ("added embedding", "contiguous")],
@@ -49,39 +35,37 @@ def test_outputs_and_gradients(variant: str, memory_format: str) -> None:
     model, given = case("triton", memory_format, **VARIANTS[variant])
     reference, _ = case("reference", memory_format, **VARIANTS[variant])
     assert model.state_dict().keys() == reference.state_dict().keys()
-    assert_near(results(model, model, given), results(reference, reference, given), 1e-4)
+    assert_near(gradients(model, given), gradients(reference, given), 1e-4)
 
 
 def test_two_runs_give_equal_bits() -> None:
     model, given = case("triton", learn_sigma=True)
-    first, second = results(model, model, given), results(model, model, given)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    (out, grads), (out_again, grads_again) = (gradients(model, given) for _ in range(2))
+    assert torch.equal(out_again, out)
+    assert all(torch.equal(grads_again[name], value) for name, value in grads.items())
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("variant", ["learned variance, by class", "recomputing"])
-def test_training_is_one_graph(variant: str, backend: str) -> None:
+def test_training_is_one_graph(backend: str) -> None:
     torch._dynamo.reset()
-    model, given = case("triton", **VARIANTS[variant])
-    expected = results(model, model, given)
+    model, given = case("triton", use_checkpoint=True, **VARIANTS["learned variance, by class"])
+    expected = gradients(model, given)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    assert_near(results(compiled, model, given), expected, 1e-4)
+    assert_near(gradients(model, given, compiled), expected, 1e-4)
     given["timesteps"] = given["timesteps"] - 1.5
-    results(compiled, model, given)
+    gradients(model, given, compiled)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.timeout(600)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_sampling_is_one_graph(backend: str) -> None:
     torch._dynamo.reset()
     model, given = case("triton", learn_sigma=True)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model.eval(), backend=counter, fullgraph=True, dynamic=False)
     with torch.no_grad():
-        for t in (999.0, 500.25, 0.0):
+        for t in (999.0, 500.25):
             given["timesteps"] = torch.full((2,), t, device=DEVICE)
             torch.testing.assert_close(compiled(**given), model(**given), rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1

@@ -12,7 +12,6 @@ from .support import ENGINES, diffusion_config, golden_model, load, projection, 
 EMA_RATES = [0.9, 0.99]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("kernels", "memory_format"),
     [pytest.param(*engine, marks=[pytest.mark.slow] if engine[0] == "triton" else []) for engine in ENGINES],

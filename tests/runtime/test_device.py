@@ -9,6 +9,9 @@ from fastdiff.config import Compile, Precision
 from fastdiff.runtime.device import COMPILE_PAYS_AFTER, Runtime, has_native_bf16, resolve_device, resolve_precision
 from fastdiff.runtime.words import duration
 
+from ..numerics import relative
+from ..support import gradients, inputs, randomise
+
 CPU = torch.device("cpu")
 
 
@@ -89,6 +92,22 @@ def test_precisions_that_a_device_does_not_have_are_refused(monkeypatch: pytest.
         assert resolve_precision(Precision.AUTO, gpu) is Precision.FP32
 
 
+@pytest.mark.parametrize(
+    ("limit", "native"),
+    [("", True), ("AVX512_CORE", False), ("avx2", False), ("AVX512_CORE_BF16", True), ("AVX512_CORE_AMX", True)],
+)
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_bf16_is_native_only_where_onednn_may_use_it(
+    variable: str, limit: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setenv(variable, limit)
+    assert has_native_bf16(CPU) == native
+    assert resolve_precision(Precision.AUTO, CPU) is (Precision.BF16 if native else Precision.FP32)
+
+
 def test_auto_compiles_long_jobs_only() -> None:
     runtime = Runtime.resolve(RuntimeConfig(device="cpu"))
     assert not runtime.compiles(COMPILE_PAYS_AFTER["cpu"] - 1)
@@ -110,28 +129,23 @@ def test_autocast_covers_the_model_alone() -> None:
     assert linear(torch.ones(1, 2)).dtype is torch.float32
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("precision", "tolerance"),
     [(Precision.BF16, 3e-2), pytest.param(Precision.FP32, 1e-4, marks=pytest.mark.slow)],
 )
 def test_the_compiled_model_computes_the_same(precision: Precision, tolerance: float) -> None:
     """Every gradient too: Inductor once gave most of them as zero while the output was right."""
-    config = ModelConfig(image_size=16, num_channels=64, num_res_blocks=1, channel_mult=(1, 2), class_cond=True)
+    # At 32 channels a group of a norm is one channel: a bias before it has the gradient 0, of which rounding is left.
+    config = ModelConfig(image_size=8, num_channels=64, num_res_blocks=1, channel_mult=(1, 1), class_cond=True)
     torch.manual_seed(0)
-    model = build_model(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    x, t, y = torch.randn(3, 3, 16, 16), torch.tensor([1.0, 500.5, 999.0]), torch.tensor([0, 7, 999])
-    found = []
+    model = randomise(build_model(config), std=None)
+    given, found = inputs(model, 3), []
     for compile in (Compile.OFF, Compile.ON):
         runtime = Runtime.resolve(RuntimeConfig(device="cpu", precision=precision, compile=compile))
-        model.zero_grad()
-        out = runtime.prepare(model, calls=1)(x, t, y=y)
-        out.square().mean().backward()
-        found.append({"output": out.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()})
+        out, grads = gradients(model, given, runtime.prepare(model, calls=1))
+        found.append({"output": out} | grads)
     for name, eager in found[0].items():
-        assert float((found[1][name] - eager).norm()) <= tolerance * float(eager.norm()), name
+        assert relative(found[1][name], eager) <= tolerance, name
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from fastdiff.runtime.distributed import (
     restarted,
 )
 
-from ..cli.support import finish
+from ..processes import finish
 
 
 @pytest.fixture(autouse=True)

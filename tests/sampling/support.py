@@ -13,6 +13,8 @@ from fastdiff.models import UNet
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling import Engine, Pipeline, Plan
 
+from ..support import randomise
+
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "zebra")
 MODEL = ModelConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult=(1,))
@@ -28,9 +30,7 @@ def model_of(config: ModelConfig, seed: int = 0, last: float = 1.0) -> UNet:
     """The same weights for the same seed, those of the last layer times ``last``."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = build_model(config).eval()
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape))
+        model = randomise(build_model(config).eval())
         for p in model.out.parameters():
             p.mul_(last)
     return model

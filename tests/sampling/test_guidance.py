@@ -13,6 +13,7 @@ from fastdiff.models import NULL_CLASS
 from fastdiff.sampling import Engine
 from fastdiff.sampling.guidance import guided
 
+from ..support import inputs
 from .support import CLASSES, UPPER, drawn, loaded, plan, runtime
 
 T = torch.tensor([3.0, 500.0, 999.0])
@@ -41,14 +42,11 @@ def test_it_is_the_way_from_one_prediction_to_the_other(
 ) -> None:
     """Ho & Salimans 2022, equation 6: (1 + w) with - w without, w = scale - 1, against two calls of their own."""
     model = Counting(loaded(tmp_path, **CLASSES, learn_sigma=learn_sigma, **(UPPER if upper else {})).model)
-    generator = torch.Generator().manual_seed(0)
-    side = 16 if upper else 8
-    x = torch.randn(3, 3, side, side, generator=generator)
-    conditions = {"low_res": torch.randn(3, 3, 8, 8, generator=generator)} if upper else {}
-    found = guided(model, scale)(x, T, Y, **conditions)
+    given = {**inputs(model.module, 3), "timesteps": T, "y": Y}
+    found = guided(model, scale)(**given)
     assert model.sizes == [6]
-    having = model(x, T, y=Y, **conditions)
-    without = model(x, T, y=torch.full_like(Y, NULL_CLASS), **conditions)
+    having = model(**given)
+    without = model(**{**given, "y": torch.full_like(Y, NULL_CLASS)})
     w = scale - 1
     expected = (1 + w) * having[:, :3] - w * without[:, :3]
     torch.testing.assert_close(found[:, :3], expected, rtol=0, atol=2e-5)

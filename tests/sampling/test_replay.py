@@ -1,9 +1,6 @@
 """The same seed gives the same images: in any batch, on any number of processes, after any death."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from fastdiff.kernels import philox_uint32
 from fastdiff.sampling import Loop
 from fastdiff.sampling.shards import Shards, parts_of
 
-from ..cli.support import Result, finish
+from ..processes import Result, launch
 from .support import CLASSES, UPPER, command, saved
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -88,29 +85,18 @@ def test_the_words_are_the_same_bit_for_bit() -> None:
     assert torch.equal(philox_uint32(2**64 - 1, numbers.flip(0), 3, 50).flip(0), whole)
 
 
-def launch(
-    processes: int, folder: Path, out: Path, *args: object, torchrun: tuple[str, ...] = (), **environment: object
+def sample(
+    processes: int,
+    folder: Path,
+    out: Path,
+    *args: object,
+    torchrun: tuple[str, ...] | None = None,
+    **environment: object,
 ) -> Result:
     """``fastdiff sample`` alone or as several processes, through a worker that can be told to come to harm."""
-    run = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", *torchrun]
     flags = [*HOW, *(() if "--indices" in args else ("--num-samples", COUNT)), "--out", out, *args]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, *(run if processes > 1 else ())),
-            *map(str, (WORKER, "sample", folder / "model.safetensors", *flags)),
-        ],
-        cwd=out.parent,
-        env={
-            **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")},
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "OMP_NUM_THREADS": "1",
-            **{name: str(value) for name, value in environment.items()},
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return finish(process)
+    words = ("sample", folder / "model.safetensors", *flags)
+    return launch(WORKER, words, out.parent, environment, processes, torchrun)
 
 
 def finished(out: Path) -> dict[str, int]:
@@ -126,7 +112,7 @@ def images_in(names: dict[str, int]) -> int:
 
 def test_two_processes_draw_what_one_does(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
-    result = launch(2, folder, out, "--batch-size", 3, COUNT_FILE=tmp_path / "count")
+    result = sample(2, folder, out, "--batch-size", 3, COUNT_FILE=tmp_path / "count")
     assert result.status == 0, result
     same(out, folder / "whole.npz")
     assert [(tmp_path / f"count{rank}").read_text() for rank in (0, 1)] == [str(3 * STEPS)] * 2  # 8 as 3, 3, 2
@@ -134,7 +120,6 @@ def test_two_processes_draw_what_one_does(folder: Path, tmp_path: Path) -> None:
     assert "2 processes" in result.out
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("before", "after", "batch_size", "then"),
     [(1, 1, 5, 5), (1, 2, 3, 3), (2, 1, 3, 4)],
@@ -147,12 +132,12 @@ def test_killed_and_started_again(
     out = tmp_path / "a.npz"
     # in the third batch, when the first is on the disk
     harm = {"KILL_AFTER_STEPS": 2 * STEPS + 2, "KILL_RANK": before - 1}
-    result = launch(before, folder, out, "--batch-size", batch_size, **harm)
+    result = sample(before, folder, out, "--batch-size", batch_size, **harm)
     assert result.status == (1 if before > 1 else -9), result
     assert not out.exists()
     there = finished(out)
     assert 0 < images_in(there) < COUNT
-    result = launch(after, folder, out, "--batch-size", then, COUNT_FILE=tmp_path / "count")
+    result = sample(after, folder, out, "--batch-size", then, COUNT_FILE=tmp_path / "count")
     assert result.status == 0, result
     assert f"going on: {images_in(there)} of 16 images are there\n" in result.out
     same(out, folder / "whole.npz")
@@ -165,20 +150,19 @@ def test_killed_and_started_again(
 @pytest.mark.parametrize(("flag", "text", "said"), [("--class", "eel", "class 'eel'"), ("--indices", "a", "indices")])
 def test_bad_input_is_told_once(folder: Path, tmp_path: Path, flag: str, text: str, said: str) -> None:
     """However many processes there are."""
-    result = launch(2, folder, tmp_path / "a.npz", flag, text)
+    result = sample(2, folder, tmp_path / "a.npz", flag, text)
     (line,) = (line for line in result.err.splitlines() if "error:" in line)
     assert line.startswith(f"error: {said}")
     assert result.status == 1
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.timeout(240)
 def test_the_death_of_one_process_is_mended_by_torchrun(folder: Path, tmp_path: Path) -> None:
     """One of two dies, torchrun starts both again; nothing that either had finished is lost, nor overwritten again."""
     out = tmp_path / "a.npz"
     out.touch()
     harm = {"KILL_AFTER_STEPS": 5 * STEPS + 2, "KILL_RANK": 1, "COUNT_FILE": tmp_path / "count"}
-    result = launch(
+    result = sample(
         2,
         folder,
         out,
@@ -228,13 +212,12 @@ def test_enlarged_images_too(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     same(out, whole)
 
 
-@pytest.mark.timeout(240)
 def test_a_signal_to_all_while_one_is_done(folder: Path, tmp_path: Path) -> None:
     """The second process has nothing to draw and waits; it must not die of the signal before the first has stopped."""
     out = tmp_path / "a.npz"
     harm = {"SIGNAL": "SIGTERM", "SIGNAL_AFTER_STEPS": 2, "SIGNAL_TORCHRUN": "yes"}
-    result = launch(2, folder, out, "--indices", "0", **harm)
+    result = sample(2, folder, out, "--indices", "0", torchrun=(), **harm)
     assert "stopped by SIGTERM: 0 of 1 images are finished" in result.out, result
     assert "lost the others" not in result.err
-    assert launch(2, folder, out, "--indices", "0").status == 0
+    assert sample(2, folder, out, "--indices", "0").status == 0
     same(out, folder / "whole.npz", [0])

@@ -17,6 +17,8 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.training import Trainer
 from fastdiff.training.run_folder import RunConfig
 
+from ..support import randomise as randomise_model
+
 TINY: dict[str, Any] = {
     "image_size": 8,
     "num_channels": 32,
@@ -56,10 +58,7 @@ def trainer(run_dir: Path, data_dir: Path, precision: str = "fp32", **flags: Any
 
 def randomise(trainer: Trainer) -> Trainer:
     """Weights that are nowhere zero: with the usual ones the first gradient is zero but in the last layer."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in trainer.model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    randomise_model(trainer.model, seed=1)
     return trainer
 
 

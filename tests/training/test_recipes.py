@@ -162,7 +162,6 @@ def two_machines(data: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_two_machines(machines: Machine, two_machines: list[str], tmp_path: Path) -> None:
     command = [*two_machines, "--steps", "4"]
     said = finish([start([*machines(i), *command], environment(GLOO_SOCKET_IFNAME="eth0")) for i in range(2)])
@@ -171,7 +170,6 @@ def test_two_machines(machines: Machine, two_machines: list[str], tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("lost", ["process", "machine"])
 def test_a_machine_that_comes_back_is_taken_in_again(
     machines: Machine, two_machines: list[str], tmp_path: Path, lost: str
@@ -199,7 +197,6 @@ def test_a_machine_that_comes_back_is_taken_in_again(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_kubernetes(machines: Machine, data: Path, tmp_path: Path) -> None:
     pod = container()
     variables = {item["name"]: item["value"] for item in pod["env"]}
@@ -240,7 +237,6 @@ def slurm(machines: Machine, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_slurm_ends_a_job_before_its_time_and_the_next_one_goes_on(
     slurm: dict[str, str], data: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ import torch
 from fastdiff import TrainConfig
 from fastdiff.training.trainer import learning_rate
 
+from ..numerics import relative
+from ..support import refusal
 from .support import each_step, file, randomise, same, trainer, weights
 
 
@@ -145,7 +147,7 @@ def test_bf16_is_near_fp32_and_keeps_fp32_weights(tmp_path: Path, shapes: Path) 
     one, other = (moments(tmp_path / p / "opt000001.safetensors") for p in ("fp32", "bf16"))
     assert not same(one, other)
     flat = [torch.cat([m.flatten() for m in found.values()]) for found in (one, other)]
-    assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 0.05
+    assert relative(flat[1], flat[0]) < 0.05
     saved, _ = file(tmp_path / "bf16/model000001.safetensors")
     assert all(value.dtype == torch.float32 for value in saved.values())
 
@@ -230,9 +232,7 @@ def test_one_nan_does_not_spoil_the_loss_history(tmp_path: Path, shapes: Path) -
 def test_a_run_that_has_come_to_nothing_stops(tmp_path: Path, shapes: Path, precision: str) -> None:
     subject = trainer(tmp_path, shapes, precision=precision, steps=100, log_interval=5, save_interval=2)
     poison(subject, range(4, 100))
-    with pytest.raises(ValueError, match=r"not finite in the last \d+ updates: .*--lr.*last good.*model\d+") as error:
-        subject.run()
-    assert "\n" not in str(error.value)
+    refusal(subject.run, r"not finite in the last \d+ updates: .*--lr.*last good.*model\d+")
     assert 25 <= subject.state.step - 4 <= 30
     for path in tmp_path.glob("*.safetensors"):
         assert all(bool(value.isfinite().all()) for value in file(path)[0].values()), path
