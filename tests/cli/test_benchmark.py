@@ -11,7 +11,7 @@ from fastdiff.benchmarks import command, ladder, suites
 from fastdiff.benchmarks.rows import Row
 from fastdiff.runtime import device as runtime_device
 
-from ..benchmarks.support import measure_little
+from ..benchmarks.support import count_no_memory, measure_little
 from ..processes import finish
 from .conftest import Cli
 from .support import refused, start, succeeded
@@ -23,9 +23,11 @@ PLAIN = ["--compile", "off"]
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a compiler, which would take minutes."""
+    """A machine without a compiler, which would take minutes, and nothing but the measurement."""
     monkeypatch.setattr(runtime_device, "_has_compiler", lambda _: False)
     measure_little(monkeypatch)
+    count_no_memory(monkeypatch, suites)
+    monkeypatch.setattr(suites, "peers", lambda _: {})
 
 
 def rows_of(path: str) -> list[dict[str, str]]:
@@ -181,7 +183,10 @@ def test_rows_that_cannot_be_kept_now_are_kept_with_the_next(cli: Cli, monkeypat
 @pytest.mark.parametrize("stdout", ["ascii", "closed"])
 def test_what_cannot_be_shown_is_kept(stdout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    little = "from fastdiff.benchmarks import roofs; roofs.ENOUGH, roofs.SIDE = {'cpu': 1e6}, {'cpu': 64}"
+    little = (
+        "from fastdiff.benchmarks import roofs, suites\n"
+        "roofs.ENOUGH, roofs.SIDE, suites.peers = {'cpu': 1e6}, {'cpu': 64}, lambda _: {}"
+    )
     process = start("benchmark", "unet", *QUICK, *ONCE, *PLAIN, "--csv", "rows.csv", cwd=tmp_path, before=little)
     assert process.stdout is not None
     if stdout == "closed":

@@ -93,7 +93,6 @@ def test_two_runs_on_one_folder(train: Cli, another: Job, tmp_path: Path) -> Non
 
 def test_a_run_that_was_killed_holds_nobody_up(train: Cli, another: Job, tmp_path: Path) -> None:
     another.kill()
-    another.wait()
     assert (tmp_path / "busy/.lease.json").exists()
     assert "beginning afresh" in succeeded(train("busy", "--resume", "--steps", 1)).out
     assert not (tmp_path / "busy/.lease.json").exists()

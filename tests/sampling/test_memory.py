@@ -33,7 +33,7 @@ finally:
 def peak(folder: Path, model: Path, net: str, images: int) -> float:
     """MiB of memory that ``fastdiff sample`` held at most."""
     out = folder / f"{images}.npz"
-    flags = ["--num-samples", str(images), "--batch-size", "4", "--steps", "1", "--compile", "off", "--device", "cpu"]
+    flags = ["--num-samples", str(images), "--batch-size", "10", "--steps", "1", "--compile", "off", "--device", "cpu"]
     result = subprocess.run(
         [
             sys.executable,
@@ -67,10 +67,10 @@ def peak(folder: Path, model: Path, net: str, images: int) -> float:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count")
 @pytest.mark.parametrize(
     ("net", "runs"),
-    [("two layers", 1), pytest.param("all layers", 3, marks=[pytest.mark.slow, pytest.mark.timeout(600)])],
+    [("two layers", 1), pytest.param("all layers", 3, marks=pytest.mark.slow)],
 )
-def test_2000_images_take_the_memory_of_500(tmp_path: Path, net: str, runs: int) -> None:
-    """Held, the 1,500 more would take 17.6 MiB."""
+def test_1000_images_take_the_memory_of_250(tmp_path: Path, net: str, runs: int) -> None:
+    """Held, the 750 more would take 8.8 MiB."""
     model = saved(tmp_path / "model.safetensors", image_size=SIDE, channel_mult=(1, 1, 1, 1))
-    few, many = (min(peak(tmp_path, model, net, images) for _ in range(runs)) for images in (500, 2000))
-    assert abs(many - few) < 9, (few, many)
+    few, many = (min(peak(tmp_path, model, net, images) for _ in range(runs)) for images in (250, 1000))
+    assert abs(many - few) < 4, (few, many)
