@@ -14,7 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO
 
@@ -122,10 +123,21 @@ class Job:
             self.kill()
 
     def kill(self) -> None:
-        """End it now."""
+        """End it now; what it wrote is gone with it."""
         for process in self._ranks:
             process.kill()
             process.join()
+        self._out.close()
+        self._err.close()
+
+
+def script(text: str, **names: object) -> tuple[BaseProcess, Connection]:
+    """A process that executes ``text`` with these names, and the other end of its ``channel``."""
+    ours, theirs = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=exec, args=(text, {"channel": theirs, **names}))
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 def launch(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from itertools import count
 from typing import Any, NoReturn
 
@@ -101,8 +102,7 @@ def recognise(state: Mapping[str, Tensor], name: object) -> Architecture:
     own: Shapes = {}
     try:
         found = _read(state)
-        with torch.device("meta"):
-            own = _shapes(build_model(ModelConfig(**found.flags(found.smallest_size), **found.made_up)).state_dict())
+        own = _shapes_of(ModelConfig(**found.flags(found.smallest_size), **found.made_up))
     except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError):  # of numbers that make no model
         _refuse(state, name, {})
     if own != _shapes(state):
@@ -149,6 +149,12 @@ def _shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
+@cache
+def _shapes_of(config: ModelConfig) -> Shapes:
+    with torch.device("meta"):
+        return _shapes(build_model(config).state_dict())
+
+
 def _refuse(state: Mapping[str, Tensor], name: object, own: Shapes) -> NoReturn:
     """ValueError that names the nearest preset and the first difference from it.
 
@@ -156,9 +162,7 @@ def _refuse(state: Mapping[str, Tensor], name: object, own: Shapes) -> NoReturn:
     """
     theirs = _shapes(state)
     known = {"a model of its sizes": own} if own else {}
-    for preset, values in PRESETS.items():
-        with torch.device("meta"):
-            known[f"--preset {preset}"] = _shapes(build_model(values.config(ModelConfig)).state_dict())
+    known |= {f"--preset {preset}": _shapes_of(values.config(ModelConfig)) for preset, values in PRESETS.items()}
     differing = {
         what: [key for key in ours | theirs if ours.get(key) != theirs.get(key)] for what, ours in known.items()
     }

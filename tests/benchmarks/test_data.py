@@ -61,8 +61,8 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKSERVER)
 
 
-@pytest.mark.usefixtures("forked")
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_in_new_process", lambda function, *args: function(*args))
     monkeypatch.setattr(data, "QUICK", data.Extent((70, 140), 140, rounds=2, starts=1))
     monkeypatch.setattr(startup, "_MODEL", ("--image-size", "8", "--num-channels", "32", "--channel-mult", "1"))
     rows = list(data.measure_data(True, tmp_path, CPU))

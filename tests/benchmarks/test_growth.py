@@ -106,7 +106,7 @@ def test_it_ends_where_the_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(models, workload, config, stack)
 
     monkeypatch.setattr(growth, "_forward", forward)
-    rows = [r for r in measured(replace(BATCH, quick=(1, 2, 3, 4)), monkeypatch=monkeypatch) if "forward" in r.workload]
+    rows = [r for r in measured(replace(BATCH, quick=(1, 2, 3)), monkeypatch=monkeypatch) if "forward" in r.workload]
     assert [row.candidate for row in rows] == ["batch 1", "batch 2"]
     assert rows[1].remark.startswith("time ~ batch^")
     assert rows[1].remark.endswith("; batch 3: out of memory")

@@ -14,7 +14,7 @@ from filelock import SoftFileLock, UnixFileLock
 
 from fastdiff.checkpoint import Lease, lease
 
-from ..processes import FORKSERVER
+from ..processes import script
 
 HOLD = """
 from pathlib import Path
@@ -28,14 +28,11 @@ with Lease(Path(run_dir), "job 7"):
 @contextmanager
 def held(run_dir: Path) -> Iterator[BaseProcess]:
     """Another process, which holds the folder until the end."""
-    ours, theirs = FORKSERVER.Pipe()
-    process = FORKSERVER.Process(target=exec, args=(HOLD, {"run_dir": str(run_dir), "channel": theirs}))
-    process.start()
-    theirs.close()
-    assert ours.recv() == "held"
+    process, channel = script(HOLD, run_dir=str(run_dir))
+    assert channel.recv() == "held"
     yield process
     if process.is_alive():
-        ours.send("end")
+        channel.send("end")
     process.join()
 
 

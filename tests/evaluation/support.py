@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from copy import deepcopy
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +11,7 @@ from fastdiff import Checkpoint
 from fastdiff.data import Dataset, normalised
 from fastdiff.evaluation.nll import TERMS, Bound
 from fastdiff.kernels import philox_normal
+from fastdiff.models import UNet
 
 from ..numerics import assert_equal_but_for_rounding
 
@@ -19,34 +19,38 @@ from ..numerics import assert_equal_but_for_rounding
 def by_hand(
     checkpoint: Checkpoint, dataset: Dataset, count: int, *, seed: int = 0, labels: Sequence[int] | None, double: bool
 ) -> Bound:
-    """``count`` images, in fp32 or in float64, where the images and the noise are the same numbers."""
-    dtype = torch.float64 if double else torch.float32
-    process, net = checkpoint.diffusion, deepcopy(checkpoint.model).eval().to(dtype)
-    steps = process.num_timesteps
-    priors, terms = [], np.zeros((len(TERMS), count, steps))
-    for i in range(count):
-        place = i % len(dataset.images)
-        x = normalised(torch.from_numpy(dataset.images[place : place + 1])).to(dtype)
-        kwargs: dict[str, Tensor] = {}
-        if labels is not None:
-            kwargs["y"] = torch.tensor([labels[place]])
-        if checkpoint.model_config.small_size:
-            kwargs["low_res"] = F.avg_pool2d(x, 2)
-        priors.append(float(process.prior_bpd(x)))
-        for column, t in enumerate(range(steps - 1, -1, -1)):
-            noise = philox_normal(seed, torch.tensor([i]), steps - t, x.shape[1:]).to(dtype)
-            step = torch.tensor([t])
-            x_t = process.q_sample(x, step, noise)
-            with torch.no_grad():
-                out = process.vb_terms_bpd(net, x, x_t, step, model_kwargs=kwargs)
-            eps = process.eps_from_xstart(x_t, step, out["pred_xstart"])
-            terms[:, i, column] = [
-                float(out["output"]),
-                float((eps - noise).square().mean()),
-                float((out["pred_xstart"] - x).square().mean()),
-            ]
-    prior = np.array(priors)
-    return Bound(prior + terms[0].sum(1), prior, dict(zip(TERMS, terms.mean(1), strict=True)), len(dataset.images))
+    """``count`` images: in fp32 one after the other, or together in float64, from the same pixels and noise."""
+    net = deepcopy(checkpoint.model).eval().to(torch.float64 if double else torch.float32)
+    numbers = torch.arange(count)
+    parts = [_by_hand(checkpoint, net, dataset, part, seed, labels) for part in numbers.split(count if double else 1)]
+    priors, terms = (torch.cat(values, dim=-1).double().numpy() for values in zip(*parts, strict=True))
+    means = dict(zip(TERMS, terms.mean(-1).T, strict=True))
+    return Bound(priors + terms[:, 0].sum(0), priors, means, len(dataset.images))
+
+
+def _by_hand(
+    checkpoint: Checkpoint, net: UNet, dataset: Dataset, numbers: Tensor, seed: int, labels: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """The prior (N,) and the terms (T, 3, N) of these images."""
+    process, dtype = checkpoint.diffusion, net.out[2].weight.dtype
+    places = numbers % len(dataset.images)
+    x = normalised(torch.from_numpy(dataset.images[places.numpy()])).to(dtype)
+    kwargs: dict[str, Tensor] = {}
+    if labels is not None:
+        kwargs["y"] = torch.tensor(labels)[places]
+    if checkpoint.model_config.small_size:
+        kwargs["low_res"] = F.avg_pool2d(x, 2)
+    columns = []
+    for t in range(process.num_timesteps - 1, -1, -1):
+        noise = philox_normal(seed, numbers, process.num_timesteps - t, x.shape[1:]).to(dtype)
+        steps = torch.full((len(x),), t)
+        x_t = process.q_sample(x, steps, noise)
+        with torch.no_grad():
+            out = process.vb_terms_bpd(net, x, x_t, steps, model_kwargs=kwargs)
+        eps = process.eps_from_xstart(x_t, steps, out["pred_xstart"])
+        squares = ((eps - noise).square(), (out["pred_xstart"] - x).square())
+        columns.append(torch.stack([out["output"], *(square.mean((1, 2, 3)) for square in squares)]))
+    return process.prior_bpd(x), torch.stack(columns)
 
 
 def assert_same_bound(found: Bound, reference: Bound, truth: Bound) -> None:

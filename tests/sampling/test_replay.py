@@ -157,6 +157,7 @@ def test_bad_input_is_told_once(folder: Path, tmp_path: Path, flag: str, text: s
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_death_of_one_process_is_mended_by_torchrun(folder: Path, tmp_path: Path) -> None:
     """One of two dies, torchrun starts both again; nothing that either had finished is lost, nor overwritten again."""
     out = tmp_path / "a.npz"
@@ -212,6 +213,7 @@ def test_enlarged_images_too(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     same(out, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_while_one_is_done(folder: Path, tmp_path: Path) -> None:
     """The second process has nothing to draw and waits; it must not die of the signal before the first has stopped."""
     out = tmp_path / "a.npz"

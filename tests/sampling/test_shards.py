@@ -5,10 +5,10 @@ import inspect
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from itertools import pairwise
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastdiff.checkpoint import Lease, NewerFormat
 from fastdiff.sampling import shards as module
 from fastdiff.sampling.shards import Shards, parts_of
 
+from ..processes import script
 from .test_output import full_after
 
 SETTINGS = {"seed": 2**64 - 1, "eta": 0.5, "sampler": "ddim", "classes": [1, 2], "checkpoint": "läuft/ema.safetensors"}
@@ -38,18 +39,17 @@ def shards(tmp_path: Path) -> Shards:
     return shards
 
 
-def work(shards: Shards, script: str) -> subprocess.Popen[str]:
-    """Another process, which has the same shards."""
+def work(shards: Shards, text: str) -> tuple[BaseProcess, Connection]:
+    """Another process, which has the same shards, and its channel."""
     beginning = f"""
-import os, sys
+import os
 from pathlib import Path
 import numpy as np
 from fastdiff.sampling.shards import Shards
 {inspect.getsource(images)}
-shards = Shards(Path(sys.argv[1]))
+shards = Shards(Path(folder))
 """
-    command = [sys.executable, "-c", beginning + script, str(shards.folder)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return script(beginning + text, folder=str(shards.folder))
 
 
 def held(shards: Shards) -> list[int]:
@@ -328,7 +328,7 @@ def test_a_manifest_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_kill_in_the_middle_of_writing(shards: Shards, tmp_path: Path, at: int) -> None:
     """Each file is flushed, then its folder: killed at the first of the two it is absent, at the second whole."""
-    script = f"""
+    text = f"""
 real, calls = os.fsync, 0
 def fsync(handle):
     global calls
@@ -340,9 +340,9 @@ os.fsync = fsync
 for start in (0, 4, 8):
     shards.add(start, images(range(start, start + 4)))
 """
-    process = work(shards, script)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process, _ = work(shards, text)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert held(shards) == list(range(4 * (at // 2)))
     left = {path.name for path in shards.folder.glob(".*.tmp")}
     assert len(left) == 1
@@ -364,39 +364,35 @@ def test_a_kill_at_any_moment(shards: Shards) -> None:
     """What a process has said to be finished is there."""
     total = 0
     for life in range(3):
-        script = """
+        text = """
 for start in range(int(shards.missing(100_000)[0]), 100_000, 3):
     shards.add(start, images(range(start, start + 3)))
-    print(start + 3, flush=True)
+    channel.send(start + 3)
 """
-        with work(shards, script) as process:
-            assert process.stdout is not None
-            for _ in range(5 + 20 * life):
-                said = int(process.stdout.readline())
-            process.send_signal(signal.SIGKILL)
+        process, channel = work(shards, text)
+        for _ in range(5 + 20 * life):
+            said = channel.recv()
+        process.kill()
+        process.join()
         before, total = total, len(held(shards))
         assert total >= said >= before + 15
         assert held(shards) == list(range(total))
 
 
 def test_two_processes_add_at_once(shards: Shards) -> None:
-    script = """
-print("ready", flush=True)
-first = int(sys.stdin.readline())
-for start in range(first, 300, 10):
+    text = """
+channel.send("ready")
+for start in range(channel.recv(), 300, 10):
     shards.add(start, images(range(start, start + 5)))
 """
-    both = [work(shards, script) for _ in range(2)]
-    for process in both:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process, first in zip(both, (0, 5), strict=True):
-        assert process.stdin is not None
-        process.stdin.write(f"{first}\n")
-        process.stdin.flush()
-    for process in both:
-        process.communicate()
-        assert process.returncode == 0
+    both = [work(shards, text) for _ in range(2)]
+    for _, channel in both:
+        assert channel.recv() == "ready"
+    for (_, channel), first in zip(both, (0, 5), strict=True):
+        channel.send(first)
+    for process, _ in both:
+        process.join()
+        assert process.exitcode == 0
     assert held(shards) == list(range(300))
     assert len(names(shards.folder)) == 61
 

@@ -65,9 +65,9 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("processes", "precision"),
     [
-        (1, "bf16"),
+        (1, "fp32"),
         (2, "fp32"),
-        pytest.param(1, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, "bf16", marks=pytest.mark.slow),  # which a processor without it does slowly
         pytest.param(2, "bf16", marks=pytest.mark.slow),
     ],
 )
@@ -141,14 +141,23 @@ def test_two_processes_draw_previews_from_the_weights_that_they_save(
     assert np.abs(pictures["model"] - pictures["ema_0.9999_"]).max() > 20
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_the_death_of_one_process_is_mended_by_torchrun(tmp_path: Path, shapes: Path, parallel: str) -> None:
-    """kill -9 of one of two: torchrun starts both again, and they end with the bits of an undisturbed run."""
+@pytest.mark.parametrize(
+    ("parallel", "torchrun"),
+    [("ddp", False), *(pytest.param(p, True, marks=pytest.mark.slow) for p in ("ddp", "fsdp"))],
+)
+def test_the_death_of_one_process_is_mended_by_a_restart(
+    tmp_path: Path, shapes: Path, parallel: str, torchrun: bool
+) -> None:
+    """kill -9 of one of two: both are started again, as torchrun does it or by it, and end with the same bits."""
     flags = [*LEARNING, "--precision", "fp32", "--parallel", parallel, "--steps", "8", "--save-interval", "2"]
     train(2, "straight", *flags, cwd=tmp_path, data=shapes)
-    torchrun = ["--max-restarts=2", "--monitor-interval=0.2"]
-    harm = {"KILL_AFTER_STEP": "5", "KILL_RANK": "1"}
-    result = train(2, "killed", *flags, cwd=tmp_path, data=shapes, torchrun=torchrun, **harm)
+    common = {"cwd": tmp_path, "data": shapes, "KILL_AFTER_STEP": "5", "KILL_RANK": "1"}
+    if torchrun:
+        result = train(2, "killed", *flags, torchrun=["--max-restarts=2", "--monitor-interval=0.2"], **common)
+    else:
+        for count, status in (("0", 1), ("1", 0)):
+            started = {"TORCHELASTIC_RUN_ID": "job 7", "TORCHELASTIC_RESTART_COUNT": count}
+            result = train(2, "killed", *flags, status=status, **started, **common)
     assert "torchrun started this process anew" in result.out
     assert "resumed at step 4\n" in result.out
     assert hashes(tmp_path / "straight", 8) == hashes(tmp_path / "killed", 8)
@@ -159,10 +168,11 @@ def test_a_restart_takes_nobody_elses_run(tmp_path: Path, shapes: Path) -> None:
     """torchrun starts again what ended because the folder holds a run: that makes the run none of its own."""
     train(1, "run", "--precision", "fp32", "--steps", "2", cwd=tmp_path, data=shapes)
     before = hashes(tmp_path / "run", 2)
-    torchrun = ["--max-restarts=1", "--monitor-interval=0.2"]
-    flags = ["--precision", "fp32", "--steps", "9"]
-    result = train(1, "run", *flags, cwd=tmp_path, data=shapes, status=1, torchrun=torchrun)
-    assert result.err.count("error: run already holds a run: go on with --resume") == 2
+    for count in ("0", "1"):
+        started = {"TORCHELASTIC_RUN_ID": "job 7", "TORCHELASTIC_RESTART_COUNT": count}
+        flags = ["--precision", "fp32", "--steps", "9"]
+        result = train(1, "run", *flags, cwd=tmp_path, data=shapes, status=2, **started)
+        refused(result, "^error: run already holds a run: go on with --resume")
     assert hashes(tmp_path / "run", 2) == before
     assert not list((tmp_path / "run").glob("*9.safetensors"))
 
@@ -244,6 +254,7 @@ def test_processes_that_do_not_find_each_other_say_so(tmp_path: Path, shapes: Pa
     )
 
 
+@pytest.mark.slow
 def test_one_process_compiled_with_ddp(tmp_path: Path, shapes: Path) -> None:
     """torch.compile around DDP computes what is computed without it (aot_eager: the compiler itself is slow here)."""
     flags = ["--precision", "fp32", "--steps", "3", "--microbatch", "4"]
