@@ -1,11 +1,14 @@
 """What the tests of training, sampling and the command line share."""
 
+import functools
+import gc
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel: without a GPU they are interpreted
@@ -21,6 +24,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
+
+
+# Typer puts the tree of commands together at every call of one: 60 ms, and the tests call a thousand.
+typer.main.get_command = functools.cache(typer.main.get_command)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look through it again and again, nor so often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)

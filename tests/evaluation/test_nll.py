@@ -59,9 +59,9 @@ def test_every_term_is_the_process_s_own(model: str, shapes: Path, tmp_path: Pat
     if model == "by class":
         labels = [CLASSES["class_names"].index(name.split("_")[0]) for name in dataset.names]
     reference, truth = (
-        by_hand(checkpoint, dataset, 5, seed=9, labels=labels, double=double) for double in (False, True)
+        by_hand(checkpoint, dataset, 3, seed=9, labels=labels, double=double) for double in (False, True)
     )
-    found = evaluated(checkpoint, dataset, num_samples=5, batch_size=2, seed=9)
+    found = evaluated(checkpoint, dataset, num_samples=3, batch_size=2, seed=9)
     assert_same_bound(found, reference, truth)
     assert found.terms["vb"].sum() + found.prior_bpd.mean() == pytest.approx(found.total_bpd.mean(), rel=1e-12)
 
@@ -96,7 +96,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Subject:
     return Subject(lambda: loaded(folder, **MODELS["by class"]), dataset, *known)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 16])
+@pytest.mark.parametrize("batch_size", [1, 7])
 def test_whatever_the_batch(subject: Subject, batch_size: int) -> None:
     subject.hold(subject(batch_size=batch_size))
 

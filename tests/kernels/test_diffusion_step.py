@@ -150,7 +150,7 @@ def drawn(
     return diffusion_step(x, output, t, tables(), **chosen, backend=backend).sample
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 7), (3, 3, 5), (3, 24, 28), (4, 1, 1), (1, 33, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 7), (3, 3, 5), (3, 20, 18), (4, 1, 1), (1, 33, 31)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_noise_is_philox_whatever_layout_batch_and_block(
     layout: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

@@ -29,7 +29,7 @@ def case(kernels: str, memory_format: str = "channels_last", **changes: Any) -> 
 
 @pytest.mark.parametrize(
     ("variant", "memory_format"),
-    [*((variant, "channels_last") for variant in VARIANTS), ("added embedding", "contiguous")],
+    [*((variant, "channels_last") for variant in VARIANTS if variant != "recomputing"), ("recomputing", "contiguous")],
 )
 def test_outputs_and_gradients(variant: str, memory_format: str) -> None:
     model, given = case("triton", memory_format, **VARIANTS[variant])

@@ -3,8 +3,6 @@
 import errno
 import math
 import shutil
-import subprocess
-import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -18,6 +16,8 @@ from fastdiff import TrainConfig, checkpoint
 from fastdiff.checkpoint import read_tensors, saved_steps, verify_step
 from fastdiff.training import saver
 from fastdiff.training.saver import CheckpointFile, Saver, free_space_check
+
+from ..processes import script
 
 
 @pytest.fixture(autouse=True)
@@ -268,20 +268,19 @@ import torch
 from fastdiff import TrainConfig, checkpoint
 from fastdiff.training.saver import CheckpointFile, Saver
 
-run_dir = Path(sys.argv[1])
+run_dir = Path(run_dir)
 subject = Saver(run_dir, TrainConfig(), print)
 file = CheckpointFile(checkpoint.model_path(run_dir, 1), {"w": torch.zeros(3)}, {"kind": "model"})
 subject.save(1, [file], lambda: time.sleep(0.5))
-if sys.argv[2] == "exception":
+if how == "exception":
     raise RuntimeError("something else")
-sys.exit(int(sys.argv[2]))
+sys.exit(int(how))
 """
 
 
 @pytest.mark.parametrize(("how", "status"), [("0", 0), ("143", 143), ("exception", 1)])
 def test_the_process_ends_when_the_save_has(tmp_path: Path, how: str, status: int) -> None:
-    command = [sys.executable, "-c", ENDING, str(tmp_path), how]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-    assert result.returncode == status, result.stderr
+    process, _ = script(ENDING, run_dir=str(tmp_path), how=how)
+    process.join()
+    assert process.exitcode == status
     verify_step(tmp_path, 1)
-    assert "saved step 1" in result.stdout

@@ -228,7 +228,7 @@ def test_one_nan_does_not_spoil_the_loss_history(tmp_path: Path, shapes: Path) -
     assert bool(subject.state.sampler.weights().isfinite().all())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_run_that_has_come_to_nothing_stops(tmp_path: Path, shapes: Path, precision: str) -> None:
     subject = trainer(tmp_path, shapes, precision=precision, steps=100, log_interval=5, save_interval=2)
     poison(subject, range(4, 100))
