@@ -60,10 +60,17 @@ def rounding(truth: Tensor, dtype: torch.dtype) -> float:
 
 
 def assert_within_budget(found: Tensor, reference: Tensor, truth: Tensor, what: str) -> None:
-    """err(found, fp64) <= 2 * err(reference in that dtype, fp64) + one rounding."""
+    """By norm, err(found, fp64) <= 2 * err(reference in that dtype, fp64) + one rounding; of no element over 4 times.
+
+    The largest error of a few hundred sums is a matter of luck, on one make of processor three times that on another
+    where the norms agree to a tenth.
+    """
     assert torch.isfinite(found).all(), what
-    limit = 2 * error(reference, truth) + rounding(truth, found.dtype)
+    limit = 4 * error(reference, truth) + rounding(truth, found.dtype)
     assert error(found, truth) <= limit, f"{what}: error {error(found, truth):.3g} over the budget {limit:.3g}"
+    norm, of_reference = (float((value.double() - truth).norm()) for value in (found, reference))
+    limit = 2 * of_reference + torch.finfo(found.dtype).eps / 2 * float(truth.norm())
+    assert norm <= limit, f"{what}: norm of the error {norm:.3g} over the budget {limit:.3g}"
 
 
 Results = Mapping[str, Tensor]
