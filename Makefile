@@ -11,8 +11,8 @@ CACHES := .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 # A test keeps to one thread, so there is one at a time for each processor; more than 8 would want much memory.
 # pytest-benchmark, which is for benchmarks/ alone, does not go with that and stays out.
 # What computes numbers on a CPU, as far as it takes no more than a minute.
-PORTABLE := tests/diffusion tests/evaluation/test_nll.py tests/evaluation/test_bound.py tests/parity/test_training.py \
-	tests/models/test_unet.py tests/kernels/test_attention.py tests/training/test_optimizer.py tests/training/test_ema.py
+PORTABLE := tests/diffusion tests/evaluation/test_nll.py tests/evaluation/test_bound.py tests/kernels/test_attention.py \
+	tests/training/test_optimizer.py tests/training/test_ema.py
 PYTEST := $(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 
 # Only .venv counts, whatever environment is active.
@@ -35,9 +35,9 @@ demo: $(INSTALLED)
 test: $(TOOLS)
 	@$(PYTEST) -m "not slow"
 
-# The numbers as a processor of other instructions and two threads compute them.
+# The numbers as a processor of other instructions computes them.
 test-portable: $(TOOLS)
-	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 TEST_THREADS=2 $(PYTEST) -m "not slow" $(PORTABLE)
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "not slow" $(PORTABLE)
 
 test-slow: $(TOOLS)
 	@$(PYTEST) -m slow
