@@ -58,6 +58,6 @@ def _kernels_win(tokens: int, dtype: torch.dtype) -> bool:
 def _autocast(qkv: Tensor) -> Tensor:
     """qkv in the dtype in which autocast would compute the products, once for q, k and v."""
     device = qkv.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         return qkv.to(torch.get_autocast_dtype(device))
     return qkv
