@@ -23,6 +23,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets kernels, on any device; like Triton itself, this is read once."""
 
 
+HAVE_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
+"""Asked once: PyTorch 2.11 cannot trace the question. The meta device, among others, has none."""
+
+
 class Backend(StrEnum):
     """Which implementation of an operation runs."""
 
@@ -79,8 +83,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast changes no dtype on the device of ``x``."""
-    # PyTorch would say whether there is autocast for the device, in a function that torch.compile cannot trace in 2.11.
-    return torch.autocast(x.device.type, enabled=False) if x.device.type in ("cpu", "cuda") else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in HAVE_AUTOCAST else nullcontext()
 
 
 def let_cache(function: str, version: str) -> None:

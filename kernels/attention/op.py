@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.attention import pytorch, reference
-from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require
+from fastdiff.kernels.backend import HAS_TRITON, HAVE_AUTOCAST, Backend, choose, require
 
 IMPLEMENTATIONS = {Backend.TORCH: pytorch.attention, Backend.REFERENCE: reference.attention}
 if HAS_TRITON:
@@ -58,6 +58,6 @@ def _kernels_win(tokens: int, dtype: torch.dtype) -> bool:
 def _autocast(qkv: Tensor) -> Tensor:
     """qkv in the dtype in which autocast would compute the products, once for q, k and v."""
     device = qkv.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+    if device in HAVE_AUTOCAST and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         return qkv.to(torch.get_autocast_dtype(device))
     return qkv

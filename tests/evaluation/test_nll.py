@@ -96,7 +96,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Subject:
     return Subject(lambda: loaded(folder, **MODELS["by class"]), dataset, *known)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 16])
 def test_whatever_the_batch(subject: Subject, batch_size: int) -> None:
     subject.hold(subject(batch_size=batch_size))
 

@@ -269,7 +269,7 @@ from fastdiff import TrainConfig, checkpoint
 from fastdiff.training.saver import CheckpointFile, Saver
 
 run_dir = Path(run_dir)
-subject = Saver(run_dir, TrainConfig(), print)
+subject = Saver(run_dir, TrainConfig(), channel.send)
 file = CheckpointFile(checkpoint.model_path(run_dir, 1), {"w": torch.zeros(3)}, {"kind": "model"})
 subject.save(1, [file], lambda: time.sleep(0.5))
 if how == "exception":
@@ -280,7 +280,8 @@ sys.exit(int(how))
 
 @pytest.mark.parametrize(("how", "status"), [("0", 0), ("143", 143), ("exception", 1)])
 def test_the_process_ends_when_the_save_has(tmp_path: Path, how: str, status: int) -> None:
-    process, _ = script(ENDING, run_dir=str(tmp_path), how=how)
+    process, channel = script(ENDING, run_dir=str(tmp_path), how=how)
     process.join()
     assert process.exitcode == status
     verify_step(tmp_path, 1)
+    assert "saved step 1" in channel.recv()
