@@ -16,7 +16,7 @@ PORTABLE := tests/diffusion tests/evaluation/test_nll.py tests/evaluation/test_b
 PYTEST := $(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal -p no:benchmark
 
 # Only .venv counts, whatever environment is active.
-unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-portable test-slow lint format clean
 

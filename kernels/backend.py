@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor
 
 Implementation = Callable[..., Any]
@@ -83,24 +82,9 @@ def _has_bf16(device: torch.device) -> bool:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast changes no dtype on the device of ``x``."""
+    if torch.compiler.is_compiling():
+        import fastdiff.kernels.graph_cache  # noqa: F401  # here, since it imports the compiler: two seconds
     return torch.autocast(x.device.type, enabled=False) if x.device.type in HAVE_AUTOCAST else nullcontext()
-
-
-def let_cache(function: str, version: str) -> None:
-    """Let torch.compile keep traced graphs that call ``function``, "module.name", until its ``version`` is another.
-
-    One that PyTorch does not know to be safe keeps the graph of the whole model out of its cache, and every start would
-    trace it anew. It counts in the calling thread.
-    """
-    config, name = torch._inductor.config, "unsafe_marked_cacheable_functions"
-    if hasattr(config, name):
-        # assigned and not changed in place, which would not reach the cache's key
-        setattr(config, name, {**getattr(config, name), function: version})
-
-
-if torch.__version__ >= "2.13":  # before, the cache's key did not tell bf16 from fp16
-    for _name in ("_enter_autocast", "_exit_autocast"):  # without_autocast in a graph
-        let_cache(f"torch.amp.autocast_mode.{_name}", version=torch.__version__)
 
 
 def require(holds: bool, op: str, message: str, *values: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdiff.kernels.backend import let_cache
+from fastdiff.kernels.graph_cache import let_cache
 
 
 @torch.compiler.allow_in_graph

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels.group_norm_silu import inductor
 from fastdiff.kernels.group_norm_silu.reference import steady
 
 
@@ -23,6 +22,8 @@ def group_norm_silu(
     Eagerly on a CPU this is the fastest way too: PyTorch's GroupNorm in bf16 is slower than in fp32.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
+        from fastdiff.kernels.group_norm_silu import inductor  # it imports the compiler, which takes seconds
+
         return inductor.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)

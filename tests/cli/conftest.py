@@ -62,7 +62,15 @@ def run_dir(train: Cli, tmp_path: Path) -> Path:
     return tmp_path / "runs" / "a"
 
 
-MODEL = ModelConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult=(1,), class_cond=True, num_classes=3)
+MODEL = ModelConfig(
+    image_size=8,
+    num_channels=32,
+    num_res_blocks=1,
+    channel_mult=(1,),
+    attention_resolutions=(),
+    class_cond=True,
+    num_classes=3,
+)
 DIFFUSION = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine")
 
 

@@ -12,7 +12,7 @@ from ..processes import Result
 
 TINY = [
     *("--image-size", "8", "--num-channels", "32", "--num-res-blocks", "1", "--channel-mult", "1"),
-    *("--diffusion-steps", "20", "--noise-schedule", "cosine"),
+    *("--attention-resolutions", "", "--diffusion-steps", "20", "--noise-schedule", "cosine"),
 ]
 """A model and a process that train in no time."""
 

@@ -1,15 +1,16 @@
 """``--resume_checkpoint``: an improved-diffusion run, or another one of ours, goes on in a run folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastdiff import ModelConfig, build_model
+from fastdiff import build_model
 from fastdiff.checkpoint import saved_steps
 
-from .conftest import Cli
+from .conftest import MODEL, Cli
 from .support import PLAIN, TINY, contents, refused, succeeded
 
 SHORT = ["--preview_interval", "0", "--batch_size", "4", *PLAIN]
@@ -22,7 +23,7 @@ def config_of(run_dir: Path) -> dict[str, dict[str, object]]:
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
     """model000010.pt with an average and an optimizer, of a model with improved-diffusion's 1000 classes."""
-    config = ModelConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult=(1,), class_cond=True)
+    config = replace(MODEL, num_classes=1000)
     state = dict(build_model(config).state_dict())
     folder = tmp_path / "original"
     folder.mkdir()

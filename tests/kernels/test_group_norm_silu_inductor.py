@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from fastdiff.kernels import group_norm_silu
-from fastdiff.kernels.backend import let_cache
+from fastdiff.kernels.graph_cache import let_cache
 
 from .support import DTYPES, pairwise
 from .test_group_norm_silu import CHANNELS, FAR, LAYOUTS, Case, hold

@@ -17,7 +17,7 @@ from ..support import randomise
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "zebra")
-MODEL = ModelConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult=(1,))
+MODEL = ModelConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult=(1,), attention_resolutions=())
 CLASSES: dict[str, Any] = {"class_cond": True, "num_classes": 3, "class_names": NAMES}
 UPPER: dict[str, Any] = {"image_size": 16, "small_size": 8}
 # x_0 as it is predicted: what an untrained net says of the noise becomes an image of black and white

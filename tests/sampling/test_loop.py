@@ -24,6 +24,9 @@ from .support import MODEL, model_of, runtime
 STEPS = 5
 SHAPE = (3, 3, 8, 8)
 SAMPLERS = [(sampler, 0.0) for sampler in Sampler] + [(Sampler.DDIM, 0.7)]
+WAYS = [(1.0, True), (3.0, False)]
+"""Without guidance and with noise that is given; with guidance and Philox."""
+WAYS_IDS = ["given", "guided-philox"]
 
 
 def config(sampler: Sampler, eta: float = 0.0) -> SampleConfig:
@@ -149,8 +152,7 @@ def unet() -> UNet:
     return model_of(replace(MODEL, class_cond=True, num_classes=4, learn_sigma=True))
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["philox", "given"])
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(("scale", "given"), WAYS, ids=WAYS_IDS)
 @pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
 def test_no_step_waits_for_the_device(sampler: Sampler, eta: float, scale: float, given: bool) -> None:
     place = runtime("bf16")
@@ -275,8 +277,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     return captured
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["philox", "given"])
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(("scale", "given"), WAYS, ids=WAYS_IDS)
 @pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
 def test_a_step_is_one_graph_of_the_buffers(
     graphs: list[Recording], sampler: Sampler, eta: float, scale: float, given: bool

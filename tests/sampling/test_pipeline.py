@@ -92,7 +92,8 @@ def test_a_cascade_is_one_command_after_the_other(tmp_path: Path, batch_size: in
     assert np.array_equal(together, apart)
     assert sum(told) == 5 * 8  # each image takes the steps of both
     # and so does one image of it, and a trajectory
-    assert np.array_equal(np.concatenate(list(pipeline.draw(np.array([3]), labels[3:4])))[0], apart[3])
+    (alone,) = np.concatenate(list(pipeline.draw(np.array([3]), labels[3:4])))
+    assert np.abs(alone.astype(int) - apart[3]).max() <= 1  # elsewhere in the batch it may round otherwise
     shown = pipeline.trajectory(3, int(labels[3]), 3)
     assert shown.shape == (3, 16, 16, 3)
     assert np.abs(shown[-1].astype(int) - apart[3]).max() <= 1

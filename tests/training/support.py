@@ -24,6 +24,7 @@ TINY: dict[str, Any] = {
     "num_channels": 32,
     "num_res_blocks": 1,
     "channel_mult": "1",
+    "attention_resolutions": "",
     "diffusion_steps": 20,
     "noise_schedule": "cosine",
     "batch_size": 4,

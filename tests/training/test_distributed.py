@@ -24,7 +24,8 @@ from ..sampling.support import command
 WORKER = Path(__file__).with_name("worker.py")
 MODEL = [
     *("--image-size", "8", "--num-channels", "32", "--num-res-blocks", "1", "--channel-mult", "1"),
-    *("--diffusion-steps", "4", "--noise-schedule", "cosine", "--class-cond", "--learn-sigma"),
+    *("--attention-resolutions", "", "--diffusion-steps", "4", "--noise-schedule", "cosine"),
+    *("--class-cond", "--learn-sigma"),
     *("--compile", "off", "--device", "cpu", "--preview-interval", "0", "--log-interval", "1"),
     *("--batch-size", "16", "--ema-rate", "0.9999,0.5", "--lr", "1e-3", "--flip"),
 ]
