@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 CACHES := .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
-# A test keeps to one thread, so there is one at a time for each processor; more than 8 would want much memory.
+# A test keeps to one thread; how many run at a time says tests/conftest.py, and more than 8 would want much memory.
 # pytest-benchmark, which is for benchmarks/ alone, does not go with that and stays out.
 # What computes numbers on a CPU, as far as it takes no more than a minute.
 PORTABLE := tests/diffusion tests/evaluation/test_nll.py tests/evaluation/test_bound.py tests/kernels/test_attention.py \

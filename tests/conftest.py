@@ -30,6 +30,12 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 typer.main.get_command = functools.cache(typer.main.get_command)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than processors: now and then a test waits for the disk, or for a process that starts."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: the garbage collector need not look through it again and again, nor so often."""
     gc.collect()

@@ -25,7 +25,6 @@ from ..sampling.support import loaded, runtime
 from ..watch import Watch
 from .support import assert_same_bound, by_hand
 
-STEPS = 20
 CLASSES: dict[str, Any] = {
     "class_cond": True,
     "num_classes": 5,
