@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, with_flags
+from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, path_option, with_flags
 from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, RuntimeConfig
 from fastdiff.config.base import tuple_of
 
@@ -41,9 +41,9 @@ def benchmark(
         typer.Option(help="Rounds in which the candidates take turns; repetitions in data and growth.", min=1),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and shapes: all in under ten minutes.")] = False,
-    csv: Annotated[Path | None, typer.Option(help="Add the rows to this CSV file.")] = None,
-    chart: Annotated[Path | None, typer.Option(help="Draw unet, train and sample to this PNG file.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="Say what moved since the run of this CSV file.")] = None,
+    csv: Annotated[Path | None, path_option(help="Add the rows to this CSV file.")] = None,
+    chart: Annotated[Path | None, path_option(help="Draw unet, train and sample to this PNG file.")] = None,
+    compare: Annotated[Path | None, path_option(help="Say what moved since the run of this CSV file.")] = None,
     debug: DebugFlag = False,
 ) -> None:
     """Time the kernels, the UNet, a training step, sampling, a sampling step, the data, and how cost grows with size.

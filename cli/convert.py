@@ -5,8 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastdiff.cli.loading import load_with_flags
-from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, refuse_contradiction, with_flags
+from fastdiff.cli.loading import find_with_rate, load_with_flags
+from fastdiff.cli.options import (
+    DebugFlag,
+    EmaRateFlag,
+    Flags,
+    PresetFlag,
+    all_flags,
+    build,
+    path_argument,
+    refuse_contradiction,
+    with_flags,
+)
 from fastdiff.config import DiffusionConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -16,11 +26,14 @@ if TYPE_CHECKING:
 @with_flags(ModelConfig, DiffusionConfig)
 def convert(
     flags: Flags,
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A .safetensors, .pt, run folder or diffusers folder.")],
+    source: Annotated[
+        Path, path_argument(metavar="SRC", help="A .safetensors, .pt, run folder, RUN@STEP or diffusers folder.")
+    ],
     target: Annotated[
-        Path, typer.Argument(metavar="DST", help="The .safetensors or .pt file, or diffusers folder, to write.")
+        Path, path_argument(metavar="DST", help="The .safetensors or .pt file, or diffusers folder, to write.")
     ],
     scheduler: Annotated[str, typer.Option(help="Scheduler of a diffusers folder: ddim or ddpm.")] = "ddim",
+    ema_rate: EmaRateFlag = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     preset: PresetFlag = None,
     debug: DebugFlag = False,
@@ -37,22 +50,22 @@ def convert(
     if scheduler not in list(Scheduler):
         raise ValueError(f"scheduler must be one of {', '.join(Scheduler)}, not {scheduler!r}")
     conversion.check_target(source, target, overwrite)
-    path, loaded = _load(source, flags, preset)
+    path, loaded = _load(source, flags, preset, ema_rate)
     if path.resolve() == target.resolve():  # of a run folder
         raise ValueError(f"{target} is SRC itself: name another place")
     for line in conversion.convert(path, loaded, target, Scheduler(scheduler)):
         typer.echo(line)
 
 
-def _load(source: Path, flags: Flags, preset: str | None) -> "tuple[Path, Checkpoint]":
+def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) -> "tuple[Path, Checkpoint]":
     """The file or folder that is meant, and what is in it."""
-    from fastdiff.checkpoint import Checkpoint, find_checkpoint, load_weights
+    from fastdiff.checkpoint import Checkpoint, load_weights
     from fastdiff.diffusion import build_diffusion
     from fastdiff.interop import diffusers
     from fastdiff.models import build_model
 
     if not diffusers.is_folder(source):
-        path = find_checkpoint(source)
+        path = find_with_rate(source, ema_rate)
         return path, load_with_flags(path, flags, preset)
     state, config, process = diffusers.read(source)
     given = all_flags(flags, preset, ModelConfig, DiffusionConfig)

@@ -1,6 +1,5 @@
 """``fastdiff data``: from archives to folders, a look at them, and one file out of them."""
 
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastdiff.cli.options import DebugFlag
+from fastdiff.cli.options import DebugFlag, path_argument, path_option
 from fastdiff.config import Labels
 
 if TYPE_CHECKING:
@@ -22,13 +21,7 @@ app = typer.Typer(
 )
 
 
-def _path(text: str) -> Path:
-    if not text:
-        raise typer.BadParameter("it is empty: name a file or a folder")
-    return Path(os.path.expanduser(text))  # Path.expanduser fails for ~nobody
-
-
-Out = Annotated[Path, typer.Argument(parser=_path, help="Folder to make.")]
+Out = Annotated[Path, path_argument(help="Folder to make.")]
 _CLASSES, _UNREADABLE = 20, 10
 
 
@@ -42,7 +35,7 @@ def _root(context: typer.Context) -> None:
 def cifar10(
     source: Annotated[
         Path,
-        typer.Argument(parser=_path, metavar="SRC", help="cifar-10-python.tar.gz or -binary, or what it unpacks to."),
+        path_argument(metavar="SRC", help="cifar-10-python.tar.gz or -binary, or what it unpacks to."),
     ],
     out: Out,
     debug: DebugFlag = False,
@@ -60,7 +53,7 @@ def cifar10(
 def lsun(
     source: Annotated[
         Path,
-        typer.Argument(parser=_path, metavar="SRC", help="A folder like bedroom_train_lmdb, or the zip of it."),
+        path_argument(metavar="SRC", help="A folder like bedroom_train_lmdb, or the zip of it."),
     ],
     out: Out,
     image_size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels of the squares that are stored.")] = 256,
@@ -81,8 +74,7 @@ def lsun(
 def imagenet(
     source: Annotated[
         Path,
-        typer.Argument(
-            parser=_path,
+        path_argument(
             metavar="SRC",
             help="ILSVRC2012_img_train.tar, a folder of its class tars, or any tar or zip of images.",
         ),
@@ -105,9 +97,7 @@ def imagenet(
 
 @app.command()
 def check(
-    path: Annotated[
-        Path, typer.Argument(parser=_path, metavar="DIR", help="Folder of images, or a .zip or .npz of them.")
-    ],
+    path: Annotated[Path, path_argument(metavar="DIR", help="Folder of images, or a .zip or .npz of them.")],
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels of the model; by default 64, or those of the .npz.")
     ] = None,
@@ -116,9 +106,7 @@ def check(
     ] = Labels.PREFIX,
     sheet: Annotated[
         Path | None,
-        typer.Option(
-            parser=_path, metavar="FILE", help="Draw up to 100 images as the model sees them into this .png file."
-        ),
+        path_option(metavar="FILE", help="Draw up to 100 images as the model sees them into this .png file."),
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -144,12 +132,10 @@ def check(
 
 @app.command()
 def pack(
-    source: Annotated[Path, typer.Argument(parser=_path, metavar="DIR", help="Folder of images.")],
+    source: Annotated[Path, path_argument(metavar="DIR", help="Folder of images.")],
     out: Annotated[
         Path,
-        typer.Argument(
-            parser=_path, help="File to make: a .zip of the image files, or an .npz of their pixels at one size."
-        ),
+        path_argument(help="File to make: a .zip of the image files, or an .npz of their pixels at one size."),
     ],
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of the images in an .npz.")] = None,
     labels: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastdiff.cli.options import DebugFlag
+from fastdiff.cli.options import DebugFlag, path_option
 from fastdiff.cli.sample import Choices, run_sampling
 from fastdiff.cli.train import run_training
 
@@ -40,7 +40,7 @@ _MADE = {
 
 
 def demo(
-    run_dir: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
+    run_dir: Annotated[Path, path_option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
     debug: DebugFlag = False,
 ) -> None:
     """Try the whole way on drawn shapes, in two minutes.

@@ -10,7 +10,16 @@ import typer
 
 from fastdiff.cli.improved_diffusion import log_formats
 from fastdiff.cli.loading import find_with_rate, load_for, young_average
-from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, build, with_flags
+from fastdiff.cli.options import (
+    CheckpointArgument,
+    DebugFlag,
+    EmaRateFlag,
+    Flags,
+    PresetFlag,
+    build,
+    path_option,
+    with_flags,
+)
 from fastdiff.cli.sample import Choices
 from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, NllConfig, RuntimeConfig
 
@@ -34,16 +43,12 @@ def _evaluate(context: typer.Context) -> None:
 @with_flags(NllConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
 def nll(
     flags: Flags,
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint or run folder; by default the newest run under runs/.")
-    ] = None,
-    out_dir: Annotated[Path, typer.Option(help="Folder for the numbers.")] = Path("nll"),
+    checkpoint: CheckpointArgument = None,
+    out_dir: Annotated[Path, path_option(help="Folder for the numbers.")] = Path("nll"),
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the terms into this .png file (extra 'plot': matplotlib).")
+        Path | None, path_option(help="Draw the terms into this .png file (extra 'plot': matplotlib).")
     ] = None,
-    ema_rate: Annotated[
-        str | None, typer.Option(help="Average of a run folder to evaluate, by rate, or raw; by default the highest.")
-    ] = None,
+    ema_rate: EmaRateFlag = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     timeout: Annotated[
         int, typer.Option(min=1, help="Seconds after which a process that waits for the others gives up.")
@@ -59,10 +64,9 @@ def nll(
     A checkpoint knows its model. The model's and the process's flags are for bare state dicts (.pt), which tell the
     architecture, but neither the heads nor the process.
     """
-    plot = plot and plot.expanduser()
     choices = Choices(
         checkpoint=checkpoint,
-        out=out_dir.expanduser(),
+        out=out_dir,
         ema_rate=ema_rate,
         overwrite=overwrite,
         timeout=timeout,

@@ -1,9 +1,12 @@
 """Options derived from the configurations: a flag is declared and described once, in fastdiff/config/."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from enum import StrEnum
+from functools import partial
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -27,7 +30,30 @@ Flags = dict[str, Any]
 
 _TRUE, _FALSE = {"true", "1", "yes", "t", "y"}, {"false", "0", "no", "f", "n"}
 
+
+def as_path(text: str | Path) -> Path:
+    """A path of the command line, "~" being the home folder; an error, which names the option, for an empty one."""
+    if not str(text).strip():
+        raise typer.BadParameter("a path must not be empty: name a file or folder")
+    return Path(os.path.expanduser(text))  # Path.expanduser fails for ~nobody
+
+
+def as_text_of_path(text: str) -> str:
+    """As as_path, for a field of a configuration."""
+    return str(as_path(text))
+
+
+path_option = partial(typer.Option, parser=as_path, metavar="PATH")
+path_argument = partial(typer.Argument, parser=as_path)
+
 PresetFlag = Annotated[str | None, typer.Option(help="A released model's flags, see fastdiff presets.")]
+CheckpointArgument = Annotated[
+    Path | None,
+    path_argument(help="Checkpoint file, run folder or RUN@STEP; by default the newest run under runs/."),
+]
+EmaRateFlag = Annotated[
+    str | None, typer.Option(help="Average of a run folder to take, by rate, or raw; by default the highest.")
+]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -64,7 +90,8 @@ def _parameter(name: str, kind: Any, default: Any, help: str) -> inspect.Paramet
     spelling = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     if kind not in (bool, int, float) and not (isinstance(kind, type) and issubclass(kind, StrEnum)):
         kind = str  # tuples, as "16,8", too
-    option = typer.Option(spelling, help=help + _shown(default), show_default=False)
+    parse: dict[str, Any] = {"parser": as_text_of_path, "metavar": "PATH"} if name.endswith("_dir") else {}
+    option = typer.Option(spelling, help=help + _shown(default), show_default=False, **parse)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

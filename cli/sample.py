@@ -8,7 +8,17 @@ import typer
 
 from fastdiff.cli.improved_diffusion import log_formats
 from fastdiff.cli.loading import find_with_rate, load_for, young_average
-from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, with_flags
+from fastdiff.cli.options import (
+    CheckpointArgument,
+    DebugFlag,
+    EmaRateFlag,
+    Flags,
+    PresetFlag,
+    all_flags,
+    build,
+    path_option,
+    with_flags,
+)
 from fastdiff.config import MOST_SAMPLES, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -42,12 +52,10 @@ class Choices:
 @with_flags(SampleConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
 def sample(
     flags: Flags,
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint or run folder; by default the newest run under runs/.")
-    ] = None,
+    checkpoint: CheckpointArgument = None,
     out: Annotated[
         Path,
-        typer.Option(help="The npz file to write ({shape} in its name is NxHxWx3); a grid appears beside it as .png."),
+        path_option(help="The npz file to write ({shape} in its name is NxHxWx3); a grid appears beside it as .png."),
     ] = Path("samples.npz"),
     class_: Annotated[
         str | None, typer.Option("--class", help="Class to draw, by name or number, or several: cat,dog.")
@@ -55,23 +63,21 @@ def sample(
     indices: Annotated[
         str | None, typer.Option(help="Draw the images of these numbers only, e.g. 17,42 or 100-199.")
     ] = None,
-    ema_rate: Annotated[
-        str | None, typer.Option(help="Average of a run folder to draw from, by rate, or raw; by default the highest.")
-    ] = None,
+    ema_rate: EmaRateFlag = None,
     base_samples: Annotated[
         Path | None,
-        typer.Option(help="Images for a super-resolution model to enlarge: an npz of samples, or a folder."),
+        path_option(help="Images for a super-resolution model to enlarge: an npz of samples, or a folder."),
     ] = None,
     super_res: Annotated[
-        Path | None, typer.Option(help="Enlarge the images with this super-resolution checkpoint or run.")
+        Path | None, path_option(help="Enlarge the images with this super-resolution checkpoint or run.")
     ] = None,
     interpolate: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="Draw the way between two image files or seeds; needs a sampler like ddim."),
     ] = None,
-    png_dir: Annotated[Path | None, typer.Option(help="Write every image as a PNG file into this folder too.")] = None,
+    png_dir: Annotated[Path | None, path_option(help="Write every image as a PNG file into this folder too.")] = None,
     trajectory: Annotated[
-        Path | None, typer.Option(help="Show how the first image came about: an animation (.gif) or a strip (.png).")
+        Path | None, path_option(help="Show how the first image came about: an animation (.gif) or a strip (.png).")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that exist, and begin an unfinished job anew.")
@@ -147,7 +153,7 @@ def _paths(choices: Choices) -> tuple[Path, Path | None]:
     path = find_with_rate(choices.checkpoint, choices.ema_rate)
     if choices.super_res is None:
         return path, None
-    return path, find_with_rate(choices.super_res, choices.ema_rate if choices.super_res.is_dir() else None)
+    return path, find_with_rate(choices.super_res, choices.ema_rate if not choices.super_res.is_file() else None)
 
 
 def _plan(

@@ -17,6 +17,7 @@ from fastdiff.cli.options import (
     PresetFlag,
     all_flags,
     build,
+    path_option,
     refuse_contradiction,
     with_flags,
 )
@@ -42,17 +43,17 @@ if TYPE_CHECKING:
 @with_flags(DataConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)
 def train(
     flags: Flags,
-    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME of the data.")] = None,
+    run_dir: Annotated[Path | None, path_option(help="Folder of the run; by default runs/NAME of the data.")] = None,
     preset: PresetFlag = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
     allow_changes: Annotated[
         bool,
         typer.Option("--allow-changes", help="Resume although the data set or the diffusion process has changed."),
     ] = False,
-    init_from: Annotated[Path | None, typer.Option(help="Begin with the weights of this checkpoint.")] = None,
+    init_from: Annotated[Path | None, path_option(help="Begin with the weights of this checkpoint.")] = None,
     resume_checkpoint: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             help="Go on from another run's modelNNNNNN.pt (improved-diffusion's) or .safetensors, with its averages "
             "and its optimizer."
         ),
@@ -99,11 +100,15 @@ def run_training(
     run_dir = run_dir or log_folder()
     if "tensorboard" in log_formats():
         flags = {"tensorboard": True} | flags
-    if resume_checkpoint is not None:
-        if init_from is not None:
-            raise ValueError("init_from and resume_checkpoint both say what to begin with: give one of them")
-        if _is_of(run_dir, resume_checkpoint):
-            run_dir, resume, resume_checkpoint = resume_checkpoint.parent, True, None
+    if init_from is not None and resume_checkpoint is not None:
+        raise ValueError("init_from and resume_checkpoint both say what to begin with: give one of them")
+    if init_from is not None or resume_checkpoint is not None:
+        from fastdiff.training.fine_tuning import find_initial
+
+        init_from = init_from and find_initial(init_from)
+        resume_checkpoint = resume_checkpoint and find_initial(resume_checkpoint, raw=True)
+    if resume_checkpoint is not None and _is_of(run_dir, resume_checkpoint):
+        run_dir, resume, resume_checkpoint = resume_checkpoint.parent, True, None
     if not flags.get("data_dir") and not resume:
         raise ValueError("no data: name a folder of images with --data-dir")
     if "steps" not in flags and flags.get("lr_anneal_steps", 0) > 0:
@@ -121,7 +126,9 @@ def run_training(
         flags = flags | {"batch_size": batch_size_per_process * world.size}
     with ExitStack() as held:
         held.enter_context(world.explained())
-        plan = world.from_main(lambda: _decide(flags, preset, run_dir, resume, allow_changes, held, resume_checkpoint))
+        plan = world.from_main(
+            lambda: _decide(flags, preset, run_dir, resume, allow_changes, held, init_from, resume_checkpoint)
+        )
         status = _run(plan, init_from, resume_checkpoint, world, held)
     world.leave()
     return status
@@ -164,6 +171,7 @@ def _decide(
     resume: bool,
     allow_changes: bool,
     held: ExitStack,
+    init_from: Path | None,
     resume_checkpoint: Path | None,
 ) -> _Plan:
     """What the flags and the folder ask for.
@@ -172,7 +180,7 @@ def _decide(
     """
     from fastdiff.checkpoint import Lease
     from fastdiff.runtime.distributed import launcher, restarted
-    from fastdiff.training import run_folder
+    from fastdiff.training import fine_tuning, run_folder
 
     notes = []
     if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
@@ -180,32 +188,36 @@ def _decide(
         notes.append("torchrun started this process anew: going on with the run")
     if not resume or not run_folder.holds_run(run_dir):
         run_folder.refuse_other_run(run_dir)
+        if resume and not flags.get("data_dir"):
+            raise ValueError(_no_run(run_dir))
         if resume:
             notes.append(f"{run_dir} holds no run yet: beginning afresh")
-        if resume_checkpoint is not None:
-            flags, said = _from_checkpoint(flags, resume_checkpoint)
+        fixed = "num_classes" in flags
+        flags = all_flags(flags, preset)
+        if init_from is not None:
+            flags, said = fine_tuning.flags_with(init_from, flags)
             notes += said
-        config = _new_run(all_flags(flags, preset))
-        return _Plan(run_dir, config, False, "num_classes" in flags, allow_changes, notes)
+        elif resume_checkpoint is not None:
+            flags, said = fine_tuning.flags_to_go_on(resume_checkpoint, flags)
+            fixed = "num_classes" in flags
+            notes += said
+        config = _new_run(flags)
+        return _Plan(run_dir, config, False, fixed, allow_changes, notes)
     held.enter_context(Lease(run_dir, launcher()))
     config, changes = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir, allow_changes)
     return _Plan(run_dir, config, True, True, allow_changes, notes + changes)
 
 
-def _from_checkpoint(flags: Flags, path: Path) -> tuple[Flags, list[str]]:
-    """The flags of a run that begins with another one's step, and what is to be said of them."""
-    from fastdiff.checkpoint import read_weights
-    from fastdiff.interop.openai_run import step_of
-
-    labels = read_weights(path).get("label_emb.weight")
-    if labels is not None:
-        flags = {"num_classes": len(labels)} | flags  # improved-diffusion has 1000 of them whatever the data has
-    if "steps" in flags:
-        return flags, []
-    steps = step_of(path) + TrainConfig.steps
-    return flags | {"steps": steps}, [
-        f"{TrainConfig.steps:,} more steps, as neither --steps nor --lr-anneal-steps says"
-    ]
+def _no_run(run_dir: Path) -> str:
+    """What is wrong with a --resume that names no run, nor data to begin one with."""
+    _, at, step = str(run_dir).rpartition("@")
+    if at and step.isdecimal():
+        return (
+            f"run_dir {run_dir}: a run goes on from its newest step; begin another with --resume-checkpoint {run_dir}"
+        )
+    there = sorted(str(path.parent) for path in run_dir.parent.glob("*/config.json"))
+    found = f"; there are {', '.join(there[:10])}" if there else ""
+    return f"run_dir {run_dir} holds no run to resume: name another with --run-dir, or images with --data-dir{found}"
 
 
 def _run(plan: _Plan, init_from: Path | None, resume_checkpoint: Path | None, world: "World", held: ExitStack) -> int:

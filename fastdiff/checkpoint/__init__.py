@@ -12,6 +12,7 @@ from fastdiff.checkpoint.files import (
 from fastdiff.checkpoint.lease import Lease
 from fastdiff.checkpoint.model import (
     Checkpoint,
+    Weights,
     load_checkpoint,
     load_weights,
     model_metadata,
@@ -30,6 +31,7 @@ from fastdiff.checkpoint.steps import (
     optimizer_path,
     remove_leftovers,
     saved_steps,
+    verify_file,
     verify_step,
     write_manifest,
 )
@@ -39,6 +41,7 @@ __all__ = [
     "Checkpoint",
     "Lease",
     "NewerFormat",
+    "Weights",
     "begin_step",
     "delete_step",
     "ema_path",
@@ -59,6 +62,7 @@ __all__ = [
     "save_checkpoint",
     "saved_steps",
     "sha256",
+    "verify_file",
     "verify_step",
     "write_manifest",
     "write_tensors",

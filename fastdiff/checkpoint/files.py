@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,15 @@ from torch import Tensor
 
 from fastdiff.interop import openai
 
-FORMAT = "fastdiff-1"
+FORMAT = "fastdiff-2"
+BEFORE = "fastdiff-1"
+"""Files of this one carry no digest of themselves."""
 _FORMATS = re.compile(r"fastdiff-(\d+)")
 _DESCRIBED = {"model_config", "diffusion_config"}
+_NO_DIGEST = "0" * 64
+_DIGEST = re.compile(rb'("%b":"\{\\"sha256\\": \\")([0-9a-f]{64})' % FORMAT.encode())  # JSON in a string of JSON
+_CHUNK = 2**20
+_known_hashes: dict[tuple[object, ...], str] = {}
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _being_written: set[str] = set()  # names, which are random: one folder has many paths
 _lock = threading.Lock()  # for who looks: a folder that is there and of this process is in the set
@@ -30,19 +36,25 @@ class NewerFormat(ValueError):
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a fastdiff file of the kind "model" or "optimizer"; ValueError where it is not one."""
+    """Tensors and metadata of a fastdiff file of the kind "model" or "optimizer"; ValueError where it is not one.
+
+    The file must have the SHA-256 that it says of itself, which covers every byte of it (but for files of a version
+    before that).
+    """
     try:
         with safe_open(path, framework="pt") as file:
             raw = file.metadata() or {}
             for key in raw:
                 refuse_newer(path, key)
-            metadata = json.loads(raw.get(FORMAT, "{}"))
+            metadata = json.loads(raw.get(FORMAT, raw.get(BEFORE, "{}")))
             if (
                 not isinstance(metadata, dict)
                 or "kind" not in metadata
                 or (kind == "model" and not metadata.keys() >= _DESCRIBED and metadata["kind"] == kind)
             ):
                 raise ValueError(f"{path} is a safetensors file, but not one of fastdiff's")
+            if FORMAT in raw and metadata.pop("sha256", None) != _own_digest(path):
+                raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved")
             if metadata["kind"] != kind:
                 other = (
                     "the model*.safetensors or ema_*.safetensors file beside it" if kind == "model" else "the opt* file"
@@ -65,7 +77,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
         try:
-            save_file(packed, temporary, metadata={FORMAT: json.dumps(metadata)})
+            save_file(packed, temporary, metadata={FORMAT: json.dumps({"sha256": _NO_DIGEST, **metadata})})
+            _sign(temporary)
         except SafetensorError as error:  # a full disk, too, is one of these
             raise OSError(f"{path} cannot be written: {openai.first_line(error)}") from error
     return path
@@ -116,9 +129,50 @@ def refuse_unwritable(option: str, wanted: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, 64 hex digits."""
+    """The SHA-256 of a file, 64 hex digits; a process reads a file once for it, until the file changes."""
+    return _once("sha256", path, lambda: _hash(path))
+
+
+def _own_digest(path: Path) -> str:
+    """The SHA-256 of a safetensors file in whose header the digest itself stands as zeros."""
+    return _once("own digest", path, lambda: _hash(path, *_signed_header(path)))
+
+
+def _once(what: str, path: Path, compute: Callable[[], str]) -> str:
+    status = path.stat()
+    key = (what, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if key not in _known_hashes:
+        _known_hashes[key] = compute()
+    return _known_hashes[key]
+
+
+def _hash(path: Path, header: bytes = b"", instead: bytes = b"") -> str:
+    """The SHA-256 of a file that begins with ``header``, as if it began with ``instead``."""
+    digest = hashlib.sha256(instead)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(len(header))
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _signed_header(path: Path) -> tuple[bytes, bytes]:
+    """The beginning of a safetensors file, up to the tensors, and the same with zeros for the digest."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = length + file.read(int.from_bytes(length, "little"))
+    found = _DIGEST.findall(header)
+    if len(found) != 1:
+        raise ValueError(f"{path} is damaged: its header does not say what its SHA-256 is")
+    return header, _DIGEST.sub(rb"\g<1>" + _NO_DIGEST.encode(), header)
+
+
+def _sign(path: Path) -> None:
+    """Put the digest of a new file in the place of its zeros."""
+    header, _ = _signed_header(path)
+    signed = _DIGEST.sub(rb"\g<1>" + _hash(path).encode(), header)
+    with path.open("rb+") as file:
+        file.write(signed)
 
 
 def sync_folder(folder: Path) -> None:

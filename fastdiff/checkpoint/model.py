@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.files import read_tensors, write_tensors
+from fastdiff.checkpoint.steps import find_checkpoint, verify_file
 from fastdiff.config import DiffusionConfig, Kernels, MemoryFormat, ModelConfig, with_multipliers
+from fastdiff.data.classes import composed
 from fastdiff.diffusion import GaussianDiffusion, build_diffusion
 from fastdiff.interop import openai
 from fastdiff.interop.recognition import describe
@@ -68,35 +70,39 @@ def model_metadata(
     }
 
 
-def load_checkpoint(
-    path: str | os.PathLike[str],
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A file's state dict, on the CPU, and what the file says of its model."""
+
+    path: Path
+    state: dict[str, Tensor]
+    model_config: ModelConfig
+    diffusion_config: DiffusionConfig
+    class_names: tuple[str, ...]
+    metadata: Mapping[str, Any]
+
+
+def read_weights(
+    place: str | os.PathLike[str],
     *,
+    ema_rate: float | None = None,
     model_config: ModelConfig | None = None,
     diffusion_config: DiffusionConfig | None = None,
     given: Mapping[str, Any] | None = None,
-    device: torch.device | str = "cpu",
-    kernels: Kernels | str = Kernels.AUTO,
-    memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
-) -> Checkpoint:
-    """A fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict, whose architecture is recognised.
-
-    What a state dict does not say comes from the two configurations or from ``given``, fields of either by name; what
-    is missing then is asked for in the error.
-
-    The model is on ``device``, in evaluation mode. ValueError, in one line, where the file is missing, damaged, of
-    another kind or architecture, or, for a bare state dict, where something is missing or contradicts it.
-    """
-    path = Path(path)
+) -> Weights:
+    """What load_checkpoint makes a model of; arguments and errors are its."""
+    path = find_checkpoint(place, ema_rate=ema_rate)
     if not path.is_file():
         raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     if path.suffix == ".safetensors":
+        verify_file(path)
         state, metadata = read_tensors(path, kind="model")
         if model_config is not None or diffusion_config is not None or given:
             raise ValueError(f"{path} says itself what it is: configurations are for bare state dicts")
         try:
             model_config = ModelConfig.from_dict(metadata["model_config"])
             diffusion_config = DiffusionConfig.from_dict(metadata["diffusion_config"])
-            class_names = tuple(map(str, metadata["class_names"]))
+            class_names = tuple(map(composed, metadata["class_names"]))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds a configuration of no model of this version: {error}") from None
     else:
@@ -106,26 +112,44 @@ def load_checkpoint(
             for config in (model_config, diffusion_config):
                 said |= config.to_dict() if config is not None else {}
             model_config, diffusion_config = describe(state, path, said | dict(given or {}))
-    model = build_model(model_config, kernels, memory_format)
-    load_weights(model, state, path)
+    return Weights(path, state, model_config, diffusion_config, class_names, metadata)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    ema_rate: float | None = None,
+    model_config: ModelConfig | None = None,
+    diffusion_config: DiffusionConfig | None = None,
+    given: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    kernels: Kernels | str = Kernels.AUTO,
+    memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
+) -> Checkpoint:
+    """A fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict, whose architecture is recognised.
+
+    ``path`` is a file, a run folder (its newest step) or ``run@step``; in a folder ``ema_rate`` chooses the average,
+    0 the raw weights, by default the highest. What a state dict does not say comes from the two configurations or from
+    ``given``, fields of either by name; what is missing then is asked for in the error.
+
+    The model is on ``device``, in evaluation mode. ValueError, in one line, where the file is missing, damaged (its
+    SHA-256 is checked), of another kind or architecture, or, for a bare state dict, where something is missing or
+    contradicts it.
+    """
+    weights = read_weights(
+        path, ema_rate=ema_rate, model_config=model_config, diffusion_config=diffusion_config, given=given
+    )
+    model = build_model(weights.model_config, kernels, memory_format)
+    load_weights(model, weights.state, weights.path)
     return Checkpoint(
         model.eval().to(device),
-        build_diffusion(diffusion_config, kernels),
-        model_config,
-        diffusion_config,
-        metadata.get("step", 0),
-        class_names,
-        metadata,
+        build_diffusion(weights.diffusion_config, kernels),
+        weights.model_config,
+        weights.diffusion_config,
+        weights.metadata.get("step", 0),
+        weights.class_names,
+        weights.metadata,
     )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a fastdiff checkpoint or an improved-diffusion ``.pt`` file; ValueError as load_checkpoint."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        return read_tensors(path, kind="model")[0]
-    return openai.load_state_dict(path)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -5,14 +5,25 @@ That of step 500 is ``model000500.safetensors``, one ``ema_0.9999_000500.safeten
 A step that is being saved or deleted has a file ``.unfinished000500``.
 """
 
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint.files import FORMAT, abandoned, refuse_newer, replacing, sha256, sync_folder
+from fastdiff.checkpoint.files import (
+    BEFORE,
+    FORMAT,
+    NewerFormat,
+    abandoned,
+    refuse_newer,
+    replacing,
+    sha256,
+    sync_folder,
+)
 
 _ANY = "*.safetensors"
 _NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.e-]+)_)(?P<step>\d{6,})\.safetensors")
@@ -57,10 +68,19 @@ def write_manifest(run_dir: Path, step: int, paths: Sequence[Path]) -> None:
     """Declare the files of a step whole, which are on the disk by now; OSError where that cannot be written."""
     assert all(path.parent == run_dir and _NAME.fullmatch(path.name) for path in paths)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    manifest = {"format": FORMAT, "step": step, "files": files}
     with replacing(manifest_path(run_dir, step)) as temporary:
-        text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(_text({**manifest, "sha256": _digest(manifest)}), encoding="utf-8")
     _mark_path(run_dir, step).unlink(missing_ok=True)
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of the manifest itself, which it holds beside those of the files."""
+    return hashlib.sha256(_text(manifest).encode()).hexdigest()
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -76,26 +96,74 @@ def holds_checkpoint(run_dir: Path) -> bool:
 def verify_step(run_dir: Path, step: int) -> None:
     """Read every file of a step; ValueError, naming the first, where one is not what the manifest says."""
     for name, said in _read_manifest(manifest_path(run_dir, step), step).items():
-        path = run_dir / name
+        _verify(run_dir / name, said)
+
+
+def verify_file(path: Path) -> None:
+    """Read a file of a run folder; ValueError where it, or its step's manifest, is not what was saved.
+
+    The error names the newest step before it of which the same file is whole. A file without a manifest beside it is
+    not looked at: it holds a digest of itself.
+    """
+    match = _NAME.fullmatch(path.name)
+    if match is None or not manifest_path(path.parent, int(match["step"])).exists():
+        return
+    try:
+        _verify_by_manifest(path, match)
+    except NewerFormat:
+        raise
+    except ValueError as error:
+        whole = _whole_before(path, match)
+        remedy = "" if whole is None else f"; that of step {whole} is whole: name {path.parent}@{whole}"
+        raise ValueError(f"{error}{remedy}") from None
+
+
+def _verify_by_manifest(path: Path, match: re.Match[str]) -> None:
+    files = _read_manifest(manifest_path(path.parent, int(match["step"])), int(match["step"]))
+    if path.name in files:
+        _verify(path, files[path.name])
+
+
+def _whole_before(path: Path, match: re.Match[str]) -> int | None:
+    """The newest step before that of ``path`` whose file of the same kind is whole."""
+    for step in reversed([step for step in saved_steps(path.parent) if step < int(match["step"])]):
+        earlier = path.with_name(f"{path.name[: match.start('step')]}{step:06d}{path.name[match.end('step') :]}")
+        found = _NAME.fullmatch(earlier.name)
         try:
-            length = path.stat().st_size
-            if length != said["bytes"]:
-                raise ValueError(f"{path} is damaged: it has {length} bytes, {said['bytes']} were saved")
-            if sha256(path) != said["sha256"]:
-                raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved")
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing") from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+            assert found
+            _verify_by_manifest(earlier, found)
+        except ValueError:
+            continue
+        if earlier.exists():
+            return step
+    return None
+
+
+def _verify(path: Path, said: dict[str, Any]) -> None:
+    try:
+        length = path.stat().st_size
+        if length != said["bytes"]:
+            raise ValueError(f"{path} is damaged: it has {length} bytes, {said['bytes']} were saved")
+        if sha256(path) != said["sha256"]:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _read_manifest(path: Path, step: int) -> dict[str, Any]:
     written = ""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
         written = str(manifest["format"])
         files: dict[str, Any] = manifest["files"]
-        whole = written == FORMAT and manifest["step"] == step and len(files) > 0
+        whole = text == _text(manifest) and manifest["step"] == step and len(files) > 0
+        if written == FORMAT:
+            whole &= manifest.pop("sha256") == _digest(manifest)
+        else:
+            whole &= written == BEFORE
         for name, said in files.items():
             whole &= not {"/", "\\"} & set(name) and type(said["bytes"]) is int and type(said["sha256"]) is str
     except FileNotFoundError:
@@ -146,22 +214,36 @@ def remove_leftovers(run_dir: Path) -> list[str]:
     return sorted(path.name for path in removed)
 
 
-def find_checkpoint(place: Path | None, runs: Path = Path("runs"), ema_rate: float | None = None) -> Path:
-    """The file to sample from: ``place`` itself, or the newest one in the run folder ``place`` or in the newest run.
+def find_checkpoint(
+    place: str | os.PathLike[str] | None, runs: Path = Path("runs"), ema_rate: float | None = None
+) -> Path:
+    """The file that is meant by ``place``: a file, a run folder (its newest step) or ``run@step``.
+
+    Without a place it is in the newest run under ``runs``.
 
     In a run folder the average of ``ema_rate`` is taken, 0 being the raw weights; by default that of the highest rate,
     else the raw weights. ValueError where there is none, or ``place`` is a file and leaves no choice.
     """
-    if place is not None and not place.is_dir():
-        if ema_rate is not None:
-            raise ValueError(f"ema_rate {ema_rate:g} chooses among the files of a run folder, and {place} is none")
-        return place
+    step = None
+    if place is not None:
+        place, step = _split(Path(place).expanduser())
+        if not place.exists():
+            raise ValueError(f"{place} does not exist")
+        if not place.is_dir():
+            if ema_rate is not None:
+                raise ValueError(f"ema_rate {ema_rate:g} chooses among the files of a run folder, and {place} is none")
+            return place
     found = [p for p in (place.glob(_ANY) if place is not None else runs.glob(f"*/{_ANY}")) if _is_model(p)]
     if not found:
         where = f"in {place}" if place is not None else f"in any folder of {runs}/"
         raise ValueError(f"no checkpoint {where}: train a model first (fastdiff train --data-dir DIR) or name a file")
     newest = max(found, key=lambda path: path.stat().st_mtime_ns).parent
     there = [path for path in found if path.parent == newest]
+    if step is not None:
+        steps = sorted({_rank(path)[0] for path in there})
+        there = [path for path in there if _rank(path)[0] == step]
+        if not there:
+            raise ValueError(f"{newest} has no step {step}: it has {', '.join(map(str, steps[-10:]))}")
     if ema_rate is not None:
         rates = sorted({_rank(path)[1] for path in there})
         there = [path for path in there if _rank(path)[1] == ema_rate]
@@ -170,6 +252,19 @@ def find_checkpoint(place: Path | None, runs: Path = Path("runs"), ema_rate: flo
             raise ValueError(f"ema_rate {ema_rate:g}: {newest} has weights of the rates {known}")
     whole = set(saved_steps(newest))  # a killed process may leave a later step without its averages
     return max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
+
+
+def _split(place: Path) -> tuple[Path, int | None]:
+    """A run folder and the step behind its "@"; a name that holds an "@" stands for itself where it is there."""
+    name, at, step = place.name.rpartition("@")
+    folder = place.with_name(name) if name else place.parent
+    if not at or place.exists() or not folder.is_dir():
+        return place, None
+    if step == "best":
+        raise ValueError(f"{place}: nothing says yet which step is best; name a step, such as {folder}@500")
+    if not step.isdecimal():
+        raise ValueError(f"{place}: {step!r} is no step; name one, such as {folder}@500")
+    return folder, int(step)
 
 
 def _is_model(path: Path) -> bool:

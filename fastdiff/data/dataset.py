@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.config import Labels
+from fastdiff.data.classes import class_of_file, composed
 from fastdiff.data.images import EXTENSIONS, load
 from fastdiff.data.words import printable as printable  # where others look for it
 from fastdiff.data.zipped import ZipMember, zip_members
@@ -36,7 +37,8 @@ class ImageFolder:
     that begin with a dot are passed over; a folder that links lead to more than once counts once.
 
     labels: "prefix" takes the file name up to its first underscore as the class (improved-diffusion's rule), "folder"
-    the first sub-folder on the way to the file, None gives no labels. Classes are numbered in the order of their names.
+    the first sub-folder on the way to the file, None gives no labels. Classes are numbered in the order of their names,
+    which are in Unicode's composed form (NFC).
 
     Attributes: ``root``, ``image_size``, ``names`` (below root, with "/"), ``paths`` (root / name), ``files`` (what is
     opened: the paths, or the members of the zip), ``class_names`` (() without labels), ``labels`` (int64 (N,) or None),
@@ -131,13 +133,13 @@ class ImageFolder:
     def _class_of(self, name: str, labels: Labels) -> str:
         parts = name.split("/")
         if labels is Labels.PREFIX:
-            return parts[-1].split("_")[0]
+            return class_of_file(parts[-1])
         if len(parts) == 1:
             raise ValueError(
                 f"labels folder: {printable(name)} lies in {self.root} itself and so has no class; "
                 "move it into a sub-folder named after its class, or use labels prefix"
             )
-        return parts[0]
+        return composed(parts[0])
 
     def _nothing_found(self) -> str:
         kinds = Counter(f".{e}" if (e := _extension(item.name)) else "other" for item in self.left_out)

@@ -32,6 +32,7 @@ class Dataset:
     the names and lengths in bytes of the N images, the class of each, and the classes. It stays the same for a copy of
     the folder, for a zip of it, for other times of its files and for another image_size, and it does not see what is
     left out, nor a file of the same length with other bytes. That of an npz is of the pixels, too, by their CRC-32.
+    ``named`` is false for an npz whose classes have no names: then class_names are their numbers.
     """
 
     images: NDArray[np.uint8]
@@ -40,6 +41,7 @@ class Dataset:
     preflight: Preflight
     names: tuple[str, ...]
     fingerprint: str
+    named: bool = True
 
     def check(self) -> None:
         """OSError where the mapped file has become shorter: reading its end would kill the process (SIGBUS)."""
@@ -86,7 +88,10 @@ def load_dataset(
     else:
         dataset = _from_folder(config, image_size, labelled, on_progress, processes)
     if dataset.labels is not None:
-        for doubt in doubts_of_classes(dataset.class_names, len(dataset.images)):
+        doubts = doubts_of_classes(dataset.class_names, len(dataset.images))
+        if not dataset.named:
+            doubts.append("no class_names: its classes are called by their numbers")
+        for doubt in doubts:
             warnings.warn(f"{path} has {doubt}", stacklevel=2)
     return dataset
 
@@ -141,6 +146,7 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool)
     labels = samples.labels if labelled else None
     if labelled and labels is None:
         raise ValueError(f"{path} has no labels (arr_1), which --class-cond needs: pack it again, or leave that off")
+    named = labels is None or samples.class_names is not None
     class_names = () if labels is None else _class_names(path, labels, samples.class_names)
     names = samples.names or tuple(f"{i:0{len(str(count - 1))}}" for i in range(count))
     preflight = Preflight({"npz": count}, class_names, (width, height), (width, height), ())
@@ -149,7 +155,7 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool)
     digest.update(b"" if labels is None else labels.tobytes())
     # rows that lie apart would be brought together anew for every batch
     images = samples.images if samples.images.flags.c_contiguous else np.ascontiguousarray(samples.images)
-    return Dataset(images, labels, class_names, preflight, names, digest.hexdigest())
+    return Dataset(images, labels, class_names, preflight, names, digest.hexdigest(), named)
 
 
 def _class_names(path: Path, labels: NDArray[np.int64], names: tuple[str, ...] | None) -> tuple[str, ...]:

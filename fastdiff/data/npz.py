@@ -22,6 +22,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastdiff.data.cache import available_memory
+from fastdiff.data.classes import composed
 from fastdiff.data.words import first_line, printable
 
 _CHUNK = 2**20  # bytes that are read at once; the directory of an npz takes some hundred
@@ -69,7 +70,8 @@ def read_samples(path: Path) -> Samples:
                 if "arr_1.npy" in there:
                     labels = np.array(_read(file, archive, "arr_1", partial(_are_labels, count)), np.int64)
                 if "class_names.npy" in there:
-                    class_names = _texts(_read(file, archive, "class_names", partial(_are_texts, None)))
+                    texts = _texts(_read(file, archive, "class_names", partial(_are_texts, None)))
+                    class_names = tuple(map(composed, texts))
                     if len(set(class_names)) != len(class_names):
                         raise _UnfitError("has two class_names that are the same: give each class a name of its own")
                 if "names.npy" in there:

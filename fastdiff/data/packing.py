@@ -49,7 +49,7 @@ def pack_npz(
         config = DataConfig(data_dir=str(source), labels=labels, cache_dir=str(file.parent / "cache"))
         data = load_dataset(config, image_size, labelled=True, on_progress=on_progress)
         assert data.labels is not None
-        class_names, names = np.array(data.class_names), np.array(data.names)
+        class_names, names = np.array(data.class_names, np.str_), np.array(data.names, np.str_)
         with file.open("xb") as target:
             np.savez(target, data.images, data.labels, class_names=class_names, names=names)
     return data.preflight

@@ -17,6 +17,7 @@ from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import NllConfig
 from fastdiff.data import Dataset, normalised, on_device
 from fastdiff.data.batches import Batch
+from fastdiff.data.classes import renumbered
 from fastdiff.diffusion import Philox, build_diffusion
 from fastdiff.models.super_res import low_resolution
 from fastdiff.runtime.device import Runtime
@@ -191,28 +192,17 @@ class Nll:
 def labels_for(checkpoint: Checkpoint, dataset: Dataset) -> Int64Array | None:
     """The number that the checkpoint gives each image's class, int64 (N,); None for a model without classes.
 
-    Classes are known by their names; where the checkpoint has none, they are numbered as the data's. ValueError where
-    there is one that the model does not know.
+    Classes are matched by name, and with a warning by number where the data or the checkpoint has none. ValueError
+    where there is one that the model does not know.
     """
-    count, known, there = checkpoint.model_config.num_classes, checkpoint.class_names, dataset.class_names
-    if not checkpoint.model_config.class_cond:
+    config = checkpoint.model_config
+    if not config.class_cond:
         return None
     if dataset.labels is None:
         raise ValueError("the model has classes, and the data has none")
-    if not known:
-        if len(there) > count:
-            raise ValueError(f"the data has {len(there)} classes, and the model {count}: evaluate it on its own data")
-        return dataset.labels
-    numbers = {name: i for i, name in enumerate(known)}
-    labels = np.array([numbers.get(name, -1) for name in there])[dataset.labels]
-    if labels.min() < 0:
-        stranger = there[dataset.labels[labels.argmin()]]
-        listed = ", ".join(known[:10]) + (" and more" if len(known) > 10 else "")
-        raise ValueError(
-            f"the data has the class {stranger!r}, which the model does not know; it knows {listed}: name the images "
-            "as for its training, or use its --labels"
-        )
-    return labels
+    names = dataset.class_names if dataset.named else None
+    remedy = "name the images as for its training, or use its --labels"
+    return renumbered(dataset.labels, names, checkpoint.class_names, config.num_classes, "the data", remedy)
 
 
 class _Meter:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.data import ImageFolder, read_samples
-from fastdiff.data.dataset import printable
-from fastdiff.sampling.classes import file_name_of
+from fastdiff.data.classes import class_of_file, completed, composed, renumbered
+from fastdiff.data.words import printable
 
 
 class Images(Protocol):
@@ -44,20 +44,23 @@ class BaseSamples:
         return None if self.labels is None else self.labels[numbers % len(self)]
 
 
-def load_base_samples(path: Path, small_size: int, class_names: tuple[str, ...] | None) -> BaseSamples:
+def load_base_samples(
+    path: Path, small_size: int, class_names: tuple[str, ...] | None, num_classes: int | None = None
+) -> BaseSamples:
     """The base samples in an npz (arr_0, arr_1) of small_size, or in a folder of images, which are resized to it.
 
-    For a class-conditional model ``class_names`` are its classes, () if they have no names, and the samples carry
-    labels: arr_1 of the npz; for an image of a folder its first sub-folder if that is called like a class, else the
-    class that its name begins with, up to an underscore. For other models it is None, and so are the labels.
+    For a class-conditional model ``class_names`` are its ``num_classes`` classes (by default as many as there are
+    names), () if they have no names, and the samples carry labels: arr_1 of the npz, whose class_names are matched with
+    the model's; for an image of a folder its first sub-folder if that is called like a class, else the class that its
+    name begins with, up to an underscore. For other models it is None, and so are the labels.
 
     Raises ValueError for images of another size, missing labels and unknown classes, and as read_samples and
-    ImageFolder do.
+    ImageFolder do. Warns where classes are matched by number.
     """
     path = path.expanduser()
     if path.is_dir():
         folder = ImageFolder(path, small_size, labels=None)
-        labels = None if class_names is None else _labels_in(folder, class_names)
+        labels = None if class_names is None else _labels_in(folder, completed(class_names, num_classes or 0))
         return BaseSamples(_Decoding(folder), labels)
     samples = read_samples(path)
     height, width = samples.images.shape[1:3]
@@ -70,16 +73,10 @@ def load_base_samples(path: Path, small_size: int, class_names: tuple[str, ...] 
         return BaseSamples(samples.images, None)
     if samples.labels is None:
         raise ValueError(f"{path} has no labels, which this model needs: save them with np.savez(file, images, labels)")
-    unknown = samples.labels < 0
-    if class_names:
-        unknown |= samples.labels >= len(class_names)
-    if unknown.any():
-        first = int(unknown.argmax())
-        raise ValueError(
-            f"{path}: image {first} is of class {samples.labels[first]}, which the model does not have: "
-            "give samples of the classes that it was trained on"
-        )
-    return BaseSamples(samples.images, samples.labels)
+    remedy = "give samples of the classes that it was trained on"
+    count = len(class_names) if num_classes is None else num_classes
+    labels = renumbered(samples.labels, samples.class_names, class_names, count, path, remedy)
+    return BaseSamples(samples.images, labels)
 
 
 class _Decoding:
@@ -104,17 +101,16 @@ def _labels_in(folder: ImageFolder, class_names: tuple[str, ...]) -> NDArray[np.
             f"{folder.root} is a folder, and the model's classes have no names that could be found in it: "
             "give an npz with labels"
         )
-    # A class name that no file can have stands changed in the names of the PNG files that fastdiff writes.
-    numbers = {file_name_of(name): i for i, name in enumerate(class_names)}
-    numbers |= {name: i for i, name in enumerate(class_names)}
+    numbers = {name: i for i, name in enumerate(class_names)}
     return np.array([_class_of(name, folder, numbers, class_names) for name in folder.names], np.int64)
 
 
 def _class_of(name: str, folder: ImageFolder, numbers: dict[str, int], class_names: tuple[str, ...]) -> int:
     *parents, file = name.split("/")
     words = file.split("_")
-    # The longest beginning that is a class: class names, too, may hold underscores.
-    for candidate in [*parents[:1], *("_".join(words[:end]) for end in range(len(words), 0, -1))]:
+    # The longest beginning that is a class: those of other files than fastdiff's may hold underscores.
+    beginnings = [composed("_".join(words[:end])) for end in range(len(words), 0, -1)]
+    for candidate in [*map(composed, parents[:1]), *beginnings, class_of_file(file)]:
         if candidate in numbers:
             return numbers[candidate]
     said = [*parents[:1], words[0]]

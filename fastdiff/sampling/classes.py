@@ -1,7 +1,6 @@
 """Which class every image is drawn of: a function of its number, so that any part of a job draws the same."""
 
 import difflib
-import re
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import ClassMix
+from fastdiff.data.classes import completed, composed
 from fastdiff.kernels import philox_uint32
 
 CLASS_STREAM = 0xFFFFFFFF
@@ -26,7 +26,7 @@ def labels_of(
 ) -> NDArray[np.int64] | None:
     """The classes (N,) of the images ``indices`` (N,); None for a model without classes.
 
-    The classes named in turn: a number is one, a text is a name or, where there is no such name, a number. Without any,
+    The classes named in turn, by name or, where no class is called by a number, by number. Without any,
     all in turn, or for a ``mix`` as in the data drawn with the frequencies that the checkpoint knows. ValueError where
     there is no such class, or the model has none.
     """
@@ -51,10 +51,10 @@ def labels_of(
 
 def _number(checkpoint: Checkpoint, wanted: str | int) -> int:
     names, count = checkpoint.class_names, checkpoint.model_config.num_classes
-    if isinstance(wanted, str) and wanted in names:
-        return names.index(wanted)
-    text = str(wanted)
-    if text.isdecimal() and len(text) < 10 and int(text) < count:
+    text = composed(str(wanted))
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and len(text) < 10 and int(text) < count and not any(name.isdecimal() for name in names):
         return int(text)
     near = difflib.get_close_matches(text, names, n=3, cutoff=0.4) or names[:10]
     known = f"; there are {', '.join(near)}{' and more' if len(names) > len(near) else ''}" if names else ""
@@ -63,12 +63,12 @@ def _number(checkpoint: Checkpoint, wanted: str | int) -> int:
 
 def split_classes(text: str, names: Sequence[str]) -> tuple[str, ...]:
     """The classes in "cat" or "cat,dog,7"; a name that holds a comma stands for itself."""
-    return (text,) if text in names else tuple(part.strip() for part in text.split(","))
+    return (text,) if composed(text) in names else tuple(part.strip() for part in text.split(","))
 
 
-def file_name_of(name: str) -> str:
-    """A class's name as the beginning of a file's, up to whose first underscore training reads it back.
-
-    It may be anybody's: it must not lead out of the folder.
-    """
-    return re.sub(r"[/\\\0_]|^\.+", "-", name)
+def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the model's classes are called, by their numbers where they have no names; () without classes."""
+    config = checkpoint.model_config
+    if not config.class_cond:
+        return ()
+    return completed(checkpoint.class_names, config.num_classes)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastdiff.checkpoint.files import abandoned, refuse_unwritable
-from fastdiff.sampling.classes import file_name_of
+from fastdiff.data.classes import file_name_of
 from fastdiff.sampling.generate import Int64Array
 from fastdiff.sampling.output import Uint8Array, save_npz, save_pngs
 from fastdiff.sampling.shards import Shards, parts_of
@@ -111,11 +112,17 @@ class Files:
             self.shards.add(int(part[0]), kept)
 
     def join(
-        self, image_size: int, indices: Int64Array, labels: Int64Array | None, settings: Mapping[str, Any]
+        self,
+        image_size: int,
+        indices: Int64Array,
+        labels: Int64Array | None,
+        class_names: tuple[str, ...],
+        settings: Mapping[str, Any],
     ) -> Uint8Array:
         """Write the npz from the shards, of which one at a time is in memory; returns the first GRID_IMAGES images.
 
-        Beside arr_0, and arr_1 where there are classes, it holds the images' numbers, the seed and the settings (JSON).
+        Beside arr_0, and arr_1 with class_names where there are classes, it holds the images' numbers, the seed and the
+        settings (JSON).
         """
         spans = self.shards.spans()
         first: list[Uint8Array] = []
@@ -137,15 +144,26 @@ class Files:
                 "folder; the same command draws what is missing"
             )
         shape = (len(indices), image_size, image_size, 3)
-        more = {} if labels is None else {"arr_1": labels.astype(np.int64)}
+        more: dict[str, ArrayLike] = {}
+        if labels is not None:
+            more = {"arr_1": labels.astype(np.int64), "class_names": np.array(class_names, np.str_)}
         about = {"seed": np.array(settings["seed"], dtype=np.uint64), "settings": np.array(json.dumps(settings))}
         save_npz(self.out, parts(), shape, **more, indices=indices, **about)
         return np.concatenate(first)
 
 
 def png_names(indices: Int64Array, labels: Int64Array | None, class_names: tuple[str, ...]) -> list[str]:
-    """File names that begin with the class, so that the folder can be trained on as it is."""
-    if labels is None or not class_names:
+    """File names that begin with the class, so that the folder can be trained on as it is.
+
+    As data of --labels prefix they have the classes ``class_names`` again, whatever these are called. ValueError
+    where a name is too long for a file.
+    """
+    if labels is None:
         return [f"{i:06d}" for i in indices]
-    names = {i: file_name_of(name) for i, name in enumerate(class_names)}
-    return [f"{names.get(int(label), label)}_{i:06d}" for i, label in zip(indices, labels, strict=True)]
+    beginnings = [file_name_of(name) for name in class_names]
+    longest = max(beginnings, key=lambda name: len(os.fsencode(name)))
+    if len(os.fsencode(longest)) > LONGEST_NAME:
+        raise ValueError(
+            f"png_dir: the class {longest[:40]}... is too long for the name of a file: leave --png-dir out"
+        )
+    return [f"{beginnings[label]}_{i:06d}" for i, label in zip(indices, labels, strict=True)]

@@ -14,6 +14,7 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.words import duration
+from fastdiff.sampling.classes import names_of
 from fastdiff.sampling.files import FRAMES, Files, png_names
 from fastdiff.sampling.generate import Int64Array, Stopped
 from fastdiff.sampling.output import save_grid, save_trajectory
@@ -47,6 +48,9 @@ class Job:
         self.plan = plan
         self.indices = indices
         self.labels = plan.labels(indices)
+        self.class_names = names_of(plan.checkpoint)
+        if files.png_dir is not None:
+            png_names(indices[:1], None if self.labels is None else self.labels[:1], self.class_names)  # they can be
         self.files = files
         self.settings = settings
         self.runtime = runtime
@@ -149,7 +153,7 @@ class Job:
 
     def _names(self, positions: Int64Array) -> list[str]:
         labels = None if self.labels is None else self.labels[positions]
-        return png_names(self.indices[positions], labels, self.plan.checkpoint.class_names)
+        return png_names(self.indices[positions], labels, self.class_names)
 
     def _finish(self, pipeline: Pipeline, log: Callable[[str], None], speed: str) -> None:
         try:
@@ -161,11 +165,11 @@ class Job:
 
     def _write(self, pipeline: Pipeline, log: Callable[[str], None], speed: str) -> None:
         files, labels = self.files, self.labels
-        first = files.join(self.plan.image_size, self.indices, labels, self.settings)
+        first = files.join(self.plan.image_size, self.indices, labels, self.class_names, self.settings)
         columns, names = None, None
         if labels is not None:
-            shown, known = labels[: len(first)], self.plan.checkpoint.class_names
-            names = [known[label] if label < len(known) else str(label) for label in shown]
+            shown = labels[: len(first)]
+            names = [self.class_names[label] for label in shown]
             in_turn = len(np.unique(shown))
             if 1 < in_turn <= MOST_COLUMNS and np.array_equal(shown[in_turn:], shown[:-in_turn]):
                 columns = in_turn

@@ -54,9 +54,8 @@ class Plan:
             model = checkpoint.model_config
             if not model.small_size:
                 raise ValueError("base_samples: this is no super-resolution model, it enlarges no images")
-            base = load_base_samples(
-                base_samples, model.small_size, checkpoint.class_names if model.class_cond else None
-            )
+            names = checkpoint.class_names if model.class_cond else None
+            base = load_base_samples(base_samples, model.small_size, names, model.num_classes)
             num_samples = len(base) if num_samples is None else num_samples
         if num_samples is not None:
             config = replace(config, num_samples=num_samples)
@@ -113,11 +112,7 @@ class Plan:
         if self.ends is not None and not np.array_equal(indices, np.arange(self.config.num_samples)):
             raise ValueError("indices: not with interpolate, whose images are numbered from one end to the other")
         if self.base is not None:
-            labels = self.base.labels_of(indices)
-            count = self.checkpoint.model_config.num_classes
-            if labels is not None and labels.max() >= count:
-                raise ValueError(f"base_samples: there is class {labels.max()}, and the model has {count} classes")
-            return labels
+            return self.base.labels_of(indices)
         return labels_of(self.checkpoint, indices, self.classes, self.config.class_mix, self.config.seed)
 
     def pipeline(self, runtime: Runtime, images: int) -> Pipeline:
@@ -130,7 +125,10 @@ class Plan:
         config = self.config
         if not self.super_res.metadata.get("label_dropout"):
             config = replace(config, guidance_scale=1.0)  # it is the base that decides what the image shows
-        return Pipeline(Engine(self.super_res, config, runtime, images), engine)
+        upper = None
+        if self.super_res.model_config.class_cond and self.super_res.class_names != self.checkpoint.class_names:
+            upper = np.array([self.super_res.class_names.index(name) for name in self.checkpoint.class_names])
+        return Pipeline(Engine(self.super_res, config, runtime, images), engine, upper_numbers=upper)
 
     def _between(self, engine: Engine, ends: tuple[str, str]) -> OfImages:
         """x_T of the images 0 to num_samples - 1 on the way from one end to the other."""
@@ -172,5 +170,5 @@ def _refuse_unlike(base: Checkpoint, upper: Checkpoint) -> None:
     if large.class_cond and (not small.class_cond or large.num_classes != small.num_classes):
         there = f"{small.num_classes} classes" if small.class_cond else "no classes"
         raise ValueError(f"super_res: the model has {large.num_classes} classes, and the base {there}")
-    if large.class_cond and base.class_names != upper.class_names:
+    if large.class_cond and sorted(base.class_names) != sorted(upper.class_names):
         raise ValueError("super_res: the two models have other class names: train them on the same classes")

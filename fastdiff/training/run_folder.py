@@ -4,13 +4,14 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from fastdiff.checkpoint import holds_checkpoint, replacing
+from fastdiff.checkpoint import holds_checkpoint, model_path, read_tensors, replacing, saved_steps, verify_file
 from fastdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
+from fastdiff.data.classes import composed
 
 _CONFIGS: dict[str, type[Config]] = {
     "model": ModelConfig,
@@ -56,25 +57,47 @@ class RunConfig:
 
     @classmethod
     def read(cls, run_dir: Path) -> Self:
-        """The configuration of the run in ``run_dir``; ValueError where config.json is damaged."""
+        """The configuration of the run in ``run_dir``; ValueError where config.json is damaged.
+
+        Where it is missing, that of the newest checkpoint.
+        """
         path = run_dir / "config.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
-            return cls(
-                **configs,
-                class_names=tuple(map(str, values["class_names"])),
-                class_counts=tuple(map(int, values.get("class_counts", ()))),
-                data_fingerprint=str(values.get("data_fingerprint", "")),
-            )
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
+            if (newest := cls._of_newest(run_dir)) is not None:
+                return newest[0]
             raise ValueError(
                 f"{path} is missing: restore it, or begin in another --run-dir with the weights (--init-from)"
             ) from None
         except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-            raise ValueError(
-                f"{path} is damaged, or a newer version's ({error}): restore it, or begin anew in another --run-dir"
-            ) from None
+            remedy = "restore it, or begin anew in another --run-dir"
+            if (newest := cls._of_newest(run_dir)) is not None:
+                remedy = f"move it away, and --resume takes what {newest[1]} says"
+            raise ValueError(f"{path} is damaged, or a newer version's ({error}): {remedy}") from None
+
+    @classmethod
+    def _of_newest(cls, run_dir: Path) -> tuple[Self, str] | None:
+        """The configuration in the newest whole checkpoint, and the name of the file that holds it."""
+        for step in reversed(saved_steps(run_dir)):
+            path = model_path(run_dir, step)
+            try:
+                verify_file(path)
+                return cls.from_dict(read_tensors(path, kind="model")[1]["run_config"]), path.name
+            except (ValueError, KeyError, TypeError, OSError):
+                continue
+        return None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of to_dict."""
+        configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
+        return cls(
+            **configs,
+            class_names=tuple(composed(str(name)) for name in values["class_names"]),
+            class_counts=tuple(map(int, values.get("class_counts", ()))),
+            data_fingerprint=str(values.get("data_fingerprint", "")),
+        )
 
     def write(self, run_dir: Path) -> None:
         """Write config.json; OSError where that cannot be."""

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastdiff import checkpoint
 from fastdiff.config import Compile
 from fastdiff.data import Dataset, batch_indices, batches, on_device
+from fastdiff.data.classes import listed
 from fastdiff.data.dataset import printable
 from fastdiff.diffusion import build_diffusion
 from fastdiff.interop.openai_run import read_run, step_of
@@ -23,6 +25,7 @@ from fastdiff.runtime.memory import out_of_memory
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
 from fastdiff.runtime.words import duration
+from fastdiff.training.fine_tuning import carried_over, read_initial
 from fastdiff.training.fitting import largest_that_fits
 from fastdiff.training.metrics import ProgressFiles
 from fastdiff.training.parallel import own_part, parallelise, whole_of
@@ -122,15 +125,18 @@ class Trainer:
 
     def init_from(self, path: Path) -> None:
         """Begin with the weights of a checkpoint; ValueError where they do not fit."""
-        weights = self.world.together(lambda: checkpoint.read_weights(path))
+        said = self.config.model.to_dict() | self.config.diffusion.to_dict()
+        weights = self.world.together(lambda: read_initial(path, said))
         own = dict(zip(self.state.names, self.state.held, strict=True))
-        known, wanted = weights.get("label_emb.weight"), own.get("label_emb.weight")
-        if known is not None and wanted is not None and known.shape != wanted.shape:
-            weights["label_emb.weight"] = whole_of(own_part(wanted), wanted).detach().cpu()
-            self.log(f"{path} knows {len(known)} classes, the data has {len(wanted)}: their embedding begins afresh")
-        self.world.together(lambda: self.state.set_weights(weights, path))
+
+        def fresh(name: str) -> Tensor:
+            return whole_of(own_part(own[name]), own[name]).detach().cpu()
+
+        state, lines = carried_over(weights, own, fresh, self.config.class_names)
+        self.world.together(lambda: self.state.set_weights(state, path))
         self.state = self._new_state()
-        self.log(f"weights from {path}")
+        for line in (*lines, f"weights from {path}"):
+            self.log(line)
 
     def resume_from(self, path: Path) -> None:
         """Go on in this run folder from another run's modelNNNNNN file, improved-diffusion's (.pt) or our own.
@@ -144,6 +150,15 @@ class Trainer:
             self.world.together(lambda: self._resume_from_openai(path))
         else:
             self.world.from_main(lambda: checkpoint.verify_step(path.parent, step))
+            names, ours = (
+                self.world.together(lambda: checkpoint.read_weights(path)).class_names,
+                self.config.class_names,
+            )
+            if names and names != ours:
+                self.world.refuse(
+                    f"{path} has the classes {listed(names)}, and the data {listed(ours) or 'none'}: "
+                    "--init-from matches them by name"
+                )
             self.world.together(lambda: self.state.load(path.parent, step))
         self._snapshot_step = self._first_step = step
         self.log(f"resumed at step {step} from {path}")

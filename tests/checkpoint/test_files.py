@@ -102,7 +102,7 @@ def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
 
 def test_a_file_of_a_newer_version_is_named_as_one(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    for key in ("fastdiff-2", "fastdiff-10"):
+    for key in ("fastdiff-3", "fastdiff-10"):
         save_file({"a": torch.zeros(2)}, path, metadata={key: "{}"})
         with pytest.raises(ValueError, match=r"m\.safetensors was made by a newer fastdiff: upgrade"):
             load_checkpoint(path)
@@ -135,7 +135,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             load_checkpoint(path)
     with pytest.raises(ValueError, match=r"nowhere\.safetensors does not exist"):
         load_checkpoint(tmp_path / "nowhere.safetensors")
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match=r"^no checkpoint in .*: train a model first"):
         load_checkpoint(tmp_path)
 
 

@@ -56,7 +56,7 @@ def test_saved_steps_are_those_with_a_manifest(tmp_path: Path) -> None:
 def test_the_manifest_says_length_and_hash(tmp_path: Path) -> None:
     saved(tmp_path, 500)
     manifest = json.loads((tmp_path / "manifest000500.json").read_text())
-    assert manifest.keys() == {"format", "step", "files"}
+    assert manifest.keys() == {"format", "step", "files", "sha256"}
     assert (manifest["format"], manifest["step"]) == (checkpoint.FORMAT, 500)
     assert sorted(manifest["files"]) == [name for name in names(tmp_path) if name.endswith(".safetensors")]
     assert manifest["files"]["model000500.safetensors"] == {
@@ -115,8 +115,8 @@ FILE = {"bytes": 3, "sha256": "0"}
         (change(step=501), "is damaged"),
         (change(format="fastdiff-0"), "is damaged"),
         (change(format=None), "is damaged"),
-        (change(format="fastdiff-2"), "made by a newer fastdiff: upgrade"),
-        (change(format="fastdiff-2", files=None), "made by a newer fastdiff: upgrade"),
+        (change(format="fastdiff-3"), "made by a newer fastdiff: upgrade"),
+        (change(format="fastdiff-3", files=None), "made by a newer fastdiff: upgrade"),
     ],
 )
 def test_a_manifest_that_is_none(tmp_path: Path, damage: Callable[[str], str], says: str) -> None:

@@ -275,7 +275,8 @@ def test_what_is_no_checkpoint_is_no_model(
     flags = ("--class-cond", "--num-classes", 4, "--no-learn-sigma", *TINY) if path.suffix == ".pt" else ()
     refused(sample(path, *flags), path.name.replace(".", r"\."), pattern)
     assert not (tmp_path / "samples.npz").exists()
-    refused(train("new", "--steps", 1, "--init-from", path), path.name.replace(".", r"\."))
+    if make is not other_pt:  # fine-tuning gives it another last layer
+        refused(train("new", "--steps", 1, "--init-from", path), path.name.replace(".", r"\."))
     assert not (tmp_path / "new/config.json").exists()
     assert contents(run_dir) == before
 

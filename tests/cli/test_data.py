@@ -115,7 +115,7 @@ def test_check(cli: Cli, shapes: Path, tmp_path: Path) -> None:
     refused(cli("data", "check", "data", "--sheet", "sheet.jpg"), "does not end in .png")
     refused(cli("data", "check", "data", "--labels", "folder"), "lies in data itself")
     refused(cli("data", "check", "nowhere"), "does not exist")
-    refused(cli("data", "check", ""), "DIR.*is empty")
+    refused(cli("data", "check", ""), "DIR.*must not be empty")
     refused(cli("data", "lsun", "data", "out", "--image-size", 5000), "--image-size.*4096")
 
 

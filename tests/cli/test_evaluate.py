@@ -153,6 +153,7 @@ def test_super_resolution(evaluate: Cli, animals: Path, tmp_path: Path) -> None:
     assert "evaluating: 2 images of 16 pixels" in result.out
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_bare_state_dict(evaluate: Cli, checkpoint: Path, animals: Path, tmp_path: Path) -> None:
     """It has no class names: the data's are numbered in their order, as the checkpoint's are."""
     torch.save(load_checkpoint(checkpoint).model.state_dict(), tmp_path / "model000007.pt")
@@ -160,7 +161,11 @@ def test_a_bare_state_dict(evaluate: Cli, checkpoint: Path, animals: Path, tmp_p
         *("--image-size", 8, "--num-channels", 32, "--num-res-blocks", 1, "--channel-mult", 1, "--class-cond"),
         *("--num-classes", 3, "--num-heads", 4, "--diffusion-steps", STEPS, "--noise-schedule", "cosine"),
     ]
-    result = succeeded(evaluate("model000007.pt", "--data-dir", animals, "--out-dir", "bare", *described))
+    result = evaluate("model000007.pt", "--data-dir", animals, "--out-dir", "bare", *described)
+    assert result.status == 0
+    assert result.err == (
+        "warning: the model has no names of its classes: those of the data are numbered in their order, 0 being cat\n"
+    )
     assert " over 7 images, raw weights, 20 of 20 steps" in result.out
     succeeded(evaluate(checkpoint, "--data-dir", animals, "--out-dir", "named"))
     for name in ("vb", "mse", "xstart_mse"):
@@ -218,7 +223,7 @@ def everything(folder: Path) -> set[str]:
 
 REFUSALS: list[tuple[tuple[object, ...], list[str]]] = [
     ((), ["no data: name a folder of images with --data-dir"]),
-    (("--data-dir", ""), ["no data"]),
+    (("--data-dir", ""), ["--data-dir", "must not be empty"]),
     (("--data-dir", "nowhere"), ["data_dir nowhere does not exist"]),
     (("--data-dir", "empty"), ["no images in data_dir empty"]),
     (("--data-dir", "damaged"), ["none of the 2 images in damaged can be read"]),

@@ -94,7 +94,8 @@ def test_a_pasted_group_trains_and_samples(cli: Cli, shapes: Path, logdir: Path,
     if name == "upsample":
         scripts = "super_res_train", "super_res_sample"
         small += ["--large_size", "32", "--small_size", "8"]
-        np.savez("small.npz", np.zeros((3, 8, 8, 3), np.uint8), np.arange(3))
+        names = np.array(["circle", "cross", "square"])
+        np.savez("small.npz", np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), class_names=names)
         extra = ["--base_samples", "small.npz"]
     # fp16 is slow on a CPU, and as a pasted flag it is tried once
     plain = ["--compile", "off", "--device", "cpu"] if "--use_fp16" in training else PLAIN

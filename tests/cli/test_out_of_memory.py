@@ -21,7 +21,7 @@ def test_the_number_that_was_found_is_the_runs(train: Cli, tmp_path: Path, monke
         result = succeeded(train("r", "--steps", 1, "--microbatch", "auto"))
     assert "microbatch auto: 2 images in a forward pass\n" in result.out
     assert microbatch_in(tmp_path / "r") == 2
-    assert file(tmp_path / "r/opt000001.safetensors")[1]["fastdiff-1"].count('"microbatch": 2') == 1
+    assert file(tmp_path / "r/opt000001.safetensors")[1]["fastdiff-2"].count('"microbatch": 2') == 1
     sizes = with_room(monkeypatch, 99)
     again = succeeded(train("r", "--steps", 2, "--resume"))
     assert sizes == [2, 2]  # and not as many as would fit now: another number would round otherwise

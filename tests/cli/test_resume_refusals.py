@@ -145,7 +145,7 @@ def test_another_process_wants_a_word(
     assert re.search(f"^warning: the process changes: {said}", result.out)
     assert "resumed at step 2\n" in result.out
     with safe_open(run_dir / "model000003.safetensors", framework="pt") as file:
-        described = json.loads(file.metadata()["fastdiff-1"])["diffusion_config"]
+        described = json.loads(file.metadata()["fastdiff-2"])["diffusion_config"]
     assert described == config_of(run_dir)["diffusion"] == before | after
     succeeded(resume("runs/a", "--steps", 4))  # from now on that is the run
 
@@ -243,7 +243,7 @@ def test_another_place_of_the_images_is_known_from_everywhere(train: Cli, own_da
 def newer_tensors(run_dir: Path, name: str, step: int) -> None:
     """The file as a later version might have written it, and the manifest to it."""
     path = run_dir / name
-    save_file(tensors(path), path, metadata={"fastdiff-2": "{}"})
+    save_file(tensors(path), path, metadata={"fastdiff-3": "{}"})
     write_manifest(run_dir, step, list(run_dir.glob(f"*{step:06d}.safetensors")))
     verify_step(run_dir, step)
 
@@ -257,7 +257,7 @@ def test_tensors_of_a_newer_version(train: Cli, run_dir: Path, name: str) -> Non
 
 def newer_manifest(run_dir: Path, step: int) -> None:
     path = run_dir / f"manifest{step:06d}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": "fastdiff-2", "files": []}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": "fastdiff-3", "files": []}))
 
 
 def test_a_manifest_of_a_newer_version(train: Cli, run_dir: Path) -> None:

@@ -40,7 +40,7 @@ def test_without_a_name_it_takes_the_newest_runs_average_and_says_so(train: Cli,
 def test_the_npz_is_the_originals(sample: Cli, checkpoint: Path) -> None:
     result = succeeded(sample(checkpoint, "--num-samples", 5, "--batch-size", 2, "--out", "deep/er/s.npz"))
     with np.load("deep/er/s.npz", allow_pickle=False) as file:
-        assert file.files == ["arr_0", "arr_1", "indices", "seed", "settings"]
+        assert file.files == ["arr_0", "arr_1", "class_names", "indices", "seed", "settings"]
         assert file["indices"].tolist() == [0, 1, 2, 3, 4]
         assert (int(file["seed"]), file["seed"].dtype) == (0, np.uint64)
         assert json.loads(str(file["settings"]))["sampler"] == "ddpm"

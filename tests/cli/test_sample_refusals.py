@@ -21,7 +21,7 @@ from fastdiff.sampling import Loop, shards
 from fastdiff.sampling.shards import Shards, parts_of
 
 from ..processes import Job
-from ..sampling.support import CLASSES, UPPER, saved
+from ..sampling.support import CLASSES, NAMES, UPPER, saved
 from ..sampling.test_output import full_after
 from .conftest import Cli
 from .support import PLAIN, Result, contents, refused, succeeded
@@ -37,7 +37,7 @@ def here(tmp_path: Path, checkpoint: Path) -> Path:
     for name, flags in (("plain", {}), ("up", UPPER), ("upcats", UPPER | CLASSES)):
         saved(tmp_path / f"{name}.safetensors", **flags)
     images, labels = np.zeros((3, 8, 8, 3), np.uint8), np.array([0, 1, 2])
-    np.savez(tmp_path / "small.npz", images, labels)
+    np.savez(tmp_path / "small.npz", images, labels, class_names=NAMES)
     np.savez(tmp_path / "large.npz", np.zeros((3, 16, 16, 3), np.uint8), labels)
     np.savez(tmp_path / "unlabelled.npz", images)
     np.savez(tmp_path / "other.npz", images, labels + 1)
@@ -109,7 +109,7 @@ REFUSALS: list[tuple[str, tuple[object, ...], list[str]]] = [
     ("up", ("--base-samples", "large.npz"), [r"large\.npz", "16x16", "8x8"]),
     ("upcats", ("--base-samples", "small.npz", "--class-mix", "data"), ["class_mix data", "classes of their own"]),
     ("upcats", ("--base-samples", "unlabelled.npz"), [r"unlabelled\.npz has no labels"]),
-    ("upcats", ("--base-samples", "other.npz"), [r"other\.npz", "class 3", "does not have"]),
+    ("upcats", ("--base-samples", "other.npz"), [r"other\.npz", "class 3", "the classes 0 to 2"]),
     ("upcats", ("--base-samples", "small.npz", "--class", "cat"), ["class cat", "base samples"]),
     ("up", ("--base-samples", "small.npz", "--super-res", "up.safetensors"), ["super.res"]),
     # another model after it

@@ -201,7 +201,7 @@ def test_init_from_with_other_classes_keeps_all_but_their_embedding(train: Cli, 
         Image.new("RGB", (8, 8), "red").save(data / name)
     source = run_dir / "model000002.safetensors"
     result = train("r", "--data-dir", data, "--steps", 1, "--batch-size", 2, "--lr", 1e-30, "--init-from", source)
-    assert "knows 4 classes, the data has 2" in succeeded(result).out
+    assert f"2 of 2 classes are new to {source} and begin afresh: cat, dog" in succeeded(result).out
     ours, theirs = weights(tmp_path / "r/model000001.safetensors"), weights(source)
     assert ours["label_emb.weight"].shape[0] == 2
     for key in theirs.keys() - {"label_emb.weight"}:

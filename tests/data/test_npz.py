@@ -409,14 +409,15 @@ def test_half_a_file_is_refused(tmp_path: Path, whole: bytes, data: st.DataObjec
     refused(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("whole", WHOLE[:2])
-def test_every_bit_of_the_zip_itself(tmp_path: Path, whole: bytes) -> None:
-    """The members' headers, the directory and its end."""
+def test_every_byte_of_the_zip_itself(tmp_path: Path, whole: bytes, every: bool) -> None:
+    """The members' headers, the directory and its end: every bit, or one bit of each byte."""
     with zipfile.ZipFile(io.BytesIO(whole)) as file:
         places = [range(info.header_offset, info.header_offset + 59) for info in file.infolist()]
         places.append(range(file.start_dir, len(whole)))
     for position in (position for place in places for position in place):
-        for bit in range(8):
+        for bit in range(8) if every else [position % 8]:
             damaged = bytearray(whole)
             damaged[position] ^= 1 << bit
             check(tmp_path / "a.npz", bytes(damaged))

@@ -52,7 +52,11 @@ def test_sample_loop(name: str, kernels: str, memory_format: str) -> None:
         assert torch.equal(loop.x, sample)
 
 
-@pytest.mark.parametrize("name", golden_names("loop_*.npz"))
+@pytest.mark.parametrize(
+    "name",
+    # one whole loop's end; each sampler's kernel has tests of its own
+    [pytest.param(n, marks=[pytest.mark.slow] if "ddim" in n else []) for n in golden_names("loop_*.npz")],
+)
 def test_the_kernels_take_the_last_steps(name: str) -> None:
     """What they make of the last steps decides each pixel; the steps before are taken by PyTorch's operations."""
     data = load(name)

@@ -10,9 +10,10 @@ import torch
 
 import fastdiff
 from fastdiff import load_checkpoint
+from fastdiff.checkpoint import write_manifest
 from fastdiff.sampling import save_npz
 
-from .support import CLASSES, SMOOTH, UPPER, command, saved
+from .support import CLASSES, NAMES, SMOOTH, UPPER, command, saved
 
 PLACE: dict[str, Any] = {"device": "cpu", "precision": "fp32", "compile": "off"}
 
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved(folder / "upper.safetensors", **CLASSES, **UPPER)
     saved(folder / "smooth.safetensors", **SMOOTH)
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    save_npz(folder / "small.npz", [images], images.shape, arr_1=np.array([2, 0, 1]))
+    save_npz(folder / "small.npz", [images], images.shape, arr_1=np.array([2, 0, 1]), class_names=NAMES)
     return folder
 
 
@@ -94,7 +95,7 @@ def test_a_run_folder_is_its_newest_average(folder: Path, tmp_path: Path) -> Non
     for name, seed in (("model000002", 1), ("ema_0.99_000002", 2), ("ema_0.99_000001", 3)):
         saved(tmp_path / f"{name}.safetensors", seed=seed)
     for step in (1, 2):
-        (tmp_path / f"manifest{step:06d}.json").touch()
+        write_manifest(tmp_path, step, sorted(tmp_path.glob(f"*{step:06d}.safetensors")))
     expected = fastdiff.sample(tmp_path / "ema_0.99_000002.safetensors", 2, steps=2, **PLACE)
     assert np.array_equal(fastdiff.sample(str(tmp_path), 2, steps=2, **PLACE), expected)
 

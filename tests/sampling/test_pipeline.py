@@ -15,7 +15,7 @@ from fastdiff.kernels import philox_normal
 from fastdiff.sampling import Engine, generate, save_npz, slerp
 from fastdiff.sampling.engine import SUPER_RES_KEY
 
-from .support import CLASSES, CPU, SMOOTH, UPPER, drawn, loaded, plan, runtime
+from .support import CLASSES, CPU, NAMES, SMOOTH, UPPER, drawn, loaded, plan, runtime
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
 LABELS = np.array([2, 0, 1, 1, 0])
@@ -23,7 +23,7 @@ LABELS = np.array([2, 0, 1, 1, 0])
 
 @pytest.fixture
 def base_samples(tmp_path: Path) -> Path:
-    save_npz(tmp_path / "base.npz", [IMAGES], IMAGES.shape, arr_1=LABELS)
+    save_npz(tmp_path / "base.npz", [IMAGES], IMAGES.shape, arr_1=LABELS, class_names=NAMES)
     return tmp_path / "base.npz"
 
 
@@ -78,7 +78,7 @@ def test_a_cascade_is_one_command_after_the_other(tmp_path: Path, batch_size: in
     labels = first.labels(numbers)
     assert labels is not None
     small = drawn(first.pipeline(runtime(), 5), 5, labels)
-    save_npz(tmp_path / "small.npz", [small], small.shape, arr_1=labels)
+    save_npz(tmp_path / "small.npz", [small], small.shape, arr_1=labels, class_names=NAMES)
     second = plan(loaded(tmp_path, **flags), config, base_samples=tmp_path / "small.npz")
     apart = drawn(second.pipeline(runtime(), 5), 5, second.labels(numbers))
 

@@ -123,22 +123,26 @@ def test_classes_of_a_model_without(tmp_path: Path) -> None:
 
 
 def test_class_names_that_are_numbers(tmp_path: Path) -> None:
-    """Folders of digits are sorted as text; what is typed is a name before it is a place."""
+    """Folders of digits are sorted as text; where a class is called by a number, a number is a name."""
     names = ("1", "10", "2")
     subject = loaded(tmp_path, **CLASSES | {"class_names": names})
-    for text, expected in (("2", 2), ("10", 1), ("0", 0)):
+    for text, expected in (("2", 2), ("10", 1), ("1", 0)):
         labels = labels_of(subject, np.zeros(1, np.int64), split_classes(text, names))
         assert labels is not None
         assert labels[0] == expected
-    labels = labels_of(subject, np.zeros(1, np.int64), (2,))  # a number is a place
-    assert labels is not None
-    assert labels[0] == 2
+    for wanted in (10, "10"):
+        labels = labels_of(subject, np.zeros(1, np.int64), (wanted,))
+        assert labels is not None
+        assert labels[0] == 1
+    for unknown in (0, "0"):
+        with pytest.raises(ValueError, match=r"^class '0' is none of the model's 3 classes; there are 10"):
+            labels_of(subject, np.zeros(1, np.int64), (unknown,))
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     images = np.zeros((3, 8, 8, 3), np.uint8)
-    save_npz(tmp_path / "small.npz", [images], images.shape, arr_1=np.array([0, 1, 2]))
+    save_npz(tmp_path / "small.npz", [images], images.shape, arr_1=np.array([0, 1, 2]), class_names=np.array(NAMES))
     return tmp_path / "small.npz"
 
 
@@ -158,8 +162,10 @@ def test_classes_come_with_the_base_samples(tmp_path: Path, small: Path) -> None
         plan(upper, SampleConfig(), base_samples=small, classes=("dog",))
     # a model without names for its classes is told by the file alone, which may be another model's
     other = loaded(tmp_path, **UPPER, class_cond=True, num_classes=2)
-    with pytest.raises(ValueError, match=r"^base_samples: there is class 2, and the model has 2 classes$"):
-        plan(other, SampleConfig(), base_samples=small).labels(np.arange(3))
+    with pytest.raises(
+        ValueError, match=r"small\.npz has the class 2, and the model the classes 0 to 1: give samples of"
+    ):
+        plan(other, SampleConfig(), base_samples=small)
 
 
 @pytest.mark.parametrize(

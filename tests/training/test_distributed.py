@@ -66,7 +66,7 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("processes", "precision"),
     [
-        (1, "fp32"),
+        pytest.param(1, "fp32", marks=pytest.mark.slow),  # test_resume.py has it without a process of its own
         (2, "fp32"),
         pytest.param(1, "bf16", marks=pytest.mark.slow),  # which a processor without it does slowly
         pytest.param(2, "bf16", marks=pytest.mark.slow),
@@ -87,7 +87,10 @@ def test_killed_and_resumed_is_straight_on(tmp_path: Path, shapes: Path, process
     assert [row["step"] for row in rows(tmp_path / "killed")] == [str(step) for step in range(1, 13)]
 
 
-def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes: Path) -> None:
+@pytest.mark.parametrize(
+    "others", [("ddp", "fsdp_parts"), pytest.param(("fsdp", "parts"), marks=pytest.mark.slow)], ids="-".join
+)
+def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes: Path, others: tuple[str, ...]) -> None:
     """For four steps losses and gradient norms are equal to 1e-5, with micro-batches as without."""
     flags = [*LEARNING, "--precision", "fp32", "--steps", "4", "--spike-guard", "50", "--grad-clip", "1"]
     kinds: dict[str, tuple[int, list[str]]] = {
@@ -98,7 +101,8 @@ def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes:
         "fsdp_parts": (2, ["--parallel", "fsdp", "--microbatch", "3", "--use-checkpoint"]),
     }
     found = {}
-    for name, (processes, more) in kinds.items():
+    for name in ("one", *others):
+        processes, more = kinds[name]
         train(processes, name, *flags, *more, cwd=tmp_path, data=shapes)
         found[name] = rows(tmp_path / name)
     compared = ("loss", "mse", "vb", *(f"loss_q{q}" for q in range(4)), "grad_norm")
@@ -115,7 +119,7 @@ def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes:
                 )
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_draw_previews_from_the_weights_that_they_save(
     tmp_path: Path, shapes: Path, parallel: str
 ) -> None:
@@ -178,7 +182,7 @@ def test_a_restart_takes_nobody_elses_run(tmp_path: Path, shapes: Path) -> None:
     assert not list((tmp_path / "run").glob("*9.safetensors"))
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path, shapes: Path, number: str, status: int) -> None:
     """Only one of them is told; all leave at the same step, with it saved, and the exit status of the signal."""
     harm = {"SIGNAL_AFTER_STEP": "5", "SIGNAL": number, "KILL_RANK": "1", "STATUS_FILE": str(tmp_path / "status")}

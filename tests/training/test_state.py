@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from fastdiff.checkpoint import optimizer_path
+from fastdiff.checkpoint import FORMAT, optimizer_path, write_tensors
 from fastdiff.training.metrics import LossSums
 
 from .support import each_step, file, same, trainer, weights
@@ -78,7 +77,8 @@ def test_one_process_takes_in_the_sums_of_two(run: Path, shapes: Path) -> None:
         sums.add({"loss": torch.tensor([1.0 + rank, 3.0])}, torch.tensor([0, 19]), 20)
         sums.add_grad_norm(torch.tensor(5.0), torch.tensor(0.0))
         sums.add_grad_norm(torch.tensor(7.0), torch.tensor(1.0))
-    save_file(saved | {"log_sums": torch.stack([sums.state() for sums in both])}, path, metadata=metadata)
+    described = json.loads(metadata[FORMAT])
+    write_tensors(path, saved | {"log_sums": torch.stack([sums.state() for sums in both])}, described)
     subject = trainer(run, shapes, **FLAGS)
     subject.state.load(run, 4)
     read = subject.state.sums.read()

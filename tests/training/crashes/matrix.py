@@ -152,15 +152,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         for title, files, stride in (
-            ("two small files", small, 24 if short else 1),
-            ("the four files of a training", real(folder), 60 if short else 1),
+            ("two small files", small, 36 if short else 1),
+            ("the four files of a training", real(folder), 90 if short else 1),
         ):
             print(f"\nA save of {title}, after which the step before is deleted: ", end="")
             rows = list(all_cases(folder, files, stride))
             print("\n| hit | times | step 2 is the newest, whole | step 4 is | failed loudly |\n|---|---|---|---|---|")
             for row in rows:
                 print(f"| {' | '.join(row)} |")
-        found = random_kills(folder, 4 if short else 100)
+        found = random_kills(folder, 3 if short else 100)
         print(
             f"\nA training was killed {found['kills']} times, {found['while_saving']} of them in the middle of a save; "
             f"{found['advanced']} times it had saved another step since the last time. "
