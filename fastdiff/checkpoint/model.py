@@ -95,8 +95,7 @@ def read_weights(
     if not path.is_file():
         raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     if path.suffix == ".safetensors":
-        verify_file(path)
-        state, metadata = read_tensors(path, kind="model")
+        state, metadata = read_tensors(path, kind="model", verified=verify_file(path))
         if model_config is not None or diffusion_config is not None or given:
             raise ValueError(f"{path} says itself what it is: configurations are for bare state dicts")
         try:

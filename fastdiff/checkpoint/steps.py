@@ -99,17 +99,17 @@ def verify_step(run_dir: Path, step: int) -> None:
         _verify(run_dir / name, said)
 
 
-def verify_file(path: Path) -> None:
-    """Read a file of a run folder; ValueError where it, or its step's manifest, is not what was saved.
+def verify_file(path: Path) -> bool:
+    """Whether a file of a run folder was compared with its step's manifest; ValueError where one is not what was saved.
 
     The error names the newest step before it of which the same file is whole. A file without a manifest beside it is
     not looked at: it holds a digest of itself.
     """
     match = _NAME.fullmatch(path.name)
     if match is None or not manifest_path(path.parent, int(match["step"])).exists():
-        return
+        return False
     try:
-        _verify_by_manifest(path, match)
+        return _verify_by_manifest(path, match)
     except NewerFormat:
         raise
     except ValueError as error:
@@ -118,10 +118,11 @@ def verify_file(path: Path) -> None:
         raise ValueError(f"{error}{remedy}") from None
 
 
-def _verify_by_manifest(path: Path, match: re.Match[str]) -> None:
+def _verify_by_manifest(path: Path, match: re.Match[str]) -> bool:
     files = _read_manifest(manifest_path(path.parent, int(match["step"])), int(match["step"]))
     if path.name in files:
         _verify(path, files[path.name])
+    return path.name in files
 
 
 def _whole_before(path: Path, match: re.Match[str]) -> int | None:

@@ -94,8 +94,8 @@ def _by_name(
     number = {name: i for i, name in reversed(list(enumerate(completed(known, count))))}
     found = np.array([number.get(name, -1) for name in names], np.int64)[labels]
     if found.min() < 0:
-        stranger = printable(names[labels[found.argmin()]])
+        stranger, there = printable(names[labels[found.argmin()]]), listed(known or completed((), count))
         raise ValueError(
-            f"{source} has the class {stranger!r}, which the model does not know; it knows {listed(known or completed((), count))}: {remedy}"
+            f"{source} has the class {stranger!r}, which the model does not know; it knows {there}: {remedy}"
         )
     return found

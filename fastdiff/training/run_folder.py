@@ -82,8 +82,8 @@ class RunConfig:
         for step in reversed(saved_steps(run_dir)):
             path = model_path(run_dir, step)
             try:
-                verify_file(path)
-                return cls.from_dict(read_tensors(path, kind="model")[1]["run_config"]), path.name
+                metadata = read_tensors(path, kind="model", verified=verify_file(path))[1]
+                return cls.from_dict(metadata["run_config"]), path.name
             except (ValueError, KeyError, TypeError, OSError):
                 continue
         return None
