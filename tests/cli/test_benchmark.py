@@ -180,7 +180,8 @@ def test_rows_that_cannot_be_kept_now_are_kept_with_the_next(cli: Cli, monkeypat
     assert "error: csv rows.csv cannot be written: it is gone: 3 rows are not kept" in result.out
 
 
-@pytest.mark.parametrize("stdout", [pytest.param("ascii", marks=pytest.mark.slow), "closed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stdout", ["ascii", "closed"])
 def test_what_cannot_be_shown_is_kept(stdout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     little = (

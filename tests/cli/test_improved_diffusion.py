@@ -87,6 +87,7 @@ def config_of(run_dir: Path) -> dict[str, dict[str, object]]:
     return json.loads((run_dir / "config.json").read_text())
 
 
+@pytest.mark.filterwarnings("ignore:the model has no names of its classes")  # a bare state dict
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_pasted_group_trains_and_samples(cli: Cli, shapes: Path, logdir: Path, name: str) -> None:
     model, process, training = (flags.split() for flags in GROUPS[name])

@@ -92,7 +92,7 @@ def test_our_own_checkpoint_in_its_folder_and_in_another(cli: Cli, train: Cli, s
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model000099.pt", r"resume_checkpoint .*model000099\.pt does not exist"),
+        ("model000099.pt", r"model000099\.pt does not exist"),
         ("ema_0.9999_000010.pt", r"is not called modelNNNNNN\.pt, .*--init-from"),
         ("opt000010.pt", r"is not called modelNNNNNN\.pt"),
     ],

@@ -48,7 +48,7 @@ def test_two_runs_give_equal_bits() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_training_is_one_graph(backend: str) -> None:
     torch._dynamo.reset()
-    level = {} if backend == "inductor" else {"channel_mult": (1,), "attention_resolutions": (8,)}
+    level = {} if backend == "inductor" else {"image_size": 4, "channel_mult": (1,)}
     model, given = case("triton", use_checkpoint=True, **VARIANTS["learned variance, by class"], **level)
     expected = gradients(model, given)
     counter = CompileCounterWithBackend(backend)
@@ -62,7 +62,7 @@ def test_training_is_one_graph(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_sampling_is_one_graph(backend: str) -> None:
     torch._dynamo.reset()
-    level = {} if backend == "inductor" else {"channel_mult": (1,), "attention_resolutions": (8,)}
+    level = {} if backend == "inductor" else {"image_size": 4, "channel_mult": (1,)}
     model, given = case("triton", learn_sigma=True, **level)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model.eval(), backend=counter, fullgraph=True, dynamic=False)

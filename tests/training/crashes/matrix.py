@@ -160,7 +160,7 @@ def main() -> None:
             print("\n| hit | times | step 2 is the newest, whole | step 4 is | failed loudly |\n|---|---|---|---|---|")
             for row in rows:
                 print(f"| {' | '.join(row)} |")
-        found = random_kills(folder, 3 if short else 100)
+        found = random_kills(folder, 2 if short else 100)
         print(
             f"\nA training was killed {found['kills']} times, {found['while_saving']} of them in the middle of a save; "
             f"{found['advanced']} times it had saved another step since the last time. "
