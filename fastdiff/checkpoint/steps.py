@@ -227,7 +227,7 @@ def find_checkpoint(
     """
     step = None
     if place is not None:
-        place, step = _split(Path(place).expanduser())
+        place, step = _split(Path(os.path.expanduser(place)))
         if not place.exists():
             raise ValueError(f"{place} does not exist")
         if not place.is_dir():

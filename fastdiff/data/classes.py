@@ -36,6 +36,8 @@ def file_name_of(name: str) -> str:
 def class_of_file(name: str) -> str:
     """The class that a file's name begins with, up to its first underscore (improved-diffusion's rule)."""
     coded = name.split("_")[0]
+    if "%" not in coded:
+        return composed(coded)
     plain = _CODE.sub(lambda match: chr(int(match[1], 16)), coded)
     return composed(plain if file_name_of(plain) == coded else coded)  # else the code is part of the name
 
@@ -68,13 +70,12 @@ def renumbered(
     if least < 0 or most >= count:
         other = least if least < 0 else most
         raise ValueError(f"{source} has the class {other}, and the model the classes 0 to {count - 1}: {remedy}")
-    if names is None and known:
+    if names is None:
+        first = f", 0 being {printable(known[0])}" if known else ""
         warnings.warn(
-            f"{source} has no class_names: its labels are read as numbers of the model's classes, 0 being "
-            f"{printable(known[0])}",
-            stacklevel=3,
+            f"{source} has no class_names: its labels are read as numbers of the model's classes{first}", stacklevel=3
         )
-    elif names is not None:
+    else:
         warnings.warn(
             f"the model has no names of its classes: those of {source} are numbered in their order, 0 being "
             f"{printable(names[0])}",

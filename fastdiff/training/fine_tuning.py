@@ -23,15 +23,7 @@ CLASSES, LAST = "label_emb.weight", ("out.2.weight", "out.2.bias")
 
 def find_initial(place: Path, raw: bool = False) -> Path:
     """The file to begin with: ``place`` itself, or the average (or, ``raw``, the weights) of a run folder's step."""
-    try:
-        return find_checkpoint(place, ema_rate=0.0 if raw and not place.is_file() else None)
-    except ValueError as error:
-        if not raw or place.is_file():
-            raise
-        try:
-            return find_checkpoint(place)  # a file that does not exist
-        except ValueError:
-            raise error from None
+    return find_checkpoint(place, ema_rate=0.0 if raw and not place.is_file() else None)
 
 
 def read_initial(path: Path, flags: Mapping[str, Any]) -> Weights:
@@ -119,12 +111,13 @@ def carried_over(
     own: Mapping[str, Tensor],
     fresh: Callable[[str], Tensor],
     class_names: Sequence[str],
+    named: bool = True,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict that a model begins with, and what is to be said of it.
 
     ``own`` are the model's tensors and ``fresh`` gives one of them whole, on the CPU; ``class_names`` are the names of
-    its classes. Rows of the class embedding are matched by name, new ones are fresh; so is the last layer where only
-    one of the two models predicts the variance.
+    its classes, which are only numbers unless they are ``named``. Rows of the class embedding are matched by name, new
+    ones are fresh; so is the last layer where only one of the two models predicts the variance.
     """
     state, said = dict(weights.state), []
     if CLASSES in own and CLASSES not in state:
@@ -134,7 +127,7 @@ def carried_over(
         del state[CLASSES]
         said.append(f"the classes of {weights.path} are left out: this model is not class-conditional")
     elif CLASSES in own:
-        state[CLASSES], lines = _matched(weights, state[CLASSES], fresh(CLASSES), class_names)
+        state[CLASSES], lines = _matched(weights, state[CLASSES], fresh(CLASSES), class_names, named)
         said += lines
     if LAST[0] in own and LAST[0] in state and state[LAST[0]].shape[0] != own[LAST[0]].shape[0]:
         state |= {name: fresh(name) for name in LAST}
@@ -142,21 +135,25 @@ def carried_over(
     return state, said
 
 
-def _matched(weights: Weights, known: Tensor, fresh: Tensor, class_names: Sequence[str]) -> tuple[Tensor, list[str]]:
+def _matched(
+    weights: Weights, known: Tensor, fresh: Tensor, class_names: Sequence[str], named: bool
+) -> tuple[Tensor, list[str]]:
     """The rows of the class embedding."""
-    wanted = completed(class_names, len(fresh))
-    numbered = all(name.isdecimal() for name in wanted)
-    if not weights.class_names and not numbered:
-        if known.shape != fresh.shape:
-            return fresh, [f"{weights.path} has {len(known)} classes without names: the embedding begins afresh"]
-        return known, [f"{weights.path} has no names of its classes: they are taken by number, 0 being {wanted[0]}"]
-    rows = {name: row for row, name in enumerate(completed(weights.class_names, len(known)))}
-    new = [name for name in wanted if name not in rows]
+    wanted, theirs = completed(class_names, len(fresh)), completed(weights.class_names, len(known))
+    said = []
+    if not named or not weights.class_names:
+        whose = str(weights.path) if named else "the data"
+        said.append(f"{whose} has no names of its classes: they are taken by number, 0 being {listed(wanted[:1])}")
+        theirs = completed((), len(known))
+        if not all(name.isdecimal() for name in wanted):
+            if known.shape != fresh.shape:
+                return fresh, [f"{whose} has {len(known)} classes without names: the embedding begins afresh"]
+            theirs = wanted
+    rows = {name: row for row, name in enumerate(theirs)}
     found = fresh.clone()
     for i, name in enumerate(wanted):
         if name in rows:
             found[i] = known[rows[name]]
-    said = []
-    if new:
+    if new := [name for name in wanted if name not in rows]:
         said.append(f"{len(new)} of {len(wanted)} classes are new to {weights.path} and begin afresh: {listed(new)}")
     return found, said

@@ -132,7 +132,7 @@ class Trainer:
         def fresh(name: str) -> Tensor:
             return whole_of(own_part(own[name]), own[name]).detach().cpu()
 
-        state, lines = carried_over(weights, own, fresh, self.config.class_names)
+        state, lines = carried_over(weights, own, fresh, self.config.class_names, self.dataset.named)
         self.world.together(lambda: self.state.set_weights(state, path))
         self.state = self._new_state()
         for line in (*lines, f"weights from {path}"):

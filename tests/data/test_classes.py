@@ -64,7 +64,10 @@ def test_classes_are_matched_by_number_where_there_are_no_names() -> None:
         assert renumbered(LABELS, None, ("a", "b", "c"), 3, "x", "y").tolist() == LABELS.tolist()
     with pytest.warns(UserWarning, match="^the model has no names of its classes: .* 0 being b$"):
         assert renumbered(LABELS, ("b", "c", "a"), (), 3, "x", "y").tolist() == LABELS.tolist()
-    assert renumbered(LABELS, None, (), 3, "x", "y").tolist() == LABELS.tolist()
+    with pytest.warns(
+        UserWarning, match="^x has no class_names: its labels are read as numbers of the model's classes$"
+    ):
+        assert renumbered(LABELS, None, (), 3, "x", "y").tolist() == LABELS.tolist()
 
 
 @pytest.mark.parametrize(
