@@ -139,7 +139,7 @@ def in_our_words(arguments: Sequence[str]) -> list[str]:
     if script is None:
         return [*command, *words, *model]
     # a checkpoint of fastdiff's and a run folder say themselves what they are
-    bare = any(Path(path).is_file() and Path(path).suffix != ".safetensors" for path in model)
+    bare = any(not (Path(path).suffix == ".safetensors" or Path(path).is_dir() or "@" in path) for path in model)
     unsaid = (command[0] == "train" or bare) and not _given("--preset", words)
     assumed = script.assumed if unsaid else ()
     return [*command, *script.defaults, *assumed, *_output(script), *words, *model]

@@ -1,8 +1,8 @@
 """Triton's interpreter without what it does again and again: three times as fast, and the same numbers.
 
-It patches ``triton.language`` at every call of a device function, though the launch has done so already; builds its table
-of dtypes at every look into it; wraps each side of each shape anew for every value; and looks for overflows of integers
-whose report it then leaves out, unless it debugs (Triton 3.6 and 3.7).
+It patches ``triton.language`` at every call of a device function, though the launch has done so already; builds its
+table of dtypes at every look into it; wraps each side of each shape anew for every value; and looks for overflows of
+integers whose report it then leaves out, unless it debugs (Triton 3.6 and 3.7).
 """
 
 from types import SimpleNamespace
