@@ -67,6 +67,8 @@ def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) 
     if not diffusers.is_folder(source):
         path = find_with_rate(source, ema_rate)
         return path, load_with_flags(path, flags, preset)
+    if ema_rate is not None:
+        raise ValueError(f"ema_rate {ema_rate} chooses among the files of a run folder, and {source} is none")
     state, config, process = diffusers.read(source)
     given = all_flags(flags, preset, ModelConfig, DiffusionConfig)
     if unsaid := [name for name in ("diffusion_steps", "noise_schedule") if name not in process | given]:

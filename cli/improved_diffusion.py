@@ -139,10 +139,16 @@ def in_our_words(arguments: Sequence[str]) -> list[str]:
     if script is None:
         return [*command, *words, *model]
     # a checkpoint of fastdiff's and a run folder say themselves what they are
-    bare = any(not (Path(path).suffix == ".safetensors" or Path(path).is_dir() or "@" in path) for path in model)
+    bare = any(Path(path).suffix != ".safetensors" and not _is_run(Path(path)) for path in model)
     unsaid = (command[0] == "train" or bare) and not _given("--preset", words)
     assumed = script.assumed if unsaid else ()
     return [*command, *script.defaults, *assumed, *_output(script), *words, *model]
+
+
+def _is_run(place: Path) -> bool:
+    """Whether it is a run folder, or run@step."""
+    name, at, _ = place.name.rpartition("@")
+    return place.is_dir() or bool(at and (place.parent / name).is_dir())
 
 
 def _given(flag: str, words: Sequence[str]) -> bool:

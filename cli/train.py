@@ -1,6 +1,5 @@
 """``fastdiff train``: a folder of images in, a run folder out."""
 
-import json
 import shlex
 from collections import Counter
 from contextlib import ExitStack
@@ -22,7 +21,6 @@ from fastdiff.cli.options import (
     with_flags,
 )
 from fastdiff.config import (
-    Config,
     DataConfig,
     DiffusionConfig,
     ModelConfig,
@@ -32,6 +30,7 @@ from fastdiff.config import (
     TrainConfig,
     is_table_size,
 )
+from fastdiff.config.base import differences, in_words
 
 if TYPE_CHECKING:
     from fastdiff.cli.display import Display
@@ -102,13 +101,12 @@ def run_training(
         flags = {"tensorboard": True} | flags
     if init_from is not None and resume_checkpoint is not None:
         raise ValueError("init_from and resume_checkpoint both say what to begin with: give one of them")
-    if init_from is not None or resume_checkpoint is not None:
+    if resume_checkpoint is not None:
         from fastdiff.training.fine_tuning import find_initial
 
-        init_from = init_from and find_initial(init_from)
-        resume_checkpoint = resume_checkpoint and find_initial(resume_checkpoint, raw=True)
-    if resume_checkpoint is not None and _is_of(run_dir, resume_checkpoint):
-        run_dir, resume, resume_checkpoint = resume_checkpoint.parent, True, None
+        resume_checkpoint = find_initial(resume_checkpoint, raw=True)
+        if _is_of(run_dir, resume_checkpoint):
+            run_dir, resume, resume_checkpoint = resume_checkpoint.parent, True, None
     if not flags.get("data_dir") and not resume:
         raise ValueError("no data: name a folder of images with --data-dir")
     if "steps" not in flags and flags.get("lr_anneal_steps", 0) > 0:
@@ -129,20 +127,22 @@ def run_training(
         plan = world.from_main(
             lambda: _decide(flags, preset, run_dir, resume, allow_changes, held, init_from, resume_checkpoint)
         )
-        status = _run(plan, init_from, resume_checkpoint, world, held)
+        status = _run(plan, world, held)
     world.leave()
     return status
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The run to train, and what is to be said of it."""
+    """The run to train, what it begins with, and what is to be said of it: as the first process has decided."""
 
     run_dir: Path
     config: "RunConfig"
     resuming: bool
     fixed_classes: bool
     allow_changes: bool
+    init_from: Path | None
+    resume_checkpoint: Path | None
     notes: list[str]
 
 
@@ -195,6 +195,7 @@ def _decide(
         fixed = "num_classes" in flags
         flags = all_flags(flags, preset)
         if init_from is not None:
+            init_from = fine_tuning.find_initial(init_from)  # once for all: a run may save another step meanwhile
             flags, said = fine_tuning.flags_with(init_from, flags)
             notes += said
         elif resume_checkpoint is not None:
@@ -202,31 +203,27 @@ def _decide(
             fixed = "num_classes" in flags
             notes += said
         config = _new_run(flags)
-        return _Plan(run_dir, config, False, fixed, allow_changes, notes)
+        return _Plan(run_dir, config, False, fixed, allow_changes, init_from, resume_checkpoint, notes)
     held.enter_context(Lease(run_dir, launcher()))
     config, changes = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir, allow_changes)
-    return _Plan(run_dir, config, True, True, allow_changes, notes + changes)
+    return _Plan(run_dir, config, True, True, allow_changes, init_from, resume_checkpoint, notes + changes)
 
 
 def _no_run(run_dir: Path) -> str:
     """What is wrong with a --resume that names no run, nor data to begin one with."""
-    _, at, step = str(run_dir).rpartition("@")
-    if at and step.isdecimal():
-        return (
-            f"run_dir {run_dir}: a run goes on from its newest step; begin another with --resume-checkpoint {run_dir}"
-        )
     there = sorted(str(path.parent) for path in run_dir.parent.glob("*/config.json"))
     found = f"; there are {', '.join(there[:10])}" if there else ""
     return f"run_dir {run_dir} holds no run to resume: name another with --run-dir, or images with --data-dir{found}"
 
 
-def _run(plan: _Plan, init_from: Path | None, resume_checkpoint: Path | None, world: "World", held: ExitStack) -> int:
+def _run(plan: _Plan, world: "World", held: ExitStack) -> int:
     from fastdiff.checkpoint import Lease
     from fastdiff.cli.display import Display
     from fastdiff.diffusion import build_diffusion
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import launcher
     from fastdiff.training import Trainer, run_folder
+    from fastdiff.training.fine_tuning import find_initial
 
     run_dir, config, resuming = plan.run_dir, plan.config, plan.resuming
 
@@ -255,12 +252,12 @@ def _run(plan: _Plan, init_from: Path | None, resume_checkpoint: Path | None, wo
     trainer = Trainer(config, dataset, runtime, run_dir, log, world)
     if resuming:
         trainer.resume()
-    if (given := init_from or resume_checkpoint) is not None and trainer.state.step:
+    if (given := plan.init_from or plan.resume_checkpoint) is not None and trainer.state.step:
         log(f"the weights of {given} are not taken: the run goes on with its own")
-    elif init_from is not None:
-        trainer.init_from(init_from)
-    elif resume_checkpoint is not None:
-        trainer.resume_from(resume_checkpoint)
+    elif plan.init_from is not None:
+        trainer.init_from(plan.init_from if not resuming else find_initial(plan.init_from))
+    elif plan.resume_checkpoint is not None:
+        trainer.resume_from(plan.resume_checkpoint)
     if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:
         log(f"fp16_scale_growth has no meaning: precision {runtime.precision} needs no loss scale")
     train = trainer.config.train
@@ -354,7 +351,7 @@ def _continued_run(
     """
     refuse_contradiction(flags, str(run_dir), config.model)
     diffusion, notes = build(DiffusionConfig, flags, base=config.diffusion), []
-    if differing := _differences(config.diffusion, diffusion):
+    if differing := in_words(differences(config.diffusion, diffusion)):
         if not allow_changes:
             raise ValueError(
                 f"{run_dir} has another process ({differing}): leave the flags out, or go on with --allow-changes"
@@ -367,15 +364,9 @@ def _continued_run(
         train=build(TrainConfig, flags, base=config.train),
         runtime=build(RuntimeConfig, flags, base=config.runtime),
     )
-    if differing := _differences(config.train, changed.train):
+    if differing := in_words(differences(config.train, changed.train)):
         notes.append(f"changed: {differing}")
     return changed, notes
-
-
-def _differences(one: Config, other: Config) -> str:
-    before, after = one.to_dict(), other.to_dict()
-    told = ((name, json.dumps(before[name]), json.dumps(after[name])) for name in before)
-    return ", ".join(f"{name} {old} becomes {new}" for name, old, new in told if old != new)
 
 
 def _absolute(data: DataConfig) -> DataConfig:

@@ -3,6 +3,7 @@
 from fastdiff.checkpoint.files import (
     FORMAT,
     NewerFormat,
+    read_metadata,
     read_tensors,
     refuse_unwritable,
     replacing,
@@ -53,6 +54,7 @@ __all__ = [
     "model_metadata",
     "model_path",
     "optimizer_path",
+    "read_metadata",
     "read_tensors",
     "read_weights",
     "refuse_other_architecture",

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ _DESCRIBED = {"model_config", "diffusion_config"}
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'("%b":"\{\\"sha256\\": \\")([0-9a-f]{64})' % FORMAT.encode())  # JSON in a string of JSON
 _CHUNK = 2**20
+_TICKS = 3  # seconds; the coarsest clock has two
 _known_hashes: dict[tuple[object, ...], str] = {}
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _being_written: set[str] = set()  # names, which are random: one folder has many paths
@@ -41,6 +43,18 @@ def read_tensors(path: Path, kind: str, verified: bool = False) -> tuple[dict[st
     The file must have the SHA-256 that it says of itself, which covers every byte of it (but for files of a version
     before that), unless it is ``verified`` already.
     """
+    with _opened(path, kind, verified) as (file, metadata):
+        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118  # not a dict
+
+
+def read_metadata(path: Path, kind: str) -> dict[str, Any]:
+    """The metadata alone, of a file that was verified; errors as read_tensors raises them."""
+    with _opened(path, kind, verified=True) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         with safe_open(path, framework="pt") as file:
             raw = file.metadata() or {}
@@ -55,13 +69,13 @@ def read_tensors(path: Path, kind: str, verified: bool = False) -> tuple[dict[st
                 raise ValueError(f"{path} is a safetensors file, but not one of fastdiff's")
             said = metadata.pop("sha256", None)
             if FORMAT in raw and not verified and said != _own_digest(path):
-                raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved")
+                raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved; copy it again")
             if metadata["kind"] != kind:
                 other = (
                     "the model*.safetensors or ema_*.safetensors file beside it" if kind == "model" else "the opt* file"
                 )
                 raise ValueError(f"{path} is a file of the kind {metadata['kind']}, not {kind}: name {other}")
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118  # not a dict
+            yield file, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({openai.first_line(error)})") from None
 
@@ -78,7 +92,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
         try:
-            save_file(packed, temporary, metadata={FORMAT: json.dumps({"sha256": _NO_DIGEST, **metadata})})
+            described = {"sha256": _NO_DIGEST, **metadata} | {
+                "sha256": _NO_DIGEST
+            }  # in the first place, whatever comes
+            save_file(packed, temporary, metadata={FORMAT: json.dumps(described)})
             _sign(temporary)
         except SafetensorError as error:  # a full disk, too, is one of these
             raise OSError(f"{path} cannot be written: {openai.first_line(error)}") from error
@@ -141,9 +158,12 @@ def _own_digest(path: Path) -> str:
 
 def _once(what: str, path: Path, compute: Callable[[], str]) -> str:
     status = path.stat()
-    key = (what, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    key = (what, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if key not in _known_hashes:
-        _known_hashes[key] = compute()
+        found = compute()
+        if abs(time.time() - max(status.st_mtime, status.st_ctime)) < _TICKS:
+            return found  # what changes it within a tick of the file system's clock would not show
+        _known_hashes[key] = found
     return _known_hashes[key]
 
 
@@ -170,7 +190,8 @@ def _signed_header(path: Path) -> tuple[bytes, bytes]:
 
 def _sign(path: Path) -> None:
     """Put the digest of a new file in the place of its zeros."""
-    header, _ = _signed_header(path)
+    header, unsigned = _signed_header(path)
+    assert header == unsigned
     signed = _DIGEST.sub(rb"\g<1>" + _hash(path).encode(), header)
     with path.open("rb+") as file:
         file.write(signed)

@@ -93,7 +93,7 @@ def read_weights(
     """What load_checkpoint makes a model of; arguments and errors are its."""
     path = find_checkpoint(place, ema_rate=ema_rate)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+        raise ValueError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         state, metadata = read_tensors(path, kind="model", verified=verify_file(path))
         if model_config is not None or diffusion_config is not None or given:

@@ -93,8 +93,31 @@ def holds_checkpoint(run_dir: Path) -> bool:
     return any(_NAME.fullmatch(p.name) or _MANIFEST.fullmatch(p.name) for p in run_dir.glob("*"))
 
 
-def verify_step(run_dir: Path, step: int) -> None:
-    """Read every file of a step; ValueError, naming the first, where one is not what the manifest says."""
+def verify_step(run_dir: Path, step: int, offer: bool = False) -> None:
+    """Read every file of a step; ValueError, naming the first, where one is not what the manifest says.
+
+    With ``offer`` the error names the newest step before it that is whole.
+    """
+    try:
+        _verify_step(run_dir, step)
+    except NewerFormat:
+        raise
+    except ValueError as error:
+        whole = next((s for s in reversed(saved_steps(run_dir)) if offer and s < step and _is_whole(run_dir, s)), None)
+        if whole is None:
+            raise
+        raise ValueError(f"{error}; {run_dir}@{whole} is whole: name that") from None
+
+
+def _is_whole(run_dir: Path, step: int) -> bool:
+    try:
+        _verify_step(run_dir, step)
+    except ValueError:
+        return False
+    return True
+
+
+def _verify_step(run_dir: Path, step: int) -> None:
     for name, said in _read_manifest(manifest_path(run_dir, step), step).items():
         _verify(run_dir / name, said)
 
@@ -102,8 +125,8 @@ def verify_step(run_dir: Path, step: int) -> None:
 def verify_file(path: Path) -> bool:
     """Whether a file of a run folder was compared with its step's manifest; ValueError where one is not what was saved.
 
-    The error names the newest step before it of which the same file is whole. A file without a manifest beside it is
-    not looked at: it holds a digest of itself.
+    The error names the same file of the newest step before it of which it is whole. A file without a manifest beside it
+    is not looked at: it holds a digest of itself.
     """
     match = _NAME.fullmatch(path.name)
     if match is None or not manifest_path(path.parent, int(match["step"])).exists():
@@ -113,9 +136,9 @@ def verify_file(path: Path) -> bool:
     except NewerFormat:
         raise
     except ValueError as error:
-        whole = _whole_before(path, match)
-        remedy = "" if whole is None else f"; that of step {whole} is whole: name {path.parent}@{whole}"
-        raise ValueError(f"{error}{remedy}") from None
+        before = _whole_before(path, match)
+        remedy = "copy the step again, or name another file" if before is None else f"{before} is whole: name that"
+        raise ValueError(f"{error}; {remedy}") from None
 
 
 def _verify_by_manifest(path: Path, match: re.Match[str]) -> bool:
@@ -125,8 +148,8 @@ def _verify_by_manifest(path: Path, match: re.Match[str]) -> bool:
     return path.name in files
 
 
-def _whole_before(path: Path, match: re.Match[str]) -> int | None:
-    """The newest step before that of ``path`` whose file of the same kind is whole."""
+def _whole_before(path: Path, match: re.Match[str]) -> Path | None:
+    """The same file of the newest step before it of which it is whole."""
     for step in reversed([step for step in saved_steps(path.parent) if step < int(match["step"])]):
         earlier = path.with_name(f"{path.name[: match.start('step')]}{step:06d}{path.name[match.end('step') :]}")
         found = _NAME.fullmatch(earlier.name)
@@ -136,7 +159,7 @@ def _whole_before(path: Path, match: re.Match[str]) -> int | None:
         except ValueError:
             continue
         if earlier.exists():
-            return step
+            return earlier
     return None
 
 
@@ -252,13 +275,28 @@ def find_checkpoint(
             known = ", ".join(f"{rate:g}" if rate else "raw" for rate in rates)
             raise ValueError(f"ema_rate {ema_rate:g}: {newest} has weights of the rates {known}")
     whole = set(saved_steps(newest))  # a killed process may leave a later step without its averages
-    return max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
+    found_path = max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
+    if ema_rate is None and _rank(found_path)[0] in whole:
+        _refuse_lost(newest, found_path)
+    return found_path
+
+
+def _refuse_lost(run_dir: Path, best: Path) -> None:
+    """ValueError where the manifest names weights of a higher rate than those that are there."""
+    step = _rank(best)[0]
+    try:
+        names = _read_manifest(manifest_path(run_dir, step), step)
+    except ValueError:
+        return  # whoever reads the file says so
+    saved = [run_dir / name for name in names if _is_model(Path(name))]
+    if saved and _rank(lost := max(saved, key=_rank)) > _rank(best):
+        raise ValueError(f"{lost} is missing: restore it, or choose by --ema-rate, or name {best}")
 
 
 def _split(place: Path) -> tuple[Path, int | None]:
     """A run folder and the step behind its "@"; a name that holds an "@" stands for itself where it is there."""
     name, at, step = place.name.rpartition("@")
-    folder = place.with_name(name) if name else place.parent
+    folder = place.parent / name
     if not at or place.exists() or not folder.is_dir():
         return place, None
     if step == "best":

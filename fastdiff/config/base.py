@@ -1,5 +1,6 @@
 """What every configuration shares: coercion, checks that name field and value, and JSON both ways."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
@@ -86,3 +87,14 @@ def tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers separated by commas, not {value!r}") from None
     return numbers
+
+
+def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
+    """The fields in which two configurations of a kind differ, with both values."""
+    before, after = one.to_dict(), other.to_dict()
+    return [(name, before[name], after[name]) for name in before if before[name] != after[name]]
+
+
+def in_words(changes: Iterable[tuple[str, Any, Any]]) -> str:
+    """Differences in a line of the log; empty where there are none."""
+    return ", ".join(f"{name} {json.dumps(old)} becomes {json.dumps(new)}" for name, old, new in changes)

@@ -13,7 +13,7 @@ from fastdiff.data.words import printable
 Labels = NDArray[np.int64]
 
 _CODED = "/\\\0_"
-_CODE = re.compile("%(2E|2F|5C|00|5F|25)")
+_CODE = re.compile("%(2E|2F|3A|5C|00|5F|25)")
 _SHOWN = 10
 
 
@@ -30,6 +30,8 @@ def file_name_of(name: str) -> str:
     """
     coded = _CODE.sub(lambda match: "%25" + match[1], name)
     coded = "".join(f"%{ord(c):02X}" if c in _CODED else c for c in coded)
+    if re.match("[A-Za-z]:", coded):  # a drive, to Windows and to who opens a zip
+        coded = coded.replace(":", "%3A", 1)
     return "%2E" + coded[1:] if coded.startswith(".") else coded
 
 
@@ -37,9 +39,9 @@ def class_of_file(name: str) -> str:
     """The class that a file's name begins with, up to its first underscore (improved-diffusion's rule)."""
     coded = name.split("_")[0]
     if "%" not in coded:
-        return composed(coded)
+        return coded
     plain = _CODE.sub(lambda match: chr(int(match[1], 16)), coded)
-    return composed(plain if file_name_of(plain) == coded else coded)  # else the code is part of the name
+    return plain if file_name_of(plain) == coded else coded  # else the code is part of the name
 
 
 def completed(names: Sequence[str], count: int) -> tuple[str, ...]:
@@ -54,15 +56,25 @@ def listed(names: Sequence[str]) -> str:
 
 
 def renumbered(
-    labels: Labels, names: Sequence[str] | None, known: Sequence[str], count: int, source: object, remedy: str
+    labels: Labels,
+    names: Sequence[str] | None,
+    known: Sequence[str],
+    count: int,
+    source: object,
+    remedy: str,
+    npz: bool = False,
 ) -> Labels:
     """The classes of N images as a model numbers them, int64 (N,).
 
     ``labels`` (N,) number the classes as ``source`` does, which calls them ``names``, or has no names for them (None).
     ``known`` are the names of the model's ``count`` classes, () where it has none: then names that are numbers are its
-    numbers. Classes are matched by name; where one side has none by number, with a warning. ValueError, which ends in
-    the ``remedy``, where the model lacks a class.
+    numbers. Classes are matched by name; where one side has none by number, with a warning. Of an ``npz`` the names 0
+    to K - 1, which the model lacks, are none: a model without names drew it. ValueError, which ends in the ``remedy``,
+    where the model lacks a class.
     """
+    if npz and names is not None and tuple(names) == tuple(map(str, range(len(names)))):
+        called = set(completed(known, count))
+        names = names if all(names[i] in called for i in set(labels.tolist()) if 0 <= i < len(names)) else None
     numbers = names is not None and all(name.isdecimal() and name.isascii() for name in names)
     if names is not None and (known or numbers):
         return _by_name(labels, [composed(name) for name in names], known, count, source, remedy)

@@ -41,7 +41,8 @@ class ImageFolder:
     which are in Unicode's composed form (NFC).
 
     Attributes: ``root``, ``image_size``, ``names`` (below root, with "/"), ``paths`` (root / name), ``files`` (what is
-    opened: the paths, or the members of the zip), ``class_names`` (() without labels), ``labels`` (int64 (N,) or None),
+    opened: the paths, or the members of the zip), ``class_names`` (() without labels), ``written_class_names`` (before
+    composing), ``labels`` (int64 (N,) or None),
     ``left_out`` (files that are not taken for images).
 
     Raises ValueError for a folder that is missing, is none or has no images, with "folder" for an image outside of
@@ -75,9 +76,14 @@ class ImageFolder:
         # Of all files found, readable or not: a file that breaks or is mended must not renumber the classes of a
         # model that was trained before.
         classes = [] if labels is None else [self._class_of(name, Labels(labels)) for name in self.names]
-        self.class_names = tuple(sorted(set(classes)))
+        # In the order of the names as they stand there, which composing them may change: a Mac's data set keeps the
+        # numbers, and the fingerprint, that it had.
+        written: dict[str, str] = {}
+        for name in sorted(set(classes)):
+            written.setdefault(composed(name), name)
+        self.class_names, self.written_class_names = tuple(written), tuple(written.values())
         number = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = None if labels is None else np.array([number[c] for c in classes], np.int64)
+        self.labels = None if labels is None else np.array([number[composed(c)] for c in classes], np.int64)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -139,7 +145,7 @@ class ImageFolder:
                 f"labels folder: {printable(name)} lies in {self.root} itself and so has no class; "
                 "move it into a sub-folder named after its class, or use labels prefix"
             )
-        return composed(parts[0])
+        return parts[0]
 
     def _nothing_found(self) -> str:
         kinds = Counter(f".{e}" if (e := _extension(item.name)) else "other" for item in self.left_out)

@@ -130,7 +130,7 @@ def _from_folder(
         (*unreadable, *folder.left_out),
     )
     labels = None if folder.labels is None else folder.labels[readable]
-    fingerprint = _fingerprint(names, lengths[readable], labels, folder.class_names)
+    fingerprint = _fingerprint(names, lengths[readable], labels, folder.written_class_names)
     return Dataset(images, labels, folder.class_names, preflight, names, fingerprint)
 
 

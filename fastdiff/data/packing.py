@@ -11,7 +11,7 @@ from fastdiff.data.archives import whole
 from fastdiff.data.dataset import ImageFolder, Preflight
 from fastdiff.data.loading import load_dataset
 from fastdiff.data.threads import Progress
-from fastdiff.data.words import printable
+from fastdiff.data.words import ArchiveError, printable, safe_name
 
 
 def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> int:
@@ -24,6 +24,12 @@ def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> in
     folder = ImageFolder(source, 1, labels=None)
     with whole(out) as file, zipfile.ZipFile(file, "w") as archive:
         for done, (name, image) in enumerate(zip(folder.names, folder.files, strict=True), start=1):
+            try:
+                safe_name(out, name)
+            except ArchiveError:
+                raise ValueError(
+                    f"{printable(name)} in {source} has a name that leads out of a zip: rename it"
+                ) from None
             info = zipfile.ZipInfo(name)  # with no time: equal folders make equal files
             info.external_attr = 0o644 << 16
             try:

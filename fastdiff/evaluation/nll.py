@@ -202,7 +202,8 @@ def labels_for(checkpoint: Checkpoint, dataset: Dataset) -> Int64Array | None:
         raise ValueError("the model has classes, and the data has none")
     names = dataset.class_names if dataset.named else None
     remedy = "name the images as for its training, or use its --labels"
-    return renumbered(dataset.labels, names, checkpoint.class_names, config.num_classes, "the data", remedy)
+    npz = "npz" in dataset.preflight.counts
+    return renumbered(dataset.labels, names, checkpoint.class_names, config.num_classes, "the data", remedy, npz)
 
 
 class _Meter:

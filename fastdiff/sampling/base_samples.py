@@ -75,7 +75,7 @@ def load_base_samples(
         raise ValueError(f"{path} has no labels, which this model needs: save them with np.savez(file, images, labels)")
     remedy = "give samples of the classes that it was trained on"
     count = len(class_names) if num_classes is None else num_classes
-    labels = renumbered(samples.labels, samples.class_names, class_names, count, path, remedy)
+    labels = renumbered(samples.labels, samples.class_names, class_names, count, path, remedy, npz=True)
     return BaseSamples(samples.images, labels)
 
 
@@ -108,9 +108,10 @@ def _labels_in(folder: ImageFolder, class_names: tuple[str, ...]) -> NDArray[np.
 def _class_of(name: str, folder: ImageFolder, numbers: dict[str, int], class_names: tuple[str, ...]) -> int:
     *parents, file = name.split("/")
     words = file.split("_")
-    # The longest beginning that is a class: those of other files than fastdiff's may hold underscores.
-    beginnings = [composed("_".join(words[:end])) for end in range(len(words), 0, -1)]
-    for candidate in [*map(composed, parents[:1]), *beginnings, class_of_file(file)]:
+    # What fastdiff wrote in code is read so; else the longest beginning that is a class, which may hold underscores.
+    coded = [class_of_file(file)] if class_of_file(file) != words[0] else []
+    beginnings = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
+    for candidate in map(composed, [*parents[:1], *coded, *beginnings]):
         if candidate in numbers:
             return numbers[candidate]
     said = [*parents[:1], words[0]]

@@ -51,9 +51,9 @@ def labels_of(
 
 def _number(checkpoint: Checkpoint, wanted: str | int) -> int:
     names, count = checkpoint.class_names, checkpoint.model_config.num_classes
-    text = composed(str(wanted))
-    if text in names:
-        return names.index(text)
+    text, called = composed(str(wanted)), names_of(checkpoint)
+    if text in called:
+        return called.index(text)
     if text.isdecimal() and len(text) < 10 and int(text) < count and not any(name.isdecimal() for name in names):
         return int(text)
     near = difflib.get_close_matches(text, names, n=3, cutoff=0.4) or names[:10]

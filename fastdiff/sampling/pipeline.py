@@ -21,14 +21,14 @@ class Pipeline:
     """An engine with what it begins from.
 
     ``base`` are the small images of a super-resolution model, or the engine that draws them (a cascade: Nichol &
-    Dhariwal 2021, section 4); ``start`` gives x_T where it is not noise. ``upper_numbers`` (K,) are the numbers that
-    the engine gives to the classes of a base that numbers the same classes otherwise.
+    Dhariwal 2021, section 4); ``start`` gives x_T where it is not noise. ``upper_labels`` gives the engine's numbers
+    of the classes (N,) that a base numbers its own way.
     """
 
     engine: Engine
     base: BaseSamples | Engine | None = None
     start: OfImages | None = None
-    upper_numbers: Int64Array | None = None
+    upper_labels: Callable[[Int64Array], Int64Array] | None = None
 
     @property
     def steps(self) -> int:
@@ -48,8 +48,8 @@ class Pipeline:
             low_res = partial(_next_of, small)
         elif self.base is not None:
             low_res = self._given
-        if labels is not None and self.upper_numbers is not None:
-            labels = self.upper_numbers[labels]
+        if labels is not None and self.upper_labels is not None:
+            labels = self.upper_labels(labels)
         return self.engine.draw(indices, labels, low_res=low_res, start=self.start, on_step=on_step)
 
     def trajectory(self, index: int, label: int | None, most: int) -> Uint8Array:
@@ -58,8 +58,8 @@ class Pipeline:
         if isinstance(self.base, Engine):
             small = normalised(torch.from_numpy(self.base.trajectory(index, label, 1)))
             low_res = lambda _: small  # noqa: E731
-        if label is not None and self.upper_numbers is not None:
-            label = int(self.upper_numbers[label])
+        if label is not None and self.upper_labels is not None:
+            label = int(self.upper_labels(np.array([label]))[0])
         return self.engine.trajectory(index, label, most, low_res=low_res, start=self.start)
 
     def _given(self, numbers: Int64Array) -> Tensor:

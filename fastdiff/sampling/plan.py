@@ -12,9 +12,10 @@ from torch import Tensor
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import ClassMix, SampleConfig
 from fastdiff.data import load
+from fastdiff.data.classes import renumbered
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
-from fastdiff.sampling.classes import labels_of
+from fastdiff.sampling.classes import labels_of, names_of
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.generate import Int64Array, OfImages, on_device
 from fastdiff.sampling.pipeline import Pipeline, slerp
@@ -113,7 +114,10 @@ class Plan:
             raise ValueError("indices: not with interpolate, whose images are numbered from one end to the other")
         if self.base is not None:
             return self.base.labels_of(indices)
-        return labels_of(self.checkpoint, indices, self.classes, self.config.class_mix, self.config.seed)
+        labels = labels_of(self.checkpoint, indices, self.classes, self.config.class_mix, self.config.seed)
+        if labels is not None and self.super_res is not None and self.super_res.model_config.class_cond:
+            self._upper_labels(labels)  # what it lacks is told before anything is drawn
+        return labels
 
     def pipeline(self, runtime: Runtime, images: int) -> Pipeline:
         """The models, ready to draw so many images. It takes them over."""
@@ -125,10 +129,15 @@ class Plan:
         config = self.config
         if not self.super_res.metadata.get("label_dropout"):
             config = replace(config, guidance_scale=1.0)  # it is the base that decides what the image shows
-        upper = None
-        if self.super_res.model_config.class_cond and self.super_res.class_names != self.checkpoint.class_names:
-            upper = np.array([self.super_res.class_names.index(name) for name in self.checkpoint.class_names])
-        return Pipeline(Engine(self.super_res, config, runtime, images), engine, upper_numbers=upper)
+        upper = self._upper_labels if self.super_res.model_config.class_cond else None
+        return Pipeline(Engine(self.super_res, config, runtime, images), engine, upper_labels=upper)
+
+    def _upper_labels(self, labels: Int64Array) -> Int64Array:
+        """The classes of the base as super_res numbers them; ValueError where it lacks one."""
+        assert self.super_res is not None
+        names, count = self.super_res.class_names, self.super_res.model_config.num_classes
+        remedy = "draw classes that it was trained on (--class)"
+        return renumbered(labels, names_of(self.checkpoint), names, count, "the base", remedy, npz=True)
 
     def _between(self, engine: Engine, ends: tuple[str, str]) -> OfImages:
         """x_T of the images 0 to num_samples - 1 on the way from one end to the other."""
@@ -167,8 +176,5 @@ def _refuse_unlike(base: Checkpoint, upper: Checkpoint) -> None:
         raise ValueError(
             f"super_res: the model enlarges images of {large.small_size} pixels, and the base draws {small.image_size}"
         )
-    if large.class_cond and (not small.class_cond or large.num_classes != small.num_classes):
-        there = f"{small.num_classes} classes" if small.class_cond else "no classes"
-        raise ValueError(f"super_res: the model has {large.num_classes} classes, and the base {there}")
-    if large.class_cond and sorted(base.class_names) != sorted(upper.class_names):
-        raise ValueError("super_res: the two models have other class names: train them on the same classes")
+    if large.class_cond and not small.class_cond:
+        raise ValueError(f"super_res: the model has {large.num_classes} classes, and the base no classes")

@@ -1,6 +1,5 @@
 """To begin with the weights of another training: what its file says of the model, and which classes carry over."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.checkpoint import Weights, find_checkpoint, read_weights
-from fastdiff.config import Config, DiffusionConfig, ModelConfig, TrainConfig
+from fastdiff.config import DiffusionConfig, ModelConfig, TrainConfig
+from fastdiff.config.base import differences, in_words
 from fastdiff.data.classes import completed, listed
 from fastdiff.interop.openai import load_state_dict
 from fastdiff.interop.openai_run import step_of
@@ -50,7 +50,7 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     if model.image_size != before.image_size and "attention_resolutions" not in flags:
         resolutions = [max(1, r * model.image_size // before.image_size) for r in before.attention_resolutions]
         model = _changed(before, {**flags, "attention_resolutions": tuple(resolutions)})  # the same levels attend
-    for name, old, new in _differences(before, model):
+    for name, old, new in differences(before, model):
         if name not in _FREE | _LAYERS | _DERIVED and not (name == "small_size" and None not in (old, new)):
             _refuse(name, old, new, path)
     for name, meaning in (
@@ -63,10 +63,9 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     process = _changed(weights.diffusion_config, flags)
     if process.predict_xstart != weights.diffusion_config.predict_xstart:
         _refuse("predict_xstart", weights.diffusion_config.predict_xstart, process.predict_xstart, path)
-    told = [d for d in _differences(before, model) if d[0] in ("image_size", "small_size")]
-    told += [d for d in _differences(weights.diffusion_config, process) if d[0] not in _LAYERS]
-    changes = ", ".join(f"{name} {json.dumps(old)} becomes {json.dumps(new)}" for name, old, new in told)
-    return model, process, [f"fine-tuning {path}: {changes}"] if changes else []
+    told = [d for d in differences(before, model) if d[0] in ("image_size", "small_size")]
+    told += [d for d in differences(weights.diffusion_config, process) if d[0] not in _LAYERS]
+    return model, process, [f"{path} is changed: {in_words(told)}"] if told else []
 
 
 def flags_with(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -95,11 +94,6 @@ def flags_to_go_on(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any]
 def _changed(config: Any, flags: Mapping[str, Any]) -> Any:
     values = config.to_dict()
     return type(config).from_dict(values | {name: value for name, value in flags.items() if name in values})
-
-
-def _differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
-    before, after = one.to_dict(), other.to_dict()
-    return [(name, before[name], after[name]) for name in before if before[name] != after[name]]
 
 
 def _refuse(name: str, old: object, new: object, path: Path) -> None:
@@ -142,8 +136,8 @@ def _matched(
     wanted, theirs = completed(class_names, len(fresh)), completed(weights.class_names, len(known))
     said = []
     if not named or not weights.class_names:
-        whose = str(weights.path) if named else "the data"
-        said.append(f"{whose} has no names of its classes: they are taken by number, 0 being {listed(wanted[:1])}")
+        whose, first = (str(weights.path), wanted[:1]) if named else ("the data", theirs[:1])
+        said.append(f"{whose} has no names of its classes: they are taken by number, 0 being {listed(first)}")
         theirs = completed((), len(known))
         if not all(name.isdecimal() for name in wanted):
             if known.shape != fresh.shape:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from fastdiff.checkpoint import holds_checkpoint, model_path, read_tensors, replacing, saved_steps, verify_file
+from fastdiff.checkpoint import holds_checkpoint, model_path, read_metadata, replacing, saved_steps, verify_file
 from fastdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
 from fastdiff.data.classes import composed
 
@@ -82,8 +82,8 @@ class RunConfig:
         for step in reversed(saved_steps(run_dir)):
             path = model_path(run_dir, step)
             try:
-                metadata = read_tensors(path, kind="model", verified=verify_file(path))[1]
-                return cls.from_dict(metadata["run_config"]), path.name
+                verify_file(path)
+                return cls.from_dict(read_metadata(path, kind="model")["run_config"]), path.name
             except (ValueError, KeyError, TypeError, OSError):
                 continue
         return None
@@ -119,6 +119,12 @@ def refuse_other_run(run_dir: Path) -> None:
     for path in (run_dir, *run_dir.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name another folder with --run-dir")
+    name, at, step = run_dir.name.rpartition("@")
+    if at and not run_dir.exists() and holds_run(run_dir.parent / name):
+        raise ValueError(
+            f"run_dir {run_dir} is the name of step {step} of a run, which goes on from its newest step: begin another "
+            f"--run-dir with --resume-checkpoint {run_dir} or --init-from {run_dir}"
+        )
     if holds_run(run_dir):
         raise ValueError(f"{run_dir} already holds a run: go on with --resume, or name another folder with --run-dir")
 

@@ -129,11 +129,14 @@ class TrainState:
         return found
 
     def load(self, run_dir: Path, step: int) -> None:
-        """Go on from the files of ``step``, which were verified; ValueError where one is missing or does not fit."""
+        """Go on from the files of ``step``, which the first process has verified.
+
+        ValueError where one is missing, damaged or does not fit.
+        """
         path = checkpoint.model_path(run_dir, step)
-        weights, _ = checkpoint.read_tensors(path, kind="model", verified=True)
+        weights, _ = checkpoint.read_tensors(path, kind="model", verified=self.world.main)
         optimizer = checkpoint.optimizer_path(run_dir, step)
-        tensors, metadata = checkpoint.read_tensors(optimizer, kind="optimizer", verified=True)
+        tensors, metadata = checkpoint.read_tensors(optimizer, kind="optimizer", verified=self.world.main)
         averages = [self._read_average(run_dir, ema, step) for ema in self.emas]
         self.set_weights(weights, path)
         for ema, (average, updates) in zip(self.emas, averages, strict=True):
@@ -182,7 +185,7 @@ class TrainState:
         path = checkpoint.ema_path(run_dir, ema.rate, step)
         if not path.exists():
             raise ValueError(f"{path} is missing: go on with the ema_rate that the run was begun with")
-        averages, about = checkpoint.read_tensors(path, kind="model", verified=True)
+        averages, about = checkpoint.read_tensors(path, kind="model", verified=self.world.main)
         return averages, about["ema_updates"]
 
 

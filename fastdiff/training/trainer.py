@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdiff import checkpoint
 from fastdiff.config import Compile
 from fastdiff.data import Dataset, batch_indices, batches, on_device
-from fastdiff.data.classes import listed
+from fastdiff.data.classes import composed, listed
 from fastdiff.data.dataset import printable
 from fastdiff.diffusion import build_diffusion
 from fastdiff.interop.openai_run import read_run, step_of
@@ -25,7 +25,7 @@ from fastdiff.runtime.memory import out_of_memory
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
 from fastdiff.runtime.words import duration
-from fastdiff.training.fine_tuning import carried_over, read_initial
+from fastdiff.training.fine_tuning import carried_over, configuration, read_initial
 from fastdiff.training.fitting import largest_that_fits
 from fastdiff.training.metrics import ProgressFiles
 from fastdiff.training.parallel import own_part, parallelise, whole_of
@@ -127,6 +127,7 @@ class Trainer:
         """Begin with the weights of a checkpoint; ValueError where they do not fit."""
         said = self.config.model.to_dict() | self.config.diffusion.to_dict()
         weights = self.world.together(lambda: read_initial(path, said))
+        self.world.together(lambda: configuration(weights, said))  # refuses weights that would mean nothing here
         own = dict(zip(self.state.names, self.state.held, strict=True))
 
         def fresh(name: str) -> Tensor:
@@ -149,11 +150,9 @@ class Trainer:
         if path.suffix == ".pt":
             self.world.together(lambda: self._resume_from_openai(path))
         else:
-            self.world.from_main(lambda: checkpoint.verify_step(path.parent, step))
-            names, ours = (
-                self.world.together(lambda: checkpoint.read_weights(path)).class_names,
-                self.config.class_names,
-            )
+            self.world.from_main(lambda: checkpoint.verify_step(path.parent, step, offer=True))
+            metadata = self.world.together(lambda: checkpoint.read_metadata(path, kind="model"))
+            names, ours = tuple(map(composed, metadata["class_names"])), self.config.class_names
             if names and names != ours:
                 self.world.refuse(
                     f"{path} has the classes {listed(names)}, and the data {listed(ours) or 'none'}: "

@@ -111,10 +111,13 @@ def test_every_command_takes_every_name(cli: Cli, shapes: Path, runs: Path, read
 
 
 def test_a_run_goes_on_from_its_newest_step_alone(cli: Cli, shapes: Path, runs: Path) -> None:
-    refused(
-        resume(cli, shapes, "runs/a@2"),
-        "^error: run_dir runs/a@2: a run goes on from its newest step; begin another with --resume-checkpoint runs/a@2",
-    )
+    for name in ("runs/a@2", "runs/a@best"):
+        begun = cli("train", "--data-dir", shapes, "--run-dir", name, *TINY, *SHORT, "--steps", 1)
+        for result in (resume(cli, shapes, name), begun):
+            refused(
+                result,
+                f"run_dir {name} is the name of step .*: begin another --run-dir with --resume-checkpoint {name}",
+            )
     refused(
         resume(cli, shapes, "runs/b"), "^error: run_dir runs/b holds no run to resume: .*; there are runs/a, runs/up$"
     )
@@ -202,7 +205,7 @@ def test_what_fine_tuning_changes_is_said(cli: Cli, shapes: Path, tmp_path: Path
         "train", "--data-dir", shapes, "--run-dir", "r", *SHORT, "--init-from", "m.safetensors", *flags, "--steps", 1
     )
     out = succeeded(result).out
-    assert "fine-tuning m.safetensors: image_size 8 becomes 16, diffusion_steps 20 becomes 50, noise_schedule" in out
+    assert "m.safetensors is changed: image_size 8 becomes 16, diffusion_steps 20 becomes 50, noise_schedule" in out
     assert "m.safetensors knows no classes: the embedding of circle, cross, square, triangle begins afresh" in out
     assert "learn_sigma differs: the last layer begins afresh" in out
     config = json.loads((tmp_path / "r/config.json").read_text())["model"]
@@ -291,9 +294,17 @@ def test_the_step_before_is_offered(cli: Cli, shapes: Path, runs: Path) -> None:
     for reader in (sample, evaluate, convert, init_from):
         refused(
             reader(cli, shapes, "runs/a"),
-            r"ema_0.99_000004.safetensors is damaged: its SHA-256 is not that of what was saved; that of step 2 is "
-            "whole: name runs/a@2",
+            r"ema_0.99_000004.safetensors is damaged: its SHA-256 is not that of what was saved; "
+            "runs/a/ema_0.99_000002.safetensors is whole: name that",
         )
+    assert "ema_0.99_000002" in succeeded(sample(cli, shapes, "runs/a@2")).out
+
+
+def test_a_lost_average_is_not_replaced_by_another(cli: Cli, shapes: Path, runs: Path) -> None:
+    (runs / "a/ema_0.99_000004.safetensors").unlink()
+    for reader in (sample, evaluate, convert, init_from, python):
+        refused(reader(cli, shapes, "runs/a"), "ema_0.99_000004.safetensors is missing: restore it, or choose by --ema")
+    refused(resume_checkpoint(cli, shapes, "runs/a"), "ema_0.99_000004.safetensors is missing; runs/a@2 is whole")
     assert "ema_0.99_000002" in succeeded(sample(cli, shapes, "runs/a@2")).out
 
 

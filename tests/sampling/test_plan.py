@@ -173,13 +173,32 @@ def test_classes_come_with_the_base_samples(tmp_path: Path, small: Path) -> None
     [
         ({}, r"^super_res: this is no super-resolution model$"),
         ({"image_size": 32, "small_size": 16}, r"enlarges images of 16 pixels, and the base draws 8$"),
-        ({**UPPER, "class_cond": True, "num_classes": 4}, r"the model has 4 classes, and the base 3 classes$"),
-        ({**UPPER, **CLASSES, "class_names": ("cat", "dog", "eel")}, r"other class names: train them on the same"),
     ],
 )
 def test_a_cascade_of_models_that_do_not_fit(tmp_path: Path, upper: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         plan(loaded(tmp_path, **CLASSES), SampleConfig(), super_res=loaded(tmp_path, **upper))
+
+
+def test_a_cascade_of_other_classes(tmp_path: Path) -> None:
+    """What is drawn must be known to both, by name, or by number where one has none."""
+    upper = {**UPPER, **CLASSES, "num_classes": 4, "class_names": ("eel", "dog", "cat", "ant")}
+    numbers = np.arange(4)
+    subject = plan(loaded(tmp_path, **CLASSES), SampleConfig(), super_res=loaded(tmp_path, **upper), classes=("cat",))
+    labels = subject.labels(numbers)
+    assert labels is not None
+    pipeline = subject.pipeline(runtime(), 4)
+    assert pipeline.upper_labels is not None
+    assert pipeline.upper_labels(labels).tolist() == [2] * 4
+    subject = plan(loaded(tmp_path, **CLASSES), SampleConfig(), super_res=loaded(tmp_path, **upper))
+    with pytest.raises(
+        ValueError, match=r"^the base has the class 'zebra', which the model does not know; it knows eel"
+    ):
+        subject.labels(numbers)
+    nameless = loaded(tmp_path, class_cond=True, num_classes=3)
+    subject = plan(nameless, SampleConfig(), super_res=loaded(tmp_path, **upper))
+    with pytest.warns(UserWarning, match="^the base has no class_names: its labels are read as numbers .* 0 being eel"):
+        assert subject.labels(numbers) is not None
 
 
 def test_a_cascade_from_a_base_without_classes(tmp_path: Path) -> None:
