@@ -16,6 +16,7 @@ from fastdiff import DataConfig, ImageFolder, load_checkpoint
 from fastdiff.data import load_dataset
 from fastdiff.data.classes import composed
 from fastdiff.evaluation.nll import labels_for
+from fastdiff.sampling.base_samples import load_base_samples
 
 from ..sampling.support import UPPER, saved
 from .conftest import Cli
@@ -71,6 +72,11 @@ def comes_back(cli: Cli, names: tuple[str, ...], base: Path) -> None:
             found, place = folder[by_number[number]]
             assert np.array_equal(found, image)
             assert (place, known[label]) == (label, folder.class_names[place])
+    turned = known[::-1]  # a model that numbers them otherwise
+    for place, shown in (("a.npz", labels("a.npz")), ("pngs", [known[label] for label in folder.labels])):
+        numbers = load_base_samples(Path(place), 8, turned).labels
+        assert numbers is not None
+        assert [turned[number] for number in numbers] == shown
     succeeded(cli("data", "pack", "pngs", "packed.npz", "--image-size", 8, "--labels", "prefix"))
     assert bits(cli, "run", "pngs") == bits(cli, "run", "packed.npz")
     bits(cli, "run", "a.npz")
