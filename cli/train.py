@@ -178,7 +178,7 @@ def _decide(
 
     A folder that holds a run is held from here on, so that no other process writes to it.
     """
-    from fastdiff.checkpoint import Lease
+    from fastdiff.checkpoint import Lease, saved_steps
     from fastdiff.runtime.distributed import launcher, restarted
     from fastdiff.training import fine_tuning, run_folder
 
@@ -196,15 +196,17 @@ def _decide(
         flags = all_flags(flags, preset)
         if init_from is not None:
             init_from = fine_tuning.find_initial(init_from)  # once for all: a run may save another step meanwhile
-            flags, said = fine_tuning.flags_with(init_from, flags)
+            flags, said = fine_tuning.flags_to_fine_tune(init_from, flags)
             notes += said
         elif resume_checkpoint is not None:
-            flags, said = fine_tuning.flags_to_go_on(resume_checkpoint, flags)
+            flags, said = fine_tuning.flags_to_resume(resume_checkpoint, flags)
             fixed = "num_classes" in flags
             notes += said
         config = _new_run(flags)
         return _Plan(run_dir, config, False, fixed, allow_changes, init_from, resume_checkpoint, notes)
     held.enter_context(Lease(run_dir, launcher()))
+    if init_from is not None and not saved_steps(run_dir):
+        init_from = fine_tuning.find_initial(init_from)  # a run that came to no checkpoint still begins with it
     config, changes = _continued_run(run_folder.RunConfig.read(run_dir), flags, run_dir, allow_changes)
     return _Plan(run_dir, config, True, True, allow_changes, init_from, resume_checkpoint, notes + changes)
 
@@ -223,7 +225,6 @@ def _run(plan: _Plan, world: "World", held: ExitStack) -> int:
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import launcher
     from fastdiff.training import Trainer, run_folder
-    from fastdiff.training.fine_tuning import find_initial
 
     run_dir, config, resuming = plan.run_dir, plan.config, plan.resuming
 
@@ -255,7 +256,7 @@ def _run(plan: _Plan, world: "World", held: ExitStack) -> int:
     if (given := plan.init_from or plan.resume_checkpoint) is not None and trainer.state.step:
         log(f"the weights of {given} are not taken: the run goes on with its own")
     elif plan.init_from is not None:
-        trainer.init_from(plan.init_from if not resuming else find_initial(plan.init_from))
+        trainer.init_from(plan.init_from)
     elif plan.resume_checkpoint is not None:
         trainer.resume_from(plan.resume_checkpoint)
     if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:

@@ -19,14 +19,14 @@ from torch import Tensor
 from fastdiff.interop import openai
 
 FORMAT = "fastdiff-2"
-BEFORE = "fastdiff-1"
+UNSIGNED_FORMAT = "fastdiff-1"
 """Files of this one carry no digest of themselves."""
 _FORMATS = re.compile(r"fastdiff-(\d+)")
 _DESCRIBED = {"model_config", "diffusion_config"}
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'("%b":"\{\\"sha256\\": \\")([0-9a-f]{64})' % FORMAT.encode())  # JSON in a string of JSON
 _CHUNK = 2**20
-_TICKS = 3  # seconds; the coarsest clock has two
+_CLOCK_TICK = 3  # seconds; the coarsest clock has two
 _known_hashes: dict[tuple[object, ...], str] = {}
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 _being_written: set[str] = set()  # names, which are random: one folder has many paths
@@ -60,7 +60,7 @@ def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[s
             raw = file.metadata() or {}
             for key in raw:
                 refuse_newer(path, key)
-            metadata = json.loads(raw.get(FORMAT, raw.get(BEFORE, "{}")))
+            metadata = json.loads(raw.get(FORMAT, raw.get(UNSIGNED_FORMAT, "{}")))
             if (
                 not isinstance(metadata, dict)
                 or "kind" not in metadata
@@ -148,20 +148,20 @@ def refuse_unwritable(option: str, wanted: Path) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits; a process reads a file once for it, until the file changes."""
-    return _once("sha256", path, lambda: _hash(path))
+    return _cached("sha256", path, lambda: _hash(path))
 
 
 def _own_digest(path: Path) -> str:
     """The SHA-256 of a safetensors file in whose header the digest itself stands as zeros."""
-    return _once("own digest", path, lambda: _hash(path, *_signed_header(path)))
+    return _cached("own digest", path, lambda: _hash(path, *_signed_header(path)))
 
 
-def _once(what: str, path: Path, compute: Callable[[], str]) -> str:
+def _cached(what: str, path: Path, compute: Callable[[], str]) -> str:
     status = path.stat()
     key = (what, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if key not in _known_hashes:
         found = compute()
-        if abs(time.time() - max(status.st_mtime, status.st_ctime)) < _TICKS:
+        if abs(time.time() - max(status.st_mtime, status.st_ctime)) < _CLOCK_TICK:
             return found  # what changes it within a tick of the file system's clock would not show
         _known_hashes[key] = found
     return _known_hashes[key]

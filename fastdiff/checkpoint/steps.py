@@ -10,13 +10,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from fastdiff.checkpoint.files import (
-    BEFORE,
     FORMAT,
+    UNSIGNED_FORMAT,
     NewerFormat,
     abandoned,
     refuse_newer,
@@ -98,69 +99,42 @@ def verify_step(run_dir: Path, step: int, offer: bool = False) -> None:
 
     With ``offer`` the error names the newest step before it that is whole.
     """
-    try:
-        _verify_step(run_dir, step)
-    except NewerFormat:
-        raise
-    except ValueError as error:
-        whole = next((s for s in reversed(saved_steps(run_dir)) if offer and s < step and _is_whole(run_dir, s)), None)
-        if whole is None:
-            raise
-        raise ValueError(f"{error}; {run_dir}@{whole} is whole: name that") from None
-
-
-def _is_whole(run_dir: Path, step: int) -> bool:
-    try:
-        _verify_step(run_dir, step)
-    except ValueError:
-        return False
-    return True
-
-
-def _verify_step(run_dir: Path, step: int) -> None:
-    for name, said in _read_manifest(manifest_path(run_dir, step), step).items():
-        _verify(run_dir / name, said)
+    with _offering_a_step_before(run_dir, step) if offer else nullcontext():
+        for name, said in _read_manifest(manifest_path(run_dir, step), step).items():
+            _verify(run_dir / name, said)
 
 
 def verify_file(path: Path) -> bool:
     """Whether a file of a run folder was compared with its step's manifest; ValueError where one is not what was saved.
 
-    The error names the same file of the newest step before it of which it is whole. A file without a manifest beside it
-    is not looked at: it holds a digest of itself.
+    The error names the newest step before it that is whole. A file without a manifest beside it is not looked at: it
+    holds a digest of itself.
     """
     match = _NAME.fullmatch(path.name)
-    if match is None or not manifest_path(path.parent, int(match["step"])).exists():
+    if match is None or not (manifest := manifest_path(path.parent, int(match["step"]))).exists():
         return False
+    with _offering_a_step_before(path.parent, int(match["step"])):
+        said = _read_manifest(manifest, int(match["step"])).get(path.name)
+        if said is not None:
+            _verify(path, said)
+    return said is not None
+
+
+@contextmanager
+def _offering_a_step_before(run_dir: Path, step: int) -> Iterator[None]:
+    """Add to a ValueError the newest step before ``step`` that is whole."""
     try:
-        return _verify_by_manifest(path, match)
+        yield
     except NewerFormat:
         raise
     except ValueError as error:
-        before = _whole_before(path, match)
-        remedy = "copy the step again, or name another file" if before is None else f"{before} is whole: name that"
+        remedy = "copy the step again, or name another checkpoint"
+        for earlier in reversed([found for found in saved_steps(run_dir) if found < step]):
+            with suppress(ValueError):
+                verify_step(run_dir, earlier)
+                remedy = f"step {earlier} is whole: name {run_dir}@{earlier}, or a file of it"
+                break
         raise ValueError(f"{error}; {remedy}") from None
-
-
-def _verify_by_manifest(path: Path, match: re.Match[str]) -> bool:
-    files = _read_manifest(manifest_path(path.parent, int(match["step"])), int(match["step"]))
-    if path.name in files:
-        _verify(path, files[path.name])
-    return path.name in files
-
-
-def _whole_before(path: Path, match: re.Match[str]) -> Path | None:
-    """The same file of the newest step before it of which it is whole."""
-    for step in reversed([step for step in saved_steps(path.parent) if step < int(match["step"])]):
-        earlier = path.with_name(f"{path.name[: match.start('step')]}{step:06d}{path.name[match.end('step') :]}")
-        found = _NAME.fullmatch(earlier.name)
-        try:
-            assert found
-            _verify_by_manifest(earlier, found)
-        except ValueError:
-            continue
-        if earlier.exists():
-            return earlier
-    return None
 
 
 def _verify(path: Path, said: dict[str, Any]) -> None:
@@ -187,7 +161,7 @@ def _read_manifest(path: Path, step: int) -> dict[str, Any]:
         if written == FORMAT:
             whole &= manifest.pop("sha256") == _digest(manifest)
         else:
-            whole &= written == BEFORE
+            whole &= written == UNSIGNED_FORMAT
         for name, said in files.items():
             whole &= not {"/", "\\"} & set(name) and type(said["bytes"]) is int and type(said["sha256"]) is str
     except FileNotFoundError:
@@ -275,10 +249,10 @@ def find_checkpoint(
             known = ", ".join(f"{rate:g}" if rate else "raw" for rate in rates)
             raise ValueError(f"ema_rate {ema_rate:g}: {newest} has weights of the rates {known}")
     whole = set(saved_steps(newest))  # a killed process may leave a later step without its averages
-    found_path = max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
-    if ema_rate is None and _rank(found_path)[0] in whole:
-        _refuse_lost(newest, found_path)
-    return found_path
+    best = max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
+    if ema_rate is None and _rank(best)[0] in whole:
+        _refuse_lost(newest, best)
+    return best
 
 
 def _refuse_lost(run_dir: Path, best: Path) -> None:
@@ -293,12 +267,18 @@ def _refuse_lost(run_dir: Path, best: Path) -> None:
         raise ValueError(f"{lost} is missing: restore it, or choose by --ema-rate, or name {best}")
 
 
-def _split(place: Path) -> tuple[Path, int | None]:
-    """A run folder and the step behind its "@"; a name that holds an "@" stands for itself where it is there."""
+def run_and_step(place: Path) -> tuple[Path, str] | None:
+    """The folder and the text behind the "@" of ``run@step``; None where that is no such name, or is there itself."""
     name, at, step = place.name.rpartition("@")
     folder = place.parent / name
-    if not at or place.exists() or not folder.is_dir():
+    return (folder, step) if at and not place.exists() and folder.is_dir() else None
+
+
+def _split(place: Path) -> tuple[Path, int | None]:
+    """A run folder and its step; the place itself and None where it names no step."""
+    if (found := run_and_step(place)) is None:
         return place, None
+    folder, step = found
     if step == "best":
         raise ValueError(f"{place}: nothing says yet which step is best; name a step, such as {folder}@500")
     if not step.isdecimal():

@@ -50,7 +50,9 @@ class Job:
         self.labels = plan.labels(indices)
         self.class_names = names_of(plan.checkpoint)
         if files.png_dir is not None:
-            png_names(indices[:1], None if self.labels is None else self.labels[:1], self.class_names)  # they can be
+            png_names(
+                indices[:1], None if self.labels is None else self.labels[:1], self.class_names
+            )  # refuses names that are too long for a file
         self.files = files
         self.settings = settings
         self.runtime = runtime

@@ -68,13 +68,13 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     return model, process, [f"{path} is changed: {in_words(told)}"] if told else []
 
 
-def flags_with(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def flags_to_fine_tune(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The flags of a training that begins with a file's weights, and what is to be said: see configuration."""
     model, process, notes = configuration(read_initial(path, flags), flags)
     return {**flags, **model.to_dict(), **process.to_dict()}, notes
 
 
-def flags_to_go_on(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def flags_to_resume(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The flags of a run that goes on from another one's step, and what is to be said of them.
 
     The model is that of a ``.safetensors`` file. A ``.pt`` file is improved-diffusion's, whose command line says it.
@@ -82,7 +82,7 @@ def flags_to_go_on(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any]
     flags = dict(flags)
     notes: list[str] = []
     if path.suffix == ".safetensors":
-        flags, notes = flags_with(path, flags)
+        flags, notes = flags_to_fine_tune(path, flags)
     elif (labels := load_state_dict(path).get(CLASSES)) is not None:
         flags = {"num_classes": len(labels)} | flags  # improved-diffusion has 1000 of them whatever the data has
     if "steps" in flags:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from fastdiff.checkpoint import holds_checkpoint, model_path, read_metadata, replacing, saved_steps, verify_file
+from fastdiff.checkpoint import (
+    holds_checkpoint,
+    model_path,
+    read_metadata,
+    replacing,
+    run_and_step,
+    saved_steps,
+    verify_file,
+)
 from fastdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
 from fastdiff.data.classes import composed
 
@@ -119,11 +127,10 @@ def refuse_other_run(run_dir: Path) -> None:
     for path in (run_dir, *run_dir.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name another folder with --run-dir")
-    name, at, step = run_dir.name.rpartition("@")
-    if at and not run_dir.exists() and holds_run(run_dir.parent / name):
+    if (named := run_and_step(run_dir)) is not None and holds_run(named[0]):
         raise ValueError(
-            f"run_dir {run_dir} is the name of step {step} of a run, which goes on from its newest step: begin another "
-            f"--run-dir with --resume-checkpoint {run_dir} or --init-from {run_dir}"
+            f"run_dir {run_dir} is the name of step {named[1]} of a run, which goes on from its newest step: begin "
+            f"another --run-dir with --resume-checkpoint {run_dir} or --init-from {run_dir}"
         )
     if holds_run(run_dir):
         raise ValueError(f"{run_dir} already holds a run: go on with --resume, or name another folder with --run-dir")

@@ -93,7 +93,7 @@ def test_a_file_is_read_for_its_sha256_once(tmp_path: Path, monkeypatch: pytest.
     real = files._hash
     monkeypatch.setattr(files, "_hash", lambda path, *more: read.append(path.name) or real(path, *more))
     path = save(model_path(tmp_path, 3))
-    monkeypatch.setattr(files, "_TICKS", 0)  # it is as new as a file can be
+    monkeypatch.setattr(files, "_CLOCK_TICK", 0)  # it is as new as a file can be
     read.clear()
     for _ in range(2):
         load_checkpoint(path)

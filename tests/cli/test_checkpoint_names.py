@@ -295,7 +295,7 @@ def test_the_step_before_is_offered(cli: Cli, shapes: Path, runs: Path) -> None:
         refused(
             reader(cli, shapes, "runs/a"),
             r"ema_0.99_000004.safetensors is damaged: its SHA-256 is not that of what was saved; "
-            "runs/a/ema_0.99_000002.safetensors is whole: name that",
+            "step 2 is whole: name runs/a@2, or a file of it",
         )
     assert "ema_0.99_000002" in succeeded(sample(cli, shapes, "runs/a@2")).out
 
@@ -304,7 +304,10 @@ def test_a_lost_average_is_not_replaced_by_another(cli: Cli, shapes: Path, runs:
     (runs / "a/ema_0.99_000004.safetensors").unlink()
     for reader in (sample, evaluate, convert, init_from, python):
         refused(reader(cli, shapes, "runs/a"), "ema_0.99_000004.safetensors is missing: restore it, or choose by --ema")
-    refused(resume_checkpoint(cli, shapes, "runs/a"), "ema_0.99_000004.safetensors is missing; runs/a@2 is whole")
+    refused(
+        resume_checkpoint(cli, shapes, "runs/a"),
+        "ema_0.99_000004.safetensors is missing; step 2 is whole: name runs/a@2",
+    )
     assert "ema_0.99_000002" in succeeded(sample(cli, shapes, "runs/a@2")).out
 
 
