@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-dev
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+# Python compiles what is imported, when it is; pip would compile all of 2 GB first, for most of a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e
 CACHES := .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 # A test keeps to one thread; how many run at a time says tests/conftest.py, and more than 8 would want much memory.
 # pytest-benchmark, which is for benchmarks/ alone, does not go with that and stays out.

@@ -24,7 +24,8 @@ _ROOT = Path(__file__).parents[1]
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 _PRELOADED = ("cli.app", "training", "sampling", "evaluation.nll", "benchmarks.data")
-FORKSERVER.set_forkserver_preload([*(f"fastdiff.{name}" for name in _PRELOADED), "pydantic.main", "rich.progress"])
+_LIBRARIES = ("torch._dynamo", "torch.distributed.fsdp", "pydantic.main", "rich.progress")
+FORKSERVER.set_forkserver_preload([*(f"fastdiff.{name}" for name in _PRELOADED), *_LIBRARIES])
 
 
 @dataclass(frozen=True)
