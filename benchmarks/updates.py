@@ -21,6 +21,7 @@ from fastdiff.config import (
     Kernels,
     ModelConfig,
     Precision,
+    RunConfig,
     RuntimeConfig,
     ScheduleSampler,
     TrainConfig,
@@ -31,7 +32,7 @@ from fastdiff.presets import preset_named
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.throughput import peak_memory_gib
 from fastdiff.training import Trainer
-from fastdiff.training.run_folder import RunConfig, Silence
+from fastdiff.training.run_folder import Silence
 from fastdiff.training.update import Updater
 
 WAYS = (("bf16", "auto"), ("fp16", "auto"), ("bf16", "torch"))

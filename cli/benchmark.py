@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, all_flags, build, path_option, with_flags
+from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, path_option, with_flags
 from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, RuntimeConfig
 from fastdiff.config.base import tuple_of
+from fastdiff.presets import with_preset
 
 _SMALL = {"image_size": 32, "num_channels": 64, "learn_sigma": True, "noise_schedule": "cosine"}
 """The model of the published comparisons: 32 pixels, 64 channels, 9.9 M parameters."""
@@ -63,10 +64,14 @@ def benchmark(
 
     Without any model flag it is the small model of 32 pixels and 64 channels; with one, the defaults below count.
     """
-    values = all_flags(flags, preset)
+    values = with_preset(flags, preset)
     if not {f.name for kind in (ModelConfig, DiffusionConfig) for f in fields(kind)} & set(values):
         values = _SMALL | values
-    model, diffusion, ours = build(ModelConfig, values), build(DiffusionConfig, values), build(RuntimeConfig, flags)
+    model, diffusion, ours = (
+        ModelConfig.from_flags(values),
+        DiffusionConfig.from_flags(values),
+        RuntimeConfig.from_flags(flags),
+    )
     sizes = tuple_of(int, "batch_size", batch_size)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"batch_size must be positive, such as 16 or 1,16, not {batch_size!r}")

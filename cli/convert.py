@@ -11,13 +11,12 @@ from fastdiff.cli.options import (
     EmaRateFlag,
     Flags,
     PresetFlag,
-    all_flags,
-    build,
     path_argument,
-    refuse_contradiction,
     with_flags,
 )
 from fastdiff.config import DiffusionConfig, ModelConfig
+from fastdiff.config.base import refuse_contradiction
+from fastdiff.presets import with_preset
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint
@@ -70,11 +69,11 @@ def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) 
     if ema_rate is not None:
         raise ValueError(f"ema_rate {ema_rate} chooses among the files of a run folder, and {source} is none")
     state, config, process = diffusers.read(source)
-    given = all_flags(flags, preset, ModelConfig, DiffusionConfig)
+    given = with_preset(flags, preset, ModelConfig, DiffusionConfig)
     if unsaid := [name for name in ("diffusion_steps", "noise_schedule") if name not in process | given]:
         wanted = " and ".join("--" + name.replace("_", "-") for name in unsaid)
         raise ValueError(f"{source}: its scheduler tells no schedule that has a name here: say {wanted}")
-    diffusion = build(DiffusionConfig, given | process)
+    diffusion = DiffusionConfig.from_flags(given | process)
     refuse_contradiction(given, str(source), config, diffusion)
     model = build_model(config)
     load_weights(model, state, source)

@@ -55,7 +55,7 @@ def demo(
     refuse_other_run(run_dir)
     write_shapes(data, IMAGES, SIZE, seed=0)
     typer.echo(f"drew {IMAGES} images of {', '.join(SHAPES)} in {data}")
-    status = run_training({**_TRAIN, "data_dir": str(data)}, run_dir)
+    status = run_training({**_TRAIN, "data_dir": str(data), "run_dir": str(run_dir)})
     if status:
         raise typer.Exit(status)
     out = run_dir / "samples.npz"

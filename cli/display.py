@@ -6,8 +6,10 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from fastdiff.runtime.display import Lines
 
-class Display:
+
+class Display(Lines):
     """A progress bar under the lines of a log. Where stdout is no terminal there is no bar, only the lines.
 
     A ``silent`` one shows nothing: of several processes one speaks.
@@ -40,8 +42,7 @@ class Display:
     def advance(self, what: str, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` of the job called ``what``; a note stays on the bar until the next, or is a line."""
         if not self.live:
-            if note:
-                self.line(f"{what} {done}/{total}  {note}")
+            super().advance(what, done, total, note)
             return
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total, note="")

@@ -16,7 +16,6 @@ from fastdiff.cli.options import (
     EmaRateFlag,
     Flags,
     PresetFlag,
-    build,
     path_option,
     with_flags,
 )
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from fastdiff.cli.display import Display
     from fastdiff.data import Dataset
     from fastdiff.evaluation.nll import Bound, Nll
-    from fastdiff.runtime.distributed import World
 
 app = typer.Typer(help="Say how good a model is, in numbers.", rich_markup_mode=None)
 
@@ -77,11 +75,12 @@ def nll(
 
 def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
     """Evaluate as ``flags`` and ``choices``, whose ``out`` is a folder, say; returns the exit status."""
-    config = build(NllConfig, flags)
+    config = NllConfig.from_flags(flags)
     if not config.data_dir:
         raise ValueError("no data: name a folder of images with --data-dir")
     to_terminal = "stdout" in log_formats()
     from fastdiff.cli.display import Display, Slowly
+    from fastdiff.data import load_shared
     from fastdiff.evaluation.files import Files
     from fastdiff.evaluation.nll import Nll, Stopped
     from fastdiff.runtime.device import Runtime
@@ -92,13 +91,21 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         files = Files(choices.out, plot, choices.overwrite)
         world.from_main(files.check)
-        machine = build(RuntimeConfig, flags | {"precision": config.precision})
+        machine = RuntimeConfig.from_flags(flags | {"precision": config.precision})
         runtime = world.together(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
         path = world.from_main(lambda: find_with_rate(choices.checkpoint, choices.ema_rate))
         loaded = world.together(lambda: load_for(runtime, path, flags, choices.preset))
         with Display(silent=not world.main or not to_terminal) as display:
             display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
-            dataset = _images(config, loaded, display, world)
+            with warnings.catch_warnings(action="ignore"):  # of what speaks against training on these images
+                dataset = load_shared(
+                    DataConfig.from_flags(config.to_dict()),
+                    loaded.model_config.image_size,
+                    labelled=loaded.model_config.class_cond,
+                    world=world,
+                    display=display,
+                )
+            display.line(f"data: {dataset.preflight.line()}")
             evaluation = world.together(lambda: Nll(loaded, dataset, config, runtime, world))
             about = world.from_main(lambda: _about(path, loaded, config, dataset, evaluation, runtime.precision))
             display.line(
@@ -125,27 +132,6 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
                     status = 0
     world.leave()
     return status
-
-
-def _images(config: NllConfig, loaded: "Checkpoint", display: "Display", world: "World") -> "Dataset":
-    """The images. Of the processes of a machine one decodes them, and the others find what it wrote."""
-    from fastdiff.data import load_dataset
-
-    with warnings.catch_warnings(action="ignore"):  # of what speaks against training on them
-        dataset = world.one_by_machine_first(
-            lambda: load_dataset(
-                build(DataConfig, config.to_dict()),
-                loaded.model_config.image_size,
-                labelled=loaded.model_config.class_cond,
-                on_progress=lambda done, total: display.advance("images", done, total),
-                processes=world.local_size,
-            )
-        )
-    display.finish("images")
-    display.line(f"data: {dataset.preflight.line()}")
-    if len(set(world.gathered(dataset.fingerprint))) > 1:
-        world.refuse(f"data_dir {config.data_dir}: every machine needs the same folder, and they see different images")
-    return dataset
 
 
 def _about(

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.improved_diffusion import log_folder
-from fastdiff.cli.options import Flags, all_flags, refuse_contradiction
+from fastdiff.cli.options import Flags
 from fastdiff.config import DiffusionConfig, ModelConfig, with_multipliers
-from fastdiff.presets import preset_named
+from fastdiff.config.base import refuse_contradiction
+from fastdiff.presets import preset_named, with_preset
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ def load_with_flags(path: Path, flags: Flags, preset: str | None = None, **where
     """
     from fastdiff.checkpoint import load_checkpoint
 
-    given = {name: value for name, value in all_flags(flags, preset).items() if name in _NAMES}
+    given = {name: value for name, value in with_preset(flags, preset).items() if name in _NAMES}
     if path.suffix != ".safetensors":
         return load_checkpoint(path, given=_whole(preset) | given, **where)
     loaded = load_checkpoint(path, **where)

@@ -2,13 +2,13 @@
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -19,11 +19,10 @@ from fastdiff.config import (
     ModelConfig,
     RuntimeConfig,
     SampleConfig,
+    StartConfig,
     TrainConfig,
 )
-from fastdiff.presets import preset_named
 
-C = TypeVar("C", bound=Config)
 Command = Callable[..., None]
 Flags = dict[str, Any]
 """The flags that were given, by their fields' names; a flag that was not given is absent."""
@@ -65,7 +64,7 @@ def with_flags(*configs: type[Config]) -> Callable[[Callable[..., None]], Callab
     derived: dict[str, inspect.Parameter] = {}
     for config in configs:
         for f in fields(config):  # type: ignore[arg-type]  # every Config is a dataclass
-            derived.setdefault(f.name, _parameter(f.name, f.type, f.default, f.metadata["help"]))
+            derived.setdefault(f.name, _parameter(f))
 
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
@@ -82,18 +81,19 @@ def with_flags(*configs: type[Config]) -> Callable[[Callable[..., None]], Callab
     return decorate
 
 
-def _parameter(name: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
+def _parameter(field: Field[Any]) -> inspect.Parameter:
+    kind: Any = field.type
     if isinstance(kind, UnionType):
         kinds = [k for k in get_args(kind) if k is not type(None)]
         kind = str if str in kinds else kinds[0]
-    flag = name.replace("_", "-")
+    flag = field.name.replace("_", "-")
     spelling = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     if kind not in (bool, int, float) and not (isinstance(kind, type) and issubclass(kind, StrEnum)):
         kind = str  # tuples, as "16,8", too
-    parse: dict[str, Any] = {"parser": as_text_of_path, "metavar": "PATH"} if name.endswith("_dir") else {}
-    option = typer.Option(spelling, help=help + _shown(default), show_default=False, **parse)
+    parse: dict[str, Any] = {"parser": as_text_of_path, "metavar": "PATH"} if field.metadata["path"] else {}
+    option = typer.Option(spelling, help=field.metadata["help"] + _shown(field.default), show_default=False, **parse)
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
 
 
@@ -103,31 +103,6 @@ def _shown(default: Any) -> str:
     if isinstance(default, bool):
         default = "on" if default else "off"
     return f" [default: {','.join(map(str, default)) if isinstance(default, tuple) else default}]"
-
-
-def all_flags(flags: Flags, preset: str | None, *only: type[Config]) -> Flags:
-    """The preset's flags, all or those of the configurations ``only``, with those given in their place."""
-    if preset is None:
-        return flags
-    known = preset_named(preset)
-    chosen = {k: v for kind in only for k, v in known.values_for(kind).items()} if only else dict(known.flags)
-    return chosen | flags
-
-
-def build(kind: type[C], flags: Mapping[str, Any], base: C | None = None) -> C:
-    """A configuration from those of the flags that are its fields, over ``base`` or the defaults."""
-    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    values = base.to_dict() if base is not None else {}
-    return kind.from_dict(values | {name: value for name, value in flags.items() if name in names})
-
-
-def refuse_contradiction(flags: Mapping[str, Any], where: str, *configs: Config) -> None:
-    """ValueError, naming the first one, where a flag differs from what the configurations in ``where`` say."""
-    for config in configs:
-        for name, mine in build(type(config), flags, base=config).to_dict().items():
-            theirs = config.to_dict()[name]
-            if mine != theirs:
-                raise ValueError(f"{name} is {theirs} in {where} and {mine} on the command line: leave the flag out")
 
 
 def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> list[str]:
@@ -157,7 +132,7 @@ def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> lis
 
 SWITCHES = frozenset(
     f.name.replace("_", "-")
-    for config in (DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig, TrainConfig)
+    for config in (DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig, StartConfig, TrainConfig)
     for f in fields(config)
     if f.type is bool
 )

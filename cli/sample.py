@@ -14,12 +14,11 @@ from fastdiff.cli.options import (
     EmaRateFlag,
     Flags,
     PresetFlag,
-    all_flags,
-    build,
     path_option,
     with_flags,
 )
 from fastdiff.config import MOST_SAMPLES, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
+from fastdiff.presets import with_preset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,12 +110,12 @@ def sample(
         timeout=timeout,
         preset=preset,
     )
-    raise typer.Exit(run_sampling(all_flags(flags, preset, ModelConfig, DiffusionConfig), choices))
+    raise typer.Exit(run_sampling(with_preset(flags, preset, ModelConfig, DiffusionConfig), choices))
 
 
 def run_sampling(flags: Flags, choices: Choices) -> int:
     """Sample as ``flags`` and ``choices`` say; returns the exit status."""
-    config = build(SampleConfig, flags)
+    config = SampleConfig.from_flags(flags)
     if choices.indices is not None and "num_samples" in flags:
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
     to_terminal = "stdout" in log_formats()
@@ -128,7 +127,7 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
     world = World.join(choices.timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         local_rank = world.local_rank if world.size > 1 else None
-        runtime = world.together(lambda: Runtime.resolve(build(RuntimeConfig, flags), local_rank))
+        runtime = world.together(lambda: Runtime.resolve(RuntimeConfig.from_flags(flags), local_rank))
         paths = world.from_main(lambda: _paths(choices))
         plan = world.together(lambda: _plan(paths, flags, config, choices, runtime))
         indices = world.together(lambda: _indices(choices.indices, plan.config.num_samples))

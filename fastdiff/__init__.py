@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastdiff.models import SuperResUNet, UNet, build_model
     from fastdiff.presets import PRESETS, Preset
     from fastdiff.sampling import sample
+    from fastdiff.training import train
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "sample",
     "save_checkpoint",
     "space_timesteps",
+    "train",
 ]
 
 _HOMES = {
@@ -68,6 +70,7 @@ _HOMES = {
     "models": ("SuperResUNet", "UNet", "build_model"),
     "presets": ("PRESETS", "Preset"),
     "sampling": ("sample",),
+    "training": ("train",),
 }
 
 

@@ -93,3 +93,12 @@ def preset_named(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     return PRESETS[name]
+
+
+def with_preset(flags: Mapping[str, Any], name: str | None, *only: type[Config]) -> dict[str, Any]:
+    """The preset's flags, all or those of the configurations ``only``, with those given in their place."""
+    if name is None:
+        return dict(flags)
+    known = preset_named(name)
+    chosen = {k: v for kind in only for k, v in known.values_for(kind).items()} if only else dict(known.flags)
+    return chosen | dict(flags)

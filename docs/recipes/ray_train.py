@@ -12,11 +12,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 def train(config: dict[str, Any]) -> None:
     """What each process does."""
-    from fastdiff.cli.train import run_training
+    import fastdiff
 
-    status = run_training(config["flags"], Path(config["run_dir"]), resume=True)
-    if status:
-        raise RuntimeError(f"training stopped with exit status {status}; what it has done so far is saved")
+    try:
+        fastdiff.train(run_dir=config["run_dir"], resume=True, **config["flags"])
+    except SystemExit as stopped:
+        raise RuntimeError(f"a signal stopped the training ({stopped}); what it has done so far is saved") from stopped
 
 
 def fit(flags: dict[str, Any], run_dir: str, *, workers: int, use_gpu: bool, ray_dir: str) -> None:

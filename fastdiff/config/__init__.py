@@ -29,6 +29,7 @@ from fastdiff.config.model import (
     is_table_size,
     with_multipliers,
 )
+from fastdiff.config.run import RunConfig, StartConfig
 
 __all__ = [
     "GROUPS",
@@ -48,10 +49,12 @@ __all__ = [
     "NoiseSchedule",
     "Parallel",
     "Precision",
+    "RunConfig",
     "RuntimeConfig",
     "SampleConfig",
     "Sampler",
     "ScheduleSampler",
+    "StartConfig",
     "Tracker",
     "TrainConfig",
     "channel_mult_for",

@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import Any, Self
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the text that the command line shows for it."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, path: bool = False) -> Any:
+    """A dataclass field with the help text that the command line shows; ``path`` marks the path of a file or folder."""
+    return field(default=default, metadata={"help": help, "path": path})
 
 
 class Config:
@@ -51,6 +51,13 @@ class Config:
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
         return cls(**values)
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
+        """A configuration from those of the flags that are its fields, over ``base`` or the defaults."""
+        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        values = base.to_dict() if base is not None else {}
+        return cls.from_dict(values | {name: value for name, value in flags.items() if name in names})
 
 
 def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
@@ -93,6 +100,13 @@ def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
     """The fields in which two configurations of a kind differ, with both values."""
     before, after = one.to_dict(), other.to_dict()
     return [(name, before[name], after[name]) for name in before if before[name] != after[name]]
+
+
+def refuse_contradiction(flags: Mapping[str, Any], where: str, *configs: Config) -> None:
+    """ValueError, naming the first one, where a flag differs from what the configurations in ``where`` say."""
+    for config in configs:
+        for name, theirs, mine in differences(config, config.from_flags(flags, base=config)):
+            raise ValueError(f"{name} is {theirs} in {where} and {mine} on the command line: leave the flag out")
 
 
 def in_words(changes: Iterable[tuple[str, Any, Any]]) -> str:

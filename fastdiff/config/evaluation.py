@@ -11,7 +11,7 @@ from fastdiff.config.job import MOST_SAMPLES
 class NllConfig(Config):
     """Which images' likelihood is computed, and how."""
 
-    data_dir: str = option("", "Folder of images with its sub-folders, or a .zip or .npz of them.")
+    data_dir: str = option("", "Folder of images with its sub-folders, or a .zip or .npz of them.", path=True)
     labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
     num_samples: int | None = option(
         None, "Images to evaluate, in the folder's order and then from its start again; by default each once."
@@ -27,7 +27,7 @@ class NllConfig(Config):
         Precision.FP32, "Arithmetic of the model; fp32 unless another is named, since rounding shows in a likelihood."
     )
     cache: Cache = option(Cache.AUTO, "Keep decoded images in memory or in a memory-mapped file.")
-    cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.")
+    cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.", path=True)
 
     def check(self) -> None:
         self.require(self.batch_size > 0, "batch_size", "positive")

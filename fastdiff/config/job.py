@@ -46,12 +46,12 @@ class DiffusionConfig(Config):
 class DataConfig(Config):
     """A folder of images and how it is read."""
 
-    data_dir: str = option("", "Folder of images with its sub-folders, or a .zip or .npz of them.")
+    data_dir: str = option("", "Folder of images with its sub-folders, or a .zip or .npz of them.", path=True)
     labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
     flip: bool = option(False, "Mirror each image left to right half of the time.")
     strict: bool = option(False, "Refuse a folder with unreadable images instead of skipping them.")
     cache: Cache = option(Cache.AUTO, "Keep decoded images in memory or in a memory-mapped file.")
-    cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.")
+    cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.", path=True)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from fastdiff.data.batches import batches
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight
 from fastdiff.data.images import EXTENSIONS, MAX_PIXELS, UnreadableImage, decode, load, resize_and_crop
-from fastdiff.data.loading import Dataset, load_dataset
+from fastdiff.data.loading import Dataset, load_dataset, load_shared
 from fastdiff.data.npz import Samples, read_samples
 from fastdiff.data.order import batch_indices, epoch_order
 from fastdiff.data.pixels import normalised, to_uint8
@@ -24,6 +24,7 @@ __all__ = [
     "epoch_order",
     "load",
     "load_dataset",
+    "load_shared",
     "normalised",
     "on_device",
     "read_samples",

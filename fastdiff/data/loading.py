@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress, repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_cou
 from fastdiff.data.npz import Samples, read_samples
 from fastdiff.data.threads import Progress
 from fastdiff.data.words import printable
+from fastdiff.runtime.display import Lines
+
+if TYPE_CHECKING:
+    from fastdiff.runtime.distributed import World
 
 _MOST_CLASSES = 10**6  # a model has a vector for each
 
@@ -93,6 +97,30 @@ def load_dataset(
             doubts.append("no class_names: its classes are called by their numbers")
         for doubt in doubts:
             warnings.warn(f"{path} has {doubt}", stacklevel=2)
+    return dataset
+
+
+def load_shared(config: DataConfig, image_size: int, *, labelled: bool, world: "World", display: Lines) -> Dataset:
+    """As load_dataset, on every process: one of each machine decodes the images, and the others map what it wrote.
+
+    ValueError, on all processes, where one of them sees other images than the first.
+    """
+    dataset = world.one_by_machine_first(
+        lambda: load_dataset(
+            config,
+            image_size,
+            labelled=labelled,
+            on_progress=lambda done, total: display.advance("images", done, total),
+            processes=world.local_size,
+        )
+    )
+    display.finish("images")
+    prints = world.gathered(dataset.fingerprint)
+    if (other := next((rank for rank, found in enumerate(prints) if found != prints[0]), None)) is not None:
+        world.refuse(
+            f"data_dir {config.data_dir}: process {other} sees other images than process 0; every machine needs the "
+            "same folder"
+        )
     return dataset
 
 

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,103 +18,56 @@ from fastdiff.checkpoint import (
     saved_steps,
     verify_file,
 )
-from fastdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
+from fastdiff.config import RunConfig
 from fastdiff.data.classes import composed
 
-_CONFIGS: dict[str, type[Config]] = {
-    "model": ModelConfig,
-    "diffusion": DiffusionConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "runtime": RuntimeConfig,
-}
 
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration of the run in ``run_dir``; ValueError where config.json is damaged.
 
-@dataclass(frozen=True)
-class RunConfig:
-    """All that a run was begun with, as config.json holds it.
-
-    ``class_counts`` are the images of each class, in the order of ``class_names``. ValueError where the parts do not go
-    together.
+    Where it is missing, that of the newest checkpoint.
     """
+    path = run_dir / "config.json"
+    try:
+        return _from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        if (newest := _config_of_newest(run_dir)) is not None:
+            return newest[0]
+        raise ValueError(
+            f"{path} is missing: restore it, or begin in another --run-dir with the weights (--init-from)"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        remedy = "restore it, or begin anew in another --run-dir"
+        if (newest := _config_of_newest(run_dir)) is not None:
+            remedy = f"move it away, and --resume takes what {newest[1]} says"
+        raise ValueError(f"{path} is damaged, or a newer version's ({error}): {remedy}") from None
 
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    data: DataConfig
-    train: TrainConfig
-    runtime: RuntimeConfig
-    class_names: tuple[str, ...] = ()
-    class_counts: tuple[int, ...] = ()
-    data_fingerprint: str = ""
 
-    def __post_init__(self) -> None:
-        if self.train.label_dropout and not self.model.class_cond:
-            raise ValueError(
-                f"label_dropout {self.train.label_dropout:g} needs a model that is told classes: train one with "
-                "--class-cond"
-            )
-        if self.train.conditioning_noise and self.model.small_size is None:
-            said = f"conditioning_noise {self.train.conditioning_noise:g}"
-            raise ValueError(f"{said} is for super-resolution models: give --small-size, or leave it out")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        values: dict[str, Any] = {name: getattr(self, name).to_dict() for name in _CONFIGS}
-        about_data = {"class_names": list(self.class_names), "class_counts": list(self.class_counts)}
-        return {**values, **about_data, "data_fingerprint": self.data_fingerprint}
-
-    @classmethod
-    def read(cls, run_dir: Path) -> Self:
-        """The configuration of the run in ``run_dir``; ValueError where config.json is damaged.
-
-        Where it is missing, that of the newest checkpoint.
-        """
-        path = run_dir / "config.json"
+def _config_of_newest(run_dir: Path) -> tuple[RunConfig, str] | None:
+    """The configuration in the newest whole checkpoint, and the name of the file that holds it."""
+    for step in reversed(saved_steps(run_dir)):
+        path = model_path(run_dir, step)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            if (newest := cls._of_newest(run_dir)) is not None:
-                return newest[0]
-            raise ValueError(
-                f"{path} is missing: restore it, or begin in another --run-dir with the weights (--init-from)"
-            ) from None
-        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-            remedy = "restore it, or begin anew in another --run-dir"
-            if (newest := cls._of_newest(run_dir)) is not None:
-                remedy = f"move it away, and --resume takes what {newest[1]} says"
-            raise ValueError(f"{path} is damaged, or a newer version's ({error}): {remedy}") from None
+            verify_file(path)
+            return _from_dict(read_metadata(path, kind="model")["run_config"]), path.name
+        except (ValueError, KeyError, TypeError, OSError):
+            continue
+    return None
 
-    @classmethod
-    def _of_newest(cls, run_dir: Path) -> tuple[Self, str] | None:
-        """The configuration in the newest whole checkpoint, and the name of the file that holds it."""
-        for step in reversed(saved_steps(run_dir)):
-            path = model_path(run_dir, step)
-            try:
-                verify_file(path)
-                return cls.from_dict(read_metadata(path, kind="model")["run_config"]), path.name
-            except (ValueError, KeyError, TypeError, OSError):
-                continue
-        return None
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of to_dict."""
-        configs: dict[str, Any] = {name: kind.from_dict(values[name]) for name, kind in _CONFIGS.items()}
-        return cls(
-            **configs,
-            class_names=tuple(composed(str(name)) for name in values["class_names"]),
-            class_counts=tuple(map(int, values.get("class_counts", ()))),
-            data_fingerprint=str(values.get("data_fingerprint", "")),
-        )
+def _from_dict(values: Mapping[str, Any]) -> RunConfig:
+    config = RunConfig.from_dict(values)
+    return replace(config, class_names=tuple(map(composed, config.class_names)))
 
-    def write(self, run_dir: Path) -> None:
-        """Write config.json; OSError where that cannot be."""
-        path = run_dir / "config.json"
-        try:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OSError(f"{path} cannot be written ({error.strerror}): name another folder with --run-dir") from error
+
+def write_config(config: RunConfig, run_dir: Path) -> None:
+    """Write config.json; OSError where that cannot be."""
+    path = run_dir / "config.json"
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): name another folder with --run-dir") from error
 
 
 def holds_run(run_dir: Path) -> bool:

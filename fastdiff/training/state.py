@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import checkpoint
-from fastdiff.config import Precision, ScheduleSampler
+from fastdiff.config import Precision, RunConfig, ScheduleSampler
 from fastdiff.diffusion import GaussianDiffusion, LossSecondMomentSampler, UniformSampler
 from fastdiff.interop.openai_run import MOMENTS, OpenAIRun
 from fastdiff.models import UNet
@@ -17,7 +17,6 @@ from fastdiff.training.guard import Guard
 from fastdiff.training.metrics import LossSums
 from fastdiff.training.optimizer import FusedAdamW
 from fastdiff.training.parallel import own_part, part_of, whole_of
-from fastdiff.training.run_folder import RunConfig
 from fastdiff.training.saver import CheckpointFile
 
 INITIAL_LOG_LOSS_SCALE = 20

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoint
-from fastdiff.config import Compile
+from fastdiff.config import Compile, RunConfig
 from fastdiff.data import Dataset, batch_indices, batches, on_device
 from fastdiff.data.classes import composed, listed
 from fastdiff.data.dataset import printable
@@ -30,7 +30,7 @@ from fastdiff.training.fitting import largest_that_fits
 from fastdiff.training.metrics import ProgressFiles
 from fastdiff.training.parallel import own_part, parallelise, whole_of
 from fastdiff.training.preview import save_previews
-from fastdiff.training.run_folder import Log, RunConfig, Silence
+from fastdiff.training.run_folder import Log, Silence, write_config
 from fastdiff.training.saver import Saver, free_space_check
 from fastdiff.training.state import TrainState
 from fastdiff.training.trackers import Sink, open_sinks
@@ -270,7 +270,7 @@ class Trainer:
             self.log(f"removed {name}, which a process that was killed left behind")
         free_space_check(self.run_dir, self.state.saved_bytes)
         sinks = open_sinks(self.config.train, self.run_dir, self.config.to_dict(), self.log)
-        self.config.write(self.run_dir)
+        write_config(self.config, self.run_dir)
         return [ProgressFiles(self.run_dir, self.state.step, self.log), *sinks]
 
     @contextmanager

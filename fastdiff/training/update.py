@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff.config import TrainConfig
+from fastdiff.config import RunConfig, TrainConfig
 from fastdiff.data import normalised
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.timestep_sampler import draw
@@ -16,7 +16,6 @@ from fastdiff.models import NULL_CLASS
 from fastdiff.models.super_res import low_resolution
 from fastdiff.runtime.distributed import World
 from fastdiff.training.parallel import accumulating, own_part, total_norm
-from fastdiff.training.run_folder import RunConfig
 from fastdiff.training.state import TrainState
 
 NOISE_STREAM, TIMESTEP_STREAM, LABEL_STREAM = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD

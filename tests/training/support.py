@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastdiff import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, TrainConfig
+from fastdiff.config import RunConfig
 from fastdiff.data import load_dataset
 from fastdiff.models import UNet
 from fastdiff.runtime.device import Runtime
 from fastdiff.training import Trainer
-from fastdiff.training.run_folder import RunConfig
 
 from ..support import randomise as randomise_model
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import TrainConfig
-from fastdiff.training.run_folder import RunConfig
+from fastdiff.config import RunConfig
 from fastdiff.training.update import Updater, with_conditioning_noise
 
 from .support import run_config, trainer

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import TrainConfig
+from fastdiff.config import RunConfig
 from fastdiff.data import batches
 from fastdiff.kernels import philox_uint32
 from fastdiff.models import NULL_CLASS
 from fastdiff.runtime.distributed import World
 from fastdiff.training import update
-from fastdiff.training.run_folder import RunConfig
+from fastdiff.training.run_folder import read_config, write_config
 from fastdiff.training.update import TIMESTEP_STREAM, Updater, with_null_class
 
 from .support import run_config, trainer
@@ -134,12 +135,12 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
 
 def read_after(config: RunConfig, run_dir: Path, change: Callable[[dict[str, Any]], object]) -> RunConfig:
     """What is read where config.json was changed."""
-    config.write(run_dir)
+    write_config(config, run_dir)
     path = run_dir / "config.json"
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
-    return RunConfig.read(run_dir)
+    return read_config(run_dir)
 
 
 def test_config_json(tmp_path: Path, shapes: Path) -> None:
