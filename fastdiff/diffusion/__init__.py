@@ -3,11 +3,10 @@
 from fastdiff.config import DiffusionConfig
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.noise import Philox
-from fastdiff.diffusion.parameterization import LossType, ModelMeanType, ModelVarType
-from fastdiff.diffusion.respacing import space_timesteps
-from fastdiff.diffusion.schedule import get_named_beta_schedule
+from fastdiff.diffusion.schedule import get_named_beta_schedule, space_timesteps
 from fastdiff.diffusion.timestep_sampler import LossSecondMomentSampler, UniformSampler
 from fastdiff.kernels import Backend
+from fastdiff.kernels.gaussian import LossType, ModelMeanType, ModelVarType
 
 __all__ = [
     "GaussianDiffusion",

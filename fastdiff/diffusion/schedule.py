@@ -1,15 +1,20 @@
-"""Noise schedules: beta_t for t = 0..T-1, in float64."""
+"""Noise schedules, the timesteps that a shorter process keeps, and the tables that follow from the betas."""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastdiff.config import NoiseSchedule
+from fastdiff.kernels.gaussian import TABLES
 
 Float64Array = NDArray[np.float64]
+DDIM_PREFIX = "ddim"
 
 
 def linear_betas(num_timesteps: int) -> Float64Array:
@@ -41,3 +46,102 @@ def betas_for_alpha_bar(
 def get_named_beta_schedule(name: str, num_timesteps: int) -> Float64Array:
     """The schedule called ``name``: linear or cosine. (num_timesteps,)"""
     return {NoiseSchedule.LINEAR: linear_betas, NoiseSchedule.COSINE: cosine_betas}[NoiseSchedule(name)](num_timesteps)
+
+
+def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> set[int]:
+    """The timesteps to keep of ``num_timesteps`` (Nichol & Dhariwal 2021, section 4).
+
+    ``spec`` is a count ("250"), counts for sections of equal length ("10,15,20", or a sequence of them), or "ddimN":
+    N steps at a fixed whole stride, as in the DDIM paper. Each section's first and last step are kept.
+
+    ValueError where the spec is not one of these, asks for more steps than there are, or no whole stride fits.
+    """
+    if isinstance(spec, str) and spec.startswith(DDIM_PREFIX):
+        return _strided(num_timesteps, _count(spec.removeprefix(DDIM_PREFIX), spec), spec)
+    counts = [_count(part, spec) for part in (spec.split(",") if isinstance(spec, str) else spec)]
+    if not any(counts):
+        raise ValueError(f"timestep_respacing {spec!r} keeps no timestep")
+    length, longer = divmod(num_timesteps, len(counts))
+    kept: set[int] = set()
+    start = 0
+    for section, count in enumerate(counts):
+        size = length + (section < longer)
+        if count > size:
+            raise ValueError(f"timestep_respacing {spec!r} asks for {count} of {size} timesteps")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # The original adds the stride up; multiplying rounds some halves the other way and keeps other timesteps.
+        kept.update(
+            start + round(place)
+            for place in itertools.accumulate(itertools.repeat(stride, count - 1), initial=0.0)
+            if count
+        )
+        start += size
+    return kept
+
+
+def _strided(num_timesteps: int, count: int, spec: str) -> set[int]:
+    for stride in range(1, num_timesteps + 1):
+        kept = range(0, num_timesteps, stride)
+        if len(kept) == count:
+            return set(kept)
+    raise ValueError(f"timestep_respacing {spec!r}: no whole stride gives {count} of {num_timesteps} timesteps")
+
+
+def _count(part: str | int, spec: str | Sequence[int]) -> int:
+    try:
+        count = int(part)
+    except (TypeError, ValueError):
+        count = -1
+    if count < 0:
+        raise ValueError(
+            f"timestep_respacing {spec!r} is not a count (250), counts per section (10,15,20) or ddimN (ddim50)"
+        )
+    return count
+
+
+class Tables:
+    """The tables of a process over ``betas`` (T,): float64 arrays (T,), and what a device needs of them as tensors."""
+
+    def __init__(self, betas: Float64Array) -> None:
+        self._on_devices: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self.betas = betas
+        alphas = 1 - betas
+        self.alphas_cumprod = np.cumprod(alphas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.one_minus_alphas_cumprod_prev = 1 - self.alphas_cumprod_prev
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        # q(x_t | x_0) and its inverses
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
+        self.log_one_minus_alphas_cumprod = np.log(1 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
+        # q(x_{t-1} | x_t, x_0), DDPM equation 7
+        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1 - self.alphas_cumprod)
+        # The posterior's variance is 0 at t = 0, where its log would be -inf: take that of t = 1 there, and beta in
+        # a process of a single step.
+        first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
+        self.log_betas = np.log(betas)
+        self.fixed_large_variance = np.append(first, betas[1:])
+        self.fixed_large_log_variance = np.log(self.fixed_large_variance)
+
+    def moved(self, name: str, device: torch.device, dtype: torch.dtype, values: Callable[[], NDArray[Any]]) -> Tensor:
+        """The table ``name``, which ``values`` computes, in ``dtype`` but at least fp32; it moves to a device once."""
+        key = (name, device, torch.promote_types(dtype, torch.float32))
+        if key not in self._on_devices:
+            self._on_devices[key] = torch.tensor(values(), dtype=key[2], device=device)
+        return self._on_devices[key]
+
+    def table(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Table ``name`` at t as (N, 1, ...), in like's dtype but at least fp32."""
+        values = self.moved(name, like.device, like.dtype, lambda: getattr(self, name))
+        return values[t].view(-1, *[1] * (like.ndim - 1))
+
+    def step_tables(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tables of diffusion_step and diffusion_loss, (T, len(TABLES)), in ``dtype`` but at least fp32."""
+        return self.moved(
+            "step_tables", device, dtype, lambda: np.stack([getattr(self, name) for name in TABLES], axis=1)
+        )

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastdiff.config import SampleConfig, Sampler
 from fastdiff.diffusion import GaussianDiffusion, Philox
-from fastdiff.diffusion.solvers import dpm_solver_step, heun_step
 
 _MULTISTEP = (Sampler.DPM, Sampler.DPM_SDE)
 
@@ -119,9 +118,9 @@ class Loop:
                 return process.ddim_sample(model, x, t, eta=config.eta, noise=noise, pred_xstart=False, **options)
             case Sampler.DPM | Sampler.DPM_SDE:
                 sde = config.sampler is Sampler.DPM_SDE
-                return dpm_solver_step(process, model, x, t, held.previous, sde=sde, noise=noise, **options)
+                return process.dpm_solver_sample(model, x, t, previous=held.previous, sde=sde, noise=noise, **options)
             case Sampler.HEUN:
-                return heun_step(process, model, x, t, last=last, **options)
+                return process.heun_sample(model, x, t, last=last, **options)
 
 
 def _numbers(noise: Philox | Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion import GaussianDiffusion, ModelMeanType, ModelVarType, Philox, space_timesteps
-from fastdiff.diffusion.solvers import dpm_solver_step
 
 from .support import gather, gaussian_eps, process, randn
 
@@ -125,7 +124,7 @@ def test_without_a_step_before_it_is_ddim(sde: bool) -> None:
     d = process(25, use_timesteps=[0, 3, 9, 24])
     x, noise, output = randn(4, 3, 4, 4, seed=1), randn(4, 3, 4, 4, seed=2), randn(4, 3, 4, 4, seed=3)
     t = torch.arange(4)
-    found = dpm_solver_step(d, lambda *_: output, x, t, sde=sde, noise=noise)
+    found = d.dpm_solver_sample(lambda *_: output, x, t, sde=sde, noise=noise)
     expected = d.ddim_sample(lambda *_: output, x, t, eta=float(sde), noise=noise)
     torch.testing.assert_close(found["sample"], expected["sample"])
     torch.testing.assert_close(found["pred_xstart"], expected["pred_xstart"])
