@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ MODEL = [
     *("--batch-size", "16", "--ema-rate", "0.9999,0.5", "--lr", "1e-3", "--flip"),
 ]
 LEARNING = ["--schedule-sampler", "loss-second-moment", "--label-dropout", "0.3"]
+# after four steps, where the runs go on, the sampler weighs the timesteps by what it has seen
+EVERYTHING = [*LEARNING, "--dropout", "0.1", "--save-interval", "2", "--steps", "6"]
 MEASURED = ("images_per_s", "mfu", "data_wait", "memory_gib")
 
 
@@ -49,6 +51,26 @@ def train(
     result = launch(WORKER, flags, cwd, environment, processes, torchrun)
     assert result.status == status, result
     return result
+
+
+Straight = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Straight:
+    """Runs that come to no harm, or to that which is given, each trained once for all tests. Not to be written to."""
+    folder = tmp_path_factory.mktemp("straight")
+    found: dict[object, Path] = {}
+
+    def run(processes: int, *args: str, **environment: str) -> Path:
+        key = processes, args, tuple(environment.items())
+        if key not in found:
+            name = str(len(found))
+            train(processes, name, *args, cwd=folder, data=shapes, **environment)
+            found[key] = folder / name
+        return found[key]
+
+    return run
 
 
 def hashes(run_dir: Path, step: int) -> dict[str, str]:
@@ -72,27 +94,30 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
         pytest.param(2, "bf16", marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_is_straight_on(tmp_path: Path, shapes: Path, processes: int, precision: str) -> None:
-    """12 steps at once; 8 steps, SIGKILL, and on to 12. The last checkpoint before the end is that of step 6."""
-    flags = [*LEARNING, "--precision", precision, "--dropout", "0.1", "--save-interval", "3"]
+def test_killed_and_resumed_is_straight_on(
+    tmp_path: Path, shapes: Path, straight: Straight, processes: int, precision: str
+) -> None:
+    """6 steps at once; 5 steps, SIGKILL, and on to 6. The last checkpoint before the end is that of step 4."""
+    flags = [*EVERYTHING, "--precision", precision]
+    whole = straight(processes, *flags)
     common = {"cwd": tmp_path, "data": shapes}
-    train(processes, "straight", *flags, "--steps", "12", **common)
     killed = 1 if processes > 1 else -9
-    train(processes, "killed", *flags, "--steps", "12", status=killed, KILL_AFTER_STEP="8", **common)
-    assert (tmp_path / "killed/progress.csv").read_text().splitlines()[-1].startswith("8,")
+    train(processes, "killed", *flags, status=killed, KILL_AFTER_STEP="5", **common)
+    assert (tmp_path / "killed/progress.csv").read_text().splitlines()[-1].startswith("5,")
     result = train(processes, "killed", "--resume", **common)
-    assert "resumed at step 6\n" in result.out
-    assert hashes(tmp_path / "straight", 12) == hashes(tmp_path / "killed", 12)
-    assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
-    assert [row["step"] for row in rows(tmp_path / "killed")] == [str(step) for step in range(1, 13)]
+    assert "resumed at step 4\n" in result.out
+    assert hashes(whole, 6) == hashes(tmp_path / "killed", 6)
+    assert rows(whole) == rows(tmp_path / "killed")
+    assert [row["step"] for row in rows(tmp_path / "killed")] == [str(step) for step in range(1, 7)]
 
 
 @pytest.mark.parametrize(
     "others", [("ddp", "fsdp_parts"), pytest.param(("fsdp", "parts"), marks=pytest.mark.slow)], ids="-".join
 )
 def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes: Path, others: tuple[str, ...]) -> None:
-    """For four steps losses and gradient norms are equal to 1e-5, with micro-batches as without."""
-    flags = [*LEARNING, "--precision", "fp32", "--steps", "4", "--spike-guard", "50", "--grad-clip", "1"]
+    """For three steps losses and gradient norms are equal to 1e-5, with micro-batches as without."""
+    flags = [*LEARNING, "--precision", "fp32", "--steps", "3", "--spike-guard", "50", "--grad-clip", "1"]
+    flags += ["--batch-size", "8"]  # 4 on each of two, as 3 and 1
     kinds: dict[str, tuple[int, list[str]]] = {
         "one": (1, []),
         "ddp": (2, []),
@@ -106,7 +131,7 @@ def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes:
         train(processes, name, *flags, *more, cwd=tmp_path, data=shapes)
         found[name] = rows(tmp_path / name)
     compared = ("loss", "mse", "vb", *(f"loss_q{q}" for q in range(4)), "grad_norm")
-    for name, step in itertools.product(found, range(4)):
+    for name, step in itertools.product(found, range(3)):
         ours, one = found[name][step], found["one"][step]
         assert ours["skipped"] == "0"
         for column in compared:
@@ -124,11 +149,11 @@ def test_two_processes_draw_previews_from_the_weights_that_they_save(
     tmp_path: Path, shapes: Path, parallel: str
 ) -> None:
     """Raw weights and averages that are far apart, each drawn by two processes and, from its file, by one."""
-    flags = ["--precision", "fp32", "--steps", "6", "--preview-interval", "6", "--lr", "2e-2", "--no-ema-warmup"]
+    flags = ["--precision", "fp32", "--steps", "3", "--preview-interval", "3", "--lr", "4e-2", "--no-ema-warmup"]
     train(2, "run", *flags, "--parallel", parallel, cwd=tmp_path, data=shapes)
     pictures = {}
     for name in ("model", "ema_0.5_", "ema_0.9999_"):
-        loaded = load_checkpoint(tmp_path / f"run/{name}000006.safetensors")
+        loaded = load_checkpoint(tmp_path / f"run/{name}000003.safetensors")
         config = SampleConfig(num_samples=16, sampler="ddim")
         drawn = generate(
             loaded.model,
@@ -141,7 +166,7 @@ def test_two_processes_draw_previews_from_the_weights_that_they_save(
         save_grid(tmp_path / "expected.png", np.concatenate(list(drawn)))
         expected = np.asarray(Image.open(tmp_path / "expected.png")).astype(int)
         preview = "raw" if name == "model" else name.strip("_")
-        pictures[name] = np.asarray(Image.open(tmp_path / f"run/previews/000006_{preview}.png")).astype(int)
+        pictures[name] = np.asarray(Image.open(tmp_path / f"run/previews/000003_{preview}.png")).astype(int)
         assert np.abs(pictures[name] - expected).max() <= 2, name
     assert np.abs(pictures["model"] - pictures["ema_0.9999_"]).max() > 20
 
@@ -151,11 +176,11 @@ def test_two_processes_draw_previews_from_the_weights_that_they_save(
     [("ddp", False), *(pytest.param(p, True, marks=pytest.mark.slow) for p in ("ddp", "fsdp"))],
 )
 def test_the_death_of_one_process_is_mended_by_a_restart(
-    tmp_path: Path, shapes: Path, parallel: str, torchrun: bool
+    tmp_path: Path, shapes: Path, straight: Straight, parallel: str, torchrun: bool
 ) -> None:
     """kill -9 of one of two: both are started again, as torchrun does it or by it, and end with the same bits."""
-    flags = [*LEARNING, "--precision", "fp32", "--parallel", parallel, "--steps", "8", "--save-interval", "2"]
-    train(2, "straight", *flags, cwd=tmp_path, data=shapes)
+    flags = [*EVERYTHING, "--precision", "fp32", *(["--parallel", parallel] if parallel != "ddp" else [])]
+    whole = straight(2, *flags)
     common = {"cwd": tmp_path, "data": shapes, "KILL_AFTER_STEP": "5", "KILL_RANK": "1"}
     if torchrun:
         result = train(2, "killed", *flags, torchrun=["--max-restarts=2", "--monitor-interval=0.2"], **common)
@@ -165,20 +190,20 @@ def test_the_death_of_one_process_is_mended_by_a_restart(
             result = train(2, "killed", *flags, status=status, **started, **common)
     assert "torchrun started this process anew" in result.out
     assert "resumed at step 4\n" in result.out
-    assert hashes(tmp_path / "straight", 8) == hashes(tmp_path / "killed", 8)
-    assert rows(tmp_path / "straight") == rows(tmp_path / "killed")
+    assert hashes(whole, 6) == hashes(tmp_path / "killed", 6)
+    assert rows(whole) == rows(tmp_path / "killed")
 
 
 def test_a_restart_takes_nobody_elses_run(tmp_path: Path, shapes: Path) -> None:
     """torchrun starts again what ended because the folder holds a run: that makes the run none of its own."""
-    train(1, "run", "--precision", "fp32", "--steps", "2", cwd=tmp_path, data=shapes)
-    before = hashes(tmp_path / "run", 2)
+    train(1, "run", "--precision", "fp32", "--steps", "1", cwd=tmp_path, data=shapes)
+    before = hashes(tmp_path / "run", 1)
     for count in ("0", "1"):
         started = {"TORCHELASTIC_RUN_ID": "job 7", "TORCHELASTIC_RESTART_COUNT": count}
         flags = ["--precision", "fp32", "--steps", "9"]
         result = train(1, "run", *flags, cwd=tmp_path, data=shapes, status=2, **started)
         refused(result, "^error: run already holds a run: go on with --resume")
-    assert hashes(tmp_path / "run", 2) == before
+    assert hashes(tmp_path / "run", 1) == before
     assert not list((tmp_path / "run").glob("*9.safetensors"))
 
 
@@ -197,39 +222,43 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path, shapes: P
     hashes(tmp_path / "run", step)
 
 
-def test_a_nan_on_one_process_skips_the_update_on_all(tmp_path: Path, shapes: Path) -> None:
-    """A NaN in the gradient of one process at update 7; afterwards at every one, which ends the run."""
+NAN_AT_2 = {"NAN_AT_UPDATES": "2", "KILL_RANK": "1"}
+WITH_A_NAN = ["--precision", "fp32", "--save-interval", "3", "--steps", "5", "--log-interval", "5"]
+
+
+def test_a_nan_on_one_process_skips_the_update_on_all(tmp_path: Path, shapes: Path, straight: Straight) -> None:
+    """A NaN in the gradient of one process at update 2; in another run there and at every one after, which ends it."""
+    once = straight(2, *WITH_A_NAN, **NAN_AT_2)
+    assert [row["skipped"] for row in rows(once)] == ["1"]
+    log = (once / "log.txt").read_text()
+    assert re.search(r"1 of the last updates skipped; the last one was update 2; its samples .*: \d+ \w+\.png \(", log)
     flags = ["--precision", "fp32", "--save-interval", "5"]
-    train(2, "once", *flags, "--steps", "9", cwd=tmp_path, data=shapes, NAN_AT_UPDATES="7", KILL_RANK="1")
-    assert [row["skipped"] for row in rows(tmp_path / "once")] == list("000000100")
-    log = (tmp_path / "once/log.txt").read_text()
-    assert re.search(r"1 of the last updates skipped; the last one was update 7; its samples .*: \d+ \w+\.png \(", log)
-    harm = {"NAN_AT_UPDATES": "7-999", "KILL_RANK": "1"}
+    harm = {"NAN_AT_UPDATES": "2-999", "KILL_RANK": "1"}
     result = train(2, "always", *flags, "--steps", "99", cwd=tmp_path, data=shapes, status=1, **harm)
     (line,) = (line for line in result.err.splitlines() if "error:" in line)
     assert re.search(r"not finite in the last 25 updates: .*the last good checkpoint: always/model\d+", line)
-    again = train(2, "always", "--resume", "--steps", "32", cwd=tmp_path, data=shapes)
-    assert "resumed at step 30\n" in again.out
+    assert {row["step"]: row["skipped"] for row in rows(tmp_path / "always")[:3]} == {"1": "0", "2": "1", "3": "1"}
+    again = train(1, "always", "--resume", "--steps", "27", cwd=tmp_path, data=shapes)
+    assert "resumed at step 25\n" in again.out
 
 
-def test_what_was_skipped_before_a_checkpoint_is_told_after_it(tmp_path: Path, shapes: Path) -> None:
+def test_what_was_skipped_before_a_checkpoint_is_told_after_it(
+    tmp_path: Path, shapes: Path, straight: Straight
+) -> None:
     """A line of the log that began before the process did, on as many processes and on others."""
-    flags = ["--precision", "fp32", "--save-interval", "4", "--log-interval", "10"]
-    harm = {"NAN_AT_UPDATES": "3", "KILL_AFTER_STEP": "6", "status": 1}
-    train(2, "run", *flags, "--steps", "10", cwd=tmp_path, data=shapes, **harm)
-    train(2, "straight", *flags, "--steps", "10", cwd=tmp_path, data=shapes, NAN_AT_UPDATES="3")
-    (straight,) = rows(tmp_path / "straight")
+    train(2, "run", *WITH_A_NAN, cwd=tmp_path, data=shapes, KILL_AFTER_STEP="4", status=1, **NAN_AT_2)
+    (whole,) = rows(straight(2, *WITH_A_NAN, **NAN_AT_2))
     for processes in (1, 2):
         resumed = f"resumed by {processes}"
         shutil.copytree(tmp_path / "run", tmp_path / resumed)
-        again = train(processes, resumed, *flags, "--resume", cwd=tmp_path, data=shapes)
-        assert "resumed at step 4\n" in again.out
-        assert "1 of the last updates skipped; the last one was update 3, before this start" in again.out
+        again = train(processes, resumed, *WITH_A_NAN, "--resume", cwd=tmp_path, data=shapes)
+        assert "resumed at step 3\n" in again.out
+        assert "1 of the last updates skipped; the last one was update 2, before this start" in again.out
         (row,) = rows(tmp_path / resumed)
         if processes == 2:
-            assert row == straight
-        assert float(row["loss"]) == pytest.approx(float(straight["loss"]), rel=1e-5)
-        assert row["skipped"] == straight["skipped"] == "1"
+            assert row == whole
+        assert float(row["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-5)
+        assert row["skipped"] == whole["skipped"] == "1"
 
 
 def test_bad_input_is_told_once(tmp_path: Path, shapes: Path) -> None:
@@ -252,10 +281,10 @@ def test_processes_that_do_not_find_each_other_say_so(tmp_path: Path, shapes: Pa
     """The second of two never comes."""
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
-    flags = ["--precision", "fp32", "--timeout", "3"]
+    flags = ["--precision", "fp32", "--timeout", "1"]
     refused(
         train(1, "run", *flags, cwd=tmp_path, data=shapes, status=2, **environment, **port),
-        r"process 0 of 2 on \S+ did not find the others within 3 s .*127.0.0.1:29555.*GLOO_SOCKET_IFNAME",
+        r"process 0 of 2 on \S+ did not find the others within 1 s .*127.0.0.1:29555.*GLOO_SOCKET_IFNAME",
     )
 
 

@@ -5,6 +5,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import torch._dynamo  # noqa: F401  which an optimizer imports, a second in each process
+
 
 def fork(work: Callable[[], int | None]) -> int:
     """Begin ``work``, whose value is the exit status; returns the process's number."""
