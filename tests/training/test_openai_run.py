@@ -1,5 +1,6 @@
 """Going on from the files of an improved-diffusion run, and its way to scale the loss."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,12 +41,26 @@ def as_openai_saves(trained: Trainer, folder: Path, flattened: bool = False, who
     return path
 
 
+Trained = Callable[[int], Trainer]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Trained:
+    """Runs to a step, each trained once for all tests. Not to be changed."""
+
+    @functools.cache
+    def run(steps: int) -> Trainer:
+        subject = randomise(trainer(tmp_path_factory.mktemp("trained") / "run", shapes, steps=steps, **FLAGS))
+        subject.run()
+        return subject
+
+    return run
+
+
 @pytest.mark.parametrize(("flattened", "whole_steps"), [(False, False), (True, False), (False, True)])
-def test_it_goes_on_exactly(tmp_path: Path, shapes: Path, flattened: bool, whole_steps: bool) -> None:
-    straight = randomise(trainer(tmp_path / "straight", shapes, steps=4, **FLAGS))
-    straight.run()
-    begun = randomise(trainer(tmp_path / "begun", shapes, steps=2, **FLAGS))
-    begun.run()
+def test_it_goes_on_exactly(tmp_path: Path, shapes: Path, trained: Trained, flattened: bool, whole_steps: bool) -> None:
+    straight = trained(4)
+    begun = trained(2)
     path = as_openai_saves(begun, tmp_path / "original", flattened, whole_steps)
     resumed = trainer(tmp_path / "resumed", shapes, steps=4, **FLAGS)
     resumed.resume_from(path)
@@ -53,25 +68,21 @@ def test_it_goes_on_exactly(tmp_path: Path, shapes: Path, flattened: bool, whole
     assert resumed.log[-1] == f"resumed at step 2 from {path}"
     resumed.run()
     for kind in KINDS:
-        one, other = (file(tmp_path / run / f"{kind}000004.safetensors")[0] for run in ("straight", "resumed"))
+        one, other = (file(run.run_dir / f"{kind}000004.safetensors")[0] for run in (straight, resumed))
         # what no original keeps
         assert same(*({k: v for k, v in t.items() if k not in ("log_sums", "guard")} for t in (one, other))), kind
 
 
-def test_a_run_of_our_own_goes_on_in_another_folder(tmp_path: Path, shapes: Path) -> None:
-    straight = trainer(tmp_path / "straight", shapes, steps=4, **FLAGS)
-    straight.run()
-    trainer(tmp_path / "begun", shapes, steps=2, **FLAGS).run()
+def test_a_run_of_our_own_goes_on_in_another_folder(tmp_path: Path, shapes: Path, trained: Trained) -> None:
     resumed = trainer(tmp_path / "resumed", shapes, steps=4, **FLAGS)
-    resumed.resume_from(tmp_path / "begun" / "model000002.safetensors")
+    resumed.resume_from(trained(2).run_dir / "model000002.safetensors")
     resumed.run()
     for kind in KINDS:
-        assert same(*(file(tmp_path / run / f"{kind}000004.safetensors")[0] for run in ("straight", "resumed")))
+        assert same(*(file(run.run_dir / f"{kind}000004.safetensors")[0] for run in (trained(4), resumed)))
 
 
-def test_what_is_missing_is_told(tmp_path: Path, shapes: Path) -> None:
-    begun = randomise(trainer(tmp_path / "begun", shapes, steps=1, **FLAGS))
-    begun.run()
+def test_what_is_missing_is_told(tmp_path: Path, shapes: Path, trained: Trained) -> None:
+    begun = trained(1)
     path = as_openai_saves(begun, tmp_path / "original")
     for name in ("ema_0.5_000001.pt", "opt000001.pt"):
         path.with_name(name).unlink()
@@ -88,10 +99,11 @@ def test_what_is_missing_is_told(tmp_path: Path, shapes: Path) -> None:
 
 
 @pytest.mark.parametrize("flattened", [False, True])
-def test_the_order_of_the_tensors_in_the_file_does_not_count(tmp_path: Path, shapes: Path, flattened: bool) -> None:
+def test_the_order_of_the_tensors_in_the_file_does_not_count(
+    tmp_path: Path, shapes: Path, trained: Trained, flattened: bool
+) -> None:
     """Of the optimizer's state it is the model's."""
-    begun = randomise(trainer(tmp_path / "begun", shapes, steps=2, **FLAGS))
-    begun.run()
+    begun = trained(2)
     path = as_openai_saves(begun, tmp_path / "original", flattened)
     found = []
     for order in (list, sorted):
@@ -104,9 +116,8 @@ def test_the_order_of_the_tensors_in_the_file_does_not_count(tmp_path: Path, sha
     assert all(torch.equal(one, other) for one, other in zip(found[0], ours, strict=True))
 
 
-def test_another_learning_rate_is_told(tmp_path: Path, shapes: Path) -> None:
-    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
-    begun.run()
+def test_another_learning_rate_is_told(tmp_path: Path, shapes: Path, trained: Trained) -> None:
+    begun = trained(1)
     path = as_openai_saves(begun, tmp_path / "original")
     resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4, "weight_decay": 0.0})
     resumed.resume_from(path)
@@ -114,9 +125,8 @@ def test_another_learning_rate_is_told(tmp_path: Path, shapes: Path) -> None:
     assert "its optimizer had weight_decay 0.01, and the run goes on with --weight-decay 0" in resumed.log
 
 
-def test_the_originals_progress_is_kept(tmp_path: Path, shapes: Path) -> None:
-    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
-    begun.run()
+def test_the_originals_progress_is_kept(tmp_path: Path, shapes: Path, trained: Trained) -> None:
+    begun = trained(1)
     path = as_openai_saves(begun, tmp_path / "original")
     there = path.with_name("progress.csv")
     there.write_text("step,loss\n1,2\n")
@@ -132,10 +142,9 @@ def test_the_originals_progress_is_kept(tmp_path: Path, shapes: Path) -> None:
     assert path.with_name("progress.original.2.csv").exists()
 
 
-def test_nothing_is_saved_before_an_update(tmp_path: Path, shapes: Path) -> None:
+def test_nothing_is_saved_before_an_update(tmp_path: Path, shapes: Path, trained: Trained) -> None:
     """There would be no optimizer's state to save, and nothing new."""
-    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
-    begun.run()
+    begun = trained(1)
     path = as_openai_saves(begun, tmp_path / "original")
     path.with_name("opt000001.pt").unlink()
     resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS)
@@ -145,9 +154,8 @@ def test_nothing_is_saved_before_an_update(tmp_path: Path, shapes: Path) -> None
     assert not list((tmp_path / "resumed").glob("*.safetensors"))
 
 
-def test_a_step_behind_the_end_is_refused(tmp_path: Path, shapes: Path) -> None:
-    begun = trainer(tmp_path / "begun", shapes, steps=2, **FLAGS)
-    begun.run()
+def test_a_step_behind_the_end_is_refused(tmp_path: Path, shapes: Path, trained: Trained) -> None:
+    begun = trained(2)
     path = as_openai_saves(begun, tmp_path / "original")
     with pytest.raises(ValueError, match="is at step 2: steps 2 lies behind it; name more with --steps"):
         trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS).resume_from(path)
@@ -211,9 +219,10 @@ def _step_of_many(content: Any) -> Any:
         *(lambda _: {"state": {}}, lambda _: {"state": [1]}, lambda _: {"state": torch.zeros(2)}, lambda _: [1]),
     ],
 )
-def test_an_optimizer_that_does_not_fit_is_refused(tmp_path: Path, shapes: Path, damage: Callable[[Any], Any]) -> None:
-    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
-    begun.run()
+def test_an_optimizer_that_does_not_fit_is_refused(
+    tmp_path: Path, shapes: Path, trained: Trained, damage: Callable[[Any], Any]
+) -> None:
+    begun = trained(1)
     path = as_openai_saves(begun, tmp_path / "original")
     beside = path.with_name("opt000001.pt")
     torch.save(damage(torch.load(beside)), beside)
@@ -221,9 +230,8 @@ def test_an_optimizer_that_does_not_fit_is_refused(tmp_path: Path, shapes: Path,
         trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS).resume_from(path)
 
 
-def test_another_architecture_is_refused(tmp_path: Path, shapes: Path) -> None:
-    begun = trainer(tmp_path / "begun", shapes, steps=1, **FLAGS)
-    begun.run()
+def test_another_architecture_is_refused(tmp_path: Path, shapes: Path, trained: Trained) -> None:
+    begun = trained(1)
     path = as_openai_saves(begun, tmp_path / "original")
     other = trainer(tmp_path / "other", shapes, steps=2, **FLAGS | {"num_channels": 64})
     with pytest.raises(ValueError, match="another architecture"):

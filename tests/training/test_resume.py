@@ -1,8 +1,11 @@
 """A run that was stopped and resumed is the run that was not, bit for bit."""
 
+import functools
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from fastdiff import save_checkpoint
 from fastdiff.checkpoint import saved_steps
+from fastdiff.training import Trainer
 
 from .support import each_step, file, same, trainer, weights
 
@@ -34,15 +38,28 @@ EVERYTHING: dict[str, Any] = {
     "ema_rate": "0.9999,0.5",
 }
 KINDS = ("model", "ema_0.9999_", "ema_0.5_", "opt")
+Trained = Callable[[str, int], Trainer]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_resume_is_exact(tmp_path: Path, shapes: Path, precision: str) -> None:
-    straight = trainer(tmp_path / "straight", shapes, precision, steps=6, **EVERYTHING)
-    straight.run()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Trained:
+    """Runs in a precision to a step, each trained once for all tests. Not to be written to."""
+
+    @functools.cache
+    def run(precision: str, steps: int) -> Trainer:
+        subject = trainer(tmp_path_factory.mktemp("trained") / "run", shapes, precision, steps=steps, **EVERYTHING)
+        subject.run()
+        return subject
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
+def test_resume_is_exact(tmp_path: Path, shapes: Path, trained: Trained, precision: str) -> None:
+    straight = trained(precision, 6)
     assert bool((straight.state.sampler.counts == 10).all())  # the loss history is at work
     assert np.ptp(straight.state.sampler.weights().numpy()) > 0
-    trainer(tmp_path / "resumed", shapes, precision, steps=3, **EVERYTHING).run()
+    shutil.copytree(trained(precision, 3).run_dir, tmp_path / "resumed")
     resumed = trainer(tmp_path / "resumed", shapes, precision, steps=6, **EVERYTHING)
     torch.manual_seed(99)  # as in another process
     resumed.resume()
@@ -50,18 +67,17 @@ def test_resume_is_exact(tmp_path: Path, shapes: Path, precision: str) -> None:
     resumed.run()
     for kind in KINDS:
         (one, about), (other, about_other) = (
-            file(tmp_path / run / f"{kind}000006.safetensors") for run in ("straight", "resumed")
+            file(run_dir / f"{kind}000006.safetensors") for run_dir in (straight.run_dir, resumed.run_dir)
         )
         assert same(one, other), kind
         assert about == about_other, kind
     assert not same(file(tmp_path / "resumed/model000003.safetensors")[0], one)
 
 
-def test_what_is_resumed_is_all_of_it(tmp_path: Path, shapes: Path) -> None:
+def test_what_is_resumed_is_all_of_it(tmp_path: Path, shapes: Path, trained: Trained) -> None:
     """Each part of the state matters: without it the resumed run ends elsewhere."""
-    trainer(tmp_path / "straight", shapes, steps=6, **EVERYTHING).run()
-    want = {kind: file(tmp_path / f"straight/{kind}000006.safetensors")[0] for kind in KINDS}
-    trainer(tmp_path / "run", shapes, steps=3, **EVERYTHING).run()
+    want = {kind: file(trained("fp32", 6).run_dir / f"{kind}000006.safetensors")[0] for kind in KINDS}
+    shutil.copytree(trained("fp32", 3).run_dir, tmp_path / "run")
 
     def forget_moments(subject: Any) -> None:
         subject.state.optimizer.state.clear()
@@ -82,10 +98,11 @@ def test_what_is_resumed_is_all_of_it(tmp_path: Path, shapes: Path) -> None:
         assert not same(file(subject.run_dir / f"{kind}000006.safetensors")[0], want[kind]), forget.__name__
 
 
-def test_the_same_run_twice_is_the_same_and_another_seed_is_not(tmp_path: Path, shapes: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+def test_the_same_run_twice_is_the_same_and_another_seed_is_not(tmp_path: Path, shapes: Path, trained: Trained) -> None:
+    for name, seed in (("b", 0), ("c", 1)):
         trainer(tmp_path / name, shapes, steps=3, seed=seed, **EVERYTHING).run()
-    a, b, c = (file(tmp_path / f"{name}/model000003.safetensors")[0] for name in "abc")
+    folders = (trained("fp32", 3).run_dir, tmp_path / "b", tmp_path / "c")
+    a, b, c = (file(folder / "model000003.safetensors")[0] for folder in folders)
     assert same(a, b)
     assert not any(torch.equal(a[key], c[key]) for key in ("out.2.weight", "time_embed.0.weight"))
 

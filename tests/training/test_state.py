@@ -29,11 +29,19 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """Eight updates. Not to be written to."""
+    run_dir = tmp_path_factory.mktemp("state") / "straight"
+    trainer(run_dir, shapes, **FLAGS).run()
+    return run_dir
+
+
 @pytest.fixture
-def run(tmp_path: Path, shapes: Path) -> Path:
-    """Eight updates in ``straight``; returns a copy that was killed after the fourth was saved and the sixth logged."""
-    trainer(tmp_path / "straight", shapes, **FLAGS).run()
-    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+def run(tmp_path: Path, straight: Path) -> Path:
+    """``straight``, and returned a copy that was killed after the fourth was saved and the sixth logged."""
+    for name in ("straight", "killed"):
+        shutil.copytree(straight, tmp_path / name)
     for path in (tmp_path / "killed").glob("*000008*"):
         path.unlink()
     return tmp_path / "killed"
