@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("worker.py")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classes = {"class_cond": True, "num_classes": 4, "class_names": ("circle", "cross", "square", "triangle")}
-    return saved(tmp_path_factory.mktemp("model") / "model.safetensors", learn_sigma=True, **classes)
+    return saved(tmp_path_factory.mktemp("model") / "model.safetensors", learn_sigma=True, diffusion_steps=8, **classes)
 
 
 def evaluate(processes: int, model: Path, data: Path, cwd: Path, *args: object, **environment: object) -> Result:
@@ -57,7 +57,7 @@ def test_more_processes_than_images(model: Path, shapes: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("kind", "status"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)])
 def test_a_signal(model: Path, shapes: Path, tmp_path: Path, kind: str, status: int) -> None:
-    harm = {"SIGNAL": kind, "SIGNAL_AFTER_STEPS": 33}
+    harm = {"SIGNAL": kind, "SIGNAL_AFTER_STEPS": 13}
     result = evaluate(1, model, shapes, tmp_path, "--batch-size", 4, **harm)
     assert result.status == status
     assert f"stopped by {kind}: 4 of 12 images were done, " in result.out
