@@ -27,14 +27,18 @@ def engine(tmp_path: Path, precision: str = "fp32", images: int = 4, **flags: An
     return Engine(loaded(tmp_path, **flags), how, runtime(precision), images)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+HEADS: dict[str, Any] = {"num_heads": 2, "num_res_blocks": 2}
+LEVELS: dict[str, Any] = {**CLASSES, "learn_sigma": True, "channel_mult": (1, 2), "attention_resolutions": "4"}
+UNSCALED: dict[str, Any] = {"use_scale_shift_norm": False, **CLASSES}
+
+
+# every model and every precision, but not in all pairs: what is cast does not depend on what it is cast to
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "precision"),
     [
-        {"num_heads": 2, "num_res_blocks": 2},
-        {**CLASSES, "learn_sigma": True, "channel_mult": (1, 2), "attention_resolutions": "4"},
-        {"use_scale_shift_norm": False, **CLASSES},
-        UPPER,
+        *((HEADS, "bf16"), (LEVELS, "fp16"), (UNSCALED, "bf16"), (UPPER, "fp16")),
+        *(pytest.param(f, "fp16", marks=pytest.mark.slow) for f in (HEADS, UNSCALED)),
+        *(pytest.param(f, "bf16", marks=pytest.mark.slow) for f in (LEVELS, UPPER)),
     ],
 )
 def test_weights_cast_once_draw_what_autocast_does(tmp_path: Path, precision: str, flags: dict[str, Any]) -> None:
@@ -45,7 +49,7 @@ def test_weights_cast_once_draw_what_autocast_does(tmp_path: Path, precision: st
     place = runtime(precision)
     small = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     low_res = (lambda numbers: small[numbers]) if size == 16 else None
-    how = SampleConfig(num_samples=3, batch_size=3, steps=6)
+    how = SampleConfig(num_samples=3, batch_size=3, steps=3)
     expected: list[Tensor] = []
     found: list[Tensor] = []
 
@@ -66,7 +70,7 @@ def test_weights_cast_once_draw_what_autocast_does(tmp_path: Path, precision: st
         pass
     list(subject_engine._generate(subject_engine._model, np.arange(3), start=None, watch=keep(found), **more))
     assert torch.equal(torch.stack(found), torch.stack(expected))
-    assert len(found) == 7
+    assert len(found) == 4
     exact = list(
         generate(subject.model, subject_engine.diffusion, subject_engine.config, image_size=size, device=CPU, **more)
     )
@@ -153,7 +157,7 @@ def test_the_engine_encodes(tmp_path: Path, flags: dict[str, Any]) -> None:
     labels = np.array([2, 0]) if flags else None
     images = np.random.default_rng(0).integers(50, 200, (2, 8, 8, 3), dtype=np.uint8)
     errors = []
-    for steps in (10, 40, 160):
+    for steps in (5, 20, 80):
         how = {"sampler": "ddim", "steps": steps, "clip_denoised": False}
         subject = engine(tmp_path, how=how, **SMOOTH, **flags)
         latent = subject.encode(images, labels)
@@ -161,7 +165,7 @@ def test_the_engine_encodes(tmp_path: Path, flags: dict[str, Any]) -> None:
         again = drawn(subject, 2, labels, start=lambda numbers, latent=latent: latent[numbers])
         errors.append(float(np.abs(again.astype(int) - images).mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2], errors
-    assert errors[2] < 2
+    assert errors[2] < 1
     if labels is not None:
         other = subject.encode(images, labels[::-1].copy())
         assert (other - latent).abs().max() > 1e-3

@@ -1,14 +1,12 @@
 """How much memory a job takes does not depend on how many images it draws."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ..processes import launch
 from .support import saved
 
 SIDE = 64
@@ -25,7 +23,8 @@ if sys.argv.pop(1) == "two layers":
 try:
     main()
 finally:
-    # not getrusage's, which is that of the process that started this one if it was larger
+    # not getrusage's, which is that of the process that started this one if it was larger; of a forked one it begins
+    # with what it shares
     print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0], file=sys.stderr)
 """
 
@@ -33,32 +32,17 @@ finally:
 def peak(folder: Path, model: Path, net: str, images: int) -> float:
     """MiB of memory that ``fastdiff sample`` held at most."""
     out = folder / f"{images}.npz"
-    flags = ["--num-samples", str(images), "--batch-size", "10", "--steps", "1", "--compile", "off", "--device", "cpu"]
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            SCRIPT,
-            net,
-            "sample",
-            str(model),
-            *flags,
-            "--precision",
-            "fp32",
-            "--overwrite",
-            *("--out", str(out)),
-        ],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    flags = ["--num-samples", images, "--batch-size", 10, "--steps", 1, "--compile", "off", "--device", "cpu"]
+    (folder / "job.py").write_text(SCRIPT)
+    words = [net, "sample", model, *flags, "--precision", "fp32", "--overwrite", "--out", out]
+    result = launch(folder / "job.py", words, folder, {"OMP_NUM_THREADS": 1})
+    assert result.status == 0, result
     with np.load(out, mmap_mode="r") as file:
         drawn = file["arr_0"]
         assert drawn.shape == (images, SIDE, SIDE, 3)
         assert len({image.tobytes() for image in drawn}) == images
     assert not out.with_name(out.name + ".parts").exists()
-    found = re.search(r"VmHWM:\s+(\d+) kB", result.stderr)
+    found = re.search(r"VmHWM:\s+(\d+) kB", result.err)
     assert found, result
     return int(found[1]) / 1024
 

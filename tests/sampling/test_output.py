@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont, features
 from PIL._util import DeferredError
@@ -241,6 +241,7 @@ def test_a_long_name_is_cut_and_a_short_one_is_not(tmp_path: Path, monkeypatch: 
     assert drawn[4:] == ["a?b", "?"]
 
 
+@settings(max_examples=50)
 @given(st.text())
 def test_a_name_may_be_anything(name: str) -> None:
     text = output._ascii(name)

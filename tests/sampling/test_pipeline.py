@@ -134,10 +134,10 @@ def test_the_way_between_two_images(tmp_path: Path) -> None:
     first, second = (str(tmp_path / f"{name}.png") for name in ("first", "second"))
     for path, image in zip((first, second), images, strict=True):
         Image.fromarray(image).save(path)
-    more: dict[str, Any] = {"flags": {**CLASSES, **SMOOTH}, "clip_denoised": False, "classes": ("dog",)}
+    more: dict[str, Any] = {"flags": {**CLASSES, **SMOOTH}, "clip_denoised": False, "classes": ("dog",), "steps": 40}
     way = between(tmp_path, first, second, **more)
     for frame, image in ((way[0], images[0]), (way[-1], images[1])):
-        assert np.abs(frame.astype(int) - image).mean() < 2
+        assert np.abs(frame.astype(int) - image).mean() < 1
     mixed = between(tmp_path, "4", second, **more)
     assert np.array_equal(mixed[-1], way[-1])
     one = between(tmp_path, "4", second, num_samples=1, **more)
