@@ -2,10 +2,7 @@
 
 import builtins
 import io
-import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -14,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fastdiff
 from fastdiff.data import load
 from fastdiff.data.lsun import prepare_lsun
 
+from ..processes import launch
 from .archive_support import found_below
 from .support import noise
 
@@ -113,11 +110,11 @@ def test_a_database_that_is_cut_short(tmp_path: Path, database: Path, zipped: bo
         source = tmp_path / "x.zip"
         with zipfile.ZipFile(source, "w") as archive:
             archive.write(database / "data.mdb", "db/data.mdb")
-    code = f"from fastdiff.data.lsun import *; prepare_lsun(Path({str(source)!r}), Path('out'))"
-    env = {**os.environ, "PYTHONPATH": str(Path(fastdiff.__file__).parents[1])}
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert result.returncode == 1, result
-    assert re.search(r"ValueError: .*data\.mdb has [\d,]+ of [\d,]+ bytes: copy it again", result.stderr), result.stderr
+    code = "import sys; from fastdiff.data.lsun import *; prepare_lsun(Path(sys.argv[1]), Path('out'))"
+    (tmp_path / "job.py").write_text(code)
+    result = launch(tmp_path / "job.py", [source], tmp_path, {})
+    assert result.status == 1, result
+    assert re.search(r"ValueError: .*data\.mdb has [\d,]+ of [\d,]+ bytes: copy it again", result.err), result.err
 
 
 def test_without_lmdb(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:

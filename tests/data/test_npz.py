@@ -392,7 +392,7 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(WHOLE), CHANGES)
 def test_damage_is_refused_or_harmless(tmp_path: Path, whole: bytes, changes: list[tuple[int, int, bytes]]) -> None:
     damaged = bytearray(whole)
@@ -402,7 +402,7 @@ def test_damage_is_refused_or_harmless(tmp_path: Path, whole: bytes, changes: li
     check(tmp_path / "a.npz", bytes(damaged))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(WHOLE), st.data())
 def test_half_a_file_is_refused(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
     (tmp_path / "a.npz").write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
@@ -431,7 +431,7 @@ def check(path: Path, content: bytes) -> None:
         assert samples.labels is None or samples.labels.tolist() == LABELS.tolist()
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CHANGES, st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
 @example([(6, 1, b"\x02")], zipfile.ZIP_STORED)  # as a header of version 2 it would be gigabytes long
 def test_headers_that_somebody_wrote_on_purpose(

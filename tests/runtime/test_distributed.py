@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +25,7 @@ from fastdiff.runtime.distributed import (
     restarted,
 )
 
-from ..processes import finish
+from ..processes import launch
 
 
 @pytest.fixture(autouse=True)
@@ -84,22 +82,29 @@ PARTS = (
 )
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("together.py")
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script), str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    result = finish(process)
+@pytest.mark.parametrize(
+    "started", ["as torchrun does it", "by torchrun that forks", pytest.param("by torchrun", marks=pytest.mark.slow)]
+)
+def test_two_processes(tmp_path: Path, started: str) -> None:
+    script, environment = Path(__file__).with_name("together.py"), {"OMP_NUM_THREADS": 1}
+    parts = PARTS
+    if started == "as torchrun does it":
+        result = launch(script, [tmp_path], tmp_path, {**environment, "TORCHELASTIC_RUN_ID": "job 7"}, processes=2)
+    elif started == "by torchrun":
+        result = launch(script, [tmp_path], tmp_path, environment, processes=2, torchrun=())
+    else:
+        # torchrun itself, in a process that has imported it; it would wait for the word of the one that dies
+        torchrun = tmp_path / "torchrun.py"
+        torchrun.write_text("import torch.distributed.run as torchrun; torchrun.main()")
+        flags = ["--nproc-per-node=2", "--standalone", "--start-method=fork", "--run-path"]
+        result = launch(torchrun, [*flags, script, tmp_path, "alive"], tmp_path, environment)
+        parts = PARTS[:-1]
     assert result.status == 0, result.err
     said = result.out.splitlines()
-    for rank, parts in ((0, PARTS), (1, PARTS[:-1])):  # the second one's last word is none
+    for rank in (0, 1):
+        expected = parts if rank == 0 else PARTS[:-1]  # the second one's last word is none
         assert [line for line in said if line.startswith(f"process {rank}: ")] == [
-            f"process {rank}: {part}" for part in parts
+            f"process {rank}: {part}" for part in expected
         ]
 
 

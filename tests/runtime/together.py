@@ -1,6 +1,6 @@
-"""``torchrun --nproc-per-node=2 together.py``: two processes try everything that a World does.
+"""``torchrun --nproc-per-node=2 together.py folder [alive]``: two processes try everything that a World does.
 
-The second one ends without a word at the end; the first then finds that it is alone.
+The second one ends without a word at the end, unless both are to stay alive; the first then finds that it is alone.
 """
 
 import os
@@ -155,7 +155,7 @@ for part in (
     what_they_do_together,
     what_the_first_does,
     what_they_agree_on,
-    what_becomes_of_the_one_that_stays,
+    *([] if "alive" in sys.argv else [what_becomes_of_the_one_that_stays]),
 ):
     part(world)
     print(f"process {world.rank}: {part.__name__}\n", end="", flush=True)  # in one piece
