@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 ENGLISH, PORTUGUESE = READMES = ("README.md", "README.pt-BR.md")
 __all__ = ["cli"]  # the fixture
 
-SMALL = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1}
+SMALL = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2"}
 SHRUNK = {
     "train": "--batch-size 2 --steps 2 --preview-interval 0",
     "image_train": "--batch_size 2 --steps 2 --preview-interval 0",
@@ -117,7 +117,7 @@ def _shrunk(words: list[str]) -> list[str]:
     command = words[1]
     more = SHRUNK.get(command, "").split()
     if command in ("train", "image_train", "image_sample"):
-        more += ["--image-size", "32", "--num-channels", "32", "--num-res-blocks", "1"]
+        more += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     if command in ("train", "image_train"):
         more += PLAIN
         if command == "train":

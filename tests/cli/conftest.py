@@ -1,5 +1,6 @@
 """The command line in this process, and models for it to draw from."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from fastdiff import DiffusionConfig, ModelConfig, build_model, save_checkpoint
 from fastdiff.cli.app import main
 
+from ..sampling.support import command
 from ..support import randomise
-from .support import PLAIN, SHORT, TINY, Result, succeeded
+from .support import PLAIN, SHORT, TINY, Result
 
 Cli = Callable[..., Result]
 
@@ -55,11 +57,20 @@ def sample(cli: Cli) -> Cli:
     return run
 
 
+@pytest.fixture(scope="session")
+def two_updates(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """What ``train("runs/a", "--steps", 2)`` leaves behind. Not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        command("train", "--data-dir", shapes, "--run-dir", "runs/a", *TINY, "--class-cond", *SHORT, "--steps", 2)
+    return folder / "runs" / "a"
+
+
 @pytest.fixture
-def run_dir(train: Cli, tmp_path: Path) -> Path:
-    """A run of two updates, runs/a in the current folder."""
-    succeeded(train("runs/a", "--steps", 2))
-    return tmp_path / "runs" / "a"
+def run_dir(cli: Cli, two_updates: Path, tmp_path: Path) -> Path:
+    """A run of two updates, runs/a in the current folder: trained once and copied."""
+    return Path(shutil.copytree(two_updates, tmp_path / "runs" / "a"))
 
 
 MODEL = ModelConfig(

@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +49,16 @@ def bits(cli: Cli, model: str, data: object, *flags: object) -> float:
     return float(json.loads(Path("nll/nll.json").read_text())["bits_per_dim"])
 
 
+SAMPLES = ("a.npz", "pngs", "packed.npz")
+
+
 def labels(path: str) -> list[str]:
     """What the file says that its images show."""
     with np.load(path) as file:
         return [str(file["class_names"][i]) for i in file["arr_1"]]
 
 
-def comes_back(cli: Cli, names: tuple[str, ...], base: Path) -> None:
+def comes_back(cli: Cli, names: tuple[str, ...], base: Path, again: Sequence[str] = SAMPLES) -> None:
     """Through training, npz, PNG, evaluation, packing, enlarging and training on the samples."""
     for path in base.iterdir():
         assert path.name in ("data",), path
@@ -80,7 +84,7 @@ def comes_back(cli: Cli, names: tuple[str, ...], base: Path) -> None:
     succeeded(cli("data", "pack", "pngs", "packed.npz", "--image-size", 8, "--labels", "prefix"))
     assert bits(cli, "run", "pngs") == bits(cli, "run", "packed.npz")
     bits(cli, "run", "a.npz")
-    for data in ("a.npz", "pngs", "packed.npz"):
+    for data in again:
         train(cli, data, f"on {data}", "--no-flip")
         assert load_checkpoint(f"on {data}").class_names == known
 
@@ -110,13 +114,14 @@ def test_odd_names(cli: Cli, tmp_path: Path) -> None:
         .filter(lambda name: not name.startswith(".")),
         min_size=2,
         max_size=4,
-    )
+    ),
+    st.sampled_from(SAMPLES),  # each of them with the names above
 )
-def test_any_names(cli: Cli, tmp_path_factory: pytest.TempPathFactory, names: set[str]) -> None:
+def test_any_names(cli: Cli, tmp_path_factory: pytest.TempPathFactory, names: set[str], again: str) -> None:
     folder = tmp_path_factory.mktemp("any")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        comes_back(cli, tuple(names), folder)
+        comes_back(cli, tuple(names), folder, [again])
 
 
 def test_a_mac_and_linux_have_one_class(cli: Cli, tmp_path: Path) -> None:

@@ -161,21 +161,23 @@ def test_a_bare_state_dict(evaluate: Cli, checkpoint: Path, animals: Path, tmp_p
         *("--image-size", 8, "--num-channels", 32, "--num-res-blocks", 1, "--channel-mult", 1, "--class-cond"),
         *("--num-classes", 3, "--num-heads", 4, "--diffusion-steps", STEPS, "--noise-schedule", "cosine"),
     ]
-    result = evaluate("model000007.pt", "--data-dir", animals, "--out-dir", "bare", *described)
+    result = evaluate("model000007.pt", "--data-dir", animals, "--out-dir", "bare", *described, "--steps", 4)
     assert result.status == 0
     assert result.err == (
         "warning: the model has no names of its classes: those of the data are numbered in their order, 0 being cat\n"
     )
-    assert " over 7 images, raw weights, 20 of 20 steps" in result.out
-    succeeded(evaluate(checkpoint, "--data-dir", animals, "--out-dir", "named"))
+    assert " over 7 images, raw weights, 4 of 20 steps" in result.out
+    succeeded(evaluate(checkpoint, "--data-dir", animals, "--out-dir", "named", "--steps", 4))
     for name in ("vb", "mse", "xstart_mse"):
         np.testing.assert_array_equal(*(array(tmp_path / folder / f"{name}_terms.npz") for folder in ("bare", "named")))
 
 
 def test_overwriting(evaluate: Cli, checkpoint: Path, animals: Path, tmp_path: Path) -> None:
-    flags = (checkpoint, "--data-dir", animals, "--num-samples", 2, "--steps", 2, "--plot", "nll/terms.png")
-    succeeded(evaluate(*flags))
+    plain = (checkpoint, "--data-dir", animals, "--num-samples", 2, "--steps", 2)
+    succeeded(evaluate(*plain))
     (tmp_path / "nll" / "mine.txt").write_text("mine")
+    (tmp_path / "nll" / "terms.png").write_bytes(b"an older plot")
+    flags = (*plain, "--plot", "nll/terms.png")
     before = contents(tmp_path / "nll")
     refused(evaluate(*flags, "--seed", 1), r"out_dir nll holds results: name another folder, or use --overwrite")
     refused(evaluate(*flags, "--out-dir", "other"), r"plot nll/terms\.png exists: .*--overwrite")

@@ -30,6 +30,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_folder_holds_what_the_plan_says(train: Cli, tmp_path: Path) -> None:
     flags = ("--steps", 5, "--save-interval", 2, "--ema-rate", "0.9,0.5", "--log-interval", 2, "--preview-interval", 5)
+    flags += ("--diffusion-steps", 4)  # which a preview takes
     result = succeeded(train("runs/cats", *flags))
     run_dir = tmp_path / "runs/cats"
     kinds = ("model{:06d}", "ema_0.9_{:06d}", "ema_0.5_{:06d}", "opt{:06d}")
@@ -91,7 +92,8 @@ def test_the_run_folder_is_named_after_the_data(cli: Cli, shapes: Path, tmp_path
 def test_the_originals_spelling(cli: Cli, shapes: Path, tmp_path: Path) -> None:
     old = "--image_size 16 --num_channels 32 --num_res_blocks 1 --learn_sigma True --class_cond False "
     old += "--use_scale_shift_norm=False --diffusion_steps 30 --noise_schedule linear --lr 1e-3 --batch_size 4 "
-    old += "--lr_anneal_steps 2 --save_interval 1 --ema_rate 0.9 --schedule_sampler uniform --microbatch -1"
+    old += "--lr_anneal_steps 2 --save_interval 1 --ema_rate 0.9 --schedule_sampler uniform --microbatch -1 "
+    old += "--channel_mult 1"
     succeeded(cli("train", "--data_dir", shapes, "--run-dir", "r", *old.split(), "--preview_interval", 0, *PLAIN))
     config = config_of(tmp_path / "r")
     assert config["model"]["image_size"] == 16
@@ -128,21 +130,19 @@ def test_a_preset_is_overridden_flag_by_flag(cli: Cli, shapes: Path, tmp_path: P
     assert config["model"]["learn_sigma"] is config["diffusion"]["learn_sigma"] is False
 
 
-def test_resume_goes_on_where_the_run_stopped(train: Cli, tmp_path: Path) -> None:
+def test_resume_goes_on_where_the_run_stopped(train: Cli, run_dir: Path, tmp_path: Path) -> None:
     succeeded(train("straight", "--steps", 4))
-    succeeded(train("r", "--steps", 2))
-    result = succeeded(train("r", "--steps", 4, "--resume"))
+    result = succeeded(train("runs/a", "--steps", 4, "--resume"))
     assert "resumed at step 2" in result.out
     for name in ("model", "ema_0.9999_", "opt"):
-        one, other = (weights(tmp_path / run / f"{name}000004.safetensors") for run in ("straight", "r"))
+        one, other = (weights(tmp_path / run / f"{name}000004.safetensors") for run in ("straight", "runs/a"))
         assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys()), name
 
 
-def test_resume_needs_no_flags_of_the_model(train: Cli, cli: Cli, shapes: Path, tmp_path: Path) -> None:
-    succeeded(train("r", "--steps", 1))
-    result = succeeded(cli("train", "--data-dir", shapes, "--run-dir", "r", "--resume", "--steps", 2, *PLAIN))
-    assert "resumed at step 1" in result.out
-    assert config_of(tmp_path / "r")["train"]["batch_size"] == 4
+def test_resume_needs_no_flags_of_the_model(cli: Cli, shapes: Path, run_dir: Path) -> None:
+    result = succeeded(cli("train", "--data-dir", shapes, "--run-dir", "runs/a", "--resume", "--steps", 3, *PLAIN))
+    assert "resumed at step 2" in result.out
+    assert config_of(run_dir)["train"]["batch_size"] == 4
 
 
 def test_resume_takes_flags_that_say_the_same(train: Cli, cli: Cli, shapes: Path) -> None:
@@ -152,11 +152,11 @@ def test_resume_takes_flags_that_say_the_same(train: Cli, cli: Cli, shapes: Path
     succeeded(cli("train", "--data-dir", shapes, "--run-dir", "r", "--resume", *flags, *PLAIN))
 
 
-def test_resume_of_a_finished_run_changes_nothing(train: Cli, tmp_path: Path) -> None:
-    succeeded(train("r", "--steps", 2))
-    before = (tmp_path / "r/model000002.safetensors").read_bytes(), (tmp_path / "r/progress.csv").read_bytes()
-    succeeded(train("r", "--steps", 2, "--resume"))
-    after = (tmp_path / "r/model000002.safetensors").read_bytes(), (tmp_path / "r/progress.csv").read_bytes()
+def test_resume_of_a_finished_run_changes_nothing(train: Cli, run_dir: Path) -> None:
+    files = (run_dir / "model000002.safetensors", run_dir / "progress.csv")
+    before = [path.read_bytes() for path in files]
+    succeeded(train("runs/a", "--steps", 2, "--resume"))
+    after = [path.read_bytes() for path in files]
     assert after == before
 
 
@@ -209,7 +209,7 @@ def test_init_from_with_other_classes_keeps_all_but_their_embedding(train: Cli, 
 
 
 def test_super_resolution_trains(cli: Cli, shapes: Path, tmp_path: Path) -> None:
-    flags = (*TINY, *SHORT, "--small-size", 4, "--steps", 2, "--preview-interval", 2)
+    flags = (*TINY, *SHORT, "--small-size", 4, "--steps", 2, "--preview-interval", 2, "--diffusion-steps", 4)
     succeeded(cli("train", "--data-dir", shapes, "--run-dir", "r", *flags))
     assert weights(tmp_path / "r/model000002.safetensors")["input_blocks.0.0.weight"].shape[1] == 6
     assert (tmp_path / "r/previews/000002_raw.png").exists()
@@ -248,15 +248,12 @@ def test_a_batch_larger_than_the_data_is_a_warning(shapes: Path, tmp_path: Path)
 
 def test_weights_do_not_depend_on_the_log(train: Cli, tmp_path: Path) -> None:
     """Previews, log lines and checkpoints on the way draw no number that training draws."""
-    succeeded(train("quiet", "--steps", 3, "--dropout", 0.1))
-    succeeded(
-        train(
-            "loud", "--steps", 3, "--dropout", 0.1, "--preview-interval", 2, "--save-interval", 1, "--log-interval", 1
-        )
-    )
+    flags = ("--steps", 3, "--dropout", 0.1, "--diffusion-steps", 4)
+    succeeded(train("quiet", *flags))
+    succeeded(train("loud", *flags, "--preview-interval", 2, "--save-interval", 1, "--log-interval", 1))
     one, other = (weights(tmp_path / run / "model000003.safetensors") for run in ("quiet", "loud"))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    succeeded(train("other", "--steps", 3, "--dropout", 0.1, "--seed", 1))
+    succeeded(train("other", *flags, "--seed", 1))
     third = weights(tmp_path / "other/model000003.safetensors")
     assert not all(torch.equal(one[key], third[key]) for key in one)
     assert np.isfinite([float(value.sum()) for value in third.values()]).all()
