@@ -30,12 +30,21 @@ BATCHES = ("--num-samples", 8, "--batch-size", 2, "--steps", 3)
 """Four batches of three steps."""
 
 
-@pytest.fixture
-def here(tmp_path: Path, checkpoint: Path) -> Path:
-    """The current folder, with models to try: cats (classes), plain, up (8 to 16 pixels) and upcats."""
-    (tmp_path / "cats.safetensors").symlink_to(checkpoint)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """cats (classes), plain, up (8 to 16 pixels) and upcats. Not to be written to."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "cats.safetensors").symlink_to(checkpoint)
     for name, flags in (("plain", {}), ("up", UPPER), ("upcats", UPPER | CLASSES)):
-        saved(tmp_path / f"{name}.safetensors", **flags)
+        saved(folder / f"{name}.safetensors", **flags)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, models: Path) -> Path:
+    """The current folder, with the models to try."""
+    for path in models.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     images, labels = np.zeros((3, 8, 8, 3), np.uint8), np.array([0, 1, 2])
     np.savez(tmp_path / "small.npz", images, labels, class_names=NAMES)
     np.savez(tmp_path / "large.npz", np.zeros((3, 16, 16, 3), np.uint8), labels)
@@ -280,9 +289,10 @@ def test_ctrl_c_as_it_is_sent(here: Path, sample: Cli) -> None:
     assert {path.name for path in parts.iterdir() if not path.name[0].isdigit()} <= {"job.json", ".lease"}
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
+def test_an_unfinished_job_with_other_settings(cli: Cli, unfinished: Path) -> None:
+    before = contents(unfinished)
+    common = ("cats.safetensors", *BATCHES, "--seed", 5, "--class", "cat")
+    cases: list[tuple[tuple[object, ...], str]] = [
         (("--seed", 6), r"seed \(5, not 6\)"),
         (("--steps", 4), r"steps \(3, not 4\)"),
         (("--sampler", "ddim"), r"sampler \(ddpm, not ddim\)"),
@@ -291,15 +301,11 @@ def test_ctrl_c_as_it_is_sent(here: Path, sample: Cli) -> None:
         (("--no-clip-denoised",), r"clip_denoised \(True, not False\)"),
         (("--precision", "bf16"), r"precision \(fp32, not bf16\)"),
         (("--seed", 6, "--steps", 4), r"(seed|steps) \("),
-    ],
-)
-def test_an_unfinished_job_with_other_settings(
-    sample: Cli, cli: Cli, unfinished: Path, flags: tuple[object, ...], said: str
-) -> None:
-    before = contents(unfinished)
-    common = ("cats.safetensors", *BATCHES, "--seed", 5, "--class", "cat")
-    refused(cli("sample", *common, *PLAIN, *flags), rf"samples\.npz\.parts .*another {said}", "--out", "--overwrite")
-    assert contents(unfinished) == before
+    ]
+    for flags, said in cases:
+        result = cli("sample", *common, *PLAIN, *flags)
+        refused(result, rf"samples\.npz\.parts .*another {said}", "--out", "--overwrite")
+        assert contents(unfinished) == before
 
 
 def test_an_unfinished_job_of_another_model(sample: Cli, unfinished: Path) -> None:
