@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -53,6 +54,7 @@ class Work:
     """The 3x3 convolutions of the forward pass, and how often each takes place."""
 
     @classmethod
+    @cache
     def of(cls, config: ModelConfig, batch_size: int, training: bool) -> Self:
         """One forward pass of our model; ``training`` an update: with its backward pass, AdamW and one average.
 

@@ -23,8 +23,12 @@ _CHILD = Path(__file__).with_name("child.py")
 _ROOT = Path(__file__).parents[1]
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-_PRELOADED = ("cli.app", "training", "sampling", "evaluation.nll", "benchmarks.data")
-_LIBRARIES = ("torch._dynamo", "torch.distributed.fsdp", "pydantic.main", "rich.progress")
+_PRELOADED = ("cli.app", "cli.display", "training", "sampling", "evaluation.nll", "benchmarks.data")
+_LIBRARIES = (
+    *("torch._dynamo", "torch.distributed.fsdp"),
+    *("pydantic.main", "pydantic.fields", "pydantic.type_adapter", "typer._adapters"),
+    *("rich.progress", "rich._emoji_codes"),
+)
 FORKSERVER.set_forkserver_preload([*(f"fastdiff.{name}" for name in _PRELOADED), *_LIBRARIES])
 
 
