@@ -36,8 +36,8 @@ MATRIX_UNITS_OF = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "t
 MAY_SPILL = {"group_norm_silu": 16}
 """Bytes a thread that an operation's kernels may put aside. Of the norm's, ptxas parks one to four registers before a
 loop and takes them back behind it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
-SHARE = 16
-"""Programs of the table that a run of the tests compiles again: 15 s of one core."""
+SHARE = 8
+"""Programs of the table that a run of the tests compiles again: some 7 s of one core."""
 UPDATE = "python -m fastdiff.benchmarks.configurations --update"
 BATCHES = [1, 2, 4, 8, 16, 64]  # from sampling one image to training
 

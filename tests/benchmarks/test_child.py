@@ -14,6 +14,8 @@ from fastdiff.benchmarks import child as module
 from fastdiff.benchmarks.child import child
 from fastdiff.runtime.signals import signals_as_exceptions
 
+from ..processes import Job
+
 WAITS = "import time, pathlib; pathlib.Path('ready').touch(); time.sleep(60)"
 CLEANS_UP = f"""
 import signal, sys
@@ -79,8 +81,23 @@ with signals_as_exceptions(), tempfile.TemporaryDirectory(dir=".") as folder, op
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_child_and_removes_the_folder(number: signal.Signals, tmp_path: Path) -> None:
+    script, folder = tmp_path / "parent.py", tmp_path / "here"
+    script.write_text(PARENT)
+    folder.mkdir()
+    parent = Job(script, [CLEANS_UP], cwd=folder)
+    try:
+        parent.wait_for(lambda: (folder / "ready").exists() and (folder / "pid").exists())
+        parent.send_signal(number)
+    finally:
+        status = parent.finish().status
+    assert status == 128 + number
+    assert_nothing_is_left(folder)
+
+
+def test_an_interrupt_does_so_too(tmp_path: Path) -> None:
+    """In an interpreter of its own, which ends by it."""
     root = str(Path(fastdiff.__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PARENT, CLEANS_UP]
@@ -88,14 +105,19 @@ def test_a_signal_ends_the_child_and_removes_the_folder(number: signal.Signals, 
         try:
             until(tmp_path / "ready")
             until(tmp_path / "pid")
-            parent.send_signal(number)
+            parent.send_signal(signal.SIGINT)
             status = parent.wait(60)
         finally:
             parent.kill()
-    assert status == (-number if number == signal.SIGINT else 128 + number)
-    assert {path.name for path in tmp_path.iterdir()} == {"said", "pid", "ready", "cleaned"}
+    assert status == -signal.SIGINT
+    assert_nothing_is_left(tmp_path)
+
+
+def assert_nothing_is_left(folder: Path) -> None:
+    """Neither the child nor the temporary folder."""
+    assert {path.name for path in folder.iterdir()} == {"said", "pid", "ready", "cleaned"}
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(int((folder / "pid").read_text()), 0)
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:

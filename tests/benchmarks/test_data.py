@@ -5,8 +5,11 @@ import math
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from fastdiff.config import DataConfig
 from fastdiff.data import cache, load_dataset, normalised
 from fastdiff.runtime.device import Runtime
 
-from ..processes import FORKSERVER
+from ..processes import FORKSERVER, Job
 from .support import CPU
 
 
@@ -61,8 +64,24 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKSERVER)
 
 
-def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def forked_child(command: Sequence[str], output: IO[str], env: Mapping[str, str]) -> Iterator[Job]:
+    """``python -m fastdiff`` without the seconds that an interpreter takes; what it says stays with it."""
+    assert command[1:3] == ["-m", "fastdiff"]
+    job = Job(None, command[3:], Path.cwd(), env)
+    try:
+        yield job
+    finally:
+        job.kill()
+
+
+@pytest.mark.parametrize("started", ["forked", pytest.param("by an interpreter", marks=pytest.mark.slow)])
+def test_rows(started: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if started == "forked":
+        monkeypatch.setattr(startup, "child", forked_child)
     monkeypatch.setattr(data, "_in_new_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(data, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(data, "_QUIET_SECONDS", 0)
     monkeypatch.setattr(data, "QUICK", data.Extent((70, 140), 140, rounds=2, starts=1))
     monkeypatch.setattr(startup, "_MODEL", ("--image-size", "8", "--num-channels", "32", "--channel-mult", "1"))
     rows = list(data.measure_data(True, tmp_path, CPU))

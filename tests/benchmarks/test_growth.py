@@ -50,6 +50,11 @@ def measured(*axes: Axis, monkeypatch: pytest.MonkeyPatch, ours: RuntimeConfig =
     return list(measure_growth(TINY, ours, quick=True))
 
 
+def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends the forward passes is seen in their rows."""
+    monkeypatch.setattr(growth, "_training", lambda *_: Job(lambda: None, lambda: ()))
+
+
 def test_both_passes_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "peak_bytes", peak_bytes)
     rows = list(measure_growth(TINY, FP32, quick=True))
@@ -98,6 +103,7 @@ def test_it_ends_before_a_size_that_is_too_much(
 
 
 def test_it_ends_where_the_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_training(monkeypatch)
     real = growth._forward
 
     def forward(models: Any, workload: Workload, config: RuntimeConfig, stack: ExitStack) -> Job:
@@ -124,6 +130,7 @@ def test_what_is_wrong_has_no_time_and_the_rest_goes_on(monkeypatch: pytest.Monk
 
 
 def test_a_size_that_makes_no_model_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_training(monkeypatch)
     rows = measured(replace(CHANNELS, quick=(32, 48, 64)), monkeypatch=monkeypatch)[:3]
     assert [row.candidate for row in rows] == ["32 channels", "64 channels", "48 channels"]
     assert rows[1].remark.startswith("time ~ channels^")

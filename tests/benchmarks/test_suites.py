@@ -70,7 +70,15 @@ def test_every_rung_and_peer_has_every_figure(suite: str, monkeypatch: pytest.Mo
     assert first.flops == forward * (3 if suite == "sample" else 1)
 
 
-@pytest.mark.parametrize("extra", [{"class_cond": True, "num_classes": 5}, {"small_size": 4}, {"dropout": 0.5}])
+BY_CLASS = {"class_cond": True, "num_classes": 5}
+EXTRAS = [
+    BY_CLASS | {"small_size": 4},
+    {"dropout": 0.5},
+    *(pytest.param(extra, marks=pytest.mark.slow) for extra in (BY_CLASS, {"small_size": 4})),
+]
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("suite", ["unet", "train", "sample"])
 def test_models_with_conditions_or_dropout(suite: str, extra: dict[str, object]) -> None:
     model = ModelConfig.from_dict(WORKLOAD.model.to_dict() | extra)
@@ -265,20 +273,22 @@ def test_a_peer_that_does_not_run_is_no_failure(monkeypatch: pytest.MonkeyPatch)
     assert (peer.timing, peer.remark, peer.failed) == (None, "RuntimeError: no such layer", False)
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_limit_is_that_of_the_precision() -> None:
     roofs = {**ROOFS, Precision.BF16: dataclasses.replace(ROOFS[Precision.BF16], bytes_per_s=1e6)}
     rungs = [Rung("plain", PLAIN), Rung("bf16", dataclasses.replace(PLAIN, precision=Precision.BF16))]
-    plain, bf16, *_ = measure("unet", Models(WORKLOAD), rungs, lambda: roofs, rounds=1)
+    plain, bf16 = measure("unet", Models(WORKLOAD), rungs, lambda: roofs, rounds=1)
     assert bf16.n_bytes == plain.n_bytes / 2
     assert bf16.limit_s == pytest.approx(bf16.n_bytes / 1e6)
     assert plain.limit_s == pytest.approx(plain.n_bytes / 1e9)
 
 
+@pytest.mark.usefixtures("alone")
 def test_memory_holds_weights_moments_and_an_average(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "peak_bytes", peak_bytes)
     rungs = [rung for rung in ladder("train", CPU) if rung.name in ("plain", "trainer")]
     models = Models(WORKLOAD)
-    for row in measure("train", models, rungs, known, rounds=1)[:2]:
+    for row in measure("train", models, rungs, known, rounds=1):
         weights = 4 * models.num_parameters
         # and the gradients, which are there with the moments; activations are small here
         assert 5 * weights <= row.peak_gib * 2**30 < 8 * weights, row.candidate
@@ -303,6 +313,7 @@ def test_the_ceilings_are_those_of_the_precisions_in_use() -> None:
     assert found[1].conv_flops_per_s > 0
 
 
+@pytest.mark.usefixtures("alone")
 def test_ceilings_that_find_no_room_are_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("a lot")
@@ -310,7 +321,7 @@ def test_ceilings_that_find_no_room_are_said_to(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(suites, "measure_roofs", full)
     found = ceilings(WORKLOAD, [Rung("plain", PLAIN)], rounds=1)
     assert str(found[Precision.FP32]).startswith("out of memory")
-    (row, *_) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: found, rounds=1)
+    (row,) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: found, rounds=1)
     assert row.timing is not None
     assert math.isnan(row.limit_s)
 
@@ -336,6 +347,7 @@ def test_ceilings_that_cannot_be_measured_again_stay(monkeypatch: pytest.MonkeyP
         Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_ceilings_are_measured_when_all_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     timed_in_turn = suites.interleaved
@@ -345,7 +357,7 @@ def test_the_ceilings_are_measured_when_all_were_timed(monkeypatch: pytest.Monke
         return timed_in_turn(*arguments)
 
     monkeypatch.setattr(suites, "interleaved", interleaved)
-    row, *_ = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: events.append("roofs") or ROOFS, 1)
+    (row,) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: events.append("roofs") or ROOFS, 1)
     assert events == ["timed", "roofs"]
     assert row.limit_s > 0
 

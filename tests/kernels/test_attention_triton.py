@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff.kernels import attention
 from fastdiff.kernels.attention import kernel, op, plan
+from fastdiff.kernels.launch import recording
 
 from ..numerics import relative
 from .attention_formula import VIEWS, run
@@ -104,6 +105,42 @@ def plan_for(warpgroups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "has_warpgroups", lambda device: warpgroups)
 
 
+LONG = 70
+"""Tokens that take few programs and blocks, and yet more than one block of the kernels of long sequences."""
+LIMITS = {"all keys": {"AT_ONCE_UP_TO": 0}, "streamed": {"AT_ONCE_UP_TO": 0, "ALL_KEYS_UP_TO": 0}}
+"""With these, LONG tokens have the backward pass of 129 to 256 tokens, and that of more."""
+
+
+def take_for_long(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences take the kernels of long ones, which the interpreter would take seconds for."""
+    for limit, tokens in LIMITS.get(kind, {}).items():
+        monkeypatch.setattr(plan, limit, tokens)
+
+
+BACKWARD = {
+    "at once": ["attention_backward_at_once"],
+    "all keys": ["attention_backward_all_keys"],
+    "streamed": ["attention_backward_queries", "attention_backward_keys"],
+}
+
+
+@pytest.mark.parametrize("kind", BACKWARD)
+def test_long_sequences_have_kernels_of_their_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the limits above choose are those that the length chooses."""
+    monkeypatch.setattr(plan, "has_warpgroups", lambda device: True)
+
+    def launched(tokens: int) -> list[str]:
+        qkv = torch.zeros(1, tokens, 48, dtype=HALF, device=DEVICE, requires_grad=True)
+        with recording() as launches:
+            torch.autograd.grad(attention(qkv, 1, backend="triton"), qkv, torch.zeros_like(qkv[:, :, :16]))
+        return [launch.kernel.fn.__name__ for launch in launches]
+
+    names = ["attention_forward", *BACKWARD[kind]]
+    assert launched({"at once": 128, "all keys": 256, "streamed": 257}[kind]) == names
+    take_for_long(kind, monkeypatch)
+    assert launched(LONG) == names
+
+
 @pytest.mark.parametrize(
     ("warpgroups", "tokens", "head_dim", "dtype"),
     [
@@ -151,39 +188,44 @@ def test_budget_of_the_longest_sequence() -> None:
     ("view", "tokens", "dtype"),
     [
         *((view, 19, dtype) for view in VIEWS for dtype in (torch.float32, HALF)),
-        *(
-            # the kernels of longer sequences address as those of the short ones do: a stride of each kind
-            pytest.param(view, tokens, HALF, marks=[] if view in STRIDED else pytest.mark.slow)
-            for view in VIEWS
-            for tokens in (256, 270)
-        ),
+        # the kernels of longer sequences address as those of the short ones do: a stride of each kind
+        *((view, kind, HALF) for view in STRIDED for kind in LIMITS),
+        *(pytest.param(view, tokens, HALF, marks=pytest.mark.slow) for view in VIEWS for tokens in (256, 270)),
     ],
     ids=str,
 )
-def test_any_strides(view: str, tokens: int, dtype: torch.dtype) -> None:
+def test_any_strides(view: str, tokens: int | str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(tokens, str):
+        take_for_long(tokens, monkeypatch)
+        tokens = LONG
     hold(VIEWS[view](tokens).to(dtype), 3, grad=random(2, 48, tokens, seed=8, dtype=dtype).transpose(1, 2))
 
 
-@pytest.mark.parametrize("tokens", [19, 130])
-def test_gradients_with_any_strides(tokens: int) -> None:
-    qkv = random(2, tokens, 144, seed=1, dtype=HALF)
-    hold(qkv, 3, grad=torch.ones((), dtype=HALF).expand(2, tokens, 48))  # that of a sum
-    hold(qkv, 3, grad=random(1, tokens, 48, seed=2, dtype=HALF).expand(2, -1, -1))
-    hold(qkv, 3, grad=random(2, tokens, 100, seed=2, dtype=HALF)[:, :, 3:99:2])
+@pytest.mark.parametrize("kind", BACKWARD)
+def test_gradients_with_any_strides(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_for_long(kind, monkeypatch)
+    tokens = LONG if kind in LIMITS else 19
+    qkv = random(2, tokens, 48, seed=1, dtype=HALF)
+    hold(qkv, 1, grad=torch.ones((), dtype=HALF).expand(2, tokens, 16))  # that of a sum
+    hold(qkv, 1, grad=random(1, tokens, 16, seed=2, dtype=HALF).expand(2, -1, -1))
+    hold(qkv, 1, grad=random(2, tokens, 36, seed=2, dtype=HALF)[:, :, 3:35:2])
 
 
-@pytest.mark.parametrize("tokens", [64, 256, 300])
-def test_the_same_bits_twice(tokens: int) -> None:
-    qkv, grad = (random(1, tokens, c, seed=1, dtype=HALF).to(DEVICE) for c in (192, 64))
+@pytest.mark.parametrize("kind", BACKWARD)
+def test_the_same_bits_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_for_long(kind, monkeypatch)
+    qkv, grad = (random(1, LONG, c, seed=1, dtype=HALF).to(DEVICE) for c in (192, 64))
     first, second = run("triton", qkv, 1, grad), run("triton", qkv, 1, grad)
     for key in first:
         assert torch.equal(first[key], second[key])
 
 
-@pytest.mark.parametrize("tokens", [19, 200, 300])
+@pytest.mark.parametrize("kind", BACKWARD)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_large_scores_stay_finite(dtype: torch.dtype, tokens: int) -> None:
+def test_large_scores_stay_finite(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """q k^T alone would be 64 * 50 * 50 = 160,000, which fp16 does not hold."""
+    take_for_long(kind, monkeypatch)
+    tokens = LONG if kind in LIMITS else 19
     qkv = random(1, tokens, 3 * 64, seed=1, dtype=dtype)
     qkv[:, :, :128] = 50
     found = run("triton", qkv.to(DEVICE), 1, random(1, tokens, 64, seed=2, dtype=dtype).to(DEVICE))
@@ -224,8 +266,10 @@ def test_no_samples(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("tokens", [17, 300])
-def test_runs_under_autocast(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["at once", "streamed"])
+def test_runs_under_autocast(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_for_long(kind, monkeypatch)
+    tokens = LONG if kind in LIMITS else 17
     qkv, grad = random(2, tokens, 144, seed=1).to(DEVICE), random(2, tokens, 48, seed=2).to(DEVICE)
     truth = run("truth", qkv, 3, grad)
     with torch.autocast(DEVICE.type, dtype=dtype):
@@ -254,12 +298,14 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
         assert torch.equal(value, near[key])
 
 
-@pytest.mark.parametrize("tokens", [17, 260])
-def test_the_operators_are_what_they_say(tokens: int) -> None:
-    qkv, dy = random(1, tokens, 48, seed=1, dtype=HALF).to(DEVICE), random(1, tokens, 16, seed=2, dtype=HALF).to(DEVICE)
+@pytest.mark.parametrize("kind", ["at once", "streamed"])
+def test_the_operators_are_what_they_say(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest ones: opcheck calls an operator a dozen times."""
+    take_for_long(kind, monkeypatch)
+    qkv, dy = random(1, 3, 48, seed=1, dtype=HALF).to(DEVICE), random(1, 3, 16, seed=2, dtype=HALF).to(DEVICE)
     y, lse = torch.ops.fastdiff.attention(qkv, 1)
-    assert lse.shape == ((1, 1, 260) if tokens == 260 else (0,))
-    saved = (y, lse) if tokens == 260 else (None, None)
+    assert lse.shape == ((1, 1, 3) if kind == "streamed" else (0,))
+    saved = (y, lse) if kind == "streamed" else (None, None)
     for packed in (qkv, qkv.transpose(1, 2).contiguous().transpose(1, 2)):
         torch.library.opcheck(torch.ops.fastdiff.attention.default, (packed, 1))
         torch.library.opcheck(torch.ops.fastdiff.attention_backward.default, (dy, packed, *saved, 1))
@@ -298,19 +344,20 @@ def gradients(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) ->
     ("compiler", "tokens", "autocast"),
     [
         ("aot_eager", 16, False),
-        ("aot_eager", 300, True),
+        ("aot_eager", LONG, True),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                *(("aot_eager", *rest) for rest in ((40, False), (17, True))),
+                *(("aot_eager", *rest) for rest in ((40, False), (17, True), (300, True))),
                 *(("inductor", *rest) for rest in ((16, False), (40, False), (17, True), (300, True))),
             ]
         ),
     ],
 )
-def test_compiles_as_one_graph(compiler: str, tokens: int, autocast: bool) -> None:
+def test_compiles_as_one_graph(compiler: str, tokens: int, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
+    take_for_long("streamed" if tokens == LONG else "", monkeypatch)
     module, x = Attending().to(DEVICE), random(1, tokens, 32, seed=1).to(DEVICE)
     compiled = torch.compile(module, backend=compiler, fullgraph=True)
     tolerance = 1e-2 if autocast else 1e-5
@@ -320,26 +367,29 @@ def test_compiles_as_one_graph(compiler: str, tokens: int, autocast: bool) -> No
             assert mine.stride() == theirs.stride()
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(x), module(x), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(compiled(x), eager[0], rtol=tolerance, atol=tolerance)
 
 
-def test_compiles_for_every_length() -> None:
+def test_compiles_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compiled model: what it makes of a length, it must not have learnt from another."""
     torch.compiler.reset()
     torch.manual_seed(0)
+    for limit in ("AT_ONCE_UP_TO", "ALL_KEYS_UP_TO"):
+        monkeypatch.setattr(plan, limit, 64)
     module = Attending().to(DEVICE, HALF)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
-    for tokens in (17, 40, 300):
+    for tokens in (17, 40, LONG):
         x = random(1, tokens, 32, seed=1, dtype=HALF).to(DEVICE)
         found, eager = gradients(compiled, module, x), gradients(module, module, x)
         for mine, theirs in zip(found, eager, strict=True):
             assert relative(mine, theirs) < 2 * torch.finfo(HALF).eps
 
 
-@pytest.mark.parametrize("tokens", [17, 300])
-def test_checkpointing_changes_nothing(tokens: int) -> None:
+@pytest.mark.parametrize("kind", BACKWARD)
+def test_checkpointing_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    module, x = Attending().to(DEVICE, HALF), random(1, tokens, 32, seed=1, dtype=HALF).to(DEVICE)
+    take_for_long(kind, monkeypatch)
+    module, x = Attending().to(DEVICE, HALF), random(1, LONG, 32, seed=1, dtype=HALF).to(DEVICE)
     plain = gradients(module, module, x)
     checkpointed = gradients(lambda leaf: checkpoint(module, leaf, use_reentrant=False), module, x)
     for mine, theirs in zip(checkpointed, plain, strict=True):

@@ -92,7 +92,7 @@ def test_other_numbers_of_groups(groups: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_runs_equal_bits(layout: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change_plan(monkeypatch, kind)
-    case = Case((3, 96, 7, 7), layout=layout)
+    case = Case((1, 96, 7, 7), layout=layout)
     first, second = case.run("triton"), case.run("triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -208,19 +208,23 @@ def test_nothing_to_norm(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "conditioned", "silu"),
-    [("contiguous", True, True), ("channels_last", True, True), ("channels_last", False, False)],
+    ("layout", "conditioned", "silu", "parameters"),
+    [
+        ("contiguous", True, True, False),
+        ("channels_last", True, True, True),
+        ("channels_last", False, False, True),
+    ],
 )
-def test_opcheck(layout: str, conditioned: bool, silu: bool) -> None:
-    case = Case((2, 64, 3, 4), layout=layout, scale=conditioned, shift=conditioned)
+def test_opcheck(layout: str, conditioned: bool, silu: bool, parameters: bool) -> None:
+    """Of few values: opcheck calls an operator a dozen times."""
+    case = Case((2, 32, 2, 3), layout=layout, scale=conditioned, shift=conditioned)
     x, *layer = (t if t is None else t.to(DEVICE) for t in case.tensors())
     forward, backward = torch.ops.fastdiff.group_norm_silu, torch.ops.fastdiff.group_norm_silu_backward
     arguments = (x, *layer, 32, 1e-5, silu)
     torch.library.opcheck(forward.default, arguments)
     _, mean, rstd = forward(*arguments)
-    for parameters in (True, False):
-        gradient = case.grad.to(DEVICE).mT.contiguous().mT
-        torch.library.opcheck(backward.default, (gradient, x, *layer, mean, rstd, silu, parameters))
+    gradient = case.grad.to(DEVICE).mT.contiguous().mT
+    torch.library.opcheck(backward.default, (gradient, x, *layer, mean, rstd, silu, parameters))
 
 
 class Layer(nn.Module):
@@ -250,9 +254,16 @@ def gradients(run: Callable[..., Tensor], layer: Layer, layout: str) -> list[Ten
     return [y.detach(), *found]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 # torch 2.13: Dynamo itself makes an instance of each autograd.Function that it traces, which it has deprecated
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("compiler", "layout"),
+    [
+        ("aot_eager", "contiguous"),
+        ("inductor", "channels_last"),  # whose strides a compiler might choose otherwise
+        pytest.param("aot_eager", "channels_last", marks=pytest.mark.slow),
+        pytest.param("inductor", "contiguous", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_whole(compiler: str, layout: str) -> None:
     torch.compiler.reset()
     layer = Layer().to(DEVICE)

@@ -14,6 +14,10 @@ Results = tuple[Tensor, dict[str, Tensor]]
 """An output and the parameters' gradients."""
 
 
+ONE_LEVEL: dict[str, Any] = {"image_size": 4, "channel_mult": (1,), "attention_resolutions": ()}
+"""Attention in the middle alone: a compiler takes time by the block."""
+
+
 def small_config(**changes: Any) -> ModelConfig:
     """Two levels, 8 pixels, attention at the lower level."""
     values: dict[str, Any] = {

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastdiff.models import UNet
 
 from ..support import inputs
-from .support import small_model
+from .support import ONE_LEVEL, small_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -75,7 +75,7 @@ def test_the_conditions_are_asked_for() -> None:
 
 def test_they_compile_without_a_break() -> None:
     torch._dynamo.reset()
-    model = small_model().eval()
+    model = small_model(**ONE_LEVEL).eval()
     given = inputs(model)
     counter = CompileCounterWithBackend("eager")
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastdiff.models import UNet
 
 from ..support import gradients, inputs
-from .support import assert_near, small_model
+from .support import ONE_LEVEL, assert_near, small_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,21 +48,21 @@ def test_two_runs_give_equal_bits() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_training_is_one_graph(backend: str) -> None:
     torch._dynamo.reset()
-    level = {} if backend == "inductor" else {"image_size": 4, "channel_mult": (1,)}
+    level = {} if backend == "inductor" else ONE_LEVEL
     model, given = case("triton", use_checkpoint=True, **VARIANTS["learned variance, by class"], **level)
     expected = gradients(model, given)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     assert_near(gradients(model, given, compiled), expected, 1e-4)
     given["timesteps"] = given["timesteps"] - 1.5
-    gradients(model, given, compiled)
+    compiled(**given)
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_sampling_is_one_graph(backend: str) -> None:
     torch._dynamo.reset()
-    level = {} if backend == "inductor" else {"image_size": 4, "channel_mult": (1,)}
+    level = {} if backend == "inductor" else ONE_LEVEL
     model, given = case("triton", learn_sigma=True, **level)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model.eval(), backend=counter, fullgraph=True, dynamic=False)

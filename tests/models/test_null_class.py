@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastdiff.models import NULL_CLASS, UNet
 
 from ..support import gradients, inputs
-from .support import assert_near, small_model
+from .support import ONE_LEVEL, assert_near, small_model
 
 CLASSES = 5
 
@@ -95,7 +95,7 @@ def test_what_the_blocks_are_given(precision: str) -> None:
 
 def test_it_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
-    model = conditional()
+    model = conditional(**ONE_LEVEL)
     given = inputs(model, 3)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

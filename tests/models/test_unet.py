@@ -12,7 +12,7 @@ from fastdiff.models.layers import TimestepEmbedding
 
 from ..numerics import relative
 from ..support import gradients, inputs
-from .support import assert_near, small_config, small_model
+from .support import ONE_LEVEL, assert_near, small_config, small_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -296,9 +296,9 @@ def test_compiles_to_one_graph() -> None:
 
 
 def test_compiles_with_its_gradients() -> None:
-    """Of a level, in PyTorch's kernels; test_kernels_in_the_model.py has two, and what lies between."""
+    """Of a level, in PyTorch's kernels; test_kernels_in_the_model.py has two under Inductor, and what lies between."""
     torch._dynamo.reset()
-    model = small_model(use_checkpoint=True, channel_mult=(1,))
+    model = small_model(use_checkpoint=True, **ONE_LEVEL)
     given = inputs(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_near(gradients(model, given, compiled), gradients(model, given), 1e-5)

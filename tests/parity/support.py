@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,15 @@ def tensor_for(key: str, shape: Iterable[int]) -> np.ndarray:
 
 def projection(key: str, tensor: torch.Tensor) -> float:
     """The component of ``tensor`` along the random direction that belongs to ``key`` (golden/README.md)."""
-    r = np.random.default_rng(zlib.crc32(("proj:" + key).encode())).standard_normal(tuple(tensor.shape))
-    return float((tensor.detach().double().cpu().numpy() * r).sum() / np.linalg.norm(r))
+    r, norm = _direction(key, tuple(tensor.shape))
+    return float((tensor.detach().double().cpu().numpy() * r).sum() / norm)
+
+
+@cache
+def _direction(key: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.floating[Any]]:
+    """Drawn once: weights, gradients and averages of one model are seen along the same directions."""
+    r = np.random.default_rng(zlib.crc32(("proj:" + key).encode())).standard_normal(shape)
+    return r, np.linalg.norm(r)
 
 
 def model_config(flags: Mapping[str, Any]) -> ModelConfig:
