@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cache
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from fastdiff.config import ModelConfig
 from fastdiff.models import build_model
@@ -37,14 +39,21 @@ def shapes_of(config: ModelConfig) -> tuple[frozenset[NormShape], frozenset[Atte
     norms: set[NormShape] = set()
     attentions: set[AttentionShape] = set()
 
-    def see(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0]
-        if isinstance(module, GroupNormSiLU):
-            norms.add(NormShape(x.shape[1], x.shape[2], len(inputs) > 1, module.silu))
-        elif isinstance(module, AttentionBlock):
-            attentions.add(AttentionShape(x.shape[2] * x.shape[3], x.shape[1], module.heads))
+    # The modules return their input: PyTorch computes the shapes of their outputs in slow Python code.
+    def norm(module: GroupNormSiLU, x: Tensor, *conditions: Tensor) -> Tensor:
+        norms.add(NormShape(x.shape[1], x.shape[2], len(conditions) > 0, module.silu))
+        return x
 
-    with torch.device("meta"):
+    def attention(module: AttentionBlock, x: Tensor) -> Tensor:
+        norm(module.norm, x)
+        attentions.add(AttentionShape(x.shape[2] * x.shape[3], x.shape[1], module.heads))
+        return x
+
+    with (
+        torch.device("meta"),
+        patch.object(GroupNormSiLU, "forward", norm),
+        patch.object(AttentionBlock, "forward", attention),
+    ):
         model = build_model(config, kernels="torch")
         x, t = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
         conditions = {}
@@ -52,8 +61,6 @@ def shapes_of(config: ModelConfig) -> tuple[frozenset[NormShape], frozenset[Atte
             conditions["y"] = torch.empty(1, dtype=torch.int64)
         if config.small_size:
             conditions["low_res"] = torch.empty(1, 3, config.small_size, config.small_size)
-        for module in model.modules():
-            module.register_forward_pre_hook(see)
         with torch.no_grad():
             model(x, t, **conditions)
     return frozenset(norms), frozenset(attentions)

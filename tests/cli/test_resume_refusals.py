@@ -357,7 +357,10 @@ def test_two_batch_sizes(train: Cli, run_dir: Path, tmp_path: Path) -> None:
     with untouched(run_dir):
         refused(train("runs/a", "--steps", 3, "--resume", *both), said)
     assert not (tmp_path / "new").exists()
-    refused(train("new", "--steps", 1, "--batch-size-per-process", 0), "batch-size-per-process", "1")
+    refused(
+        train("new", "--steps", 1, "--batch-size-per-process", 0),
+        "^error: batch_size_per_process must be positive, not 0$",
+    )
 
 
 def test_the_batch_of_one_process_is_the_batch(cli: Cli, shapes: Path, tmp_path: Path) -> None:
