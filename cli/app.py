@@ -1,4 +1,4 @@
-"""The command line: one Typer application, one file a command. Nothing here imports torch before a command runs."""
+"""The command line: one Typer application, one file per command. Nothing here imports torch before a command runs."""
 
 import os
 import shlex
@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode=None,  # whose tables cut long flags off on a terminal of 80 columns
+    rich_markup_mode=None,  # rich's tables cut off long flags on an 80-column terminal
 )
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
@@ -47,16 +47,16 @@ def _root(
     pass
 
 
-_UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the click inside Typer: both have it there
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's, or that of the click inside Typer: both have this base
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same to say
+    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have the same warnings
         typer.echo(f"warning: {message}", err=True)
 
 
 def main() -> None:
-    """Run the command line. Bad input is one line on stderr and exit status 2; ``--debug`` shows where it came up."""
+    """Run the command line. Bad input prints one line on stderr, with exit status 2; ``--debug`` adds the traceback."""
     debug = "--debug" in sys.argv
     warnings.showwarning = _show_warning
     try:
@@ -76,11 +76,11 @@ def main() -> None:
 
 
 def _speaker(error: Exception) -> str | None:
-    """What an error's line begins with where torchrun started this process; None where another process tells it."""
+    """The prefix of an error line, which names the process under torchrun; None if another process reports it."""
     rank = os.environ.get("RANK", "0")
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
-        return "" if os.environ.get("LOCAL_RANK", "0") == "0" else None  # the same flags, the same error
+        return "" if os.environ.get("LOCAL_RANK", "0") == "0" else None  # same flags, same error
     from fastdiff.runtime.distributed import SaidElsewhere
 
     if isinstance(error, SaidElsewhere):

@@ -1,4 +1,4 @@
-"""``fastdiff benchmark``: how fast, against whom, how close to the limit of this machine."""
+"""``fastdiff benchmark``: speed, compared with other libraries and with the limit of this machine."""
 
 import io
 import sys
@@ -36,33 +36,33 @@ def benchmark(
     flags: Flags,
     suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.ALL,
     preset: PresetFlag = None,
-    batch_size: Annotated[str, typer.Option(help="Images in a batch, or several sizes: 1,16.")] = "16",
+    batch_size: Annotated[str, typer.Option(help="Images per batch, or several sizes: 1,16.")] = "16",
     rounds: Annotated[
         int | None,
-        typer.Option(help="Rounds in which the candidates take turns; repetitions in data and growth.", min=1),
+        typer.Option(help="Rounds, each of which times every candidate; in data and growth, repetitions.", min=1),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and shapes: all in under ten minutes.")] = False,
-    csv: Annotated[Path | None, path_option(help="Add the rows to this CSV file.")] = None,
-    chart: Annotated[Path | None, path_option(help="Draw unet, train and sample to this PNG file.")] = None,
-    compare: Annotated[Path | None, path_option(help="Say what moved since the run of this CSV file.")] = None,
+    csv: Annotated[Path | None, path_option(help="Append the rows to this CSV file.")] = None,
+    chart: Annotated[Path | None, path_option(help="Plot unet, train and sample to this PNG file.")] = None,
+    compare: Annotated[Path | None, path_option(help="Report changes since the run in this CSV file.")] = None,
     debug: DebugFlag = False,
 ) -> None:
     """Time the kernels, the UNet, a training step, sampling, a sampling step, the data, and how cost grows with size.
 
-    unet, train and sample climb from the plain path (--kernels reference --compile off --precision fp32
-    --memory-format contiguous: improved-diffusion's own operations) one change at a time to what a user gets; with any
-    of those four flags they measure the plain path and what is asked for. Then come the peers that are installed. A
-    candidate is checked first: a wrong one gets no time, and the exit status is 1.
+    unet, train and sample start from the plain path (--kernels reference --compile off --precision fp32
+    --memory-format contiguous: improved-diffusion's operations) and add one change at a time up to the defaults. With
+    any of those four flags they measure the plain path and the requested settings. The installed peers follow.
+    Every candidate is checked first: a wrong one is not timed, and the exit status is 1.
 
-    All candidates take turns, each between two runs of the first. "first" is how many times as fast as these it was,
-    "before" how many times as fast as the one above; "of limit" is the share of what the rates of this device, measured
-    in the same run, would allow.
+    The candidates take turns, each between two runs of the first candidate. "first" is the speed relative to those two
+    runs, "before" the speed relative to the candidate above. "of limit" is the share of the speed that the rates of
+    this device, measured in the same run, would allow.
 
-    data has images and a model of its own: of the flags it heeds --rounds, --quick and, for the start-up, --device.
-    growth takes the first of several batch sizes. --compare needs five rounds or more in both runs to tell small
-    changes.
+    data uses its own images and model; it reads only --rounds, --quick and, for the start-up, --device. growth uses
+    the first of several batch sizes. --compare needs at least five rounds in both runs to detect small changes.
 
-    Without any model flag it is the small model of 32 pixels and 64 channels; with one, the defaults below count.
+    Without model or diffusion flags the model is a small one of 32 pixels and 64 channels; with any, the defaults below
+    apply.
     """
     values = with_preset(flags, preset)
     if not {f.name for kind in (ModelConfig, DiffusionConfig) for f in fields(kind)} & set(values):
@@ -89,8 +89,8 @@ def benchmark(
     asked = bool(set(flags) & {f.name for f in fields(RuntimeConfig)} - {"device"})
     suites = SUITES if suite is Suite.ALL else (suite,)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no × still gets the figures
-    console = Console() if sys.stdout.isatty() else Console(width=100)  # in a file the tables are whole
+        sys.stdout.reconfigure(errors="replace")  # a terminal without × still gets the figures
+    console = Console() if sys.stdout.isatty() else Console(width=100)  # wide enough for the tables in a file
     with signals_as_exceptions(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         good = run(Request(suites, workloads, ours, asked, rounds, quick), console, csv, chart, compare)
     if not good:
@@ -98,7 +98,7 @@ def benchmark(
 
 
 def _refuse_impossible(config: RuntimeConfig) -> None:
-    """ValueError where this machine has no such arithmetic: a candidate of it would be a failed row."""
+    """ValueError if this machine cannot run the configuration, which would otherwise be a failed row."""
     from fastdiff.kernels.backend import HAS_TRITON, INTERPRETED
     from fastdiff.runtime.device import Runtime
 

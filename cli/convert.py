@@ -1,4 +1,4 @@
-"""``fastdiff convert``: a model from one project's files to another's."""
+"""``fastdiff convert``: convert a model between the file formats of fastdiff, improved-diffusion and diffusers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 def convert(
     flags: Flags,
     source: Annotated[
-        Path, path_argument(metavar="SRC", help="A .safetensors, .pt, run folder, RUN@STEP or diffusers folder.")
+        Path, path_argument(metavar="SRC", help="A .safetensors or .pt file, run folder, RUN@STEP or diffusers folder.")
     ],
     target: Annotated[
         Path, path_argument(metavar="DST", help="The .safetensors or .pt file, or diffusers folder, to write.")
     ],
-    scheduler: Annotated[str, typer.Option(help="Scheduler of a diffusers folder: ddim or ddpm.")] = "ddim",
+    scheduler: Annotated[str, typer.Option(help="Scheduler to write into a diffusers folder: ddim or ddpm.")] = "ddim",
     ema_rate: EmaRateFlag = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DST.")] = False,
     preset: PresetFlag = None,
     debug: DebugFlag = False,
 ) -> None:
     """Convert a model between fastdiff (.safetensors), improved-diffusion (.pt) and diffusers (a folder).
 
-    Both files are then loaded and run on the same input; the largest difference is printed, and so is what is lost.
+    Both files are then loaded and run on the same input. The command prints the largest difference and what the
+    conversion loses.
 
-    The model's and the process's flags are for bare state dicts, as in fastdiff sample.
+    The model and diffusion flags describe bare state dicts, as in fastdiff sample.
     """
     from fastdiff.checkpoint import conversion
     from fastdiff.interop.diffusers import Scheduler
@@ -50,14 +51,14 @@ def convert(
         raise ValueError(f"scheduler must be one of {', '.join(Scheduler)}, not {scheduler!r}")
     conversion.check_target(source, target, overwrite)
     path, loaded = _load(source, flags, preset, ema_rate)
-    if path.resolve() == target.resolve():  # of a run folder
+    if path.resolve() == target.resolve():  # SRC may be the run folder that holds DST
         raise ValueError(f"{target} is SRC itself: name another place")
     for line in conversion.convert(path, loaded, target, Scheduler(scheduler)):
         typer.echo(line)
 
 
 def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) -> "tuple[Path, Checkpoint]":
-    """The file or folder that is meant, and what is in it."""
+    """The file or folder that ``source`` names, and its checkpoint."""
     from fastdiff.checkpoint import Checkpoint, load_weights
     from fastdiff.diffusion import build_diffusion
     from fastdiff.interop import diffusers
@@ -67,12 +68,12 @@ def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) 
         path = find_with_rate(source, ema_rate)
         return path, load_with_flags(path, flags, preset)
     if ema_rate is not None:
-        raise ValueError(f"ema_rate {ema_rate} chooses among the files of a run folder, and {source} is none")
+        raise ValueError(f"ema_rate {ema_rate} chooses among the files of a run folder, and {source} is not one")
     state, config, process = diffusers.read(source)
     given = with_preset(flags, preset, ModelConfig, DiffusionConfig)
     if unsaid := [name for name in ("diffusion_steps", "noise_schedule") if name not in process | given]:
         wanted = " and ".join("--" + name.replace("_", "-") for name in unsaid)
-        raise ValueError(f"{source}: its scheduler tells no schedule that has a name here: say {wanted}")
+        raise ValueError(f"{source}: its scheduler has no noise schedule that fastdiff can name: give {wanted}")
     diffusion = DiffusionConfig.from_flags(given | process)
     refuse_contradiction(given, str(source), config, diffusion)
     model = build_model(config)

@@ -1,4 +1,4 @@
-"""``fastdiff data``: from archives to folders, a look at them, and one file out of them."""
+"""``fastdiff data``: unpack archives into folders of images, check a folder, pack it into one file."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 
-Out = Annotated[Path, path_argument(help="Folder to make.")]
+Out = Annotated[Path, path_argument(help="Folder to create.")]
 _CLASSES, _UNREADABLE = 20, 10
 
 
@@ -35,12 +35,12 @@ def _root(context: typer.Context) -> None:
 def cifar10(
     source: Annotated[
         Path,
-        path_argument(metavar="SRC", help="cifar-10-python.tar.gz or -binary, or what it unpacks to."),
+        path_argument(metavar="SRC", help="cifar-10-python.tar.gz or -binary, or its unpacked folder."),
     ],
     out: Out,
     debug: DebugFlag = False,
 ) -> None:
-    """Make OUT/cifar_train and OUT/cifar_test of CIFAR-10's archive."""
+    """Unpack CIFAR-10's archive into OUT/cifar_train and OUT/cifar_test."""
     from fastdiff.data.cifar10 import CLASSES, prepare_cifar10
 
     with _bar("images") as progress:
@@ -53,15 +53,15 @@ def cifar10(
 def lsun(
     source: Annotated[
         Path,
-        path_argument(metavar="SRC", help="A folder like bedroom_train_lmdb, or the zip of it."),
+        path_argument(metavar="SRC", help="A folder such as bedroom_train_lmdb, or its zip."),
     ],
     out: Out,
-    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels of the squares that are stored.")] = 256,
-    prefix: Annotated[str, typer.Option(help="What the file names begin with.")] = "bedroom",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, the first ones.")] = None,
+    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Side of the stored squares in pixels.")] = 256,
+    prefix: Annotated[str, typer.Option(help="Prefix of the file names.")] = "bedroom",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only this many images, the first ones.")] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Make a folder of square images of one of LSUN's databases (extra 'lsun')."""
+    """Make a folder of square images from an LSUN database (extra 'lsun')."""
     from fastdiff.data.lsun import prepare_lsun
 
     with _bar("images") as progress:
@@ -85,7 +85,7 @@ def imagenet(
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Make a folder of images, with a sub-folder for each class, of ImageNet's archives."""
+    """Make a folder of images, with a sub-folder for each class, from ImageNet's archives."""
     from fastdiff.data.imagenet import prepare_imagenet
 
     with _bar("MiB", unit=2**20) as progress:
@@ -99,7 +99,7 @@ def imagenet(
 def check(
     path: Annotated[Path, path_argument(metavar="DIR", help="Folder of images, or a .zip or .npz of them.")],
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels of the model; by default 64, or those of the .npz.")
+        int | None, typer.Option(min=1, help="Image size of the model; by default 64, or that of the .npz.")
     ] = None,
     labels: Annotated[
         Labels, typer.Option(help="Class of an image: file name up to the first '_', or its sub-folder.")
@@ -110,13 +110,13 @@ def check(
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Look at every image of a data set: what there is, what cannot be read, what to be wary of."""
+    """Check every image of a data set: report counts and sizes, unreadable files, and warnings."""
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"sheet {sheet} does not end in .png: name another file")
     from fastdiff.data.archives import whole
     from fastdiff.data.survey import survey
 
-    # whether the sheet can be made is known before the images are
+    # opened first: a sheet that cannot be written fails before any image is read
     with _bar("images") as progress, nullcontext() if sheet is None else whole(sheet) as file:
         found = survey(path, image_size, labels, progress)
         if file is not None:
@@ -127,7 +127,7 @@ def check(
     for doubt in found.doubts:
         typer.echo(f"warning: {path} has {doubt}", err=True)
     if sheet is not None:
-        typer.echo(f"drew {len(found.shown)} of them in {sheet}")
+        typer.echo(f"drew {len(found.shown)} images in {sheet}")
 
 
 @app.command()
@@ -135,16 +135,16 @@ def pack(
     source: Annotated[Path, path_argument(metavar="DIR", help="Folder of images.")],
     out: Annotated[
         Path,
-        path_argument(help="File to make: a .zip of the image files, or an .npz of their pixels at one size."),
+        path_argument(help="File to write: a .zip of the image files, or an .npz of their pixels at one size."),
     ],
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of the images in an .npz.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in an .npz, in pixels.")] = None,
     labels: Annotated[
         Labels | None,
         typer.Option(help="Class of an image in an .npz: file name up to the first '_' (prefix), or its sub-folder."),
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Pack a folder of images into one file that fastdiff train --data-dir reads as it is."""
+    """Pack a folder of images into one file that fastdiff train --data-dir reads directly."""
     kind = out.suffix.lower()
     if kind not in (".zip", ".npz"):
         raise ValueError(f"{out} must end in .zip, for the image files, or in .npz, for pixels of one size")
@@ -165,7 +165,7 @@ def pack(
 
 @contextmanager
 def _bar(what: str, unit: int = 1) -> "Iterator[Progress]":
-    """A progress bar on a terminal. SIGTERM and SIGHUP leave the block as Ctrl-C does, so that nothing stays behind."""
+    """A progress bar on a terminal. SIGTERM and SIGHUP leave the block as Ctrl-C does, so that cleanup runs."""
     from fastdiff.cli.display import Display
     from fastdiff.runtime.signals import signals_as_exceptions
 

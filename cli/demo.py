@@ -1,4 +1,4 @@
-"""``fastdiff demo``: the whole way from a folder of images to drawn ones, in a few minutes on any machine."""
+"""``fastdiff demo``: from a folder of images to new samples, in a few minutes on any machine."""
 
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ _TRAIN = {
     "attention_resolutions": "8",
     "class_cond": True,
     "noise_schedule": "cosine",
-    "predict_xstart": True,  # learns faster than the noise on so small a set
+    "predict_xstart": True,  # learns faster than predicting epsilon on such a small set
     "steps": 1500,
     "batch_size": 32,
     "lr": 1e-3,
@@ -31,10 +31,10 @@ _TRAIN = {
 _SAMPLE = {"num_samples": 32, "batch_size": 32, "sampler": "ddim", "steps": 50}
 
 _MADE = {
-    "shapes/": "the images it learnt from",
-    "samples.png": "the images it drew, and samples.npz, the same as an array",
-    "previews/": "what it drew while it learnt",
-    "progress.csv": "the loss, step by step",
+    "shapes/": "the training images",
+    "samples.png": "the samples, and samples.npz, the same as an array",
+    "previews/": "preview grids drawn during training",
+    "progress.csv": "the loss during training",
     f"ema_0.995_{_TRAIN['steps']:06}.safetensors": "the model: fastdiff sample runs/demo",
 }
 
@@ -43,7 +43,7 @@ def demo(
     run_dir: Annotated[Path, path_option(help="Folder for everything the demo makes.")] = Path("runs/demo"),
     debug: DebugFlag = False,
 ) -> None:
-    """Try the whole way on drawn shapes, in two minutes.
+    """Try training and sampling on drawn shapes, in two minutes.
 
     Draws a small labelled set of PNG files, trains a model on it and samples a grid. Nothing is downloaded.
     """

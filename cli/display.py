@@ -1,4 +1,4 @@
-"""What the terminal shows of a long job: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long job: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from typing import Self
@@ -10,9 +10,9 @@ from fastdiff.runtime.display import Lines
 
 
 class Display(Lines):
-    """A progress bar under the lines of a log. Where stdout is no terminal there is no bar, only the lines.
+    """A progress bar below the lines of a log. If stdout is not a terminal, only the lines are printed.
 
-    A ``silent`` one shows nothing: of several processes one speaks.
+    A ``silent`` display prints nothing: of several processes only one reports.
     """
 
     def __init__(self, silent: bool = False) -> None:
@@ -33,14 +33,14 @@ class Display(Lines):
         return self.console.is_terminal and not self.console.quiet
 
     def line(self, text: str) -> None:
-        """A line of the log."""
+        """Print a line of the log."""
         try:
             self.console.print(text)
-        except (OSError, SystemExit):  # nobody reads any more (rich exits on a broken pipe): the job goes on, silent
+        except (OSError, SystemExit):  # the reader is gone (rich exits on a broken pipe): the job continues silently
             self.console.quiet = True
 
     def advance(self, what: str, done: int, total: int, note: str = "") -> None:
-        """``done`` of ``total`` of the job called ``what``; a note stays on the bar until the next, or is a line."""
+        """Show ``done`` of ``total`` of the job ``what``. A note stays on the bar until the next one, or is a line."""
         if not self.live:
             super().advance(what, done, total, note)
             return
@@ -51,7 +51,7 @@ class Display(Lines):
             self._bar.update(self._tasks[what], note=note)
 
     def finish(self, what: str) -> None:
-        """Take the bar of a job away."""
+        """Remove the bar of a job."""
         if what in self._tasks:
             self._bar.remove_task(self._tasks.pop(what))
 
@@ -64,7 +64,7 @@ class Display(Lines):
 
 
 class Slowly:
-    """Shows how far a job is, a few times a second."""
+    """Reports the progress of a job: up to five times a second on a bar, every 30 seconds as lines."""
 
     def __init__(self, display: Display) -> None:
         self._display = display

@@ -1,4 +1,4 @@
-"""``fastdiff evaluate``: how good a checkpoint is, in numbers."""
+"""``fastdiff evaluate``: measure how good a checkpoint is."""
 
 import math
 import signal
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdiff.data import Dataset
     from fastdiff.evaluation.nll import Bound, Nll
 
-app = typer.Typer(help="Say how good a model is, in numbers.", rich_markup_mode=None)
+app = typer.Typer(help="Measure how good a model is.", rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)
@@ -42,12 +42,12 @@ def _evaluate(context: typer.Context) -> None:
 def nll(
     flags: Flags,
     checkpoint: CheckpointArgument = None,
-    out_dir: Annotated[Path, path_option(help="Folder for the numbers.")] = Path("nll"),
+    out_dir: Annotated[Path, path_option(help="Folder for the results.")] = Path("nll"),
     plot: Annotated[
-        Path | None, path_option(help="Draw the terms into this .png file (extra 'plot': matplotlib).")
+        Path | None, path_option(help="Plot the terms to this .png file (extra 'plot': matplotlib).")
     ] = None,
     ema_rate: EmaRateFlag = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     timeout: Annotated[
         int, typer.Option(min=1, help="Seconds after which a process that waits for the others gives up.")
     ] = 600,
@@ -56,11 +56,11 @@ def nll(
 ) -> None:
     """Compute the likelihood of a folder's images, in bits per dimension.
 
-    It is the variational bound: one model call for each image and timestep. Several processes share the images when
-    torchrun starts them: torchrun --nproc-per-node=8 -m fastdiff evaluate nll ...
+    The likelihood is the variational bound: one model call per image and timestep. Under torchrun several processes
+    share the images: torchrun --nproc-per-node=8 -m fastdiff evaluate nll ...
 
-    A checkpoint knows its model. The model's and the process's flags are for bare state dicts (.pt), which tell the
-    architecture, but neither the heads nor the process.
+    A checkpoint stores its model. The model and diffusion flags are for bare state dicts (.pt), which reveal the
+    architecture, but not the number of heads or the noise schedule.
     """
     choices = Choices(
         checkpoint=checkpoint,
@@ -74,7 +74,7 @@ def nll(
 
 
 def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
-    """Evaluate as ``flags`` and ``choices``, whose ``out`` is a folder, say; returns the exit status."""
+    """Run the evaluation of ``flags`` and ``choices``, whose ``out`` is a folder; return the exit status."""
     config = NllConfig.from_flags(flags)
     if not config.data_dir:
         raise ValueError("no data: name a folder of images with --data-dir")
@@ -97,7 +97,7 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
         loaded = world.together(lambda: load_for(runtime, path, flags, choices.preset))
         with Display(silent=not world.main or not to_terminal) as display:
             display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
-            with warnings.catch_warnings(action="ignore"):  # of what speaks against training on these images
+            with warnings.catch_warnings(action="ignore"):  # they are about training on these images
                 dataset = load_shared(
                     DataConfig.from_flags(config.to_dict()),
                     loaded.model_config.image_size,
@@ -137,7 +137,7 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
 def _about(
     path: Path, loaded: "Checkpoint", config: NllConfig, dataset: "Dataset", evaluation: "Nll", precision: str
 ) -> dict[str, Any]:
-    """What the figures are of, as JSON can hold it."""
+    """The origin of the figures, as values for JSON."""
     from fastdiff.checkpoint import sha256
 
     process = evaluation.diffusion
@@ -163,7 +163,7 @@ def _about(
 def _tell(
     display: "Display", path: Path, loaded: "Checkpoint", bound: "Bound", names: list[str], about: dict[str, Any]
 ) -> None:
-    """The figure in a line, and what is wrong with it in another."""
+    """Log the result in one line, after a warning if some values are not finite."""
     import numpy as np
 
     figures, rate = bound.figures(), about["ema_rate"]
@@ -176,7 +176,7 @@ def _tell(
     error = f" ± {figures['standard_error']:.4f}" if math.isfinite(figures["standard_error"]) else ""
     weights = f"EMA {rate:g}" if rate else "raw weights"
     if not loaded.metadata:
-        weights = path.name  # a bare state dict, which does not say
+        weights = path.name  # a bare state dict does not say whether it is an EMA
     images = f"{about['images']} images"
     if about["different_images"] < about["images"]:
         images = f"{about['images']} draws of {about['different_images']} images"

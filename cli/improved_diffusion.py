@@ -1,4 +1,4 @@
-"""improved-diffusion's command lines: its scripts' names, flags, defaults and environment, said in ours."""
+"""Translates improved-diffusion's command lines: the names, flags, defaults and environment of its scripts."""
 
 import os
 import shlex
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 LOG_FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
-"""What OPENAI_LOG_FORMAT may name."""
+"""The formats that OPENAI_LOG_FORMAT may name."""
 
 SWITCHES = frozenset(("use-ddim", "use-fp16"))
-"""Flags of improved-diffusion that are on or off and that have another name here."""
+"""Boolean flags of improved-diffusion that have another name here."""
 
 _REPLACED = {
     "--use-ddim": ("--sampler", "ddim"),
@@ -21,7 +21,7 @@ _REPLACED = {
     "--large-size": ("--image-size",),
 }
 _EMPTY_MEANS_NONE = ("--base-samples", "--model-path", "--resume-checkpoint")
-_SHARED = ("train", "sample", "evaluate")  # by several processes
+_SHARED = ("train", "sample", "evaluate")  # commands that several processes run together
 _MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _MPI_LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
 _MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
@@ -29,10 +29,10 @@ _MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 @dataclass(frozen=True)
 class Script:
-    """A script of improved-diffusion: the command that does the same, with the script's defaults.
+    """A script of improved-diffusion: the equivalent command, with the script's defaults.
 
-    ``assumed`` are its defaults for what a preset or a checkpoint would say; ``out`` is the option and the file for
-    what it writes into OPENAI_LOGDIR; ``replaced`` are flags that mean something else here.
+    ``assumed`` are its defaults for settings that a preset or a checkpoint would supply; ``out`` is the option and the
+    file name for its output in OPENAI_LOGDIR; ``replaced`` are flags with another meaning here.
     """
 
     command: tuple[str, ...]
@@ -46,7 +46,7 @@ _PER_PROCESS = "--batch-size-per-process"
 _TRAIN = Script(
     ("train",), ("--no-ema-warmup",), assumed=(_PER_PROCESS, "1"), replaced={"--batch-size": (_PER_PROCESS,)}
 )
-_UNSAID = ("--diffusion-steps", "1000", "--noise-schedule", "linear", "--num-heads", "4")  # by a state dict
+_UNSAID = ("--diffusion-steps", "1000", "--noise-schedule", "linear", "--num-heads", "4")  # not in a state dict
 _SMALL_SIZE = ("--small-size", "64")
 _SAMPLE = Script(
     ("sample",),
@@ -67,13 +67,13 @@ SCRIPTS: Mapping[str, Script] = {
         replaced={"--no-use-fp16": ("--precision", "fp32")},
     ),
 }
-"""By their names, which may be written with hyphens."""
+"""The scripts by name; hyphens may replace the underscores."""
 
 
 def log_folder() -> Path | None:
-    """The run folder that the environment names, if it does: the one for checkpoints goes before that for the log.
+    """The run folder that the environment names, or None: DIFFUSION_BLOB_LOGDIR overrides OPENAI_LOGDIR.
 
-    ValueError for an address of a store in a network, which improved-diffusion could write to.
+    ValueError for a network address, which improved-diffusion could write to.
     """
     return _folder_in("DIFFUSION_BLOB_LOGDIR") or _folder_in("OPENAI_LOGDIR")
 
@@ -88,7 +88,7 @@ def _folder_in(variable: str) -> Path | None:
 
 
 def log_formats() -> frozenset[str]:
-    """What OPENAI_LOG_FORMAT asks for; ValueError where it names what is no format."""
+    """The formats that OPENAI_LOG_FORMAT names; ValueError if one is unknown."""
     names = os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv").split(",")
     asked = frozenset(filter(None, map(str.strip, names)))
     if unknown := sorted(asked - set(LOG_FORMATS)):
@@ -97,15 +97,15 @@ def log_formats() -> frozenset[str]:
 
 
 def refuse_mpi(arguments: Sequence[str]) -> None:
-    """ValueError, with torchrun's line, where mpiexec has started this process as one of several."""
-    if "RANK" in os.environ:  # torchrun's, which may itself have been started so on each machine
+    """ValueError, with the torchrun command, if mpiexec started this process as one of several."""
+    if "RANK" in os.environ:  # set by torchrun, which mpiexec itself may have started on each machine
         return
     if not arguments or not (arguments[0] in _SHARED or script_of(arguments)):
         return
     if (count := _number_in(_MPI_SIZE, 1)) < 2:
         return
     if _number_in(_MPI_RANK, 0):
-        sys.exit(2)  # the first one says it
+        sys.exit(2)  # the first process reports it
     here = min(max(_number_in(_MPI_LOCAL_SIZE, count), 1), count)
     where, each = ["--standalone"], ""
     if here < count:
@@ -116,29 +116,29 @@ def refuse_mpi(arguments: Sequence[str]) -> None:
 
 
 def _number_in(variables: Sequence[str], default: int) -> int:
-    """The largest of the whole numbers in these variables of the environment."""
+    """The largest integer in these environment variables, or ``default``."""
     found = [os.environ.get(name, "") for name in variables]
     return max((int(text) for text in found if text.isascii() and text.isdecimal() and len(text) < 7), default=default)
 
 
 def in_our_words(arguments: Sequence[str]) -> list[str]:
-    """A command line with improved-diffusion's flags, or of one of its scripts, as one of ours.
+    """Translate a command line with improved-diffusion's flags, or of one of its scripts, into a fastdiff one.
 
-    Flags are spelt with hyphens already, and switches have no values (options.with_old_spelling). What stands later
-    still counts before what stands first, and a script's defaults stand before all.
+    Flags are already spelt with hyphens, and switches have no values (options.with_old_spelling). Later flags still
+    override earlier ones; a script's defaults come first.
     """
     if not arguments:
         return []
     script = script_of(arguments)
     command = script.command if script else (arguments[0],)
-    named = command[0] in ("sample", "evaluate")  # what takes a model as an argument
+    named = command[0] in ("sample", "evaluate")  # commands that take the model as an argument
     words, model = _translated(arguments[1:], script.replaced if script else {}, named)
     half = [word for word in arguments if word in ("--use-fp16", "--no-use-fp16")][-1:]
     if command[0] == "train" and half == ["--use-fp16"] and not _given("--fp16-scale-growth", words):
-        words += ["--fp16-scale-growth", "1e-3"]  # what goes without saying there
+        words += ["--fp16-scale-growth", "1e-3"]  # improved-diffusion's default
     if script is None:
         return [*command, *words, *model]
-    # a checkpoint of fastdiff's and a run folder say themselves what they are
+    # a fastdiff checkpoint or run folder stores these settings
     bare = any(Path(path).suffix != ".safetensors" and not _is_run(Path(path)) for path in model)
     unsaid = (command[0] == "train" or bare) and not _given("--preset", words)
     assumed = script.assumed if unsaid else ()
@@ -156,16 +156,16 @@ def _given(flag: str, words: Sequence[str]) -> bool:
 
 
 def script_of(arguments: Sequence[str]) -> Script | None:
-    """The script whose name a command line begins with."""
+    """The script that the first word of a command line names, or None."""
     return SCRIPTS.get(arguments[0].replace("-", "_")) if arguments else None
 
 
 def _translated(
     arguments: Sequence[str], replaced: Mapping[str, tuple[str, ...]], named: bool
 ) -> tuple[list[str], list[str]]:
-    """The words in our spelling, and the path of the model where ``named`` says that its flag is an argument here."""
+    """The words in fastdiff's spelling, and the path of --model-path if ``named``: here it is an argument."""
     words: list[str] = []
-    paths: dict[str, str] = {}  # of which the last one counts, and an empty one means none
+    paths: dict[str, str] = {}  # the last occurrence counts; an empty path means none
     known = _REPLACED | dict(replaced)
     rest = list(arguments)
     while rest and (word := rest.pop(0)) != "--":
@@ -187,7 +187,7 @@ def _translated(
 
 
 def _output(script: Script) -> list[str]:
-    """The option that says where the script's file goes."""
+    """The option that names the script's output."""
     if script.out is None:
         return []
     option, name = script.out

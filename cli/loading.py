@@ -1,4 +1,4 @@
-"""From a place and the flags beside it to a checkpoint."""
+"""Loads the checkpoint that a command names, and compares it with the command's flags."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +20,7 @@ _NAMES = frozenset(f.name for config in (ModelConfig, DiffusionConfig) for f in 
 def find_with_rate(place: Path | None, ema_rate: str | None) -> Path:
     """The file to load: ``place``, or the newest of a run folder, of OPENAI_LOGDIR or under runs/.
 
-    ``ema_rate`` is the text of --ema-rate, which chooses among a run folder's files. ValueError where there is none.
+    ``ema_rate`` is the text of --ema-rate, which selects among a run folder's files. ValueError if there is none.
     """
     from fastdiff.checkpoint import find_checkpoint
 
@@ -34,17 +34,17 @@ def find_with_rate(place: Path | None, ema_rate: str | None) -> Path:
 
 
 def load_for(runtime: "Runtime", path: Path, flags: Flags | None = None, preset: str | None = None) -> "Checkpoint":
-    """As load_with_flags, for a job that says itself how many of the timesteps it uses."""
+    """Like load_with_flags, for a job that itself selects its timesteps: the flag timestep_respacing is ignored."""
     described = {name: value for name, value in (flags or {}).items() if name != "timestep_respacing"}
     where = {"device": runtime.device, "kernels": runtime.kernels, "memory_format": runtime.memory_format}
     return load_with_flags(path, described, preset, **where)
 
 
 def load_with_flags(path: Path, flags: Flags, preset: str | None = None, **where: Any) -> "Checkpoint":
-    """The checkpoint at ``path``, of which those of the flags that are a model's or a process's must not say otherwise.
+    """Load the checkpoint at ``path``; ValueError if a model or diffusion flag contradicts it.
 
-    They and the preset tell what a bare state dict leaves open. ``where`` is load_checkpoint's device, kernels and
-    memory_format. ValueError as it raises.
+    The flags and the preset supply what a bare state dict does not store. ``where`` is load_checkpoint's device,
+    kernels and memory_format. Raises load_checkpoint's ValueErrors.
     """
     from fastdiff.checkpoint import load_checkpoint
 
@@ -57,7 +57,7 @@ def load_with_flags(path: Path, flags: Flags, preset: str | None = None, **where
 
 
 def _whole(preset: str | None) -> Flags:
-    """Every field of a preset's configurations: what its flags leave out is part of its model, too."""
+    """Every field of a preset's configurations: the defaults that its flags leave out belong to its model, too."""
     if preset is None:
         return {}
     known = preset_named(preset)
@@ -65,7 +65,7 @@ def _whole(preset: str | None) -> Flags:
 
 
 def young_average(loaded: "Checkpoint") -> str:
-    """A word of warning where an average without warm-up still holds much of the initial weights."""
+    """A warning if an EMA without warm-up still consists of more than 1% initial weights; else empty."""
     rate, updates = loaded.metadata.get("ema_rate", 0.0), loaded.metadata.get("ema_updates", 0)
     share = 0.0 if loaded.metadata.get("ema_warmup", True) else rate**updates
-    return f" (warning: {share:.0%} of this average are the initial weights)" if share > 0.01 else ""
+    return f" (warning: {share:.0%} of this EMA are the initial weights)" if share > 0.01 else ""

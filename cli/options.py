@@ -25,20 +25,20 @@ from fastdiff.config import (
 
 Command = Callable[..., None]
 Flags = dict[str, Any]
-"""The flags that were given, by their fields' names; a flag that was not given is absent."""
+"""The given flags by field name; a flag that was not given is absent."""
 
 _TRUE, _FALSE = {"true", "1", "yes", "t", "y"}, {"false", "0", "no", "f", "n"}
 
 
 def as_path(text: str | Path) -> Path:
-    """A path of the command line, "~" being the home folder; an error, which names the option, for an empty one."""
+    """Parse a path of the command line and expand "~". An empty path is an error that names the option."""
     if not str(text).strip():
         raise typer.BadParameter("a path must not be empty: name a file or folder")
     return Path(os.path.expanduser(text))  # Path.expanduser fails for ~nobody
 
 
 def as_text_of_path(text: str) -> str:
-    """As as_path, for a field of a configuration."""
+    """Like as_path, for a field of a configuration."""
     return str(as_path(text))
 
 
@@ -51,15 +51,15 @@ CheckpointArgument = Annotated[
     path_argument(help="Checkpoint file, run folder or RUN@STEP; by default the newest run under runs/."),
 ]
 EmaRateFlag = Annotated[
-    str | None, typer.Option(help="Average of a run folder to take, by rate, or raw; by default the highest.")
+    str | None, typer.Option(help="EMA to take from a run folder, by rate, or raw; by default the highest.")
 ]
-DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 
 
 def with_flags(*configs: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command every field of ``configs`` as an option; it gets those that were given as its argument ``flags``.
+    """Add every field of ``configs`` to a command as an option; its argument ``flags`` receives the given ones.
 
-    A name that two configurations share becomes one option, that of the first.
+    If two configurations share a field name, it becomes one option, that of the first.
     """
     derived: dict[str, inspect.Parameter] = {}
     for config in configs:
@@ -89,7 +89,7 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
     flag = field.name.replace("_", "-")
     spelling = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     if kind not in (bool, int, float) and not (isinstance(kind, type) and issubclass(kind, StrEnum)):
-        kind = str  # tuples, as "16,8", too
+        kind = str  # tuples too, written as "16,8"
     parse: dict[str, Any] = {"parser": as_text_of_path, "metavar": "PATH"} if field.metadata["path"] else {}
     option = typer.Option(spelling, help=field.metadata["help"] + _shown(field.default), show_default=False, **parse)
     return inspect.Parameter(
@@ -99,14 +99,14 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
 
 def _shown(default: Any) -> str:
     if default is None or default == "":
-        return ""  # the text says what happens without it
+        return ""  # the help text describes such a default
     if isinstance(default, bool):
         default = "on" if default else "off"
     return f" [default: {','.join(map(str, default)) if isinstance(default, tuple) else default}]"
 
 
 def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> list[str]:
-    """improved-diffusion's spelling as ours: --learn_sigma True becomes --learn-sigma, False --no-learn-sigma."""
+    """Convert improved-diffusion's spelling: --learn_sigma True becomes --learn-sigma, False --no-learn-sigma."""
     result: list[str] = []
     rest = list(arguments)
     while rest:
@@ -136,4 +136,4 @@ SWITCHES = frozenset(
     for f in fields(config)
     if f.type is bool
 )
-"""Every flag that is on or off."""
+"""Every boolean flag."""

@@ -1,4 +1,4 @@
-"""``fastdiff presets``: what --preset can name."""
+"""``fastdiff presets``: list the values of --preset."""
 
 from rich.console import Console
 from rich.table import Table

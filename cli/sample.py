@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """What ``fastdiff sample`` is told besides the flags of the configurations."""
+    """The options of ``fastdiff sample`` that are not fields of a configuration."""
 
     checkpoint: Path | None
     out: Path
@@ -54,13 +54,13 @@ def sample(
     checkpoint: CheckpointArgument = None,
     out: Annotated[
         Path,
-        path_option(help="The npz file to write ({shape} in its name is NxHxWx3); a grid appears beside it as .png."),
+        path_option(help="The npz file to write ({shape} in its name is NxHxWx3); a grid is saved beside it as .png."),
     ] = Path("samples.npz"),
     class_: Annotated[
-        str | None, typer.Option("--class", help="Class to draw, by name or number, or several: cat,dog.")
+        str | None, typer.Option("--class", help="Class to draw, by name or index, or several: cat,dog.")
     ] = None,
     indices: Annotated[
-        str | None, typer.Option(help="Draw the images of these numbers only, e.g. 17,42 or 100-199.")
+        str | None, typer.Option(help="Draw only the images with these numbers, e.g. 17,42 or 100-199.")
     ] = None,
     ema_rate: EmaRateFlag = None,
     base_samples: Annotated[
@@ -72,14 +72,14 @@ def sample(
     ] = None,
     interpolate: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="A B", help="Draw the way between two image files or seeds; needs a sampler like ddim."),
+        typer.Option(metavar="A B", help="Interpolate two image files or seeds; needs a deterministic sampler."),
     ] = None,
-    png_dir: Annotated[Path | None, path_option(help="Write every image as a PNG file into this folder too.")] = None,
+    png_dir: Annotated[Path | None, path_option(help="Also write every image as a PNG file into this folder.")] = None,
     trajectory: Annotated[
-        Path | None, path_option(help="Show how the first image came about: an animation (.gif) or a strip (.png).")
+        Path | None, path_option(help="Save the steps of the first image as an animation (.gif) or a strip (.png).")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that exist, and begin an unfinished job anew.")
+        bool, typer.Option("--overwrite", help="Replace existing files, and restart an unfinished job.")
     ] = False,
     timeout: Annotated[
         int, typer.Option(min=1, help="Seconds after which a process that waits for the others gives up.")
@@ -89,11 +89,11 @@ def sample(
 ) -> None:
     """Draw images from a trained model.
 
-    A job that was cut off goes on when the same command is given again. Several processes share it when torchrun starts
-    them: torchrun --nproc-per-node=8 -m fastdiff sample ...
+    The same command resumes an interrupted job. Under torchrun several processes share the images:
+    torchrun --nproc-per-node=8 -m fastdiff sample ...
 
-    A checkpoint knows its model. The model's and the process's flags are for bare state dicts (.pt), which tell the
-    architecture, but neither the heads nor the process.
+    A checkpoint stores its model. The model and diffusion flags are for bare state dicts (.pt), which reveal the
+    architecture, but not the number of heads or the noise schedule.
     """
     choices = Choices(
         checkpoint=checkpoint,
@@ -114,7 +114,7 @@ def sample(
 
 
 def run_sampling(flags: Flags, choices: Choices) -> int:
-    """Sample as ``flags`` and ``choices`` say; returns the exit status."""
+    """Run the job of ``flags`` and ``choices``; return the exit status."""
     config = SampleConfig.from_flags(flags)
     if choices.indices is not None and "num_samples" in flags:
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
@@ -148,7 +148,7 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
 
 
 def _paths(choices: Choices) -> tuple[Path, Path | None]:
-    """The checkpoint to draw from, and that of the super-resolution model if there is one."""
+    """The paths of the checkpoint and of the super-resolution model, if there is one."""
     path = find_with_rate(choices.checkpoint, choices.ema_rate)
     if choices.super_res is None:
         return path, None
@@ -173,9 +173,9 @@ def _plan(
 
 
 def _load_super_res(path: Path, runtime: "Runtime") -> "Checkpoint":
-    if path.suffix != ".safetensors":  # the flags are the other model's
+    if path.suffix != ".safetensors":  # the flags describe the base model
         raise ValueError(
-            f"super_res {path} must say what it is: fastdiff convert {path} FILE.safetensors, and name that"
+            f"super_res {path} does not store its settings: fastdiff convert {path} FILE.safetensors, and name that"
         )
     return load_for(runtime, path)
 

@@ -11,13 +11,13 @@ from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, RuntimeCon
 def train(flags: Flags, debug: DebugFlag = False) -> None:
     """Train a model on a folder of images.
 
-    Several processes share the work when torchrun starts them: torchrun --nproc-per-node=8 -m fastdiff train ...
+    Under torchrun several processes share the work: torchrun --nproc-per-node=8 -m fastdiff train ...
     """
     raise typer.Exit(run_training(flags))
 
 
 def run_training(flags: Flags) -> int:
-    """Train as the flags and improved-diffusion's environment variables say; returns the exit status."""
+    """Train with the flags and improved-diffusion's environment variables; return the exit status."""
     if (folder := log_folder()) is not None:
         flags = {"run_dir": str(folder)} | flags
     formats = log_formats()

@@ -278,7 +278,7 @@ def test_a_schedule_that_is_none_of_ours_is_asked_for(cli: Cli) -> None:
     path.write_text(json.dumps(options))
     refused(
         cli("convert", "folder", "b.pt"),
-        "tells no schedule that has a name here: say --diffusion-steps and --noise-schedule",
+        "has no noise schedule that fastdiff can name: give --diffusion-steps and --noise-schedule",
     )
     succeeded(cli("convert", "folder", "b.safetensors", "--diffusion-steps", 500, "--noise-schedule", "linear"))
     assert load_checkpoint("b.safetensors").diffusion_config == DiffusionConfig(diffusion_steps=500)
@@ -310,4 +310,7 @@ def test_a_released_checkpoint_is_drawn_from_by_preset_or_by_flags(cli: Cli) -> 
 
 def test_a_bare_super_resolution_model_beside_another_is_to_be_converted_first(cli: Cli, checkpoint: Path) -> None:
     save("up.pt", replace(MODEL, small_size=8))
-    refused(cli("sample", checkpoint, "--super-res", "up.pt"), r"super_res up\.pt must say .*fastdiff convert up\.pt")
+    refused(
+        cli("sample", checkpoint, "--super-res", "up.pt"),
+        r"super_res up\.pt does not store its settings: fastdiff convert up\.pt",
+    )
