@@ -1,4 +1,4 @@
-"""From a trained model to images: the loops over batches, the jobs, and the files that they fill."""
+"""Draws images from a trained model: loops over batches, resumable jobs, and their output files."""
 
 from fastdiff.sampling.api import sample
 from fastdiff.sampling.base_samples import BaseSamples, load_base_samples

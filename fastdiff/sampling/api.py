@@ -1,4 +1,4 @@
-"""Sampling as one call."""
+"""Sampling in one call."""
 
 import os
 from collections.abc import Sequence
@@ -33,16 +33,17 @@ def sample(
     interpolate: tuple[str | int, str | int] | None = None,
     **settings: Any,
 ) -> Uint8Array:
-    """Draw images from a checkpoint, a run folder's newest or the newest run's under runs/: uint8 (N, H, W, 3).
+    """Draw images from a checkpoint, a run folder or, by default, the newest run under runs/: uint8 (N, H, W, 3).
 
-    They are the images 0 to num_samples - 1 (by default 16, or as many as there are base samples), or those of the
-    numbers ``indices``: an image depends on seed and number alone. ``classes`` are names or numbers, drawn in turn;
-    ``ema_rate`` chooses the average in a run folder, 0 the raw weights;
-    ``base_samples`` an npz or a folder, which a super-resolution model enlarges; ``super_res`` a checkpoint that
-    enlarges what this one draws; ``interpolate`` two seeds or image files. ``settings`` are the fields of SampleConfig
-    (sampler, steps, seed, guidance_scale, batch_size, ...) and of RuntimeConfig (device, precision, compile, ...).
+    From a run folder the newest checkpoint is taken, and ``ema_rate`` selects its EMA; 0 selects the raw weights. The
+    images are numbered 0 to num_samples - 1 (by default 16, or the number of base samples); ``indices`` draws other
+    numbers instead. An image depends only on the seed and its number. ``classes`` are class names or indices, drawn in
+    turn. ``base_samples`` is an npz or a folder of images for a super-resolution model to enlarge. ``super_res`` is a
+    super-resolution checkpoint that enlarges the images of this one. ``interpolate`` is a pair of seeds or image files.
+    ``settings`` are the fields of SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of
+    RuntimeConfig (device, precision, compile, ...).
 
-    A Checkpoint's model is left as it is. ValueError in one line where something does not fit.
+    The model of a Checkpoint is not modified. ValueError, with a message of one line, if an argument is invalid.
     """
     known = [{f.name for f in fields(kind)} for kind in (SampleConfig, RuntimeConfig)]
     if unknown := sorted(set(settings) - known[0] - known[1]):

@@ -15,7 +15,7 @@ from fastdiff.data.words import printable
 
 
 class Images(Protocol):
-    """Images that are read when they are asked for: ``images[rows]`` is uint8 (n, H, W, 3) for int64 rows (n,)."""
+    """Images that are read on access: ``images[rows]`` is uint8 (n, H, W, 3) for int64 rows (n,)."""
 
     def __len__(self) -> int: ...
 
@@ -35,7 +35,7 @@ class BaseSamples:
     def batch(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The images of the samples ``numbers`` (n,): uint8 (n, h, w, 3). Only these are read.
 
-        Raises UnreadableImage for a file of a folder that is not an image.
+        Raises UnreadableImage if a file of a folder is not an image.
         """
         return self.images[numbers % len(self)]
 
@@ -47,15 +47,16 @@ class BaseSamples:
 def load_base_samples(
     path: Path, small_size: int, class_names: tuple[str, ...] | None, num_classes: int | None = None
 ) -> BaseSamples:
-    """The base samples in an npz (arr_0, arr_1) of small_size, or in a folder of images, which are resized to it.
+    """Load base samples from an npz (arr_0, arr_1) of small_size, or from a folder of images, which are resized to it.
 
-    For a class-conditional model ``class_names`` are its ``num_classes`` classes (by default as many as there are
-    names), () if they have no names, and the samples carry labels: arr_1 of the npz, whose class_names are matched with
-    the model's; for an image of a folder its first sub-folder if that is called like a class, else the class that its
-    name begins with, up to an underscore. For other models it is None, and so are the labels.
+    For a class-conditional model ``class_names`` names its ``num_classes`` classes (by default one per name); () means
+    that they have no names. The samples then have labels. In an npz they are arr_1, whose class_names are matched with
+    the model's. In a folder the label of an image is its first sub-folder if that has the name of a class, else the
+    class that its file name starts with, up to an underscore. For other models ``class_names`` is None, and so are the
+    labels.
 
-    Raises ValueError for images of another size, missing labels and unknown classes, and as read_samples and
-    ImageFolder do. Warns where classes are matched by number.
+    Raises ValueError for images of another size, missing labels or unknown classes, and whatever read_samples and
+    ImageFolder raise. Warns if classes are matched by number.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -80,7 +81,7 @@ def load_base_samples(
 
 
 class _Decoding:
-    """The images of a folder, decoded when they are asked for."""
+    """The images of a folder, decoded on access."""
 
     def __init__(self, folder: ImageFolder) -> None:
         self._folder = folder
@@ -90,7 +91,7 @@ class _Decoding:
 
     def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.uint8]:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and the like
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata and the like
             return np.stack([self._folder[row][0] for row in rows])
 
 
@@ -98,7 +99,7 @@ def _labels_in(folder: ImageFolder, class_names: tuple[str, ...]) -> NDArray[np.
     """The classes of a folder's images, int64 (N,), by the names of sub-folders and files."""
     if not class_names:
         raise ValueError(
-            f"{folder.root} is a folder, and the model's classes have no names that could be found in it: "
+            f"{folder.root} is a folder, but the model's classes have no names to match with its files: "
             "give an npz with labels"
         )
     numbers = {name: i for i, name in enumerate(class_names)}
@@ -108,7 +109,8 @@ def _labels_in(folder: ImageFolder, class_names: tuple[str, ...]) -> NDArray[np.
 def _class_of(name: str, folder: ImageFolder, numbers: dict[str, int], class_names: tuple[str, ...]) -> int:
     *parents, file = name.split("/")
     words = file.split("_")
-    # What fastdiff wrote in code is read so; else the longest beginning that is a class, which may hold underscores.
+    # Percent-encoded names, as fastdiff writes them, are decoded. Otherwise the longest prefix that is a class counts;
+    # it may contain underscores.
     coded = [class_of_file(file)] if class_of_file(file) != words[0] else []
     beginnings = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
     for candidate in map(composed, [*parents[:1], *coded, *beginnings]):
@@ -118,6 +120,6 @@ def _class_of(name: str, folder: ImageFolder, numbers: dict[str, int], class_nam
     near = [match for text in said for match in difflib.get_close_matches(text, class_names, n=3, cutoff=0.4)]
     known = list(dict.fromkeys(near)) or class_names[:10]
     raise ValueError(
-        f"{printable(name)} in {folder.root} begins with no class of the model and lies in no folder of that name: "
+        f"{printable(name)} in {folder.root} matches no class of the model, neither by file name nor by folder: "
         f"rename it; there are {printable(', '.join(known))}{' and more' if len(class_names) > len(known) else ''}"
     )

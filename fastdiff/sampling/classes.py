@@ -1,4 +1,4 @@
-"""Which class every image is drawn of: a function of its number, so that any part of a job draws the same."""
+"""The class of each image: a function of its number, so that any part of a job draws the same images."""
 
 import difflib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fastdiff.data.classes import completed, composed
 from fastdiff.kernels import philox_uint32
 
 CLASS_STREAM = 0xFFFFFFFF
-"""The Philox step that classes are drawn from; the updates of a sampling loop count theirs from 0."""
+"""The Philox step reserved for classes; a sampling loop counts its steps from 0."""
 
 
 def labels_of(
@@ -24,11 +24,11 @@ def labels_of(
     mix: ClassMix = ClassMix.BALANCED,
     seed: int = 0,
 ) -> NDArray[np.int64] | None:
-    """The classes (N,) of the images ``indices`` (N,); None for a model without classes.
+    """The class indices (N,) of the images ``indices`` (N,); None for an unconditional model.
 
-    The classes named in turn, by name or, where no class is called by a number, by number. Without any,
-    all in turn, or for a ``mix`` as in the data drawn with the frequencies that the checkpoint knows. ValueError where
-    there is no such class, or the model has none.
+    ``classes`` are taken in turn, each a name or, unless some class has a number as its name, an index. Without them
+    all classes are taken in turn, or drawn with the frequencies stored in the checkpoint if ``mix`` is data. ValueError
+    if a class is unknown, the model is unconditional, or the checkpoint stores no frequencies.
     """
     config = checkpoint.model_config
     if not config.class_cond:
@@ -45,7 +45,7 @@ def labels_of(
             "class_mix data: the checkpoint does not say how many images of a class it was trained on; leave it out"
         )
     words = philox_uint32(seed, torch.from_numpy(indices), CLASS_STREAM, 1)[:, 0].numpy()
-    # in whole numbers, which no rounding can push beyond the last class
+    # in integers: no rounding can exceed the last class
     return np.searchsorted(list(accumulate(counts)), (words * sum(counts)) >> 32, side="right")
 
 
@@ -62,12 +62,12 @@ def _number(checkpoint: Checkpoint, wanted: str | int) -> int:
 
 
 def split_classes(text: str, names: Sequence[str]) -> tuple[str, ...]:
-    """The classes in "cat" or "cat,dog,7"; a name that holds a comma stands for itself."""
+    """Split "cat,dog,7" into its classes; a class name that contains a comma is not split."""
     return (text,) if composed(text) in names else tuple(part.strip() for part in text.split(","))
 
 
 def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the model's classes are called, by their numbers where they have no names; () without classes."""
+    """The names of the model's classes, or their numbers if they have none; () for an unconditional model."""
     config = checkpoint.model_config
     if not config.class_cond:
         return ()

@@ -1,4 +1,4 @@
-"""A checkpoint made ready to draw: timesteps chosen, weights cast once, compiled where that pays."""
+"""Prepares a checkpoint for sampling: selects the timesteps, casts the weights once, compiles if that pays."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,14 +17,15 @@ from fastdiff.sampling.guidance import guided
 from fastdiff.sampling.output import Uint8Array
 
 SUPER_RES_KEY = 0x9E3779B97F4A7C15
-"""Added to the seed for a super-resolution model, whose noise must not be that of the base image once more."""
+"""Added to the seed of a super-resolution model, whose noise must be independent of the base image's."""
 
 
 class Engine:
     """Draws the images of a checkpoint by their numbers.
 
-    ``images`` is how many it will be asked for: many of them make compiling worth while. It takes over the checkpoint's
-    model, whose weights it casts. ValueError where ``config`` asks for timesteps that the process does not have.
+    ``images`` is the number of images to expect, which decides whether compilation pays. The engine takes ownership of
+    the checkpoint's model and casts its weights. ValueError if ``config`` asks for timesteps that the diffusion process
+    does not have.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: SampleConfig, runtime: Runtime, images: int) -> None:
@@ -57,7 +58,7 @@ class Engine:
     def trajectory(
         self, index: int, label: int | None, most: int, low_res: OfImages | None = None, start: OfImages | None = None
     ) -> Uint8Array:
-        """The image ``index`` on its way from x_T to x_0: at ``most`` so many frames (F, H, W, 3), evenly spread."""
+        """At most ``most`` evenly spread frames uint8 (F, H, W, 3) of the image ``index`` from x_T to x_0."""
         chosen = np.linspace(self.steps, 0, min(self.steps + 1, most)).round().astype(int).tolist()
         frames: list[Uint8Array] = []
         seen = 0
@@ -69,7 +70,7 @@ class Engine:
             seen += 1
 
         labels = None if label is None else np.array([label])
-        model = self.runtime.eager(self._module)  # for a batch of one it would be compiled once more
+        model = self.runtime.eager(self._module)  # a batch of one would be compiled again
         for _ in self._generate(model, np.array([index]), labels, low_res=low_res, start=start, watch=watch):
             pass
         return np.stack(frames)
@@ -107,7 +108,7 @@ class Engine:
         conditions = {} if labels is None else {"y": torch.from_numpy(labels).to(x.device)}
         model = self.runtime.eager(self._module)
         if labels is not None and self.config.guidance_scale != 1:
-            model = guided(model, self.config.guidance_scale)  # as it will be decoded
+            model = guided(model, self.config.guidance_scale)  # as in decoding
         clip = self.config.clip_denoised
         return self.diffusion.ddim_reverse_sample_loop(model, x, clip_denoised=clip, model_kwargs=conditions)
 

@@ -1,4 +1,4 @@
-"""The files that a job writes: checked before any work, filled from the shards at its end."""
+"""The files that a job writes: checked before any work, assembled from the shards at its end."""
 
 import json
 import os
@@ -18,20 +18,20 @@ from fastdiff.sampling.output import Uint8Array, save_npz, save_pngs
 from fastdiff.sampling.shards import Shards, parts_of
 
 GRID_IMAGES = 100
-"""The grid beside the npz shows the first of them."""
+"""The preview grid shows this many images, the first ones of the npz."""
 
 
 FRAMES = {".gif": 60, ".png": 12}
-"""At most so many steps of a trajectory are shown, as an animation and as a strip."""
+"""Maximum number of frames of a trajectory, as an animation and as a strip."""
 
 
 LONGEST_NAME = 200
-"""Bytes of a file's name, to which temporary names add some."""
+"""Maximum bytes of a file name; temporary names add a few."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where the images go: the npz, with a grid beside it and shards while it is unfinished; PNGs and a trajectory."""
+    """The output paths: the npz, with a preview grid and temporary shards beside it; PNGs and a trajectory."""
 
     out: Path
     png_dir: Path | None = None
@@ -40,27 +40,27 @@ class Files:
 
     @property
     def grid(self) -> Path:
-        """The picture beside the npz."""
+        """The preview grid beside the npz."""
         return self.out.with_suffix(".png")
 
     @property
     def shards(self) -> Shards:
-        """The images that are finished."""
+        """The finished images."""
         return Shards(parts_of(self.out))
 
     @property
     def manifest(self) -> dict[str, str | None]:
-        """Which of them a job was begun with: it goes on with the same ones, so that each is whole at the end."""
+        """The optional outputs of the job. A resumed job must have the same ones, so that each ends complete."""
         named = {"png_dir": self.png_dir, "trajectory": self.trajectory}
         return {name: None if path is None else str(path.resolve()) for name, path in named.items()}
 
     @property
     def again(self) -> str:
-        """What goes on with an unfinished job, in words."""
+        """What resumes an unfinished job, for messages."""
         return "the same command without --overwrite" if self.overwrite else "the same command"
 
     def check(self) -> None:
-        """ValueError where a file is in the way, other than an unfinished job's, or cannot be written."""
+        """ValueError if a path is unsuitable or not writable, or exists without being an unfinished job's."""
         if self.out.suffix != ".npz":
             raise ValueError(f"out {self.out} must end in .npz")
         if self.trajectory is not None and self.trajectory.suffix not in FRAMES:
@@ -87,14 +87,14 @@ class Files:
         refuse_unwritable(option, path.parent)
 
     def _ours(self, option: str) -> bool:
-        """Whether what is there may be replaced: by the user's word, or since an unfinished job has made it."""
+        """Whether an existing file may be replaced: with --overwrite, or if an unfinished job made it."""
         if self.overwrite:
             return True
         unfinished = self.shards.settings()
         return unfinished is not None and unfinished.get(option) == self.manifest.get(option)
 
     def clean(self) -> None:
-        """Delete what killed processes were writing; no other one may be at work on these files."""
+        """Delete the temporary files of killed processes; no other process may be writing these files."""
         self.shards.clean()
         left = [] if self.png_dir is None else abandoned(self.png_dir)
         for path in (self.grid, self.trajectory):
@@ -104,10 +104,10 @@ class Files:
             shutil.rmtree(folder)
 
     def keep(self, positions: Int64Array, images: Uint8Array, names: list[str]) -> None:
-        """Keep finished images (n, H, W, 3), those of the increasing positions (n,); OSError where that fails."""
+        """Save finished images (n, H, W, 3) at the increasing ``positions`` (n,); OSError if that fails."""
         if self.png_dir is not None:
             save_pngs(self.png_dir, images, names)
-        cuts = np.flatnonzero(np.diff(positions) != 1) + 1  # what lies between was drawn before
+        cuts = np.flatnonzero(np.diff(positions) != 1) + 1  # positions in the gaps were drawn earlier
         for part, kept in zip(np.split(positions, cuts), np.split(images, cuts), strict=True):
             self.shards.add(int(part[0]), kept)
 
@@ -119,10 +119,10 @@ class Files:
         class_names: tuple[str, ...],
         settings: Mapping[str, Any],
     ) -> Uint8Array:
-        """Write the npz from the shards, of which one at a time is in memory; returns the first GRID_IMAGES images.
+        """Write the npz from the shards, one in memory at a time; return the first GRID_IMAGES images.
 
-        Beside arr_0, and arr_1 with class_names where there are classes, it holds the images' numbers, the seed and the
-        settings (JSON).
+        The npz holds arr_0, for class-conditional models arr_1 and class_names, the image numbers as indices, the seed
+        and the settings (JSON). ValueError if a shard is damaged or images are missing.
         """
         spans = self.shards.spans()
         first: list[Uint8Array] = []
@@ -153,10 +153,10 @@ class Files:
 
 
 def png_names(indices: Int64Array, labels: Int64Array | None, class_names: tuple[str, ...]) -> list[str]:
-    """File names that begin with the class, so that the folder can be trained on as it is.
+    """File names that start with the class, so that fastdiff can train on the folder.
 
-    As data of --labels prefix they have the classes ``class_names`` again, whatever these are called. ValueError
-    where a name is too long for a file.
+    With --labels prefix the folder has the classes ``class_names`` again, whatever characters they contain. ValueError
+    if a class name is too long for a file name.
     """
     if labels is None:
         return [f"{i:06d}" for i in indices]

@@ -1,4 +1,4 @@
-"""Drawing images batch by batch."""
+"""Draws images batch by batch."""
 
 import time
 from collections import deque
@@ -18,11 +18,11 @@ from fastdiff.sampling.output import Uint8Array
 
 Int64Array = NDArray[np.int64]
 OfImages = Callable[[Int64Array], Tensor]
-"""From the numbers (n,) of images to something of each, (n, ...)."""
+"""Maps image numbers (n,) to per-image tensors (n, ...)."""
 
 
 class Stopped(Exception):
-    """Raised by ``on_step``: no further step is wanted."""
+    """Raised by ``on_step`` to end the sampling."""
 
 
 def generate(
@@ -40,18 +40,19 @@ def generate(
     watch: Callable[[Tensor], None] | None = None,
     graphs: bool = False,
 ) -> Iterator[Uint8Array]:
-    """Yield batches of images, uint8 (n, H, W, 3), as ``batches`` cuts them.
+    """Yield batches of images, uint8 (n, H, W, 3), of the sizes that ``batches`` chooses.
 
-    ``indices`` (num_samples,) are the images' numbers, by default 0, 1, 2, ...; ``labels`` (num_samples,) the classes
-    of a class-conditional model's images; ``low_res`` gives a super-resolution model's inputs (n, 3, h, w) in [-1, 1],
-    and ``start`` x_T (n, 3, H, W), where it is not noise. ``on_step`` is told after each step how many images took it,
-    and ends the drawing by Stopped, after which the batches that are finished still come; ``watch`` is shown x_T and
-    every x_t after it, which the next step writes over. With ``graphs`` a step is one CUDA graph on a GPU.
+    ``indices`` (num_samples,) are the image numbers, by default 0, 1, 2, ... ``labels`` (num_samples,) are the class
+    labels for a class-conditional model. ``low_res`` gives the inputs (n, 3, h, w) in [-1, 1] of a super-resolution
+    model, and ``start`` gives x_T (n, 3, H, W) if it is not noise. ``on_step`` is called after each step with the
+    number of images that took it. It may raise Stopped to end the sampling; finished batches are still yielded.
+    ``watch`` is called with x_T and every later x_t, a buffer that the next step overwrites. With ``graphs`` a step is
+    one CUDA graph on a GPU.
 
     The noise of an image is a function of seed and index alone (fastdiff.kernels.philox): the same seed draws the same
-    image whatever the batch size. On a GPU a batch is drawn while the pixels of the one before it are on their way.
+    image for every batch size. On a GPU a batch is drawn while the pixels of the previous one are copied to the host.
 
-    ValueError where the model's numbers are not finite.
+    ValueError if the images are not finite.
     """
     numbers = np.arange(config.num_samples) if indices is None else indices
     if config.guidance_scale != 1 and labels is not None:
@@ -63,7 +64,7 @@ def generate(
     copying = torch.cuda.Stream(device) if device.type == "cuda" else None
     leaving: deque[_Leaving] = deque()
     for part in parts:
-        # The last batch is filled up with more of its images: another shape would compile the model again.
+        # The last batch is padded with copies of its images: another shape would recompile the model.
         wanted = part.stop - part.start
         mine = numbers[part][np.arange(size) % wanted]
         conditions = {}
@@ -90,7 +91,7 @@ def generate(
         if loop.left:
             break
         leaving.append(_Leaving(loop.x, wanted, copying))
-        while len(leaving) > (copying is not None):  # one batch ahead and no more, though a GPU's host could be
+        while len(leaving) > (copying is not None):  # at most one batch ahead, though a GPU's host could run further
             yield leaving.popleft().arrived(steps)
         if steps.stopped:
             break
@@ -99,13 +100,13 @@ def generate(
 
 
 def batches(count: int, batch_size: int) -> list[slice]:
-    """``count`` things in as few parts of at most ``batch_size`` as can be, equal but for the last."""
+    """Split ``count`` items into the fewest slices of at most ``batch_size``, all equal except for the last."""
     size = -(-count // -(-count // batch_size))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class _Steps:
-    """Tells of the steps that the device has taken, which on a GPU are fewer than the host has asked for."""
+    """Reports the steps that the device has completed; on a GPU they lag behind the steps that the host launched."""
 
     def __init__(self, tell: Callable[[int], None], device: torch.device) -> None:
         self.stopped = False
@@ -114,7 +115,7 @@ class _Steps:
         self._pending: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def taken(self, images: int) -> None:
-        """So many images are asked to take a step."""
+        """Record that a step of ``images`` images was launched."""
         if self._device.type == "cuda":
             self._pending.append((torch.cuda.current_stream(self._device).record_event(), images))
             self.look()
@@ -122,7 +123,7 @@ class _Steps:
             self._told(images)
 
     def look(self) -> None:
-        """Tell what has come about, without waiting."""
+        """Report the completed steps without waiting for the device."""
         while self._pending and self._pending[0][0].query():
             self._told(self._pending.popleft()[1])
 
@@ -134,7 +135,7 @@ class _Steps:
 
 
 class _Leaving:
-    """A batch's pixels on their way from the device on a stream of their own, beside what the device does next."""
+    """A batch's pixels, copied to the host on a separate stream while the device computes the next batch."""
 
     def __init__(self, x: Tensor, wanted: int, copying: "torch.cuda.Stream | None") -> None:
         self._pixels, self._finite = to_uint8(x)[:wanted], x.isfinite().all()
@@ -151,7 +152,7 @@ class _Leaving:
         return self._copied is None or self._copied.query()
 
     def arrived(self, steps: _Steps) -> Uint8Array:
-        """The images; ValueError where some are none. Waits for them, and tells of the steps meanwhile."""
+        """Wait for the images, reporting steps meanwhile, and return them; ValueError if they are not finite."""
         while not self.there:
             steps.look()
             time.sleep(0.002)
@@ -162,14 +163,14 @@ class _Leaving:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there; the host does not wait for the copy, nor so for the batch that is still being drawn."""
+    """Copy a tensor to the device without a host sync, which would also wait for the batch being drawn."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory that is under way on the current stream."""
-    # what it is copied from was allocated for another stream, which would take the memory back too early
+    """Start a copy to pinned memory on the current stream and return its target."""
+    # the source was allocated on another stream, which would otherwise reuse its memory too early
     tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022): away from what the model draws without a class."""
+"""Classifier-free guidance (Ho & Salimans 2022): away from the unconditional prediction."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from fastdiff.models import NULL_CLASS
 
 
 def guided(model: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
-    """A class-conditional model that predicts ``scale`` times the way from without a class to with it.
+    """Wrap a class-conditional model to predict u + ``scale`` (c - u), c with the class and u without it.
 
-    1 is the model itself, 0 the model without classes. Both are predicted in one call on twice the batch; a learned
-    variance is the one with the class. Equation 6 of the paper, with w = scale - 1; it holds for a prediction of x_0 or
-    of the mean as it does for the noise, since each is a linear function of it at a given x_t.
+    Scale 1 is the model itself, scale 0 the unconditional model. One call on twice the batch computes both predictions;
+    a learned variance is taken from the one with the class. This is equation 6 of the paper with w = scale - 1. It also
+    holds for a prediction of x_0 or of the mean, since each is a linear function of the noise at a given x_t.
     """
 
     def predict(x: Tensor, timesteps: Tensor, y: Tensor, **conditions: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""A job of sampling: images into files, by one process or many, in one go or in several."""
+"""A sampling job: draws images into files, with one process or many, and resumes if it was interrupted."""
 
 import signal
 import time
@@ -22,18 +22,18 @@ from fastdiff.sampling.pipeline import Pipeline
 from fastdiff.sampling.plan import Plan
 
 MOST_COLUMNS = 16
-"""A grid has a column for each class where there are no more of them."""
+"""A grid has one column per class, up to this many classes."""
 
-_ANSWER = "stopping after this step; what is finished is kept"
+_ANSWER = "stopping after this step; finished images are kept"
 
 OnProgress = Callable[[int, int, str], None]
-"""Told how many of how many images' steps are done, and the speed in words."""
+"""Called with the number of image steps done, their total, and the speed as text."""
 
 
 class Job:
     """Draws the images ``indices`` (N,) of a plan into files.
 
-    ``settings`` is all that decides what they are, as JSON can hold it: an unfinished job goes on where they are equal.
+    ``settings`` is everything that determines them, as values for JSON: an unfinished job resumes only if it is equal.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Job:
         self.world = world
 
     def run(self, log: Callable[[str], None], on_progress: OnProgress) -> int:
-        """Draw what is missing and write the files; returns the exit status, 128 and a signal's number if one came.
+        """Draw the missing images and write the files; return the exit status, 128 + a signal's number if one came.
 
-        Collective; the first process writes the files, every one its shards. ValueError or OSError where it cannot be
-        done: what is finished is kept, and the same job goes on with it.
+        Collective: every process writes its shards, and the first one the final files. If it fails with ValueError or
+        OSError, finished images are kept and the same job resumes from them.
         """
         with ExitStack() as held:
             missing = self.world.from_main(lambda: self._open(held))
             try:
                 return self._fill(missing, log, on_progress)
             except Exception:
-                # nothing came of it, unless there are PNG files, which are its own only as long as it is there
+                # nothing to keep; PNG files, if any, are known as the job's only while its folder exists
                 if self.world.main and self.files.png_dir is None and not self.files.shards.spans():
                     self.files.shards.remove()
                 raise
@@ -78,7 +78,7 @@ class Job:
         mine = np.array_split(missing, self.world.size)[self.world.rank]
         pipeline = self.world.together(lambda: self.plan.pipeline(self.runtime, len(mine)))
         if len(missing) < len(self.indices):
-            log(f"going on: {len(self.indices) - len(missing)} of {len(self.indices)} images are there")
+            log(f"resuming: {len(self.indices) - len(missing)} of {len(self.indices)} images are finished")
         log(
             f"drawing: {len(missing)} images of {self.plan.image_size} pixels, {pipeline.steps} "
             f"{self.plan.config.sampler} steps, seed {self.plan.config.seed}; {self.world.describe()}, "
@@ -87,7 +87,7 @@ class Job:
         if pipeline.steps > 250 and self.runtime.device.type == "cpu":
             log("hint: fewer steps are faster, try --sampler dpm++ --steps 20")
         began = time.perf_counter()
-        # until all are done: a signal to all must not end one that waits for the others before they can say so
+        # held until all are done: a signal to all must not kill a process that waits for the others' status
         with StopRequest(_ANSWER) as stop:
             status = self.world.together(lambda: self._draw(pipeline, mine, stop, on_progress))
             status = max(self.world.gathered(status))
@@ -95,7 +95,7 @@ class Job:
             there = sum(map(len, self.files.shards.spans()))
             log(
                 f"stopped by {signal.Signals(status - 128).name}: {there} of {len(self.indices)} images are finished, "
-                f"in {self.files.shards.folder}; {self.files.again} goes on"
+                f"in {self.files.shards.folder}; {self.files.again} resumes the job"
             )
             return status
         speed = f", {len(missing) / (time.perf_counter() - began):.2f} images/s" if len(missing) else ""
@@ -103,9 +103,9 @@ class Job:
         return 0
 
     def _open(self, held: ExitStack) -> Int64Array:
-        """The positions that are still to be drawn, the folder for the shards being held from here on."""
+        """Take the lease on the shards' folder, which ``held`` releases; return the positions still to be drawn."""
         shards, files = self.files.shards, self.files
-        # where torchrun starts the job once more, what was to be overwritten has been
+        # if torchrun restarts the job, --overwrite has already taken effect
         again = restarted() and launcher() and Lease.begun_by(shards.folder) == launcher()
         new = not shards.folder.exists()
         try:
@@ -115,8 +115,8 @@ class Job:
                 shards.begin({**self.settings, **files.manifest})
             elif difference := _difference(found, {**self.settings, **files.manifest}):
                 raise ValueError(
-                    f"{shards.folder} holds an unfinished job with another {difference}: give the same flags to go on "
-                    "with it, name another --out, or begin anew with --overwrite"
+                    f"{shards.folder} holds an unfinished job with another {difference}: give the same flags to "
+                    "resume it, name another --out, or start again with --overwrite"
                 )
         except OSError:
             if new:
@@ -126,9 +126,9 @@ class Job:
         return shards.missing(len(self.indices))
 
     def _draw(self, pipeline: Pipeline, positions: Int64Array, stop: StopRequest, on_progress: OnProgress) -> int:
-        """Draw the images at ``positions``, increasing, each batch being kept while the next is drawn.
+        """Draw the images at the increasing ``positions``, saving each batch while the next one is drawn.
 
-        Returns the exit status, not 0 where it was stopped before the last one.
+        Returns the exit status, which is not 0 if a signal stopped it before the last image.
         """
         if not len(positions):
             return 0
@@ -162,7 +162,7 @@ class Job:
             self._write(pipeline, log, speed)
         except OSError as error:
             where = self.files.shards.folder
-            raise OSError(f"{error}: the images are all in {where}, and {self.files.again} goes on") from error
+            raise OSError(f"{error}: all images are in {where}, and {self.files.again} resumes the job") from error
         self.files.shards.remove()
 
     def _write(self, pipeline: Pipeline, log: Callable[[str], None], speed: str) -> None:
@@ -176,7 +176,7 @@ class Job:
             if 1 < in_turn <= MOST_COLUMNS and np.array_equal(shown[in_turn:], shown[:-in_turn]):
                 columns = in_turn
         if self.plan.ends is not None:
-            columns = min(len(first), MOST_COLUMNS)  # from one end to the other
+            columns = min(len(first), MOST_COLUMNS)  # from one endpoint to the other
         save_grid(files.grid, first, columns, names)
         log(f"wrote {files.out} and {files.grid}{speed}")
         if files.png_dir is not None:
@@ -185,11 +185,11 @@ class Job:
             label = None if labels is None else int(labels[0])
             most = FRAMES[files.trajectory.suffix]
             save_trajectory(files.trajectory, pipeline.trajectory(int(self.indices[0]), label, most))
-            log(f"wrote {files.trajectory}, how image {self.indices[0]} came about")
+            log(f"wrote {files.trajectory}, the steps of image {self.indices[0]}")
 
 
 def _difference(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """The first setting that differs, with both values; empty where none does."""
+    """The first setting that differs, with both values; empty if none does."""
     for name in {**found, **ours}:
         theirs, own = found.get(name), ours.get(name)
         if isinstance(theirs, Mapping) and isinstance(own, Mapping):
@@ -202,7 +202,7 @@ def _difference(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 
 class _Meter:
-    """Tells how far the loop is, and how fast it goes."""
+    """Reports the progress and the speed of the loop."""
 
     def __init__(self, tell: OnProgress, images: int, steps: int) -> None:
         self._tell = tell
@@ -211,7 +211,7 @@ class _Meter:
         self._began = time.perf_counter()
 
     def step(self, images: int) -> None:
-        """So many images have taken one more step."""
+        """Count one more step of ``images`` images."""
         self._done = min(self._done + images, self._total)
         seconds = time.perf_counter() - self._began
         left = seconds / self._done * (self._total - self._done)

@@ -1,4 +1,4 @@
-"""A sampler's steps over tensors that stay where they are, so that a GPU replays each step as one CUDA graph."""
+"""A sampling loop over fixed buffers, so that a GPU replays each step as one CUDA graph."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ _MULTISTEP = (Sampler.DPM, Sampler.DPM_SDE)
 
 @dataclass(frozen=True)
 class _Buffers:
-    """What a step reads and writes: x_t, t, the predicted x_0 of the step before, noise, the model's conditions."""
+    """The buffers of a step: x_t, t, the previous step's prediction of x_0, the noise, the model's conditions."""
 
     x: Tensor
     t: Tensor
@@ -25,11 +25,10 @@ class _Buffers:
 
 
 class Loop:
-    """Takes batches of one shape from x_T to images: ``begin`` a batch, then ``step`` while steps are ``left``.
+    """Samples batches of one shape: ``begin`` a batch at x_T, then call ``step`` while steps are ``left``.
 
-    A batch's tensors are copied into buffers on the device. The first step of all runs as it is, which compiles what is
-    to be compiled; every further one is, on a GPU and with ``graphs``, one launch of a CUDA graph. No step waits for
-    the device.
+    A batch's tensors are copied into buffers on the device. The very first step runs without a CUDA graph and triggers
+    compilation. With ``graphs``, every further step on a GPU is one launch of a CUDA graph. No step causes a host sync.
     """
 
     def __init__(
@@ -45,18 +44,18 @@ class Loop:
 
     @property
     def x(self) -> Tensor:
-        """x_t (N, 3, H, W), after the last step the images; the next ``begin`` writes over it."""
+        """x_t (N, 3, H, W), after the last step the images; the next ``begin`` overwrites it."""
         return self._held.x
 
     @property
     def _held(self) -> _Buffers:
-        assert self._buffers is not None, "a batch was begun"
+        assert self._buffers is not None, "call begin first"
         return self._buffers
 
     def begin(self, x: Tensor, noise: Philox | Tensor, conditions: Mapping[str, Tensor]) -> None:
-        """Take a batch of the first one's shapes: x_T (N, 3, H, W) and the model's further arguments (N, ...).
+        """Start a batch with the shapes of the first one: x_T (N, 3, H, W) and the model's other arguments (N, ...).
 
-        The updates' noise is a Philox, of the first batch's seed, or a tensor (T, N, 3, H, W), t = T-1 first.
+        ``noise`` for the updates is a Philox with the first batch's seed, or a tensor (T, N, 3, H, W), t = T-1 first.
         """
         if self._buffers is None:
             t = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -74,8 +73,8 @@ class Loop:
         self.left = self._diffusion.num_timesteps
 
     def step(self) -> None:
-        """x_{t-1} in the place of x_t."""
-        last = self.left == 1 and self._config.sampler is Sampler.HEUN  # whose last step has no second half
+        """Replace x_t by x_{t-1}."""
+        last = self.left == 1 and self._config.sampler is Sampler.HEUN  # Heun's last step has no second half
         self.left -= 1
         if self.x.device.type != "cuda" or not self._capturing or last not in self._graphs:
             self._advance(last)
@@ -87,8 +86,8 @@ class Loop:
 
     def _captured(self, last: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # One after the other they run, so one memory serves both. PyTorch's own capturing stream belongs to the device
-        # that was captured on first; and what other threads do on the host is none of this graph's business.
+        # The graphs run one after the other and share one memory pool. PyTorch's default capture stream belongs to the
+        # device of the first capture, so each graph has a new stream. Other host threads must not end a capture.
         pool = next((other.pool() for other in self._graphs.values() if other is not None), None)
         stream = torch.cuda.Stream(self.x.device)
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -124,7 +123,7 @@ class Loop:
 
 
 def _numbers(noise: Philox | Tensor) -> Tensor:
-    """What of the noise changes from batch to batch."""
+    """The part of the noise that changes from batch to batch."""
     return noise.samples if isinstance(noise, Philox) else noise
 
 

@@ -1,4 +1,4 @@
-"""The files that samples are kept in: npz as the ADM evaluator reads it, a grid to look at, PNGs, a trajectory."""
+"""Writes samples: an npz for the ADM evaluator, a preview grid, PNGs, a trajectory."""
 
 import math
 import unicodedata
@@ -26,14 +26,14 @@ HELD = 1.5
 """Seconds for which a GIF shows its last frame."""
 
 FRAME = 0.04
-"""Seconds for which a GIF shows any other at least: viewers slow down what is much shorter."""
+"""Minimum seconds for which a GIF shows any other frame: viewers slow down much shorter frames."""
 
 
 def save_npz(path: Path, batches: Iterable[Uint8Array], shape: tuple[int, int, int, int], **arrays: ArrayLike) -> None:
-    """arr_0: the images uint8 (N, H, W, 3) = ``shape``, batch after batch (n, H, W, 3); then ``arrays`` by their names.
+    """Write images uint8 (N, H, W, 3) = ``shape`` from batches (n, H, W, 3) as arr_0, then ``arrays`` by name.
 
-    The file is byte for byte np.savez's, whole or not at all. Only one batch is in memory at a time. ValueError where
-    the batches do not make up the shape; OSError, which names the file, where it cannot be written.
+    The write is atomic, and the file is byte for byte that of np.savez. Only one batch is in memory at a time.
+    ValueError if the batches do not add up to the shape; OSError, which names the file, if it cannot be written.
     """
     with _writing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -45,14 +45,14 @@ def save_npz(path: Path, batches: Iterable[Uint8Array], shape: tuple[int, int, i
                 member.write(np.ascontiguousarray(batch).data)
                 count += len(batch)
             if count != shape[0]:
-                raise ValueError(f"{path}: {count} images came, not {shape[0]}")
+                raise ValueError(f"{path}: got {count} images, expected {shape[0]}")
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 npy.write_array(member, np.asarray(array), allow_pickle=False)
 
 
 def make_grid(images: Uint8Array, columns: int | None = None, gap: int = GAP) -> Uint8Array:
-    """Images (N, H, W, 3) side by side on white, row by row: uint8 (rows, columns, 3). Square unless told otherwise."""
+    """Arrange images (N, H, W, 3) row by row on white: uint8 (rows, columns, 3), by default a square grid."""
     count, height, width, _ = images.shape
     columns = columns or _square(count)
     rows = math.ceil(count / columns)
@@ -64,9 +64,9 @@ def make_grid(images: Uint8Array, columns: int | None = None, gap: int = GAP) ->
 
 
 def save_grid(path: Path, images: Uint8Array, columns: int | None = None, names: Sequence[str] | None = None) -> None:
-    """A PNG of make_grid, small images enlarged by a whole factor to be seen well, with each image's name.
+    """Save make_grid as a PNG, small images enlarged by an integer factor, with each image's name.
 
-    A name that a whole column shares stands above it, else each stands below its image.
+    If every column has a single name, the names are above the columns; else each name is below its image.
     """
     columns = columns or _square(len(images))
     height, width = images.shape[1:3]
@@ -91,17 +91,17 @@ def save_grid(path: Path, images: Uint8Array, columns: int | None = None, names:
 
 
 class _Text:
-    """One line of small print that is at most so many pixels wide, in the font that Pillow always has."""
+    """One line of small text, at most ``width`` pixels wide, in Pillow's built-in font."""
 
     def __init__(self, width: int) -> None:
         self._width = width
         size = min(max(width // 9, 11), 16)
-        # Without FreeType there is one of a single size.
+        # Without FreeType the font has a single size.
         self._font = ImageFont.load_default(size) if features.check("freetype2") else ImageFont.load_default()
         self.height = math.ceil(self._font.getbbox("gjpqy")[3]) + 2
 
     def draw(self, draw: ImageDraw.ImageDraw, name: str, left: int, top: int) -> None:
-        """The name, cut where it is too long, in the middle of the pixels from ``left`` on."""
+        """Draw the name, shortened if it is too long, centred in the pixels that start at ``left``."""
         text = _ascii(name)
         if self._length(text) > self._width:
             fits = bisect_right(range(1, self._width), self._width, key=lambda n: self._length(text[:n] + "..."))
@@ -113,45 +113,45 @@ class _Text:
 
 
 def _ascii(name: str) -> str:
-    """A name in the letters that the font has: without accents, and with question marks for what is left."""
+    """A name in the font's letters: accents are removed, and other characters become question marks."""
     letters = unicodedata.normalize("NFKD", printable(name))
     return "".join(c for c in letters if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
 def save_pngs(folder: Path, images: Uint8Array, names: Sequence[str]) -> None:
-    """Each image as folder/name.png."""
+    """Save each image as folder/name.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in zip(names, images, strict=True):
         save_png(folder / f"{name}.png", image)
 
 
 def save_png(path: Path, image: Uint8Array) -> None:
-    """One image (H, W, 3) as a PNG file, whole or not at all."""
+    """Save one image (H, W, 3) as a PNG file, atomically."""
     _save(path, Image.fromarray(image), "PNG")
 
 
 def save_trajectory(path: Path, frames: Uint8Array) -> None:
-    """An image on its way out of the noise, frames (F, H, W, 3): an animation as .gif, or side by side as .png."""
+    """Save an image's steps from noise, frames (F, H, W, 3): as an animation (.gif) or side by side (.png)."""
     if path.suffix not in (".gif", ".png"):
         raise ValueError(f"trajectory {path} must end in .gif, for an animation, or in .png, for a strip")
     (save_gif if path.suffix == ".gif" else save_strip)(path, frames)
 
 
 def save_strip(path: Path, frames: Uint8Array) -> None:
-    """Frames (F, H, W, 3) as one row of a grid."""
+    """Save frames (F, H, W, 3) as one row of a grid."""
     save_grid(path, frames, columns=len(frames))
 
 
 def save_gif(path: Path, frames: Uint8Array, seconds: float = 3.0) -> None:
-    """Frames (F, H, W, 3) as a GIF that runs for so many seconds, rests on the last frame and begins again.
+    """Save frames (F, H, W, 3) as a GIF that runs for ``seconds``, rests on the last frame and repeats.
 
-    Of more frames than fit into that time some are shown, evenly spread, the first and the last among them.
+    If more frames are given than fit into that time, it shows evenly spread ones, including the first and the last.
     """
     shown = np.linspace(0, len(frames) - 1, min(len(frames), round(seconds / FRAME))).round().astype(int)
     factor = _factor(max(frames.shape[1:3]))
     pictures = []
     for frame in frames[shown]:
-        picture = Image.fromarray(frame).quantize()  # a palette of each frame's own: noise and image share no colours
+        picture = Image.fromarray(frame).quantize()  # one palette per frame: noise and image share no colours
         pictures.append(picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST))
     each = round(100 * seconds / len(pictures)) * 10  # milliseconds; the format counts hundredths of a second
     durations = [each] * (len(pictures) - 1) + [each + round(1000 * HELD)]
@@ -159,12 +159,12 @@ def save_gif(path: Path, frames: Uint8Array, seconds: float = 3.0) -> None:
 
 
 def _square(count: int) -> int:
-    """The columns of a grid that is as wide as high."""
+    """The number of columns of a square grid."""
     return math.ceil(math.sqrt(count))
 
 
 def _factor(side: int) -> int:
-    """How much a picture of so many pixels is enlarged."""
+    """The factor that enlarges a picture of ``side`` pixels."""
     return max(1, min(4, 800 // side))
 
 
@@ -179,7 +179,7 @@ def _save(path: Path, picture: Image.Image, kind: str, **options: Any) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """As ``replacing``, with an OSError that names the file that cannot be written."""
+    """Like ``replacing``, with an OSError that names the file that cannot be written."""
     try:
         with replacing(path) as temporary:
             yield temporary

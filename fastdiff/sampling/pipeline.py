@@ -1,4 +1,4 @@
-"""A model with what it begins from: noise, other noise, small images, or another model that draws these."""
+"""A model with its starting point: noise, interpolated noise, small images, or another model that draws these."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from fastdiff.sampling.output import Uint8Array
 
 @dataclass(frozen=True)
 class Pipeline:
-    """An engine with what it begins from.
+    """An engine with its starting point.
 
-    ``base`` are the small images of a super-resolution model, or the engine that draws them (a cascade: Nichol &
-    Dhariwal 2021, section 4); ``start`` gives x_T where it is not noise. ``upper_labels`` gives the engine's numbers
-    of the classes (N,) that a base numbers its own way.
+    ``base`` holds the small images for a super-resolution model, or is the engine that draws them (a cascade: Nichol &
+    Dhariwal 2021, section 4). ``start`` gives x_T if it is not noise. ``upper_labels`` converts class indices (N,) of
+    the base to those of the engine.
     """
 
     engine: Engine
@@ -32,7 +32,7 @@ class Pipeline:
 
     @property
     def steps(self) -> int:
-        """Steps that an image takes."""
+        """Sampling steps per image, including those of a base engine."""
         return self.engine.steps + (self.base.steps if isinstance(self.base, Engine) else 0)
 
     def draw(
@@ -40,11 +40,11 @@ class Pipeline:
     ) -> Iterator[Uint8Array]:
         """Yield the images ``indices`` (N,) of the classes ``labels`` (N,), uint8 (n, H, W, 3).
 
-        ``on_step`` is told after each step how many images took it.
+        ``on_step`` is called after each step with the number of images that took it.
         """
         low_res: OfImages | None = None
         if isinstance(self.base, Engine):
-            small = self.base.draw(indices, labels, on_step=on_step)  # cut into the same batches
+            small = self.base.draw(indices, labels, on_step=on_step)  # split into the same batches
             low_res = partial(_next_of, small)
         elif self.base is not None:
             low_res = self._given
@@ -53,7 +53,7 @@ class Pipeline:
         return self.engine.draw(indices, labels, low_res=low_res, start=self.start, on_step=on_step)
 
     def trajectory(self, index: int, label: int | None, most: int) -> Uint8Array:
-        """The image ``index`` on its way from noise: at ``most`` so many frames (F, H, W, 3), evenly spread."""
+        """At most ``most`` evenly spread frames (F, H, W, 3) of the image ``index`` from x_T to x_0."""
         low_res: OfImages | None = self._given if self.base is not None else None
         if isinstance(self.base, Engine):
             small = normalised(torch.from_numpy(self.base.trajectory(index, label, 1)))
@@ -68,21 +68,21 @@ class Pipeline:
 
 
 def _next_of(batches: Iterator[Uint8Array], numbers: Int64Array) -> Tensor:
-    """The next batch of small images, filled up to as many as ``numbers`` has; Stopped where there is none."""
+    """The next batch of small images, padded to the length of ``numbers``; raises Stopped if there is none."""
     if (images := next(batches, None)) is None:
         raise Stopped
     return normalised(torch.from_numpy(images[np.arange(len(numbers)) % len(images)]))
 
 
 def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """From one x_T (1, 3, H, W) to another along the sphere (Shoemake 1985): (n, 3, H, W) for ``weights`` (n,).
+    """Interpolate spherically between two x_T (1, 3, H, W) (Shoemake 1985): (n, 3, H, W) for ``weights`` (n,).
 
-    On a straight way between them noise would become too weak.
+    Linear interpolation would reduce the variance of the noise.
     """
     cosine = F.cosine_similarity(first.flatten(), second.flatten(), dim=0)
     angle = torch.arccos(cosine.clamp(-1, 1))
     w = weights.view(-1, 1, 1, 1)
-    near = angle < 1e-4  # where sines are no longer to be divided
+    near = angle < 1e-4  # sin(angle) is too small to divide by
     of_first = torch.where(near, 1 - w, torch.sin((1 - w) * angle) / torch.sin(angle))
     of_second = torch.where(near, w, torch.sin(w * angle) / torch.sin(angle))
     return of_first * first + of_second * second

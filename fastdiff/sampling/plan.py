@@ -1,4 +1,4 @@
-"""What is to be drawn: from which models, of which classes, beginning from what."""
+"""What a job draws: the models, the classes and the starting points."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +23,11 @@ from fastdiff.sampling.pipeline import Pipeline, slerp
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the images of numbers 0, 1, 2, ... are.
+    """Defines the images of the numbers 0, 1, 2, ...
 
-    ``super_res`` enlarges what ``checkpoint`` draws, ``base`` is what a super-resolution checkpoint enlarges, and
-    ``ends`` are two seeds or image files between which the images lie. ``classes`` (names or numbers) are drawn in
-    turn, without any as ``config`` says. ValueError where these do not go together.
+    ``super_res`` enlarges the images of ``checkpoint``; ``base`` holds the images that a super-resolution checkpoint
+    enlarges; ``ends`` are two seeds or image files to interpolate between. ``classes`` (names or indices) are drawn in
+    turn; without them ``config.class_mix`` decides. ValueError if these are incompatible.
     """
 
     checkpoint: Checkpoint
@@ -49,12 +49,12 @@ class Plan:
         ends: tuple[str, str] | None,
         classes: Sequence[str | int],
     ) -> Self:
-        """A plan whose base samples are read, and that draws as many images as those are unless a number is given."""
+        """Create a plan: load the base samples and, unless ``num_samples`` is given, draw one image for each."""
         base = None
         if base_samples is not None:
             model = checkpoint.model_config
             if not model.small_size:
-                raise ValueError("base_samples: this is no super-resolution model, it enlarges no images")
+                raise ValueError("base_samples: this is not a super-resolution model and enlarges no images")
             names = checkpoint.class_names if model.class_cond else None
             base = load_base_samples(base_samples, model.small_size, names, model.num_classes)
             num_samples = len(base) if num_samples is None else num_samples
@@ -71,7 +71,7 @@ class Plan:
             )
         _refuse_guidance(self.checkpoint, self.config)
         if self.base is not None and self.super_res is not None:
-            raise ValueError("super_res: not after base_samples; enlarge the images once more with a second command")
+            raise ValueError("super_res: not after base_samples; enlarge the images again with a second command")
         if self.super_res is not None:
             _refuse_unlike(self.checkpoint, self.super_res)
         if self.base is not None and self.classes:
@@ -83,8 +83,8 @@ class Plan:
 
     def _refuse_mix(self) -> None:
         reasons = {
-            "class already says which to draw": bool(self.classes),
-            "the base samples have classes of their own": self.base is not None,
+            "class already selects the classes": bool(self.classes),
+            "the base samples have their own classes": self.base is not None,
             "this model was trained without classes": not self.checkpoint.model_config.class_cond,
         }
         for reason, holds in reasons.items():
@@ -97,11 +97,13 @@ class Plan:
             if not (end.isdecimal() and int(end) < 2**64) and not Path(end).is_file():
                 raise ValueError(f"interpolate {end}: neither a seed nor an image file")
         if config.sampler.stochastic or config.eta:
-            raise ValueError("interpolate: noise would part the images: use --sampler ddim, dpm++ or heun, without eta")
+            raise ValueError(
+                "interpolate needs a deterministic sampler: use --sampler ddim, dpm++ or heun, without eta"
+            )
         if self.base is not None or self.super_res is not None:
             raise ValueError("interpolate: not with a super-resolution model; enlarge the images afterwards")
         if self.checkpoint.model_config.class_cond and len(self.classes) != 1:
-            raise ValueError("interpolate: this model has classes, name the one of these images with --class")
+            raise ValueError("interpolate: this model has classes: name the class of these images with --class")
 
     @property
     def image_size(self) -> int:
@@ -109,18 +111,18 @@ class Plan:
         return (self.super_res or self.checkpoint).model_config.image_size
 
     def labels(self, indices: Int64Array) -> Int64Array | None:
-        """The classes (N,) of the images ``indices`` (N,), None for a model without classes; ValueError if unknown."""
+        """The class indices (N,) of the images ``indices`` (N,), None without classes; ValueError if one is unknown."""
         if self.ends is not None and not np.array_equal(indices, np.arange(self.config.num_samples)):
             raise ValueError("indices: not with interpolate, whose images are numbered from one end to the other")
         if self.base is not None:
             return self.base.labels_of(indices)
         labels = labels_of(self.checkpoint, indices, self.classes, self.config.class_mix, self.config.seed)
         if labels is not None and self.super_res is not None and self.super_res.model_config.class_cond:
-            self._upper_labels(labels)  # what it lacks is told before anything is drawn
+            self._upper_labels(labels)  # names a missing class before anything is drawn
         return labels
 
     def pipeline(self, runtime: Runtime, images: int) -> Pipeline:
-        """The models, ready to draw so many images. It takes them over."""
+        """Prepare the models to draw ``images`` images. The pipeline takes ownership of them."""
         engine = Engine(self.checkpoint, self.config, runtime, images)
         if self.ends is not None:
             return Pipeline(engine, start=self._between(engine, self.ends))
@@ -128,19 +130,19 @@ class Plan:
             return Pipeline(engine, self.base)
         config = self.config
         if not self.super_res.metadata.get("label_dropout"):
-            config = replace(config, guidance_scale=1.0)  # it is the base that decides what the image shows
+            config = replace(config, guidance_scale=1.0)  # the base decides what the image shows
         upper = self._upper_labels if self.super_res.model_config.class_cond else None
         return Pipeline(Engine(self.super_res, config, runtime, images), engine, upper_labels=upper)
 
     def _upper_labels(self, labels: Int64Array) -> Int64Array:
-        """The classes of the base as super_res numbers them; ValueError where it lacks one."""
+        """Convert class indices of the base to those of super_res; ValueError if it lacks a class."""
         assert self.super_res is not None
         names, count = self.super_res.class_names, self.super_res.model_config.num_classes
         remedy = "draw classes that it was trained on (--class)"
         return renumbered(labels, names_of(self.checkpoint), names, count, "the base", remedy, npz=True)
 
     def _between(self, engine: Engine, ends: tuple[str, str]) -> OfImages:
-        """x_T of the images 0 to num_samples - 1 on the way from one end to the other."""
+        """x_T of the images 0 to num_samples - 1, interpolated from one endpoint to the other."""
         first, second = (self._latent(engine, end) for end in ends)
         last = max(self.config.num_samples - 1, 1)
 
@@ -163,15 +165,13 @@ def _refuse_guidance(checkpoint: Checkpoint, config: SampleConfig) -> None:
     if config.guidance_scale != 1 and not checkpoint.model_config.class_cond:
         raise ValueError(f"{asked} classes (class_cond)")
     if config.guidance_scale != 1 and not checkpoint.metadata.get("label_dropout"):
-        raise ValueError(
-            f"{asked} label dropout, so that it cannot draw without a class: train with --label-dropout 0.1"
-        )
+        raise ValueError(f"{asked} label dropout, so it cannot predict without a class: train with --label-dropout 0.1")
 
 
 def _refuse_unlike(base: Checkpoint, upper: Checkpoint) -> None:
     small, large = base.model_config, upper.model_config
     if not large.small_size:
-        raise ValueError("super_res: this is no super-resolution model")
+        raise ValueError("super_res: this is not a super-resolution model")
     if small.image_size != large.small_size:
         raise ValueError(
             f"super_res: the model enlarges images of {large.small_size} pixels, and the base draws {small.image_size}"

@@ -1,4 +1,4 @@
-"""All that decides what a job's images are, written down, so that two different jobs are never taken for one."""
+"""Records everything that determines a job's images, so that two different jobs are never confused."""
 
 import hashlib
 from pathlib import Path
@@ -19,9 +19,9 @@ def settings_of(
     super_res: Path | None = None,
     base_samples: Path | None = None,
 ) -> dict[str, Any]:
-    """The settings of a job as JSON can hold them, with the SHA-256 of every file that it reads."""
+    """The settings of a job, as values for JSON, with the SHA-256 of every file that it reads."""
     settings = plan.config.to_dict()
-    del settings["batch_size"]  # it changes nothing, nor do device, kernels and torch.compile
+    del settings["batch_size"]  # does not determine the images, nor do device, kernels and torch.compile
     del settings["num_samples"]
     settings["indices"] = _ranges(indices)
     settings["class"] = ",".join(map(str, plan.classes)) or None
@@ -43,7 +43,7 @@ def _described(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> str:
-    """A file by its bytes, a folder of images by their names and lengths."""
+    """The fingerprint of a file by its bytes, of a folder of images by their names and sizes."""
     path = path.expanduser()
     if path.is_file():
         return f"{path.name} {sha256(path)}"
@@ -53,7 +53,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def _ranges(numbers: Int64Array) -> str:
-    """The numbers as they are written for --indices: 17,42,100-199."""
+    """The numbers in the format of --indices: 17,42,100-199."""
     parts: list[list[int]] = []
     for number in numbers.tolist():
         if parts and number == parts[-1][1] + 1:

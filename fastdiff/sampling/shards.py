@@ -1,4 +1,4 @@
-"""What a job has drawn so far, on disk beside its output, so that one that is killed goes on where it was."""
+"""The finished images of a job, on disk beside its output, so that a killed job can resume."""
 
 import json
 import os
@@ -28,30 +28,30 @@ def parts_of(out: Path) -> Path:
 
 
 class Shards:
-    """The images of a job by their positions in it, a span of them a file ``000000-000016.npz``, and its settings.
+    """The settings of a job and its images by position, one file per span: ``000000-000016.npz``.
 
-    Every file is whole or absent. Processes of one job may add to the folder at the same time. ValueError where the
-    folder is no folder of one's own to write to.
+    Writes are atomic, and processes of one job may add files at the same time. ValueError if the path is a link or a
+    file, or the folder is not writable.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._manifest = folder / "job.json"
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise ValueError(f"{folder} is in the way of the unfinished images: remove it, or name another --out")
+            raise ValueError(f"{folder} is not a folder for the unfinished images: remove it, or name another --out")
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(f"{folder} is not a folder that you may write to: name another --out")
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Begin a job anew: what another one left is deleted, and the settings, which JSON must hold, are written.
+        """Start a new job: delete the files of an earlier one and write the settings, which must be values for JSON.
 
-        To be called by one process, before any adds. OSError where the folder cannot be written to.
+        One process calls this before any process adds images. OSError if the folder cannot be written to.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
             self._forget()
-            sync_folder(self.folder)  # or, after a power cut, another job's images might be back beside this manifest
+            sync_folder(self.folder)  # a power cut must not bring another job's images back beside this manifest
             with replacing(self._manifest) as temporary:
                 manifest = {"format": FORMAT, "settings": settings}
                 temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -60,9 +60,9 @@ class Shards:
             raise OSError(f"{self.folder} cannot be written to ({why}): make room, or name another --out") from error
 
     def settings(self) -> dict[str, Any] | None:
-        """The settings of the unfinished job as JSON gives them back; None where there is none.
+        """The settings of the unfinished job, as read from JSON; None if there is no job.
 
-        ValueError where they are damaged, NewerFormat where a later version wrote them.
+        ValueError if the manifest is damaged, NewerFormat if a later version wrote it.
         """
         try:
             manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
@@ -77,22 +77,22 @@ class Shards:
                 raise NewerFormat(
                     f"{self._manifest} was made by a newer fastdiff: upgrade this one, or use --overwrite"
                 )
-        raise ValueError(f"{self._manifest} is damaged: use --overwrite to draw all images anew")
+        raise ValueError(f"{self._manifest} is damaged: use --overwrite to draw all images again")
 
     def add(self, start: int, images: Uint8Array) -> None:
-        """Keep images uint8 (n, H, W, 3), those of the positions start to start + n - 1."""
+        """Save images uint8 (n, H, W, 3) at the positions start to start + n - 1."""
         count, height, width, channels = images.shape
         path = self._path(range(start, start + count))
         try:
             save_npz(path, [images], (count, height, width, channels))
         except OSError as error:
-            raise OSError(f"{error}: the finished images stay, and the same command goes on from there") from error
+            raise OSError(f"{error}: the finished images stay, and the same command resumes the job") from error
 
     def spans(self) -> list[range]:
-        """The positions that are there, in order and each once.
+        """The spans of finished positions, in order, each position once.
 
-        Files of other names are passed over. So is, where two overlap, the one that begins later: none does unless two
-        jobs were let loose on one folder, and then both have the same images, but the count must come out right.
+        Files with other names are ignored. Of two overlapping spans the one that starts later is ignored, too. Spans
+        overlap only if two jobs wrote to one folder; both then have the same images, but each must count once.
         """
         spans: list[range] = []
         for span in sorted(self._files(), key=lambda span: (span.start, -span.stop)):
@@ -108,7 +108,7 @@ class Shards:
         return np.flatnonzero(missing)
 
     def read(self, span: range) -> Uint8Array:
-        """The images of one of ``spans()``, uint8 (n, H, W, 3), bit for bit as they were added; ValueError if not."""
+        """The images of one of ``spans()``, uint8 (n, H, W, 3), bit for bit as added; ValueError if damaged."""
         path = self._path(span)
         with suppress(ValueError, OSError):
             images = read_samples(path).images
@@ -117,16 +117,16 @@ class Shards:
         raise ValueError(f"{path} is damaged and counts as missing: the same command draws its images again")
 
     def drop(self, span: range) -> None:
-        """Delete one of ``spans()``: its images are missing from then on."""
+        """Delete one of ``spans()``; its images then count as missing."""
         self._path(span).unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Delete what killed processes were writing, here and for the output itself; no other one may be at work."""
+        """Delete the temporary files of killed processes, here and of the output; no other process may be writing."""
         for path in abandoned(self.folder) + abandoned(self.folder.parent, of=self.folder.stem):
             shutil.rmtree(path)
 
     def remove(self) -> None:
-        """Delete the job and its images; no other process may be at work. What is not ours stays, and its folder."""
+        """Delete the job and its images; no other process may be writing. Foreign files and their folder stay."""
         self._forget()
         self.clean()
         for name in Lease.FILES:
@@ -135,7 +135,7 @@ class Shards:
             self.folder.rmdir()
 
     def _forget(self) -> None:
-        """First that there is a job, then its images: without the manifest they are nobody's."""
+        """Delete the manifest, then the images, which belong to no job without it."""
         self._manifest.unlink(missing_ok=True)
         for span in self._files():
             self.drop(span)

@@ -274,7 +274,7 @@ def test_numbered_images_keep_their_names_and_classes(sample: Cli, checkpoint: P
 @pytest.mark.parametrize("name", ["t.gif", "deep/er/t.png"])
 def test_a_trajectory_shows_how_the_first_image_came_about(sample: Cli, checkpoint: Path, name: str) -> None:
     result = succeeded(sample(checkpoint, "--indices", "4,2", "--steps", 5, "--trajectory", name))
-    assert f"wrote {name}, how image 4 came about" in result.out
+    assert f"wrote {name}, the steps of image 4" in result.out
     image = images_in("samples.npz")[0]
     with Image.open(name) as picture:
         frames = getattr(picture, "n_frames", 1)

@@ -72,7 +72,11 @@ REFUSALS: list[tuple[str, tuple[object, ...], list[str]]] = [
     ("cats", ("--out", "a.png"), [r"out a\.png must end in \.npz"]),
     ("cats", ("--out", "folder.npz"), [r"out folder\.npz is a folder"]),
     ("cats", ("--out", "text.txt/a.npz"), [r"out text\.txt cannot be written: text\.txt is not a folder"]),
-    ("cats", ("--out", "blocked.npz"), [r"blocked\.npz\.parts is in the way.*remove it, or name another --out"]),
+    (
+        "cats",
+        ("--out", "blocked.npz"),
+        [r"blocked\.npz\.parts is not a folder for the unfinished images.*remove it, or name another --out"],
+    ),
     ("cats", ("--png-dir", "text.txt"), [r"png_dir text\.txt cannot be written"]),
     ("cats", ("--png-dir", "."), [r"png_dir \. holds PNG files.*--overwrite"]),
     ("cats", ("--trajectory", "a.mp4"), [r"trajectory a\.mp4 must end in \.gif.*\.png"]),
@@ -112,17 +116,17 @@ REFUSALS: list[tuple[str, tuple[object, ...], list[str]]] = [
     ("cats", ("--eta", 0.5), ["eta", "ddim"]),
     # base samples
     ("up", (), ["super-resolution", "--base-samples", "8 pixels", "--super-res"]),
-    ("plain", ("--base-samples", "small.npz"), ["base_samples", "no super-resolution model"]),
+    ("plain", ("--base-samples", "small.npz"), ["base_samples", "not a super-resolution model"]),
     ("up", ("--base-samples", "nowhere.npz"), [r"nowhere\.npz does not exist"]),
     ("up", ("--base-samples", "text.txt"), [r"text\.txt is damaged or no npz"]),
     ("up", ("--base-samples", "large.npz"), [r"large\.npz", "16x16", "8x8"]),
-    ("upcats", ("--base-samples", "small.npz", "--class-mix", "data"), ["class_mix data", "classes of their own"]),
+    ("upcats", ("--base-samples", "small.npz", "--class-mix", "data"), ["class_mix data", "have their own classes"]),
     ("upcats", ("--base-samples", "unlabelled.npz"), [r"unlabelled\.npz has no labels"]),
     ("upcats", ("--base-samples", "other.npz"), [r"other\.npz", "class 3", "the classes 0 to 2"]),
     ("upcats", ("--base-samples", "small.npz", "--class", "cat"), ["class cat", "base samples"]),
     ("up", ("--base-samples", "small.npz", "--super-res", "up.safetensors"), ["super.res"]),
     # another model after it
-    ("cats", ("--super-res", "plain.safetensors"), ["super_res", "no super-resolution model"]),
+    ("cats", ("--super-res", "plain.safetensors"), ["super_res", "not a super-resolution model"]),
     ("cats", ("--super-res", "nowhere.safetensors"), [r"nowhere\.safetensors does not exist"]),
     ("plain", ("--super-res", "upcats.safetensors"), ["3 classes, and the base no classes"]),
     # interpolation
@@ -257,14 +261,14 @@ def test_a_signal_stops_it_and_it_goes_on(
     result = sample("cats.safetensors", *BATCHES)
     assert result.status == status
     assert (
-        f"stopped by {number.name}: 4 of 8 images are finished, in samples.npz.parts; the same command goes on\n"
-        in result.out
+        f"stopped by {number.name}: 4 of 8 images are finished, in samples.npz.parts; "
+        "the same command resumes the job\n" in result.out
     )
     assert taken == [8]
     assert not Path("samples.npz").exists()
     taken = at_step()
     result = succeeded(sample("cats.safetensors", *BATCHES))
-    assert "going on: 4 of 8 images are there\n" in result.out
+    assert "resuming: 4 of 8 images are finished\n" in result.out
     assert taken == [6]
     assert contents_of("samples.npz") == contents_of("whole.npz")
     assert not Path("samples.npz.parts").exists()
@@ -282,7 +286,7 @@ def test_ctrl_c_as_it_is_sent(here: Path, sample: Cli) -> None:
     job.wait_for(lambda: bool(list(parts.glob("0*.npz"))))
     job.send_signal(signal.SIGINT)
     result = job.finish()
-    assert (result.status, result.err) == (130, "\nstopping after this step; what is finished is kept\n")
+    assert (result.status, result.err) == (130, "\nstopping after this step; finished images are kept\n")
     found = re.search(r"stopped by SIGINT: (\d+) of 4000 images are finished", result.out)
     assert found
     assert int(found[1]) == sum(map(len, spans())) > 0
@@ -358,7 +362,7 @@ def test_an_unfinished_job_may_lie_beside_what_it_is_to_replace(
     assert sample(*flags, "--overwrite").status == 143
     assert contents_of("samples.npz")["seed"] == 1
     at_step()
-    assert "going on: 4 of 8" in succeeded(sample(*flags)).out
+    assert "resuming: 4 of 8" in succeeded(sample(*flags)).out
     assert contents_of("samples.npz")["seed"] == 0
 
 
@@ -383,7 +387,7 @@ def test_png_files_without_a_finished_shard_are_the_jobs_own(
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "save_npz", full)
-        refused(sample(*flags), "No space left", "the same command goes on")
+        refused(sample(*flags), "No space left", "the same command resumes the job")
     assert list((here / "pngs").iterdir())
     succeeded(sample(*flags))
     assert len(list((here / "pngs").iterdir())) == 8
@@ -395,7 +399,7 @@ def test_a_folder_under_another_name_is_the_same(
     at_step(8, interrupt())
     assert sample("cats.safetensors", *BATCHES, "--png-dir", "pngs").status == 143
     at_step()
-    assert "going on" in succeeded(sample("cats.safetensors", *BATCHES, "--png-dir", f"../{here.name}/pngs")).out
+    assert "resuming" in succeeded(sample("cats.safetensors", *BATCHES, "--png-dir", f"../{here.name}/pngs")).out
 
 
 def test_base_samples_at_home(sample: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

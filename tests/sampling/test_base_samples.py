@@ -109,7 +109,7 @@ def test_classes_without_names(tmp_path: Path, npz: Path) -> None:
     assert numbered.labels is not None
     assert numbered.labels.tolist() == [10, 7]
     message = refused(folder(tmp_path / "f", "cat_1.png"), ())
-    assert message.endswith("the model's classes have no names that could be found in it: give an npz with labels")
+    assert message.endswith("the model's classes have no names to match with its files: give an npz with labels")
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -212,7 +212,9 @@ def test_names_that_no_file_can_have(tmp_path: Path, class_name: str, file: str)
 )
 def test_an_unknown_class(tmp_path: Path, name: str, near: str) -> None:
     message = refused(folder(tmp_path / "f", "dog_1.png", name), CLASSES)
-    assert message.startswith(f"{name} in {tmp_path / 'f'} begins with no class of the model and lies in no folder")
+    assert message.startswith(
+        f"{name} in {tmp_path / 'f'} matches no class of the model, neither by file name nor by folder: "
+    )
     assert message.endswith(f"rename it; {near}")
 
 

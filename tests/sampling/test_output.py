@@ -78,9 +78,9 @@ def test_images_that_lie_in_memory_in_another_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("batches", "says"),
     [
-        ([], "0 images came, not 5"),
-        ([IMAGES[:4]], "4 images came, not 5"),
-        ([IMAGES, IMAGES[:1]], "6 images came, not 5"),
+        ([], "got 0 images, expected 5"),
+        ([IMAGES[:4]], "got 4 images, expected 5"),
+        ([IMAGES, IMAGES[:1]], "got 6 images, expected 5"),
         ([IMAGES[:, :3]], r"a batch of uint8 \(5, 3, 6, 3\) among images of \(5, 4, 6, 3\)"),
         ([IMAGES.astype(np.float32)], "a batch of float32"),
     ],

@@ -147,7 +147,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_base_samples_are_for_super_resolution(tmp_path: Path, small: Path) -> None:
-    with pytest.raises(ValueError, match=r"^base_samples: this is no super-resolution model"):
+    with pytest.raises(ValueError, match=r"^base_samples: this is not a super-resolution model"):
         plan(loaded(tmp_path), SampleConfig(), base_samples=small)
     with pytest.raises(ValueError, match=r"^this is a super-resolution model: give it images .*--base-samples.* 8 pix"):
         plan(loaded(tmp_path, **UPPER), SampleConfig())
@@ -171,7 +171,7 @@ def test_classes_come_with_the_base_samples(tmp_path: Path, small: Path) -> None
 @pytest.mark.parametrize(
     ("upper", "said"),
     [
-        ({}, r"^super_res: this is no super-resolution model$"),
+        ({}, r"^super_res: this is not a super-resolution model$"),
         ({"image_size": 32, "small_size": 16}, r"enlarges images of 16 pixels, and the base draws 8$"),
     ],
 )
@@ -216,8 +216,8 @@ def test_enlarged_and_enlarged_again_is_two_commands(tmp_path: Path, small: Path
 @pytest.mark.parametrize(
     ("how", "choices", "flags", "said"),
     [
-        ({}, {"ends": ("1", "2")}, {}, r"^interpolate: noise would part the images: use --sampler ddim"),
-        ({"sampler": "dpm++-sde"}, {"ends": ("1", "2")}, {}, r"noise would part"),
+        ({}, {"ends": ("1", "2")}, {}, r"^interpolate needs a deterministic sampler: use --sampler ddim"),
+        ({"sampler": "dpm++-sde"}, {"ends": ("1", "2")}, {}, r"needs a deterministic sampler"),
         ({"sampler": "ddim", "eta": 0.1}, {"ends": ("1", "2")}, {}, r"without eta"),
         ({"sampler": "ddim"}, {"ends": ("1", "no.png")}, {}, r"^interpolate no\.png: neither a seed nor an image"),
         ({"sampler": "ddim"}, {"ends": ("-1", "2")}, {}, r"^interpolate -1: neither"),

@@ -139,7 +139,7 @@ def test_killed_and_started_again(
     assert 0 < images_in(there) < COUNT
     result = sample(after, folder, out, "--batch-size", then, COUNT_FILE=tmp_path / "count")
     assert result.status == 0, result
-    assert f"going on: {images_in(there)} of 16 images are there\n" in result.out
+    assert f"resuming: {images_in(there)} of 16 images are finished\n" in result.out
     same(out, folder / "whole.npz")
     missing = COUNT - images_in(there)
     shares = [len(part) for part in np.array_split(np.arange(missing), after)]
@@ -174,7 +174,7 @@ def test_the_death_of_one_process_is_mended_by_torchrun(folder: Path, tmp_path: 
         **harm,
     )
     assert result.status == 0, result
-    assert "going on: " in result.out
+    assert "resuming: " in result.out
     same(out, folder / "whole.npz")
     counts = [int((tmp_path / f"count{rank}").read_text()) for rank in (0, 1)]
     assert max(counts) < 8 * STEPS  # each was to draw 8

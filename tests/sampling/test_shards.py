@@ -286,7 +286,7 @@ def test_a_disk_that_is_full_at_any_byte(shards: Shards) -> None:
             shards.add(4, images(range(4, 8)))
         assert str(caught.value) == (
             f"{shards.folder}/000004-000008.npz cannot be written (File too large): the finished images stay, and the "
-            "same command goes on from there"
+            "same command resumes the job"
         )
         assert names(shards.folder) == {"job.json", "000000-000004.npz"}
         assert held(shards) == list(range(4))
@@ -406,7 +406,9 @@ def test_folders_that_are_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link", "broken"):
-        with pytest.raises(ValueError, match=rf"{name} is in the way of the unfinished images: remove it, or .*--out"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is not a folder for the unfinished images: remove it, or .*--out"
+        ):
             Shards(tmp_path / name)
     with pytest.raises(OSError, match=r"parts cannot be written to \((Not a directory|File exists)\): .*--out"):
         Shards(tmp_path / "file" / "a.npz.parts").begin({})
