@@ -1,1 +1,1 @@
-"""How good a trained model is, in numbers."""
+"""Measures how good a trained model is."""

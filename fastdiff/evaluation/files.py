@@ -18,7 +18,7 @@ SUMMARY, IMAGES = "nll.json", "images.npz"
 
 @dataclass(frozen=True)
 class Files:
-    """The folder for the numbers, and perhaps a plot of the terms."""
+    """The folder for the results, and optionally a plot of the terms."""
 
     out_dir: Path
     plot: Path | None = None
@@ -26,11 +26,11 @@ class Files:
 
     @property
     def terms(self) -> dict[str, Path]:
-        """The file of each of TERMS, called as improved-diffusion calls it."""
+        """The file of each of TERMS, named as in improved-diffusion."""
         return {name: self.out_dir / f"{name}_terms.npz" for name in TERMS}
 
     def check(self) -> None:
-        """ValueError where results are in the way, a file cannot be written or there is nothing to plot with."""
+        """ValueError if results exist already, a file cannot be written, or a plot needs matplotlib."""
         results = [self.out_dir / SUMMARY, self.out_dir / IMAGES, *self.terms.values()]
         if not self.overwrite and any(path.exists() for path in results):
             raise ValueError(f"out_dir {self.out_dir} holds results: name another folder, or use --overwrite")
@@ -46,9 +46,9 @@ class Files:
             refuse_unwritable("plot", self.plot.parent)
 
     def write(self, bound: Bound, names: Sequence[str], timesteps: Int64Array, about: Mapping[str, Any]) -> None:
-        """Write them; ``names`` are those of the images, ``about`` is what the summary says besides the figures.
+        """Write the files; ``names`` are the images' names, ``about`` is added to the figures in the summary.
 
-        Each appears whole or not at all. The summary comes last: where there is one, the others are of the same images.
+        Each write is atomic. The summary comes last: if it exists, the other files belong to the same evaluation.
         """
         summary = self.out_dir / SUMMARY
         summary.unlink(missing_ok=True)

@@ -29,19 +29,19 @@ Float64Array = NDArray[np.float64]
 Int64Array = NDArray[np.int64]
 
 TERMS = ("vb", "mse", "xstart_mse")
-"""What there is of every timestep, called as improved-diffusion calls it."""
+"""The terms of every timestep, named as in improved-diffusion."""
 
 OnProgress = Callable[[int, int, str], None]
-"""Told how many of how many images' steps are done, and in words what came of them."""
+"""Called with the number of image steps done, their total, and the results so far as text."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """The bound of the images 0, 1, 2, ...: ``total_bpd`` and, a part of it, ``prior_bpd``, in bits per dimension (N,).
+    """The bound of the images 0, 1, 2, ...: ``total_bpd`` and its part ``prior_bpd``, in bits per dimension (N,).
 
-    The data set has ``distinct`` images: where it is gone through more than once, image i is another draw of its image
-    i mod distinct. ``terms`` are means over the images, (T,) each, t = T-1 first: vb (bits per dimension), mse (of the
-    noise) and xstart_mse.
+    The data set has ``distinct`` images: if it is repeated, image i is another draw of its image i mod distinct.
+    ``terms`` are means over the images, (T,) each, t = T-1 first: vb (bits per dimension), mse (of the noise)
+    and xstart_mse.
     """
 
     total_bpd: Float64Array
@@ -50,12 +50,12 @@ class Bound:
     distinct: int
 
     def figures(self) -> dict[str, float]:
-        """Means over the images, and the standard error of the first; NaN where there is none.
+        """Means over the images, and the standard error of the first; NaN if it is undefined.
 
-        Further draws of an image tell less than further images, so that it is their mean that counts.
+        Repeated draws of an image tell less than new images, so the standard error counts only their mean.
         """
         numbers = np.arange(len(self.total_bpd)) % self.distinct
-        with np.errstate(invalid="ignore"):  # infinite ones: then there is none
+        with np.errstate(invalid="ignore"):  # infinite values have no standard error
             each = np.bincount(numbers, self.total_bpd) / np.bincount(numbers)
             deviation = float(each.std(ddof=1)) if len(each) > 1 else math.nan
             return {
@@ -66,7 +66,7 @@ class Bound:
 
 
 class Stopped(Exception):
-    """A signal ended the evaluation: ``images`` were done, with ``total_bpd`` bits per dimension."""
+    """A signal ended the evaluation after ``images`` images, of ``total_bpd`` bits per dimension on average."""
 
     def __init__(self, signal: int, images: int, total_bpd: float) -> None:
         super().__init__(signal, images, total_bpd)
@@ -74,11 +74,11 @@ class Stopped(Exception):
 
 
 class Nll:
-    """Evaluates the images of a data set under a checkpoint's model, which it takes over and whose weights it casts.
+    """Evaluates a data set under a checkpoint's model. It takes ownership of the model and casts its weights.
 
-    The noise is a function of seed, image number and step, so that the batch size and the number of processes change
-    nothing but the rounding inside the model. ValueError where ``config`` asks for timesteps that the process does not
-    have, or the data have classes that the model does not know.
+    The noise is a function of seed, image number and step, so the batch size and the number of processes only affect
+    rounding inside the model. ValueError if ``config`` asks for timesteps that the diffusion process does not have, or
+    the data has classes that the model does not know.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Nll:
         self._dataset, self._config, self._runtime, self._world = dataset, config, runtime, world
         shares = [self.count * rank // world.size for rank in range(world.size + 1)]
         first, last = shares[world.rank : world.rank + 2]
-        # As few batches as can be, of one size: another one would compile the model again. And as many on every
-        # process, or one would wait for a whole batch of the others.
+        # The fewest batches, all of one size: another size would recompile the model. Every process runs the same
+        # number of rounds, or one would wait for a complete batch of the others.
         self._rounds = max(-(-(end - begin) // config.batch_size) for begin, end in itertools.pairwise(shares))
         parts = min(self._rounds, last - first)
         self._size = -(-(last - first) // max(parts, 1))
@@ -105,19 +105,19 @@ class Nll:
         self._model = runtime.prepare(runtime.cast(checkpoint.model.eval()), self.calls)
 
     def run(self, stop: StopRequest, on_progress: OnProgress) -> Bound:
-        """The bound of all images, for every process.
+        """Compute the bound of all images and return it on every process.
 
-        Collective. Stopped where a signal came to a process before all were done; the others end with their batch.
+        Collective. Raises Stopped if a process received a signal before the end; the others finish their batch.
         """
         steps = self.diffusion.num_timesteps
         meter = _Meter(on_progress, self.count, steps, self._world.size)
         totals, priors = [np.empty(0)], [np.empty(0)]
-        sums = np.zeros((len(TERMS), steps))  # of fp32 numbers: in fp64 all but exact, in whatever order
+        sums = np.zeros((len(TERMS), steps))  # fp32 numbers, summed in fp64: nearly exact in any order
 
         failure: list[ValueError | OSError] = []
         agreement = Agreement(self._world)
         with closing(self._batches(stop, meter)) as batches:
-            for _ in range(self._rounds):  # one process may have a batch less
+            for _ in range(self._rounds):  # a process may have one batch less
                 try:
                     batch = next(batches, None)
                 except (ValueError, OSError) as error:
@@ -129,7 +129,7 @@ class Nll:
                     priors.append(prior)
                     sums += terms.sum(axis=1)
                     meter.evaluated(totals[-1])
-                # what ends one process is known to all a batch later
+                # every process learns one batch later what ended another
                 if any(agreement.exchange(int(stop.received or 0), len(failure))):
                     break
             agreement.settle()
@@ -148,7 +148,7 @@ class Nll:
         return Bound(total, prior, dict(zip(TERMS, means, strict=True)), len(self._dataset.images))
 
     def _batches(self, stop: StopRequest, meter: "_Meter") -> Generator[tuple[Float64Array, Float64Array], None, None]:
-        """Each batch's terms (3, n, T) and prior (n,), until a signal comes."""
+        """Yield each batch's terms (3, n, T) and prior (n,) until a signal arrives."""
         device, steps = self._runtime.device, self.diffusion.num_timesteps
         with closing(on_device(self._loaded(), device)) as loaded:
             for start, (images, labels) in zip(self._starts, loaded, strict=True):
@@ -164,13 +164,13 @@ class Nll:
                     if len(columns) < steps:
                         meter.step(wanted)
                         if stop.received is not None:
-                            return  # what is begun of these is lost
+                            return  # the unfinished batch is dropped
                 prior = self.diffusion.prior_bpd(x_start)
-                found = torch.stack(columns, dim=2).cpu()  # (3, N, T): the one wait for the device
+                found = torch.stack(columns, dim=2).cpu()  # (3, N, T): the one host sync
                 yield found[:, :wanted].double().numpy(), prior[:wanted].cpu().double().numpy()
 
     def _loaded(self) -> Generator[Batch, None, None]:
-        """The batches of this process; the last one goes on with images that are not its own to be as large."""
+        """The batches of this process; the last one is padded with the images that follow."""
 
         def ready(values: NDArray[Any]) -> Tensor:
             tensor = torch.from_numpy(np.asarray(values))
@@ -182,7 +182,7 @@ class Nll:
             yield ready(self._dataset.images[places]), None if self._labels is None else ready(self._labels[places])
 
     def _conditions(self, x_start: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """What the model is given besides the noisy images."""
+        """The model's further inputs: class labels y and low_res."""
         conditions = {} if labels is None else {"y": labels}
         if self._small_size is not None:
             conditions["low_res"] = low_resolution(x_start, self._small_size)
@@ -190,24 +190,24 @@ class Nll:
 
 
 def labels_for(checkpoint: Checkpoint, dataset: Dataset) -> Int64Array | None:
-    """The number that the checkpoint gives each image's class, int64 (N,); None for a model without classes.
+    """The checkpoint's class index for each image, int64 (N,); None for an unconditional model.
 
-    Classes are matched by name, and with a warning by number where the data or the checkpoint has none. ValueError
-    where there is one that the model does not know.
+    Classes are matched by name, or by number with a warning if the data or the checkpoint has no names. ValueError if
+    the data has no classes, or one that the model does not know.
     """
     config = checkpoint.model_config
     if not config.class_cond:
         return None
     if dataset.labels is None:
-        raise ValueError("the model has classes, and the data has none")
+        raise ValueError("the model has classes, but the data has none")
     names = dataset.class_names if dataset.named else None
-    remedy = "name the images as for its training, or use its --labels"
+    remedy = "name the images as in its training data, or use its --labels"
     npz = "npz" in dataset.preflight.counts
     return renumbered(dataset.labels, names, checkpoint.class_names, config.num_classes, "the data", remedy, npz)
 
 
 class _Meter:
-    """Tells how far the evaluation is: of several processes the first, as if the others were as far."""
+    """Reports progress: on the first of several processes, as if the others were equally far."""
 
     def __init__(self, tell: OnProgress, images: int, steps: int, processes: int) -> None:
         self._tell = tell
@@ -217,7 +217,7 @@ class _Meter:
         self._began = time.perf_counter()
 
     def step(self, images: int) -> None:
-        """So many images have taken one more step."""
+        """Count one more step of ``images`` images."""
         total = self._images * self._steps
         self._steps_done = min(self._steps_done + images * self._processes, total)
         left = (time.perf_counter() - self._began) / self._steps_done * (total - self._steps_done)
@@ -227,7 +227,7 @@ class _Meter:
         self._tell(self._steps_done, total, note)
 
     def evaluated(self, total_bpd: Float64Array) -> None:
-        """These images have taken their last step."""
+        """Count the last step of the images with these totals."""
         self._images_done += len(total_bpd)
         self._bpd += float(total_bpd.sum())
         self.step(len(total_bpd))

@@ -1,4 +1,4 @@
-"""The terms of the bound as a picture."""
+"""Plots the terms of the bound."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ _PANELS = {
 
 
 def refuse_without_matplotlib(option: str = "plot") -> None:
-    """ValueError, naming the extra, where it is not installed; ``option`` is what asks for a picture."""
+    """ValueError, naming the extra, if matplotlib is not installed; ``option`` is the flag that needs it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -25,7 +25,7 @@ def refuse_without_matplotlib(option: str = "plot") -> None:
 
 
 def save_plot(path: Path, bound: Bound, timesteps: Int64Array, title: str) -> None:
-    """The three terms against ``timesteps`` (T,), t = T-1 first, as a PNG file; OSError where it cannot be written."""
+    """Plot the three terms against ``timesteps`` (T,), t = T-1 first, as a PNG; OSError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,7 +34,7 @@ def save_plot(path: Path, bound: Bound, timesteps: Int64Array, title: str) -> No
     for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         values = bound.terms[name]
         axes.plot(timesteps, values, color="#2a6f97", linewidth=1.2, marker="." if len(values) <= 50 else None)
-        if (np.isfinite(values) & (values > 0)).any():  # near t = 0 terms are many times those of the rest
+        if (np.isfinite(values) & (values > 0)).any():  # terms near t = 0 are many times the others
             axes.set_yscale("log")
         axes.set_title(label, fontsize="medium")
         axes.set_xlabel("timestep")
