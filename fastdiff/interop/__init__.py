@@ -1,1 +1,1 @@
-"""Other projects' files."""
+"""Reading and writing other projects' files."""

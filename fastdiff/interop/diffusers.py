@@ -1,6 +1,6 @@
-"""Folders that diffusers loads: a UNet2DModel and a scheduler in place of a model and its process.
+"""Pipeline folders for diffusers: a UNet2DModel and a scheduler represent the model and its diffusion process.
 
-What diffusers cannot express is refused, what is another in it comes back as sentences.
+Settings that diffusers cannot express raise ValueError; differences in the result are returned as notes.
 """
 
 import inspect
@@ -30,18 +30,18 @@ WRITTEN = frozenset(
 """The files of a pipeline's folder."""
 
 _SCALED = 1000
-"""What rescaled timesteps are scaled to."""
+"""The range that rescaled timesteps are scaled to."""
 
 
 class Scheduler(StrEnum):
-    """Which of diffusers' schedulers is to draw."""
+    """The diffusers scheduler that will sample."""
 
     DDIM = "ddim"
     DDPM = "ddpm"
 
 
 def installed() -> ModuleType:
-    """The diffusers package; ValueError, naming the extra, where it is not installed."""
+    """The diffusers package; ValueError, naming the extra, if it is not installed."""
     try:
         import diffusers
     except ImportError:
@@ -50,12 +50,12 @@ def installed() -> ModuleType:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether this is a folder of diffusers, whole or not."""
+    """Whether this is a diffusers folder, complete or not."""
     return (path / "model_index.json").exists() or (path / "unet").is_dir()
 
 
 def scheduler_options(config: DiffusionConfig, scheduler: Scheduler, learn_sigma: bool) -> dict[str, Any]:
-    """The scheduler's options; ValueError, with the reason, where the model's timesteps would not be whole numbers."""
+    """The scheduler's options; ValueError, with the reason, if the model's timesteps would not be integers."""
     betas = _betas(config)
     options = {
         "num_train_timesteps": len(betas),
@@ -73,26 +73,26 @@ def scheduler_options(config: DiffusionConfig, scheduler: Scheduler, learn_sigma
 
 
 def _is_respaced(config: DiffusionConfig) -> bool:
-    """Whether only 1,000 of the steps are written: the model is given timesteps scaled to 0..1000."""
+    """Whether only 1,000 of the steps are written, because the model takes timesteps scaled to 0..1000."""
     return config.rescale_timesteps and config.diffusion_steps != _SCALED
 
 
 def _betas(config: DiffusionConfig) -> Float64Array:
-    """Those of the steps at which the model's timestep is a whole number, which is all that diffusers counts in."""
+    """The betas of the steps whose model timestep is an integer: diffusers supports integer timesteps only."""
     betas = get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
     if not _is_respaced(config):
         return betas
     stride, rest = divmod(config.diffusion_steps, _SCALED)
     if rest:
         raise ValueError(
-            f"diffusers cannot express rescale_timesteps with diffusion_steps {config.diffusion_steps}: it gives a "
-            "model whole timesteps only; a multiple of 1000 works, as does a model trained with --no-rescale-timesteps"
+            f"diffusers cannot express rescale_timesteps with diffusion_steps {config.diffusion_steps}: its timesteps "
+            "are integers; a multiple of 1000 works, as does a model trained with --no-rescale-timesteps"
         )
     return GaussianDiffusion(betas=betas, use_timesteps=range(0, config.diffusion_steps, stride)).betas
 
 
 def _schedule(betas: Float64Array) -> dict[str, Any]:
-    """The fields of the process that has these betas in diffusers; none where no named schedule has them."""
+    """The DiffusionConfig fields of the noise schedule with these betas in diffusers; empty if none has them."""
     for steps in range(_SCALED, 11 * _SCALED, _SCALED) if len(betas) == _SCALED else [len(betas)]:
         for schedule in NoiseSchedule:
             fields: dict[str, Any] = {
@@ -104,7 +104,7 @@ def _schedule(betas: Float64Array) -> dict[str, Any]:
                 ours = _betas(DiffusionConfig(**fields))
             except ValueError:  # a linear schedule of too few steps
                 continue
-            if np.allclose(betas, ours, rtol=1e-4, atol=0):  # they were rounded to fp32
+            if np.allclose(betas, ours, rtol=1e-4, atol=0):  # diffusers rounds them to fp32
                 return fields
     return {}
 
@@ -112,7 +112,7 @@ def _schedule(betas: Float64Array) -> dict[str, Any]:
 def write(
     folder: Path, state: Mapping[str, Tensor], model: ModelConfig, diffusion: DiffusionConfig, scheduler: Scheduler
 ) -> list[str]:
-    """Write a pipeline's folder; returns what is lost or otherwise in it, one sentence each. ValueError as above."""
+    """Write a pipeline folder; returns a note for each difference. ValueError if diffusers cannot express the model."""
     diffusers = installed()
     learn_sigma = model.learn_sigma and scheduler is Scheduler.DDPM
     options = unet_options(model, learn_sigma)
@@ -131,34 +131,34 @@ def _notes(model: ModelConfig, diffusion: DiffusionConfig, scheduler: Scheduler)
     if _is_respaced(diffusion):
         yield (
             f"the {steps} steps became 1000, every {steps // _SCALED}th, in trained_betas: diffusers gives a model "
-            "whole timesteps only"
+            "integer timesteps only"
         )
     if diffusion.timestep_respacing:
-        yield f"timestep_respacing {diffusion.timestep_respacing} is not written: say num_inference_steps"
+        yield f"timestep_respacing {diffusion.timestep_respacing} is not written: use num_inference_steps"
     usual = DiffusionConfig()
     if training := [
         name for name in ("use_kl", "rescale_learned_sigmas") if vars(diffusion)[name] != vars(usual)[name]
     ]:
-        yield f"not written, since it counts in training only: {', '.join(training)}"
+        yield f"not written, since only training uses it: {', '.join(training)}"
     if scheduler is Scheduler.DDIM:
         if diffusion.sigma_small:
-            yield "sigma_small is not written: DDIM has no use for it; --scheduler ddpm keeps it"
+            yield "sigma_small is not written: DDIM does not use it; --scheduler ddpm keeps it"
         if model.learn_sigma:
-            yield "the learned variance is dropped, which DDIM does not use; --scheduler ddpm keeps it"
-        yield "for the images that fastdiff draws with DDIM, call the pipeline with use_clipped_model_output=True"
+            yield "the learned variance is dropped: DDIM does not use it; --scheduler ddpm keeps it"
+        yield "to match fastdiff's DDIM samples, call the pipeline with use_clipped_model_output=True"
     if model.class_cond:
         yield f"{scheduler.upper()}Pipeline gives no class labels: call the UNet2DModel with class_labels yourself"
 
 
 def load_unet(folder: Path) -> Any:
-    """The UNet2DModel in a folder, as diffusers itself loads it, in evaluation mode."""
+    """Load the UNet2DModel in a folder with diffusers itself, in evaluation mode."""
     return installed().UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
-    """State dict, configuration and process in a pipeline's folder: those of a DiffusionConfig's fields that it tells.
+    """Read a pipeline folder: state dict, model configuration, and the DiffusionConfig fields that it determines.
 
-    ValueError, in one line, where a file is missing or damaged, or the model or its prediction is not of this family.
+    ValueError, in one line, if a file is missing or damaged, or the model or its prediction is not of this family.
     """
     config = _model_config(folder / "unet" / "config.json")
     weights = folder / "unet" / _WEIGHTS
@@ -169,11 +169,11 @@ def read(folder: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged or incomplete ({first_line(error)})") from None
     if (key := next((key for key, tensor in tensors.items() if not tensor.is_floating_point()), None)) is not None:
-        raise ValueError(f"{weights} holds no weights: {key} is of {tensors[key].dtype}")
-    # before a model is built by options that may be anybody's
+        raise ValueError(f"{weights} holds no weights: {key} has dtype {tensors[key].dtype}")
+    # Check this before building a model: the options come from an untrusted file.
     first, blocks = tensors.get("conv_in.weight", torch.empty(0)), config.num_res_blocks * len(config.multipliers)
     if first.shape[:1] != (config.num_channels,) or blocks > len(tensors):
-        raise ValueError(f"{weights} is not of the model that {folder / 'unet' / 'config.json'} describes")
+        raise ValueError(f"{weights} does not match the model that {folder / 'unet' / 'config.json'} describes")
     try:
         state = our_state(tensors, config)
     except (ValueError, RuntimeError) as error:
@@ -189,15 +189,15 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object")
+        raise ValueError(f"{path} is damaged: it is not a JSON object")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def _model_config(path: Path) -> ModelConfig:
-    """The model that a UNet2DModel's options describe; ValueError, naming the first option that fits none of ours."""
+    """The model that a UNet2DModel's options describe; ValueError naming the first option that this family lacks."""
     options = _json(path)
     if options.get("_class_name") != "UNet2DModel":
-        raise ValueError(f"{path}: _class_name {options.get('_class_name')!r} is no UNet2DModel")
+        raise ValueError(f"{path}: _class_name {options.get('_class_name')!r} is not UNet2DModel")
     defaults = inspect.signature(installed().UNet2DModel.__init__).parameters
     options = {name: option.default for name, option in defaults.items() if name != "self"} | options
     try:
@@ -218,16 +218,16 @@ def _model_config(path: Path) -> ModelConfig:
         )
         wanted = unet_options(config, config.learn_sigma)
     except (LookupError, TypeError, ArithmeticError, AttributeError):
-        raise ValueError(f"{path} is damaged: its options make no model") from None
+        raise ValueError(f"{path} is damaged: its options do not describe a model") from None
     except ValueError as error:
-        raise ValueError(f"{path}: its options make no model of this family: {error}") from None
+        raise ValueError(f"{path}: its options do not describe a model of this family: {error}") from None
     if dim == widths[-1] and wanted["attention_head_dim"] is None and len(attending(config)) == 1:
         wanted["attention_head_dim"] = dim
     if options["attn_norm_num_groups"] is None and not config.use_scale_shift_norm:
-        wanted["attn_norm_num_groups"] = None  # there it means norm_num_groups
+        wanted["attn_norm_num_groups"] = None  # diffusers then uses norm_num_groups
     for name, value in wanted.items():
         if options[name] != value:
-            raise ValueError(f"{path}: {name} is {options[name]!r}, and {value!r} in the models of this family")
+            raise ValueError(f"{path}: {name} is {options[name]!r}, but {value!r} in the models of this family")
     return config
 
 
@@ -235,17 +235,17 @@ def _process(path: Path, model: ModelConfig) -> dict[str, Any]:
     options = _json(path)
     predicts, kind = options.get("prediction_type", "epsilon"), options.get("_class_name")
     if predicts not in ("epsilon", "sample"):
-        raise ValueError(f"{path}: prediction_type {predicts!r} is none of epsilon, sample")
+        raise ValueError(f"{path}: prediction_type {predicts!r} is neither epsilon nor sample")
     fields: dict[str, Any] = {"predict_xstart": predicts == "sample", "learn_sigma": model.learn_sigma}
     if kind not in ("DDIMScheduler", "DDPMScheduler"):
         return fields
     if kind == "DDPMScheduler":
         variance = str(options.get("variance_type", "fixed_small"))
         if model.learn_sigma and variance != "learned_range":
-            raise ValueError(f"{path}: variance_type is {variance!r}, and 'learned_range' in the models of this family")
+            raise ValueError(f"{path}: variance_type is {variance!r}, but 'learned_range' in the models of this family")
         fields["sigma_small"] = variance.startswith("fixed_small")
     try:
         betas = getattr(installed(), kind).from_config(options).betas.double().numpy()
     except (ValueError, TypeError, RuntimeError, NotImplementedError):
-        raise ValueError(f"{path} is damaged: its options make no scheduler") from None
+        raise ValueError(f"{path} is damaged: its options do not describe a scheduler") from None
     return fields | _schedule(betas)

@@ -1,4 +1,4 @@
-"""improved-diffusion's own checkpoints: bare state dicts in .pt files."""
+"""improved-diffusion's checkpoints: bare state dicts in .pt files."""
 
 import pickle
 import re
@@ -17,21 +17,21 @@ _NAME = re.compile(r"(model|ema_(?P<rate>0?\.\d+)_)(?P<step>\d{6,})\.pt")
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of an improved-diffusion ``.pt`` file, on the CPU.
 
-    Only tensors are read, never code. ValueError where the file is damaged, holds anything else, or is an optimizer's.
+    Only tensors are read, never code. ValueError if the file is damaged, contains anything else, or is optimizer state.
     """
     state = read_file(path)
     if isinstance(state, dict) and {"state", "param_groups"} <= set(state):
-        raise ValueError(f"{path} is an optimizer's state, not a model: name the model*.pt or ema_*.pt file beside it")
+        raise ValueError(f"{path} is optimizer state, not a model: name the model*.pt or ema_*.pt file beside it")
     if isinstance(state, dict) and (inside := [key for key, value in state.items() if _is_model(value)]):
         raise ValueError(
-            f"{path} is not a bare state dict, but holds one: save it alone, "
+            f"{path} is not a bare state dict, but contains one: save it alone, "
             f"torch.save(torch.load({path.name!r})[{inside[0]!r}], 'model.pt')"
         )
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a bare state dict of tensors")
     for key, value in state.items():
         if not isinstance(key, str) or value.layout is not torch.strided or value.is_meta:
-            raise ValueError(f"{path} is not a bare state dict: {key!r:.80} is no plain tensor with a name")
+            raise ValueError(f"{path} is not a bare state dict: {key!r:.80} is not a dense tensor with a string key")
     return _unwrapped(state)
 
 
@@ -40,7 +40,7 @@ def _is_model(value: object) -> bool:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without what a wrapper, such as DistributedDataParallel, put before every key ("module.")."""
+    """The state dict without the key prefix of a wrapper, such as DistributedDataParallel's "module."."""
     prefix = next((key.removesuffix(_FIRST) for key in state if key.endswith(_FIRST)), "")
     if not all(key.startswith(prefix) for key in state):
         return state
@@ -48,7 +48,7 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def said_by_name(path: Path) -> dict[str, Any]:
-    """What a name like model200000.pt or ema_0.9999_200000.pt tells, as the metadata of a fastdiff file have it."""
+    """The metadata in a name like model200000.pt or ema_0.9999_200000.pt, with the keys of a fastdiff file."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         return {}
@@ -59,20 +59,20 @@ def said_by_name(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> object:
-    """What a ``.pt`` file holds, on the CPU: tensors, numbers, text and containers of them, never code."""
+    """The contents of a ``.pt`` file, on the CPU: tensors, numbers, text and containers of them, never code."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an odd pickle protocol
-            # mapped where it can be, so that several processes do not hold it several times
+            warnings.simplefilter("ignore")  # about an unusual pickle protocol
+            # memory-mapped if possible, so that several processes share one copy
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors (pickled code, perhaps) and is not loaded: it must be a bare state dict"
         ) from None
-    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+    except Exception as error:  # the unpickler can raise almost anything on damaged bytes
         raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first_line(error)})") from None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind where it has none."""
+    """The first line of an error's message, or its class name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The files of an improved-diffusion run, to go on from: model, averages and optimizer of one step."""
+"""The files to resume an improved-diffusion run from: model, EMAs and optimizer state of one step."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,16 +12,16 @@ from torch import Tensor
 from fastdiff.interop.openai import load_state_dict, read_file
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a parameter."""
+"""AdamW's state for each parameter."""
 
 _MODEL = re.compile(r"model(?P<step>\d+)\.(pt|safetensors)")
 
 
 @dataclass(frozen=True)
 class OpenAIRun:
-    """modelNNNNNN.pt at ``path``: state dicts of the weights and, by rate, of their averages, and the optimizer's.
+    """modelNNNNNN.pt at ``path``: state dicts of the weights, of their EMAs by rate, and of the optimizer.
 
-    An average or an optimizer without a file is absent or None.
+    An EMA without a file is absent; an optimizer without a file is None.
     """
 
     path: Path
@@ -31,30 +31,30 @@ class OpenAIRun:
 
     @property
     def step(self) -> int:
-        """The number in the names."""
+        """The step in the file names."""
         return step_of(self.path)
 
     def average_path(self, rate: float) -> Path:
-        """Where the average of ``rate`` is, or would be."""
+        """The path of the EMA of ``rate``, whether it exists or not."""
         return self.path.with_name(f"ema_{rate}_{self.step:06d}.pt")
 
     @property
     def optimizer_path(self) -> Path:
-        """Where the optimizer's state is, or would be."""
+        """The path of the optimizer state, whether it exists or not."""
         return self.path.with_name(f"opt{self.step:06d}.pt")
 
     def setting(self, name: str) -> float | None:
-        """The optimizer's lr or weight_decay in its last update, where the file has it."""
+        """The optimizer's lr or weight_decay in its last update; None if the file does not contain it."""
         try:
             return float(self.optimizer["param_groups"][0][name])
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError):
             return None
 
     def moments(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The optimizer's state as ``{"exp_avg.NAME": ...}``; ``weights`` are in the order of the model's parameters.
+        """The optimizer state as ``{"exp_avg.NAME": ...}``; ``weights`` must be in the order of the model's parameters.
 
-        The file numbers them in that order. A run in fp16 has one parameter instead, all of them flattened and laid end
-        to end. ValueError where the file is another model's.
+        The file numbers the parameters in that order. An fp16 run has a single parameter instead: all of them flattened
+        and concatenated. ValueError if the file belongs to another model.
         """
         try:
             numbered: dict[int, Any] = dict(self.optimizer["state"].items())
@@ -73,7 +73,7 @@ class OpenAIRun:
                 whole &= all(state[key].shape == weight.shape and state[key].is_floating_point() for key in MOMENTS[1:])
                 found |= {f"{key}.{name}": torch.as_tensor(state[key], dtype=torch.float32) for key in MOMENTS}
                 step, mean, square = (found[f"{key}.{name}"] for key in MOMENTS)
-                # of what is not in memory, as meta and sparse tensors are not, this cannot be asked
+                # raises for tensors without dense data, such as meta and sparse ones
                 whole &= (
                     step.ndim == 0 and bool(step >= 0) and bool(mean.isfinite().all()) and bool((square >= 0).all())
                 )
@@ -81,27 +81,26 @@ class OpenAIRun:
             whole = False
         if not whole:
             raise ValueError(
-                f"{self.optimizer_path} is not the optimizer's state of the model beside it: restore it, or move it "
-                "away"
+                f"{self.optimizer_path} is not the optimizer state of the model beside it: restore it, or move it away"
             )
         return found
 
 
 def step_of(path: Path) -> int:
-    """The step in the name modelNNNNNN.pt; ValueError where the file is called otherwise."""
+    """The step in the name modelNNNNNN.pt or .safetensors; ValueError if the file is named differently."""
     match = _MODEL.fullmatch(path.name)
     if match is None:
         raise ValueError(
-            f"resume_checkpoint {path} is not called modelNNNNNN.pt, so that its step is not known: name that file, or "
-            "begin with these weights by --init-from"
+            f"resume_checkpoint {path} is not called modelNNNNNN.pt, so its step is unknown: name that file, or "
+            "start from these weights with --init-from"
         )
     return int(match["step"])
 
 
 def read_run(path: Path, rates: Iterable[float]) -> OpenAIRun:
-    """modelNNNNNN.pt with what lies beside it: ema_RATE_NNNNNN.pt for each of ``rates``, and optNNNNNN.pt.
+    """Read modelNNNNNN.pt and the files beside it: ema_RATE_NNNNNN.pt for each of ``rates``, and optNNNNNN.pt.
 
-    ValueError where a file is damaged or of another kind.
+    ValueError if a file is damaged or of another kind.
     """
     run = OpenAIRun(path, load_state_dict(path), {})
     there = {rate: load_state_dict(beside) for rate in rates if (beside := run.average_path(rate)).exists()}

@@ -1,4 +1,4 @@
-"""What a bare state dict says of its model: keys and shapes tell all of an architecture but the number of heads."""
+"""Recognise the model of a bare state dict: keys and shapes determine the architecture, except the number of heads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,7 +15,7 @@ from fastdiff.models import build_model
 from fastdiff.presets import PRESETS
 
 UNSAID = ("image_size", "small_size", "num_heads", "diffusion_steps", "noise_schedule")
-"""What a state dict may leave open."""
+"""Fields that a state dict may not determine."""
 
 _SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256)}
 _LONGEST_KEY = 80
@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the keys and shapes of a UNet's state dict determine."""
+    """The part of a UNet's configuration that the keys and shapes of its state dict determine."""
 
     num_channels: int
     num_res_blocks: int
@@ -33,7 +33,7 @@ class Architecture:
     attention_levels: frozenset[int]
     learn_sigma: bool
     num_classes: int | None
-    """None: without classes."""
+    """None if the model is not class-conditional."""
     use_scale_shift_norm: bool
     super_resolution: bool
 
@@ -53,21 +53,21 @@ class Architecture:
 
     @property
     def image_size(self) -> int | None:
-        """The size that has these widths in improved-diffusion's table, if one has."""
+        """The image size with these widths in improved-diffusion's table, or None."""
         return _SIZES.get(self.channel_mult)
 
     @property
     def smallest_size(self) -> int:
-        """The smallest images that its levels can halve."""
+        """The smallest image size that can be halved at every level."""
         return int(2 ** (len(self.channel_mult) - 1))
 
     @property
     def presets(self) -> list[str]:
-        """The presets of exactly this architecture."""
+        """The presets with exactly this architecture."""
         return [name for name, preset in PRESETS.items() if Architecture.of(preset.config(ModelConfig)) == self]
 
     def flags(self, image_size: int) -> dict[str, Any]:
-        """The fields of a ModelConfig that are determined, for images of this size."""
+        """The ModelConfig fields that the architecture determines for this image size."""
         classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
         return classes | {
             "image_size": image_size,
@@ -82,7 +82,7 @@ class Architecture:
 
     @property
     def made_up(self) -> dict[str, Any]:
-        """What flags() lacks for a ModelConfig of this architecture; any would do."""
+        """Arbitrary valid values for the ModelConfig fields that flags() lacks."""
         return {"num_heads": 1} | ({"small_size": 1} if self.super_resolution else {})
 
     def __str__(self) -> str:
@@ -97,24 +97,24 @@ class Architecture:
 def recognise(state: Mapping[str, Tensor], name: object) -> Architecture:
     """The architecture of the model whose state dict is ``state``; errors call it ``name``.
 
-    ValueError where it is no model of this family, naming the nearest preset and the first key that differs from it.
+    ValueError if it is not a model of this family, naming the nearest preset and the first key that differs from it.
     """
     own: Shapes = {}
     try:
         found = _read(state)
         own = _shapes_of(ModelConfig(**found.flags(found.smallest_size), **found.made_up))
-    except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError):  # of numbers that make no model
+    except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError):  # sizes of no valid model
         _refuse(state, name, {})
     if own != _shapes(state):
         _refuse(state, name, own)
     for key, tensor in state.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} holds no weights: {key} is of {tensor.dtype}")
+            raise ValueError(f"{name} holds no weights: {key} has dtype {tensor.dtype}")
     return found
 
 
 def _read(state: Mapping[str, Tensor]) -> Architecture:
-    """What the tensors say that should be there; a LookupError or ArithmeticError where they are not."""
+    """Read the architecture from a model's tensors; LookupError or ArithmeticError if they are missing or misshapen."""
     width = state["time_embed.0.weight"].shape[1]
     widths: list[int] = []  # of each level
     blocks: list[int] = []
@@ -156,9 +156,9 @@ def _shapes_of(config: ModelConfig) -> Shapes:
 
 
 def _refuse(state: Mapping[str, Tensor], name: object, own: Shapes) -> NoReturn:
-    """ValueError that names the nearest preset and the first difference from it.
+    """Raise ValueError that names the nearest preset and the first difference from it.
 
-    ``own`` are the shapes of the model that the file seems to be meant for, or none: it may be nearer than any preset.
+    ``own`` are the shapes of the model that the tensors suggest, or empty; that model may be nearer than any preset.
     """
     theirs = _shapes(state)
     known = {"a model of its sizes": own} if own else {}
@@ -176,7 +176,7 @@ def _refuse(state: Mapping[str, Tensor], name: object, own: Shapes) -> NoReturn:
     nearer = [what for what in known if len(differing[what]) < len(differing[nearest])]
     also = "".join(f"; from {difference(what)}" for what in nearer)
     raise ValueError(
-        f"{name} is no model of improved-diffusion's family: from the nearest, {difference(nearest)}{also}"
+        f"{name} is not a model of improved-diffusion's family: from the nearest, {difference(nearest)}{also}"
     )
 
 
@@ -185,14 +185,14 @@ def describe(
 ) -> tuple[ModelConfig, DiffusionConfig]:
     """The configurations of a bare state dict, from its tensors and from the fields ``given`` by name.
 
-    What neither says (the heads, the process, and a size that the widths do not tell) is asked for in a ValueError, and
-    so is refused what contradicts the tensors. A field that is None is not given.
+    ValueError if a field is in neither (the number of heads, the diffusion process, and an image size that the widths
+    do not determine), or if a given field contradicts the tensors. A field that is None counts as not given.
     """
     found = recognise(state, name)
     given = {field: value for field, value in given.items() if value is not None}
     known = given if found.image_size is None else {"image_size": found.image_size} | given
     unsaid = [f for f in UNSAID if f not in known and (f != "small_size" or found.super_resolution)]
-    if "image_size" in unsaid:  # without it nobody knows what attention_resolutions means
+    if "image_size" in unsaid:  # attention_resolutions has no meaning without it
         _ask(found, name, unsaid)
     size = int(number(int, "image_size", known["image_size"]))
     _refuse_contradiction(found, known, size, name)
@@ -211,16 +211,16 @@ def _ask(found: Architecture, name: object, unsaid: list[str]) -> NoReturn:
     flags = ["--" + field.replace("_", "-") for field in unsaid]
     wanted = " and ".join(part for part in (", ".join(flags[:-1]), flags[-1]) if part)
     presets = f"or --preset {' or '.join(found.presets)}" if found.presets else "no --preset has this architecture"
-    raise ValueError(f"{name} is a bare state dict: {found}; what it does not say must be given: {wanted} ({presets})")
+    raise ValueError(f"{name} is a bare state dict: {found}; what it lacks must be given: {wanted} ({presets})")
 
 
 def _refuse_contradiction(found: Architecture, values: Mapping[str, Any], size: int, name: object) -> None:
-    """ValueError, naming the first one, where a value is another in the file."""
+    """ValueError, naming the first field, if a given value contradicts the file."""
     if "small_size" in values and not found.super_resolution:
-        raise ValueError(f"small_size {values['small_size']} is for super-resolution models, and {name} is none")
+        raise ValueError(f"small_size {values['small_size']} is for super-resolution models, and {name} is not one")
     said = found.flags(size)
     for field in (field for field in said if field in values):
-        # One at a time, so that no other value has a part in what this one means.
+        # Check one field at a time, so that no other value changes its meaning.
         theirs = ModelConfig.from_dict({**said, **found.made_up, field: values[field]})
         if Architecture.of(theirs) != found:
             given = _word(getattr(theirs, field))

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DModel: the options that make it one of our models, and the same weights under its names."""
+"""diffusers' UNet2DModel: the options that match one of our models, and the weights renamed to its keys."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,7 +40,7 @@ _FAMILY = {
     "upsample_type": "conv",
     "act_fn": "silu",
     "norm_num_groups": GROUPS,
-    "attn_norm_num_groups": GROUPS,  # by default the middle's attention has no norm beside scale_shift
+    "attn_norm_num_groups": GROUPS,  # the default drops the middle attention's norm if scale_shift is used
     "norm_eps": 1e-5,
     "add_attention": True,
     "class_embed_type": None,
@@ -49,7 +49,7 @@ _FAMILY = {
 
 
 def unet_options(config: ModelConfig, learn_sigma: bool) -> dict[str, Any]:
-    """UNet2DModel's options for a model of ours; ValueError, with the reason, where it has none that fit."""
+    """UNet2DModel's options for one of our models; ValueError, with the reason, if it cannot express the model."""
     if config.small_size is not None:
         raise ValueError(
             "diffusers cannot express a super-resolution model: its pipelines give a UNet2DModel no low-resolution "
@@ -58,7 +58,7 @@ def unet_options(config: ModelConfig, learn_sigma: bool) -> dict[str, Any]:
     if config.multipliers[0] != 1:
         raise ValueError(
             f"diffusers cannot express channel_mult {','.join(map(str, config.multipliers))}: its first convolution is "
-            "as wide as the first level; a model whose channel_mult begins with 1 works"
+            "as wide as the first level; a model whose channel_mult starts with 1 works"
         )
     levels = range(len(config.multipliers))
     attends = [level in config.attention_levels for level in levels]
@@ -80,7 +80,7 @@ def unet_options(config: ModelConfig, learn_sigma: bool) -> dict[str, Any]:
 
 
 def _head_dim(config: ModelConfig) -> int | None:
-    """The one head dimension of all that attends; None, which to diffusers is the level's width, for one head."""
+    """The head dimension of every attention layer; None for one head, which diffusers takes as the level's width."""
     if config.heads_upsample != config.num_heads and config.attention_levels:
         raise ValueError(
             f"diffusers cannot express num_heads_upsample {config.heads_upsample} beside num_heads "
@@ -99,12 +99,12 @@ def _head_dim(config: ModelConfig) -> int | None:
 
 
 def attending(config: ModelConfig) -> set[int]:
-    """The widths of all that attends, the middle among it."""
+    """The widths of all attention layers, including the middle block's."""
     return {config.num_channels * config.multipliers[level] for level in (*config.attention_levels, -1)}
 
 
 def _modules(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
-    """Each module that has weights: our name, diffusers' name, and whether it is a qkv, there three modules."""
+    """Each module with weights: our name, diffusers' name, and whether it is a qkv, which diffusers has as three."""
     yield from ((ours, theirs, False) for ours, theirs in _ENDS.items() if config.class_cond or ours != "label_emb")
 
     def block(ours: str, theirs: str, layer: int, attends: bool) -> Iterator[tuple[str, str, bool]]:
@@ -143,27 +143,27 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
 
 
 def unet_state(state: Mapping[str, Tensor], config: ModelConfig, learn_sigma: bool) -> dict[str, Tensor]:
-    """Our state dict under diffusers' names: q, k and v apart, and without the variance unless ``learn_sigma``."""
+    """Our state dict under diffusers' keys: q, k and v are separate; the variance is kept only if ``learn_sigma``."""
     result = {}
     for ours, theirs, is_qkv in _modules(config):
         for leaf in ("weight", "bias"):
             tensor = state.get(f"{ours}.{leaf}")
             if tensor is None:
-                continue  # a skip connection that is none, or the embedding's bias
+                continue  # a skip connection without weights, or the embedding's bias
             if ours == "out.2":
                 tensor = tensor[: 6 if learn_sigma else 3]
             if not is_qkv:
                 result[f"{theirs}.{leaf}"] = tensor.squeeze(-1) if "proj_out" in ours else tensor
                 continue
             width = len(tensor) // 3
-            parts = tensor.reshape(config.num_heads, 3, width // config.num_heads, -1)  # as kernels/attention has them
+            parts = tensor.reshape(config.num_heads, 3, width // config.num_heads, -1)  # kernels/attention's layout
             for i, name in enumerate(_QKV):
                 result[f"{theirs}.{name}.{leaf}"] = parts[:, i].reshape(width, *tensor.shape[1:-1])
     return result
 
 
 def our_state(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of unet_state, in the order of the original; ValueError, naming it, where a tensor does not fit."""
+    """The inverse of unet_state, in the order of the original; ValueError naming the tensor that does not fit."""
     with torch.device("meta"):
         wanted = build_model(config).state_dict()
     names = {ours: (name, is_qkv) for ours, name, is_qkv in _modules(config)}

@@ -203,7 +203,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("a.pt", "./link.pt", "--overwrite"), ("SRC itself",)),
         (("none.pt", "b.pt"), (r"none\.pt does not exist",)),
         (("empty", "b.pt"), ("no checkpoint in empty",)),
-        (("opt.pt", "b.pt"), (r"opt\.pt is an optimizer's state",)),
+        (("opt.pt", "b.pt"), (r"opt\.pt is optimizer state, not a model",)),
         (("file", "b.pt"), ("file is damaged or not a PyTorch checkpoint",)),
         (("a.pt", "b.pt"), (r"a\.pt is a bare state dict: .*--num-heads, --diffusion-steps and --noise-schedule",)),
         (("a.pt", "b.pt", *FLAGS, "--num-res-blocks", 2), ("num_res_blocks is 1 in", "given as 2")),
@@ -213,7 +213,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ("other.pt", "b.pt"),
             (
-                r"other\.pt is no model of .*nearest, --preset .* first 'time_embed.0.weight': .128, 32. instead of",
+                r"other\.pt is not a model of .*nearest, --preset .* first 'time_embed.0.weight': .128, 32. instead of",
                 "from a model of its sizes, 1 tensors differ, first 'out.2.bias': absent",
             ),
         ),

@@ -275,7 +275,7 @@ def test_files_that_are_no_models(evaluate: Cli, run_dir: Path, animals: Path, t
     torch.save({"state": {}, "param_groups": []}, tmp_path / "opt000007.pt")
     for name, pattern in {
         "runs/a/opt000002.safetensors": "of the kind optimizer, not model",
-        "opt000007.pt": "an optimizer's state, not a model",
+        "opt000007.pt": "is optimizer state, not a model",
         "animals/cat_9.png": r"cat_9\.png",
         "nowhere.safetensors": r"nowhere\.safetensors does not exist",
         "animals": "no checkpoint in animals",

@@ -115,5 +115,5 @@ def test_what_does_not_fit_is_refused(cli: Cli, shapes: Path, tmp_path: Path, or
     refused(cli("train", *flags), r"ema_0\.9999_000010\.pt is of another architecture")
     average.unlink()
     torch.save({"state": {}, "param_groups": []}, original)
-    refused(cli("train", *flags), "is an optimizer's state, not a model")
+    refused(cli("train", *flags), "is optimizer state, not a model")
     assert not (tmp_path / "runs" / "shapes" / "config.json").exists()

@@ -221,7 +221,7 @@ def test_diffusers_own_folders_are_read(tmp_path: Path) -> None:
     [
         ({"attention_resolutions": (16, 8)}, r"4 heads of 24 and 32 channels: it has one head dimension"),
         ({"num_heads_upsample": 2}, "num_heads_upsample 2 beside num_heads 4"),
-        ({"channel_mult": (2, 2, 2, 2)}, "channel_mult 2,2,2,2: .* begins with 1 works"),
+        ({"channel_mult": (2, 2, 2, 2)}, "channel_mult 2,2,2,2: .* starts with 1 works"),
         ({"small_size": 16}, r"a super-resolution model: .*convert to \.pt"),
     ],
 )
@@ -233,7 +233,7 @@ def test_what_diffusers_cannot_express_is_refused(changes: dict[str, object], re
 @pytest.mark.parametrize("steps", [1500, 500])
 def test_scaled_timesteps_that_are_not_whole_are_refused(tmp_path: Path, steps: int) -> None:
     process = replace(LINEAR, diffusion_steps=steps)
-    with pytest.raises(ValueError, match=f"rescale_timesteps with diffusion_steps {steps}: .*whole timesteps"):
+    with pytest.raises(ValueError, match=f"rescale_timesteps with diffusion_steps {steps}: .*timesteps are integers"):
         write(tmp_path / "x", random_model(TINY).state_dict(), TINY, process, Scheduler.DDIM)
     assert not (tmp_path / "x").exists()
 
@@ -258,19 +258,19 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     transposed = {**tensors, "conv_out.weight": tensors["conv_out.weight"].transpose(0, 1).contiguous()}
     whole_numbers = {**tensors, "conv_out.bias": tensors["conv_out.bias"].long()}
     cases: list[tuple[Callable[[], object], str]] = [
-        (lambda: unet.write_text("{"), r"unet/config\.json is damaged: it is no JSON"),
-        (lambda: unet.write_text("[1]"), r"unet/config\.json is damaged: it is no JSON object"),
+        (lambda: unet.write_text("{"), r"unet/config\.json is damaged: it is not a JSON"),
+        (lambda: unet.write_text("[1]"), r"unet/config\.json is damaged: it is not a JSON object"),
         (lambda: unet.write_bytes(b"\xff\xfe"), r"unet/config\.json is damaged"),
         (lambda: unet.write_text("[" * 100_000), r"unet/config\.json is damaged"),
         (unet.unlink, r"unet/config\.json cannot be read \(No such file"),
-        (lambda: change(unet, _class_name="UNet2DConditionModel"), "'UNet2DConditionModel' is no UNet2DModel"),
-        (lambda: change(unet, block_out_channels=[]), "its options make no model"),
-        (lambda: change(unet, block_out_channels=[0, 0]), "its options make no model"),
+        (lambda: change(unet, _class_name="UNet2DConditionModel"), "'UNet2DConditionModel' is not UNet2DModel"),
+        (lambda: change(unet, block_out_channels=[]), "its options do not describe a model"),
+        (lambda: change(unet, block_out_channels=[0, 0]), "its options do not describe a model"),
         (
             lambda: change(unet, block_out_channels=[32, 40], attention_head_dim=None),
             r"block_out_channels is \(32, 40\)",
         ),
-        (lambda: change(unet, freq_shift=1), "freq_shift is 1, and 0 in the models"),
+        (lambda: change(unet, freq_shift=1), "freq_shift is 1, but 0 in the models"),
         (lambda: change(unet, downsample_padding=0), "downsample_padding is 0"),
         (lambda: change(unet, down_block_types=["DownBlock2D", "ResnetDownsampleBlock2D"]), "down_block_types"),
         (lambda: change(unet, attention_head_dim=12), "attention_head_dim is 12|does not divide"),
@@ -280,13 +280,13 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         (weights.unlink, r"safetensors does not exist"),
         (lambda: weights.write_bytes(b"{}"), r"safetensors is damaged or incomplete"),
         (lambda: save_file(transposed, weights), r"has conv_out\.weight as \(32, 3, 3, 3\) instead of \(3, 32, 3, 3\)"),
-        (lambda: save_file(whole_numbers, weights), r"holds no weights: conv_out\.bias is of torch\.int64"),
-        (lambda: change(unet, block_out_channels=[10**12 * 32, 10**13 * 32]), "is not of the model that"),
+        (lambda: save_file(whole_numbers, weights), r"holds no weights: conv_out\.bias has dtype torch\.int64"),
+        (lambda: change(unet, block_out_channels=[10**12 * 32, 10**13 * 32]), "does not match the model that"),
         (lambda: change(unet, block_out_channels=[32, 32 * 10**14]), "calculation overflowed|no down_blocks"),
-        (lambda: change(unet, layers_per_block=10**6), "is not of the model that"),
+        (lambda: change(unet, layers_per_block=10**6), "does not match the model that"),
         (lambda: save_file({**tensors, "more": torch.zeros(1)}, weights), "safetensors has more, which"),
         (scheduler.unlink, r"scheduler_config\.json cannot be read"),
-        (lambda: change(scheduler, prediction_type="v_prediction"), "'v_prediction' is none of"),
+        (lambda: change(scheduler, prediction_type="v_prediction"), "'v_prediction' is neither"),
         (lambda: change(scheduler, trained_betas="some"), r"scheduler_config\.json is damaged"),
     ]
     for damage, message in cases:

@@ -23,7 +23,7 @@ def test_tensors_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state": {}, "param_groups": []}, "optimizer's state, not a model: name the model"),
+        ({"state": {}, "param_groups": []}, "is optimizer state, not a model: name the model"),
         ({"a": 3}, "not a bare state dict"),
         ({}, "not a bare state dict"),
         ([torch.zeros(2)], "not a bare state dict"),
@@ -33,9 +33,9 @@ def test_tensors_come_back(tmp_path: Path) -> None:
             {"step": 3, "ema": {"time_embed.0.weight": torch.zeros(2)}},
             r"save it alone, .*torch\.load\('m\.pt'\)\['ema'\]",
         ),
-        ({1: torch.zeros(2)}, "1 is no plain tensor with a name"),
-        ({"a": torch.zeros(2, 2).to_sparse()}, "'a' is no plain tensor"),
-        ({"a": torch.zeros(2, device="meta")}, "'a' is no plain tensor"),
+        ({1: torch.zeros(2)}, "1 is not a dense tensor with a string key"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "'a' is not a dense tensor"),
+        ({"a": torch.zeros(2, device="meta")}, "'a' is not a dense tensor"),
         (torch.nn.Linear(2, 2), "not loaded"),
     ],
     ids=str,

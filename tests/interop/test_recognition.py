@@ -132,7 +132,7 @@ def test_what_means_the_same_is_no_contradiction() -> None:
 
 
 def test_other_contradictions() -> None:
-    with pytest.raises(ValueError, match=r"small_size 16 is for super-resolution models, and x\.pt is none"):
+    with pytest.raises(ValueError, match=r"small_size 16 is for super-resolution models, and x\.pt is not one"):
         describe(meta_state("cifar10_uncond"), "x.pt", {**PROCESS, "small_size": 16})
     with pytest.raises(ValueError, match=r"num_classes is 1000 in x\.pt, but given as 10"):
         describe(meta_state("imagenet64_cond"), "x.pt", {**PROCESS, "num_classes": 10})
@@ -148,7 +148,7 @@ def test_the_nearest_preset_and_the_first_difference_are_named() -> None:
     del state["out.0.bias"]
     with pytest.raises(
         ValueError,
-        match=r"x\.pt is no model of .* nearest, --preset cifar10_uncond, 2 tensors differ, first "
+        match=r"x\.pt is not a model of .* nearest, --preset cifar10_uncond, 2 tensors differ, first "
         r"'input_blocks\.2\.0\.in_layers\.2\.weight': \(128, 128, 1, 1\) instead of \(128, 128, 3, 3\)$",
     ):
         recognise(state, "x.pt")
@@ -196,14 +196,14 @@ def oddities() -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", oddities())
 def test_odd_state_dicts_are_one_clear_error(name: str) -> None:
-    says = r"x\.pt is no model of improved-diffusion's family: from the nearest, --preset"
+    says = r"x\.pt is not a model of improved-diffusion's family: from the nearest, --preset"
     assert len(refusal(lambda: recognise(oddities()[name], "x.pt"), says)) < 500
 
 
 def test_integers_are_no_weights() -> None:
     state = meta_state("cifar10_uncond")
     state["out.2.bias"] = state["out.2.bias"].long()
-    with pytest.raises(ValueError, match=r"x\.pt holds no weights: out\.2\.bias is of torch\.int64"):
+    with pytest.raises(ValueError, match=r"x\.pt holds no weights: out\.2\.bias has dtype torch\.int64"):
         recognise(state, "x.pt")
 
 

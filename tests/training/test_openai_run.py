@@ -226,7 +226,7 @@ def test_an_optimizer_that_does_not_fit_is_refused(
     path = as_openai_saves(begun, tmp_path / "original")
     beside = path.with_name("opt000001.pt")
     torch.save(damage(torch.load(beside)), beside)
-    with pytest.raises(ValueError, match=re.escape(f"{beside} is not the optimizer's state of the model beside it")):
+    with pytest.raises(ValueError, match=re.escape(f"{beside} is not the optimizer state of the model beside it")):
         trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS).resume_from(path)
 
 
