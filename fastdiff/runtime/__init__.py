@@ -1,1 +1,1 @@
-"""The machine: devices, precision, and how it is told to people."""
+"""The machine: devices, precision, processes, memory, and progress display."""

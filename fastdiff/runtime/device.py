@@ -1,4 +1,4 @@
-"""Where a model runs and in which arithmetic, decided once."""
+"""The device and precision that a model runs with, decided once."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 COMPILE_PAYS_AFTER = {"cuda": 200, "cpu": 2000}
-"""Calls of the model that win back the minute or two which torch.compile takes when its cache is cold."""
+"""Model calls after which torch.compile recovers the minute or two it takes with a cold cache."""
 
 _ISAS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 """Values of ONEDNN_MAX_CPU_ISA under which oneDNN multiplies bf16 as fp32, after conversions that cost more than they
@@ -27,7 +27,7 @@ save (AVX2_VNNI_2 converts in hardware and multiplies in fp32)."""
 
 @dataclass(frozen=True)
 class Runtime:
-    """A RuntimeConfig with every ``auto`` decided for this machine."""
+    """A RuntimeConfig with every ``auto`` resolved for this machine."""
 
     device: torch.device
     precision: Precision
@@ -37,9 +37,9 @@ class Runtime:
 
     @classmethod
     def resolve(cls, config: RuntimeConfig, local_rank: int | None = None) -> Self:
-        """Decide; ValueError where the machine cannot do what is asked for by name.
+        """Resolve every ``auto``; ValueError if the machine does not support an explicit setting.
 
-        ``local_rank`` is the number of this process on its machine, where there are several: each takes its own GPU.
+        ``local_rank`` is this process's local rank if there are several processes: each takes its own GPU.
         """
         device = resolve_device(config.device, local_rank)
         if device.type == "cpu":
@@ -56,19 +56,19 @@ class Runtime:
         return cls(device, precision, config.compile, config.kernels, config.memory_format)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which the model's forward pass runs."""
+        """The context for the model's forward pass."""
         if self.precision in _DTYPES:
             return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
         return nullcontext()
 
     def compiles(self, calls: int) -> bool:
-        """Whether a job of so many calls of the model compiles it."""
+        """Whether a job that calls the model ``calls`` times compiles it."""
         if self.compile is Compile.AUTO:
             return _has_compiler(self.device) and calls >= COMPILE_PAYS_AFTER[self.device.type]
         return self.compile is Compile.ON
 
     def prepare(self, model: nn.Module, calls: int) -> Callable[..., Tensor]:
-        """The model as a function to call ``calls`` times: under autocast, and compiled where that pays."""
+        """The model as a function to call ``calls`` times: under autocast, and compiled if that pays off."""
         return self.eager(torch.compile(model, dynamic=False) if self.compiles(calls) else model)
 
     def eager(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -81,10 +81,9 @@ class Runtime:
         return run
 
     def cast(self, model: M) -> M:
-        """The model, its convolutions and matrix products in the precision to which ``autocast`` casts them.
+        """Cast the weights of convolutions and linear layers to the precision that ``autocast`` uses, in place.
 
-        What it computes under autocast stays the same, bit for bit; only the casts at every call are saved. For a model
-        that is not trained any more.
+        Outputs under autocast stay bit-identical; only the casts in every call are saved. For inference only.
         """
         if self.precision in _DTYPES:
             for module in model.modules():
@@ -93,21 +92,21 @@ class Runtime:
         return model
 
     def describe(self, calls: int) -> str:
-        """In words, for a log."""
+        """One-line summary for the log."""
         compiled = "compiled" if self.compiles(calls) else "eager"
         return f"{self.device}, {self.precision}, {compiled}, {self.memory_format}, kernels {self.kernels}"
 
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device called ``name``, ``auto`` being CUDA where there is one; ValueError where it is not to be had.
+    """The device called ``name``; ``auto`` is CUDA if available, else the CPU. ValueError if it is not available.
 
-    Of several processes on a machine each takes the GPU of its number.
+    If several processes share a machine, each takes the GPU with its local rank.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if local_rank is not None and name.startswith("cuda"):
         if name != "cuda":
-            raise ValueError(f"device {name}: each of several processes takes a GPU of its own; use --device cuda")
+            raise ValueError(f"device {name}: each of several processes takes its own GPU; use --device cuda")
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local_rank + 1} of this machine has no GPU: PyTorch sees {torch.cuda.device_count()}; start "
@@ -117,7 +116,7 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")  # refused below, like any other that is no place to run
+        device = torch.device("meta")  # rejected below, like every other unsupported type
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -126,29 +125,29 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """``auto`` as bf16 where the device does it natively, else fp32; ValueError where it cannot do what is asked."""
+    """Resolve ``auto`` to bf16 if the device supports it natively, else fp32; ValueError for unsupported precisions."""
     native = has_native_bf16(device)
     if precision is Precision.AUTO:
         return Precision.BF16 if native else Precision.FP32
     if precision is Precision.TF32 and device.type != "cuda":
-        raise ValueError("precision tf32: only GPUs have it; use fp32 or bf16")
+        raise ValueError("precision tf32: only GPUs support it; use fp32 or bf16")
     if precision is Precision.BF16 and device.type == "cuda" and not native:
-        raise ValueError("precision bf16: this GPU does not do it natively; use fp16 or fp32")
+        raise ValueError("precision bf16: this GPU does not support it natively; use fp16 or fp32")
     return precision
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware, and on a CPU, whether oneDNN may use that."""
+    """Whether the device multiplies bf16 matrices in hardware and, on a CPU, oneDNN is allowed to use it."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
     if limit.upper() in _ISAS_WITHOUT_BF16:
         return False
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have none
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older releases
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 def _has_compiler(device: torch.device) -> bool:
-    # what Triton and Inductor look for
+    # the compilers that Triton and Inductor look for
     name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
     return shutil.which(name) is not None

@@ -1,22 +1,22 @@
-"""Where a long job shows its lines and its progress."""
+"""Log lines and progress of a long job."""
 
 from collections.abc import Callable
 
 
 class Lines:
-    """Passes the lines of a log to ``show``, and of the progress the notes alone."""
+    """Passes log lines to ``show``; of the progress, only the notes."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
 
     def line(self, text: str) -> None:
-        """A line of the log."""
+        """Show a line of the log."""
         self._show(text)
 
     def advance(self, what: str, done: int, total: int, note: str = "") -> None:
-        """``done`` of ``total`` of the job called ``what``; the note, if there is one, becomes a line."""
+        """Report ``done`` of ``total`` for the job ``what``; a non-empty note becomes a line."""
         if note:
             self.line(f"{what} {done}/{total}  {note}")
 
     def finish(self, what: str) -> None:
-        """The job called ``what`` is done."""
+        """Report that the job ``what`` is done."""

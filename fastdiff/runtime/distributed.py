@@ -1,4 +1,4 @@
-"""The processes that share a job: torchrun starts them, this joins them. A process on its own opens no socket."""
+"""Joins the processes of a job that torchrun started. A single process opens no socket."""
 
 import os
 import socket
@@ -23,19 +23,19 @@ from fastdiff.runtime.memory import out_of_memory
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=2)
-"""How long the others wait for one that decodes a large folder. If it dies, they know at once."""
+"""Timeout while one process decodes a large folder. If that process dies, the others fail at once."""
 
 
 class SaidElsewhere(ValueError):
-    """An error that another process tells the user about."""
+    """An error that another process reports to the user."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this one is, in all and on its machine, and how they talk to each other.
+    """Ranks and world sizes of this process, global and local, and its collectives.
 
-    Collective methods must be called by every process. ``channel`` and ``patient`` are process groups on the CPU: what
-    goes over them never waits for a device. A world of one does everything by itself.
+    Every process must call the collective methods. ``channel`` and ``patient`` are CPU process groups, which never wait
+    for a device. A world of one process communicates with nobody.
     """
 
     rank: int = 0
@@ -49,9 +49,9 @@ class World:
 
     @classmethod
     def join(cls, timeout: float) -> Self:
-        """Join the processes that torchrun (or Ray, or anything that sets its variables) started, else be on one's own.
+        """Join the processes that torchrun (or Ray, or anything that sets its variables) started, else a world of one.
 
-        ``timeout`` (s) is how long one process waits for another. ConnectionError where they do not find each other.
+        ``timeout`` (s) is how long one process waits for another. ConnectionError if they do not find each other.
         """
         if not launched():
             return cls()
@@ -60,7 +60,7 @@ class World:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         try:
             if owned:
-                # NCCL wakes up at the first collective on a GPU, never in a training on CPUs.
+                # NCCL initialises in the first collective on a GPU, so never in CPU training.
                 backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                 store = _meeting_place(rank, size, limit)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
@@ -69,8 +69,8 @@ class World:
         except (RuntimeError, ValueError) as error:
             raise ConnectionError(
                 f"process {rank} of {size} on {socket.gethostname()} did not find the others within {timeout:.0f} s "
-                f"({_short(error)}): all must be started, {os.environ.get('MASTER_ADDR')}:"
-                f"{os.environ.get('MASTER_PORT')} reachable, and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
+                f"({_short(error)}): start all of them, make {os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} reachable, and set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
                 "network between the machines"
             ) from error
         local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -82,11 +82,11 @@ class World:
         return self.rank == 0
 
     def describe(self) -> str:
-        """In words, for a log."""
+        """One-line summary for the log."""
         return f"{self.size} processes" if self.size > 1 else "one process"
 
     def check(self, device: torch.device) -> None:
-        """A first collective on the device, so that a network that does not work shows now and not in an hour."""
+        """Run a first collective on the device, so that a broken network fails now and not in an hour."""
         if self.size == 1:
             return
         said: list[str] = []
@@ -101,7 +101,7 @@ class World:
             except RuntimeError as error:
                 said.append(_short(error))
 
-        # NCCL makes its connections in the first call, and one that never comes about never returns.
+        # NCCL connects in the first collective, which never returns if a connection cannot be made.
         thread = threading.Thread(target=first, daemon=True)
         thread.start()
         thread.join(self.timeout)
@@ -109,17 +109,17 @@ class World:
             raise ConnectionError(
                 f"the {self.size} processes do not reach each other from {device} "
                 f"({said[0] if said else f'nothing came within {self.timeout:.0f} s'}): NCCL_DEBUG=INFO tells more, "
-                "NCCL_SOCKET_IFNAME chooses the network, NCCL_P2P_DISABLE=1 does without direct copies"
+                "NCCL_SOCKET_IFNAME selects the network, NCCL_P2P_DISABLE=1 disables direct copies"
             )
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place, on the tensor's device."""
+        """All-reduce: the sum over all processes, in place, on the tensor's device."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def concatenated(self, tensor: Tensor) -> Tensor:
-        """The processes' tensors (N, ...), alike in shape, one after the other: (size * N, ...)."""
+        """All-gather: the processes' tensors (N, ...), of equal shape, concatenated in rank order: (size * N, ...)."""
         if self.size == 1:
             return tensor
         whole = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
@@ -127,7 +127,7 @@ class World:
         return whole
 
     def gathered(self, value: T) -> list[T]:
-        """The processes' objects in the order of their ranks."""
+        """All-gather of objects: one from each process, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -135,7 +135,7 @@ class World:
         return values
 
     def together(self, action: Callable[[], T]) -> T:
-        """Do something on every process; where it fails on one with ValueError or OSError, all fail, and one tells."""
+        """Run ``action`` on every process; if one raises ValueError or OSError, all raise and one reports it."""
         result, error = _attempt(action)
         said = [(rank, text) for rank, text in enumerate(self.gathered(error and str(error))) if text is not None]
         if said:
@@ -143,20 +143,20 @@ class World:
             if first == self.rank and error is not None:
                 raise error
             raise SaidElsewhere(f"process {first}: {text}")
-        return result  # type: ignore[return-value]  # without an error there is one
+        return result  # type: ignore[return-value]  # without an error there is a result
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """Do something on the first process and hand every other what came of it."""
+        """Run ``action`` on rank 0 and return its result on every process."""
         result = self.together(lambda: action() if self.main else None)
-        return self.gathered(result)[0]  # type: ignore[return-value]  # the main process has it
+        return self.gathered(result)[0]  # type: ignore[return-value]  # rank 0 has it
 
     def refuse(self, message: str) -> NoReturn:
-        """End with ValueError what all processes know to be wrong: the first one tells it."""
+        """Raise ValueError for an error that every process has detected; rank 0 reports it."""
         raise ValueError(message) if self.main else SaidElsewhere(message)
 
     @contextmanager
     def explained(self, remedy: str = "use a smaller model, or --parallel fsdp on several GPUs") -> Iterator[None]:
-        """Say in a user's words what ends a job from outside: another process's end, or too little memory."""
+        """Turn external failures into errors for the user: a lost process, or too little memory."""
         try:
             yield
         except RuntimeError as error:
@@ -164,30 +164,30 @@ class World:
                 raise ValueError(f"out of memory: {remedy}") from error
             if self.size > 1 and lost_contact(error):
                 raise ConnectionError(
-                    f"process {self.rank} lost the others: see what the one that ended first says ({_short(error)})"
+                    f"process {self.rank} lost the others: see the error of the one that failed first ({_short(error)})"
                 ) from error
             raise
 
     def one_by_machine_first(self, action: Callable[[], T]) -> T:
-        """Do something on the first process of each machine, then on its others, who find what that one prepared."""
+        """Run ``action`` on local rank 0 of each machine, then on the others, which use what it prepared."""
         first = self.together(lambda: action() if self.local_rank == 0 else None)
         return self.together(lambda: action() if self.local_rank else first)  # type: ignore[return-value]
 
     def leave(self) -> None:
-        """End what join began."""
+        """Destroy the process group if join created it."""
         if self.owned and dist.is_initialized():
             dist.destroy_process_group()
 
 
 class Agreement:
-    """Small numbers of which every process learns the largest, one call later, so that nobody ever waits for it."""
+    """Asynchronous maximum of small integers over all processes, returned one call later so that nobody waits."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._pending: tuple[Tensor, Any] | None = None
 
     def exchange(self, *values: int) -> list[int]:
-        """Put in this process's numbers; returns the largest of all processes' in the call before (now, if alone)."""
+        """Submit this process's numbers; returns the maxima of the previous call (of this one in a world of one)."""
         if self._world.size == 1:
             return list(values)
         agreed = self.settle() or [0] * len(values)
@@ -196,7 +196,7 @@ class Agreement:
         return agreed
 
     def settle(self) -> list[int] | None:
-        """What the last call put in, waited for; None where nothing is open."""
+        """Wait for the maxima of the last call; None if nothing is pending."""
         if self._pending is None:
             return None
         (numbers, work), self._pending = self._pending, None
@@ -205,10 +205,10 @@ class Agreement:
 
 
 def _meeting_place(rank: int, size: int, limit: timedelta) -> PrefixStore:
-    """The part of the launcher's store where these processes leave their addresses, and none that were killed before.
+    """A fresh prefix of the launcher's store for these processes' addresses, without those of killed processes.
 
-    torchrun's store outlives a restart with all that the dead wrote into it (pytorch/pytorch#135712), and its count of
-    restarts is not the same on every machine. So the first process names a place of its own to everyone who asks it.
+    torchrun's store survives a restart with everything that dead processes wrote into it (pytorch/pytorch#135712), and
+    its restart count differs between machines. So rank 0 chooses a random prefix and sends it to each rank that asks.
     """
     store, _, _ = next(rendezvous("env://", timeout=limit))
     name = uuid.uuid4().hex
@@ -222,7 +222,7 @@ def _meeting_place(rank: int, size: int, limit: timedelta) -> PrefixStore:
     while not store.check([f"{name}/{other} knows" for other in others]):
         for other in others:
             if store.check([f"asks/{other}"]) and (asking := store.get(f"asks/{other}")) != told.get(other):
-                store.set(f"told/{asking.decode()}", name)  # nobody reads it if it was a dead one who asked
+                store.set(f"told/{asking.decode()}", name)  # never read if a dead process asked
                 told[other] = asking
         if time.monotonic() > deadline:
             came = sum(store.check([f"{name}/{other} knows"]) for other in others)
@@ -232,21 +232,21 @@ def _meeting_place(rank: int, size: int, limit: timedelta) -> PrefixStore:
 
 
 def launched() -> bool:
-    """Whether this is one of the processes of a job: torchrun's variables are set."""
+    """Whether this is one of several processes of a job: torchrun's variables are set."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process in the place of one that died."""
+    """Whether torchrun restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def launcher() -> str:
-    """A name of the torchrun that started this process, the same for what it starts again; empty without one."""
+    """An identifier of the torchrun that started this process, unchanged by restarts; empty without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
     parent = os.getppid()
-    try:  # when it was started: in a container the numbers of processes are always the same
+    try:  # its start time: process ids repeat from container to container
         began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         began = ""
@@ -254,7 +254,7 @@ def launcher() -> str:
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether a RuntimeError is a collective's that another process's end, or its silence, has ended."""
+    """Whether a collective failed because a peer died or timed out."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: a wish that a loop reads at a step's end, or an exception that cleans up."""
+"""Ctrl-C, SIGTERM and SIGHUP: as a stop request that a loop checks after each step, or as an exception."""
 
 import contextlib
 import os
@@ -16,14 +16,14 @@ _PROMISE = "stopping and saving after this step; once more stops at once, withou
 
 
 class StopRequest:
-    """While entered, the first signal is kept in ``received``; a second one of its kind acts as it always does.
+    """While entered, stores the first signal in ``received``; a second signal of the same kind has its usual effect.
 
-    Not so in a process that torchrun started: there the second one is torchrun's, which hands on what it got itself and
-    has a time-out of its own.
+    Under torchrun a second signal has no effect: torchrun forwards the signals that it receives itself, and has its own
+    timeout.
     """
 
     def __init__(self, promise: str = _PROMISE) -> None:
-        """``promise`` is what the first signal is answered with."""
+        """``promise`` is the line printed on the first signal."""
         self.received: signal.Signals | None = None
         self._answer = f"\n{promise}\n".encode()
         self._before: dict[signal.Signals, object] = {}
@@ -31,16 +31,16 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python delivers signals to the main thread only, and lets no other one ask for them
+            return self  # Python allows signal handlers in the main thread only
         for kind in _SIGNALS:
             if signal.getsignal(kind) is signal.SIG_IGN:
-                continue  # nohup's wish
+                continue  # set by nohup
             self._before[kind] = signal.signal(kind, self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned it takes back
+            signal.signal(number, handler)  # type: ignore[arg-type]  # signal.signal accepts what it returned
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
@@ -53,11 +53,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """SIGTERM and a closed terminal as SystemExit, which cleans up as Ctrl-C does; what nohup ignores stays so."""
+    """Turn SIGTERM and SIGHUP into SystemExit, so that cleanup runs as after Ctrl-C; ignored signals stay ignored."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         for kind in before:
-            signal.signal(kind, signal.SIG_IGN)  # which often come together, and would cut the cleaning up short
+            signal.signal(kind, signal.SIG_IGN)  # they often arrive together and would interrupt the cleanup
         raise SystemExit(128 + number)
 
     before = {}

@@ -1,4 +1,4 @@
-"""What a device can do at most, and how much of its memory a process has held."""
+"""A device's peak throughput, and a process's peak memory."""
 
 import re
 import sys
@@ -7,10 +7,10 @@ import torch
 
 from fastdiff.config import Precision
 
-# Dense TFLOP/s, tensor or matrix cores where there are any, with sums in fp32; None is what the device does not do.
+# Dense TFLOP/s, on tensor or matrix cores if present, with fp32 accumulation; None if the device lacks the format.
 # NVIDIA's data sheets (A10, A100, H100, H200, HGX B200, L4, L40S, T4, V100) and its white papers on the GA102, Ada and
-# RTX Blackwell architectures; AMD's data sheets of the MI250X, here a half of it, which is one device, and the MI300X.
-# A name is matched as a whole: a part of a GPU (MIG), a laptop's, a Ti has other figures.
+# RTX Blackwell architectures; AMD's data sheets of the MI250X, here half of it, which is one device, and the MI300X.
+# The full name must match: a MIG slice, a laptop GPU or a Ti has other figures.
 _PEAKS: tuple[tuple[float, float | None, float | None, float, str], ...] = (
     #  fp16    bf16    tf32   fp32
     (2250.0, 2250.0, 1100.0,  75.0, r"B200"),
@@ -34,7 +34,7 @@ _MAKERS = r"((NVIDIA|GeForce|Tesla|AMD|Instinct) )*"
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Floating-point operations a second that the device's maker names for it; None where they are not known here."""
+    """The device's peak floating-point operations per second, from its vendor's data sheet; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -47,9 +47,9 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most GiB since the process began: of tensors on a GPU, of the whole process on a CPU. It waits for nothing.
+    """Peak memory in GiB since the process started: of tensors on a GPU, of the whole process on a CPU. No host sync.
 
-    NaN where the system does not say.
+    NaN if the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -57,5 +57,5 @@ def peak_memory_gib(device: torch.device) -> float:
         return float("nan")
     import resource
 
-    # in bytes on macOS, elsewhere in KiB
+    # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30

@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Human-readable numbers."""
 
 from itertools import pairwise
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units that fit: 3 d 4 h, 2 h 5 min, 1 min 30 s."""
+    """Format seconds in the two largest units that fit: 3 d 4 h, 2 h 5 min, 1 min 30 s."""
     units = [("d", 86400), ("h", 3600), ("min", 60), ("s", 1)]
     whole = round(seconds)
     for (name, size), (small_name, small) in pairwise(units):

@@ -80,7 +80,7 @@ def test_the_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_precisions_that_a_device_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"^precision tf32: only GPUs have it; use fp32 or bf16$"):
+    with pytest.raises(ValueError, match=r"^precision tf32: only GPUs support it; use fp32 or bf16$"):
         resolve_precision(Precision.TF32, CPU)
     with pytest.raises(ValueError, match="tf32"):
         Runtime.resolve(RuntimeConfig(device="cpu", precision=Precision.TF32))
