@@ -1,4 +1,4 @@
-"""Checkpoints: files that are whole or absent, and that say everything needed to use them."""
+"""Checkpoints: self-describing files that are written atomically."""
 
 from fastdiff.checkpoint.files import (
     FORMAT,

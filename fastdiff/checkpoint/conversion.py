@@ -1,4 +1,4 @@
-"""A model from one project's files to another's, compared after, with a word for what is lost on the way."""
+"""Convert a model between projects' file formats, verify its outputs, and report what the target cannot store."""
 
 import os
 import tempfile
@@ -19,21 +19,21 @@ from fastdiff.interop import diffusers
 
 _SAFETENSORS, _BARE = ".safetensors", ".pt"
 _TOLERANCE = 1e-3
-"""Of the outputs' largest value; more than this is no rounding."""
+"""Tolerance relative to the outputs' largest absolute value; a larger difference is not rounding error."""
 _COMPARED_SIDE = 64
 _TIMESTEPS = 4
 _Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """ValueError where ``target`` is no name for a converted model, is in the way or cannot be written."""
+    """ValueError if ``target`` is not a valid name for a converted model, may not be replaced or is not writable."""
     is_file = target.suffix in (_SAFETENSORS, _BARE)
     if not is_file and target.suffix[1:].isalpha():
         raise ValueError(f"{target}: DST must end in .safetensors or .pt, or be a folder's name without a suffix")
     if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"{target} is SRC itself, or holds it: name another place")
+        raise ValueError(f"{target} is SRC itself, or contains it: name another path")
     if not target.parent.is_dir():
-        raise ValueError(f"{target.parent} is no folder: make it first")
+        raise ValueError(f"{target.parent} is not a folder: create it first")
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"{target.parent} cannot be written to: name another folder for DST")
     if not target.exists() and not target.is_symlink():
@@ -48,12 +48,12 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 
 def convert(source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers.Scheduler) -> list[str]:
-    """Write the checkpoint that was loaded from ``source`` as ``target``; returns what is to be said of it.
+    """Write the checkpoint loaded from ``source`` to ``target``; returns lines for the log.
 
-    A name that ends in .safetensors is a file of fastdiff's, in .pt one of improved-diffusion's, and any other a folder
-    of diffusers'. Both models are then loaded anew and run on the same input in fp32. The target appears whole or not
-    at all: ValueError where the format cannot express the model, or the outputs differ by more than rounding; OSError
-    where it cannot be written.
+    The suffix of ``target`` selects the format: .safetensors is fastdiff's, .pt is improved-diffusion's, and any other
+    name is a diffusers folder. Both models are then loaded from their files again and run on the same input in fp32.
+    The target is written atomically. ValueError if the format cannot express the model, or the outputs differ by more
+    than rounding error; OSError if the target cannot be written.
     """
     state = {key: value.float().contiguous() for key, value in loaded.model.state_dict().items()}
     with _replacing(target) as temporary:
@@ -64,7 +64,7 @@ def convert(source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """As checkpoint.replacing, for a folder too."""
+    """Like checkpoint.replacing, but for folders as well as files."""
     if target.suffix in (_SAFETENSORS, _BARE):
         with replacing(target) as temporary:
             yield temporary
@@ -89,7 +89,7 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, state: dict[str, Tensor], loaded: Checkpoint, scheduler: diffusers.Scheduler) -> list[str]:
-    """Write the file or folder; returns what is lost, one line each."""
+    """Write the file or folder; returns one line for each thing the format cannot store."""
     if path.suffix == _SAFETENSORS:
         described = {"kind", "model_config", "diffusion_config", "step", "class_names"}
         save_checkpoint(
@@ -105,27 +105,27 @@ def _write(path: Path, state: dict[str, Tensor], loaded: Checkpoint, scheduler: 
     lost = []
     if loaded.class_names:
         names = ", ".join(f"{i} {name}" for i, name in enumerate(loaded.class_names))
-        lost.append(f"the names of the classes are not written: {names}")
+        lost.append(f"the class names are not written: {names}")
     if loaded.metadata.get("label_dropout"):
-        lost.append("it was trained with --label-dropout: the label -1, no class, exists in fastdiff only")
+        lost.append("the model was trained with --label-dropout: label -1 (no class) exists only in fastdiff")
     try:
         if path.suffix == _BARE:
             torch.save(state, path)
             return [*lost, *_for_the_original(loaded)]
         return [*lost, *diffusers.write(path, state, loaded.model_config, loaded.diffusion_config, scheduler)]
-    except (RuntimeError, SafetensorError) as error:  # both are what a full disk may look like
+    except (RuntimeError, SafetensorError) as error:  # a full disk can raise either
         raise OSError(f"DST cannot be written ({str(error).splitlines()[0]})") from error
 
 
 def _for_the_original(loaded: Checkpoint) -> Iterator[str]:
-    """What improved-diffusion's scripts have to be told, and what they cannot do."""
+    """The flags that improved-diffusion's scripts need for this model, and what they do not support."""
     config, size = loaded.model_config, loaded.model_config.image_size
     own = is_table_size(size) and config.multipliers == channel_mult_for(size)
     widths = ",".join(map(str, config.multipliers))
     if not own:
-        yield f"improved-diffusion's scripts know no channel_mult {widths} at image_size {size}: change script_util.py"
+        yield f"improved-diffusion's scripts lack channel_mult {widths} at image_size {size}: change script_util.py"
     elif size == 128:
-        yield "image_size 128 is one of improved-diffusion's 128x128 fork only"
+        yield "only improved-diffusion's 128x128 fork supports image_size 128"
     if config.class_cond and config.num_classes != NUM_CLASSES:
         yield (
             f"improved-diffusion's scripts have {NUM_CLASSES} classes: set NUM_CLASSES = {config.num_classes} in "
@@ -136,7 +136,7 @@ def _for_the_original(loaded: Checkpoint) -> Iterator[str]:
 
 
 def _flags_of(loaded: Checkpoint) -> Iterator[tuple[str, str]]:
-    """improved-diffusion's flags, but those that have their default."""
+    """improved-diffusion's flags, except those at their default."""
     config = loaded.model_config
     if config.small_size is None:
         yield "image_size", str(config.image_size)
@@ -149,12 +149,12 @@ def _flags_of(loaded: Checkpoint) -> Iterator[tuple[str, str]]:
             if f.name in ("image_size", "small_size", "channel_mult", "num_classes") or value == f.default:
                 continue
             if f.name != "learn_sigma" or part is config:
-                # without any, a size that no feature map has
+                # an empty attention_resolutions becomes 1, a size that no feature map has
                 yield f.name, (",".join(map(str, value)) or "1") if isinstance(value, tuple) else str(value)
 
 
 def _difference(source: Path, loaded: Checkpoint, written: Path, target: Path) -> str:
-    """How far the outputs of the two models are apart, loaded anew from their files; ValueError where it is too far."""
+    """Load both models from their files and compare their outputs; ValueError if they differ by more than rounding."""
     config, process = loaded.model_config, loaded.diffusion_config
     factor = 2 ** (len(config.multipliers) - 1)
     side = config.image_size if config.image_size <= _COMPARED_SIDE else factor * max(1, _COMPARED_SIDE // factor)
@@ -170,8 +170,8 @@ def _difference(source: Path, loaded: Checkpoint, written: Path, target: Path) -
     with torch.inference_mode():
         outputs = [_predictor(path, loaded)(x, t, given) for path in (source, written)]
     if not all(output.isfinite().all() for output in outputs):
-        raise ValueError(f"{target} was not written: {source} gives outputs that are not finite numbers")
-    channels = min(output.shape[1] for output in outputs)  # DDIM's folder has no variance
+        raise ValueError(f"{target} was not written: the outputs of {source} are not finite")
+    channels = min(output.shape[1] for output in outputs)  # a DDIM folder has no variance channels
     before, after = (output[:, :channels] for output in outputs)
     apart, size = (before - after).abs().max().item(), before.abs().max().item()
     relative = apart / size if size else apart

@@ -1,4 +1,4 @@
-"""Single files: they appear whole or not at all, and say what they are."""
+"""Single checkpoint files: written atomically, with metadata that describes them."""
 
 import hashlib
 import json
@@ -20,35 +20,35 @@ from fastdiff.interop import openai
 
 FORMAT = "fastdiff-2"
 UNSIGNED_FORMAT = "fastdiff-1"
-"""Files of this one carry no digest of themselves."""
+"""Files of this format contain no SHA-256 of themselves."""
 _FORMATS = re.compile(r"fastdiff-(\d+)")
 _DESCRIBED = {"model_config", "diffusion_config"}
 _NO_DIGEST = "0" * 64
-_DIGEST = re.compile(rb'("%b":"\{\\"sha256\\": \\")([0-9a-f]{64})' % FORMAT.encode())  # JSON in a string of JSON
+_DIGEST = re.compile(rb'("%b":"\{\\"sha256\\": \\")([0-9a-f]{64})' % FORMAT.encode())  # JSON inside a JSON string
 _CHUNK = 2**20
-_CLOCK_TICK = 3  # seconds; the coarsest clock has two
+_CLOCK_TICK = 3  # seconds; the coarsest file-system clock ticks every two
 _known_hashes: dict[tuple[object, ...], str] = {}
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-_being_written: set[str] = set()  # names, which are random: one folder has many paths
-_lock = threading.Lock()  # for who looks: a folder that is there and of this process is in the set
+_being_written: set[str] = set()  # random names, not paths: a folder can have several paths
+_lock = threading.Lock()  # held to create or list folders: an existing one of this process is in the set
 
 
 class NewerFormat(ValueError):
-    """A file is whole, but a later version's."""
+    """The file is intact, but a later version of fastdiff wrote it."""
 
 
 def read_tensors(path: Path, kind: str, verified: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a fastdiff file of the kind "model" or "optimizer"; ValueError where it is not one.
+    """Tensors and metadata of a fastdiff file of ``kind`` "model" or "optimizer"; ValueError if it is not one.
 
-    The file must have the SHA-256 that it says of itself, which covers every byte of it (but for files of a version
-    before that), unless it is ``verified`` already.
+    Unless the file is ``verified`` already, its SHA-256 must match the one in its header, which covers every byte.
+    Files of the older format have no SHA-256 and are not checked.
     """
     with _opened(path, kind, verified) as (file, metadata):
         return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118  # not a dict
 
 
 def read_metadata(path: Path, kind: str) -> dict[str, Any]:
-    """The metadata alone, of a file that was verified; errors as read_tensors raises them."""
+    """The metadata alone, of a file that is verified already; raises the same errors as read_tensors."""
     with _opened(path, kind, verified=True) as (_, metadata):
         return metadata
 
@@ -66,10 +66,10 @@ def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[s
                 or "kind" not in metadata
                 or (kind == "model" and not metadata.keys() >= _DESCRIBED and metadata["kind"] == kind)
             ):
-                raise ValueError(f"{path} is a safetensors file, but not one of fastdiff's")
+                raise ValueError(f"{path} is a safetensors file, but not a fastdiff checkpoint")
             said = metadata.pop("sha256", None)
             if FORMAT in raw and not verified and said != _own_digest(path):
-                raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved; copy it again")
+                raise ValueError(f"{path} is damaged: its SHA-256 does not match the saved one; copy it again")
             if metadata["kind"] != kind:
                 other = (
                     "the model*.safetensors or ema_*.safetensors file beside it" if kind == "model" else "the opt* file"
@@ -81,36 +81,36 @@ def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[s
 
 
 def refuse_newer(path: Path, written: str) -> None:
-    """NewerFormat where the format that ``path`` was written in is one of a later version."""
+    """NewerFormat if ``written``, the format of the file ``path``, is a later version's."""
     match, ours = _FORMATS.fullmatch(written), _FORMATS.fullmatch(FORMAT)
     if match and ours and int(match[1]) > int(ours[1]):
         raise NewerFormat(f"{path} was made by a newer fastdiff: upgrade this one")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write tensors and metadata as one safetensors file, whole or not at all."""
+    """Write tensors and metadata atomically as one safetensors file."""
     packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
         try:
             described = {"sha256": _NO_DIGEST, **metadata} | {
                 "sha256": _NO_DIGEST
-            }  # in the first place, whatever comes
+            }  # always the first key, even if metadata has one
             save_file(packed, temporary, metadata={FORMAT: json.dumps(described)})
             _sign(temporary)
-        except SafetensorError as error:  # a full disk, too, is one of these
+        except SafetensorError as error:  # raised for a full disk too
             raise OSError(f"{path} cannot be written: {openai.first_line(error)}") from error
     return path
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, on the disk of ``path``; on success it takes path's place, on failure it is gone.
+    """Yield a temporary path on the disk of ``path``: on success it replaces ``path``, on failure it is deleted.
 
-    The file is on the disk before it is renamed, and has the mode that the umask gives any new file.
+    The file is synced to the disk before the rename, and has the mode that the umask gives any new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In a folder of its own, which holds the temporary files of the libraries that write to it, too: safetensors'
-    # have names that nobody could tell from others', and a process that is killed leaves them.
+    # A separate folder also holds the temporary files of the libraries that write: the names that safetensors chooses
+    # look like any other file's, and a killed process leaves these files behind.
     with _lock:
         folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         _being_written.add(Path(folder.name).name)
@@ -118,7 +118,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with folder:
             temporary = Path(folder.name) / path.name
             temporary.touch()
-            mode = temporary.stat().st_mode  # of any new file; safetensors' own is its owner's alone
+            mode = temporary.stat().st_mode  # the default; safetensors' files are readable by their owner only
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -131,14 +131,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def abandoned(folder: Path, of: str | None = None) -> list[Path]:
-    """The temporary folders in ``folder``, or those for the file called ``of``, that this process is not writing to."""
+    """The temporary folders in ``folder``, or those of the file ``of``, that this process is not writing to."""
     with _lock:
         found = [p for p in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(p.name) and p.name not in _being_written]
     return [p for p in found if of is None or p.name[: -len(".12345678.tmp")] == f".{of}"]
 
 
 def refuse_unwritable(option: str, wanted: Path) -> None:
-    """ValueError, naming the option, where a folder is not there and cannot be made, or may not be written to."""
+    """ValueError, naming the option, if a folder is not writable, or does not exist and cannot be created."""
     folder = wanted
     while not folder.exists():
         folder = folder.parent
@@ -147,12 +147,12 @@ def refuse_unwritable(option: str, wanted: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, 64 hex digits; a process reads a file once for it, until the file changes."""
+    """The SHA-256 of a file, 64 hex digits; cached for the process until the file changes."""
     return _cached("sha256", path, lambda: _hash(path))
 
 
 def _own_digest(path: Path) -> str:
-    """The SHA-256 of a safetensors file in whose header the digest itself stands as zeros."""
+    """The SHA-256 of a safetensors file, computed with zeros in place of the digest in its header."""
     return _cached("own digest", path, lambda: _hash(path, *_signed_header(path)))
 
 
@@ -162,13 +162,13 @@ def _cached(what: str, path: Path, compute: Callable[[], str]) -> str:
     if key not in _known_hashes:
         found = compute()
         if abs(time.time() - max(status.st_mtime, status.st_ctime)) < _CLOCK_TICK:
-            return found  # what changes it within a tick of the file system's clock would not show
+            return found  # a change within one tick of the file system's clock would go unnoticed
         _known_hashes[key] = found
     return _known_hashes[key]
 
 
 def _hash(path: Path, header: bytes = b"", instead: bytes = b"") -> str:
-    """The SHA-256 of a file that begins with ``header``, as if it began with ``instead``."""
+    """The SHA-256 of a file with its first bytes, ``header``, replaced by ``instead``."""
     digest = hashlib.sha256(instead)
     with path.open("rb") as file:
         file.seek(len(header))
@@ -178,18 +178,18 @@ def _hash(path: Path, header: bytes = b"", instead: bytes = b"") -> str:
 
 
 def _signed_header(path: Path) -> tuple[bytes, bytes]:
-    """The beginning of a safetensors file, up to the tensors, and the same with zeros for the digest."""
+    """The header of a safetensors file (all bytes before the tensors), and the same with zeros for the digest."""
     with path.open("rb") as file:
         length = file.read(8)
         header = length + file.read(int.from_bytes(length, "little"))
     found = _DIGEST.findall(header)
     if len(found) != 1:
-        raise ValueError(f"{path} is damaged: its header does not say what its SHA-256 is")
+        raise ValueError(f"{path} is damaged: its header does not contain its SHA-256")
     return header, _DIGEST.sub(rb"\g<1>" + _NO_DIGEST.encode(), header)
 
 
 def _sign(path: Path) -> None:
-    """Put the digest of a new file in the place of its zeros."""
+    """Replace the zeros in a new file's header with its digest."""
     header, unsigned = _signed_header(path)
     assert header == unsigned
     signed = _DIGEST.sub(rb"\g<1>" + _hash(path).encode(), header)
@@ -198,8 +198,8 @@ def _sign(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a rename needs no such thing
+    """Sync a folder's entries to the disk."""
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a rename does not need it
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)

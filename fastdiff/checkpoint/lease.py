@@ -1,4 +1,4 @@
-"""The right to write to a folder: one process has it, until it ends or dies."""
+"""An exclusive lock on a folder: one process may write to it, until the process exits or dies."""
 
 import json
 import os
@@ -13,18 +13,18 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from fastdiff.checkpoint.files import replacing
 
 _LOCKED = ".lease"
-_HOLDER = ".lease.json"  # a note of who it is
+_HOLDER = ".lease.json"  # describes the process that holds it
 
 
 class Lease:
-    """Holds a folder for the process; another one that wants it is refused by ValueError.
+    """Locks a folder for this process; ValueError if another process holds it.
 
-    The operating system takes it back from a process that is dead. ``launcher`` is what a restart of the same job
-    would know itself by: ``begun_by`` gives it back. ``option`` is the flag that the folder was named with.
+    The operating system releases the lock of a dead process. ``launcher`` identifies the job, so that a restart of the
+    same job recognises itself: ``begun_by`` returns it. ``option`` is the flag that named the folder.
     """
 
     FILES = (_LOCKED, _HOLDER)
-    """What it keeps in the folder."""
+    """The files that a lease keeps in the folder."""
 
     def __init__(self, folder: Path, launcher: str = "", option: str = "--run-dir") -> None:
         self.folder = folder
@@ -34,13 +34,13 @@ class Lease:
 
     @staticmethod
     def begun_by(folder: Path) -> str:
-        """The launcher of the folder's last holder, alive or not; empty where it named none, or there was none."""
+        """The launcher of the folder's last holder, alive or not; empty if there was no holder or it named none."""
         return str(_holder(folder).get("launcher", ""))
 
     def __enter__(self) -> Self:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings(action="ignore"):  # of the soft lock, which is refused below
+            with warnings.catch_warnings(action="ignore"):  # about the soft lock, which is refused below
                 self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
@@ -52,7 +52,7 @@ class Lease:
         except OSError as error:
             raise self._unwritable(error) from None
         try:
-            if isinstance(self._lock, SoftFileLock):  # a file that a process leaves behind when it is killed
+            if isinstance(self._lock, SoftFileLock):  # a plain file, which a killed process leaves behind
                 raise self._no_locks()
             holder = {
                 "pid": os.getpid(),
@@ -70,11 +70,11 @@ class Lease:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # A launcher may start the job again, however it ended, and then asks who began it.
+        # A launcher may restart the job however it ended, and the restart then reads who started it.
         if not self.launcher:
             _holder_path(self.folder).unlink(missing_ok=True)
-        # The file that is locked stays: to delete it would, on a network's disk, let two processes lock two files of
-        # that name, one of which is already deleted.
+        # Keep the lock file: deleting it on a network file system could let two processes lock two files of this name,
+        # one of them already deleted.
         self._lock.release()
 
     def _unwritable(self, error: OSError) -> OSError:

@@ -1,4 +1,4 @@
-"""A model's checkpoint: its weights with its configuration, in one file."""
+"""A model checkpoint: weights and configuration in one file."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from fastdiff.models import UNet, build_model
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that is ready to use, and what its file says of it."""
+    """A model that is ready to use, with the configurations and metadata of its file."""
 
     model: UNet
     diffusion: GaussianDiffusion
@@ -44,7 +44,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a model, or its state dict, with its configuration; further keywords become metadata (JSON values).
 
-    The file appears whole or not at all. OSError where it cannot be written.
+    The write is atomic. OSError if the file cannot be written.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     return write_tensors(
@@ -59,7 +59,7 @@ def model_metadata(
     class_names: tuple[str, ...] = (),
     **metadata: Any,
 ) -> dict[str, Any]:
-    """What a model's file says of it, as JSON can hold it."""
+    """The metadata of a model's file, as JSON-compatible values."""
     return {
         "kind": "model",
         "model_config": with_multipliers(model_config).to_dict(),
@@ -72,7 +72,7 @@ def model_metadata(
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A file's state dict, on the CPU, and what the file says of its model."""
+    """A file's state dict, on the CPU, with the configurations and metadata of its model."""
 
     path: Path
     state: dict[str, Tensor]
@@ -90,20 +90,20 @@ def read_weights(
     diffusion_config: DiffusionConfig | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Weights:
-    """What load_checkpoint makes a model of; arguments and errors are its."""
+    """The weights and configurations that load_checkpoint builds a model from; same arguments and errors."""
     path = find_checkpoint(place, ema_rate=ema_rate)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         state, metadata = read_tensors(path, kind="model", verified=verify_file(path))
         if model_config is not None or diffusion_config is not None or given:
-            raise ValueError(f"{path} says itself what it is: configurations are for bare state dicts")
+            raise ValueError(f"{path} already contains its configuration: give one only for bare state dicts")
         try:
             model_config = ModelConfig.from_dict(metadata["model_config"])
             diffusion_config = DiffusionConfig.from_dict(metadata["diffusion_config"])
             class_names = tuple(map(composed, metadata["class_names"]))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} holds a configuration of no model of this version: {error}") from None
+            raise ValueError(f"{path} holds a configuration that this version does not support: {error}") from None
     else:
         state, metadata, class_names = openai.load_state_dict(path), openai.said_by_name(path), ()
         if model_config is None or diffusion_config is None:
@@ -125,15 +125,15 @@ def load_checkpoint(
     kernels: Kernels | str = Kernels.AUTO,
     memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
 ) -> Checkpoint:
-    """A fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict, whose architecture is recognised.
+    """Load a fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict, whose architecture is recognised.
 
-    ``path`` is a file, a run folder (its newest step) or ``run@step``; in a folder ``ema_rate`` chooses the average,
-    0 the raw weights, by default the highest. What a state dict does not say comes from the two configurations or from
-    ``given``, fields of either by name; what is missing then is asked for in the error.
+    ``path`` is a file, a run folder (its newest step) or ``run@step``. In a folder ``ema_rate`` selects the EMA: 0 is
+    the raw weights, and the default is the highest rate. Settings that a state dict does not determine come from the
+    two configurations or from ``given``, fields of either by name; the error names those that are still missing.
 
-    The model is on ``device``, in evaluation mode. ValueError, in one line, where the file is missing, damaged (its
-    SHA-256 is checked), of another kind or architecture, or, for a bare state dict, where something is missing or
-    contradicts it.
+    The model is on ``device``, in evaluation mode. ValueError, in one line, if the file is missing, damaged (its
+    SHA-256 is checked), or of another kind or architecture, or, for a bare state dict, if a setting is missing or
+    contradicts the tensors.
     """
     weights = read_weights(
         path, ema_rate=ema_rate, model_config=model_config, diffusion_config=diffusion_config, given=given
@@ -152,13 +152,13 @@ def load_checkpoint(
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a state dict into a model; ValueError, naming the first difference, where it is of another architecture."""
+    """Copy a state dict into a model; ValueError, naming the first difference, if the architectures differ."""
     refuse_other_architecture(model.state_dict(), state, path)
     model.load_state_dict(dict(state))
 
 
 def refuse_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    """ValueError, naming the first difference, where a file's state dict has other names or shapes than ``own``."""
+    """ValueError, naming the first difference, if a file's state dict has other keys or shapes than ``own``."""
     wanted = {key: value.shape for key, value in own.items()}
     theirs = {key: value.shape for key, value in state.items()}
     if wanted != theirs:
@@ -166,6 +166,6 @@ def refuse_other_architecture(own: Mapping[str, Tensor], state: Mapping[str, Ten
         says = [tuple(shapes[key]) if key in shapes else "absent" for shapes in (theirs, wanted)]
         differing = sum(wanted.get(key) != theirs.get(key) for key in wanted.keys() | theirs.keys())
         raise ValueError(
-            f"{path} is of another architecture: {key} is {says[0]} in the file and {says[1]} in the model "
+            f"{path} has another architecture: {key} is {says[0]} in the file and {says[1]} in the model "
             f"({differing} tensors differ)"
         )

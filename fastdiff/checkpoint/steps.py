@@ -1,8 +1,8 @@
 """The checkpoints of a run folder.
 
-That of step 500 is ``model000500.safetensors``, one ``ema_0.9999_000500.safetensors`` per rate,
-``opt000500.safetensors``, and ``manifest000500.json``, which is written last; the number counts completed updates.
-A step that is being saved or deleted has a file ``.unfinished000500``.
+The checkpoint of step 500 is ``model000500.safetensors``, one ``ema_0.9999_000500.safetensors`` per EMA rate,
+``opt000500.safetensors``, and ``manifest000500.json``, which is written last. The number counts completed updates.
+A step that is being saved or deleted has a marker file ``.unfinished000500``.
 """
 
 import hashlib
@@ -33,22 +33,22 @@ _MARK = re.compile(r"\.unfinished(?P<step>\d{6,})")
 
 
 def model_path(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the raw weights of a step."""
+    """The path of a step's raw weights."""
     return run_dir / f"model{step:06d}.safetensors"
 
 
 def ema_path(run_dir: Path, rate: float, step: int) -> Path:
-    """Where a run keeps the averaged weights of a step."""
+    """The path of a step's EMA weights."""
     return run_dir / f"ema_{rate}_{step:06d}.safetensors"
 
 
 def optimizer_path(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the optimizer's state of a step."""
+    """The path of a step's optimizer state."""
     return run_dir / f"opt{step:06d}.safetensors"
 
 
 def manifest_path(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the lengths and SHA-256 of a step's files; only with it the step is saved."""
+    """The path of a step's manifest: the lengths and SHA-256 of its files. A step without one is not saved."""
     return run_dir / f"manifest{step:06d}.json"
 
 
@@ -57,16 +57,16 @@ def _mark_path(run_dir: Path, step: int) -> Path:
 
 
 def begin_step(run_dir: Path, step: int) -> None:
-    """Say that files of a step are about to be written, so that remove_leftovers knows them if it comes to no end."""
+    """Mark a step as being saved, so that remove_leftovers recognises its files if the save does not finish."""
     if manifest_path(run_dir, step).exists():
-        delete_step(run_dir, step)  # a damaged one: what replaces it must not be measured by its manifest
+        delete_step(run_dir, step)  # damaged: the old manifest must not describe the files that replace it
     run_dir.mkdir(parents=True, exist_ok=True)
     _mark_path(run_dir, step).touch()
     sync_folder(run_dir)
 
 
 def write_manifest(run_dir: Path, step: int, paths: Sequence[Path]) -> None:
-    """Declare the files of a step whole, which are on the disk by now; OSError where that cannot be written."""
+    """Write a step's manifest, once its files are on the disk; OSError if that fails."""
     assert all(path.parent == run_dir and _NAME.fullmatch(path.name) for path in paths)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     manifest = {"format": FORMAT, "step": step, "files": files}
@@ -80,24 +80,24 @@ def _text(manifest: dict[str, Any]) -> str:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of the manifest itself, which it holds beside those of the files."""
+    """The SHA-256 of the manifest itself, which it stores beside those of the files."""
     return hashlib.sha256(_text(manifest).encode()).hexdigest()
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """The steps of a run that were saved to their end, oldest first: those with a manifest."""
+    """The completely saved steps of a run, which have a manifest, oldest first."""
     return sorted(int(m["step"]) for p in run_dir.glob("manifest*.json") if (m := _MANIFEST.fullmatch(p.name)))
 
 
 def holds_checkpoint(run_dir: Path) -> bool:
-    """Whether there is any file that a checkpoint is made of."""
+    """Whether the folder contains any checkpoint file or manifest."""
     return any(_NAME.fullmatch(p.name) or _MANIFEST.fullmatch(p.name) for p in run_dir.glob("*"))
 
 
 def verify_step(run_dir: Path, step: int, offer: bool = False) -> None:
-    """Read every file of a step; ValueError, naming the first, where one is not what the manifest says.
+    """Verify every file of a step against its manifest; ValueError naming the first file that differs.
 
-    With ``offer`` the error names the newest step before it that is whole.
+    With ``offer`` the error also names the newest earlier step that is intact.
     """
     with _offering_a_step_before(run_dir, step) if offer else nullcontext():
         for name, said in _read_manifest(manifest_path(run_dir, step), step).items():
@@ -105,10 +105,10 @@ def verify_step(run_dir: Path, step: int, offer: bool = False) -> None:
 
 
 def verify_file(path: Path) -> bool:
-    """Whether a file of a run folder was compared with its step's manifest; ValueError where one is not what was saved.
+    """Verify a file of a run folder against its step's manifest; ValueError if it differs from what was saved.
 
-    The error names the newest step before it that is whole. A file without a manifest beside it is not looked at: it
-    holds a digest of itself.
+    Returns whether the file was checked. The error names the newest earlier step that is intact. A file without a
+    manifest beside it is not checked here: it contains its own SHA-256.
     """
     match = _NAME.fullmatch(path.name)
     if match is None or not (manifest := manifest_path(path.parent, int(match["step"]))).exists():
@@ -122,7 +122,7 @@ def verify_file(path: Path) -> bool:
 
 @contextmanager
 def _offering_a_step_before(run_dir: Path, step: int) -> Iterator[None]:
-    """Add to a ValueError the newest step before ``step`` that is whole."""
+    """Add the newest intact step before ``step`` to a ValueError."""
     try:
         yield
     except NewerFormat:
@@ -132,7 +132,7 @@ def _offering_a_step_before(run_dir: Path, step: int) -> Iterator[None]:
         for earlier in reversed([found for found in saved_steps(run_dir) if found < step]):
             with suppress(ValueError):
                 verify_step(run_dir, earlier)
-                remedy = f"step {earlier} is whole: name {run_dir}@{earlier}, or a file of it"
+                remedy = f"step {earlier} is intact: name {run_dir}@{earlier}, or one of its files"
                 break
         raise ValueError(f"{error}; {remedy}") from None
 
@@ -141,9 +141,9 @@ def _verify(path: Path, said: dict[str, Any]) -> None:
     try:
         length = path.stat().st_size
         if length != said["bytes"]:
-            raise ValueError(f"{path} is damaged: it has {length} bytes, {said['bytes']} were saved")
+            raise ValueError(f"{path} is damaged: it has {length} bytes instead of {said['bytes']}")
         if sha256(path) != said["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was saved")
+            raise ValueError(f"{path} is damaged: its SHA-256 does not match the saved one")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except OSError as error:
@@ -165,7 +165,7 @@ def _read_manifest(path: Path, step: int) -> dict[str, Any]:
         for name, said in files.items():
             whole &= not {"/", "\\"} & set(name) and type(said["bytes"]) is int and type(said["sha256"]) is str
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: step {step} was not saved to its end") from None
+        raise ValueError(f"{path} is missing: step {step} was not saved completely") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -177,7 +177,7 @@ def _read_manifest(path: Path, step: int) -> dict[str, Any]:
 
 
 def delete_step(run_dir: Path, step: int) -> None:
-    """Delete every file of a step, the manifest first: what is left cannot be taken for a whole checkpoint."""
+    """Delete every file of a step, the manifest first, so that the rest cannot pass for a complete checkpoint."""
     mark = _mark_path(run_dir, step)
     if manifest_path(run_dir, step).exists():
         manifest_path(run_dir, step).replace(mark)
@@ -194,10 +194,10 @@ def _files(run_dir: Path, step: int) -> list[Path]:
 
 
 def remove_leftovers(run_dir: Path) -> list[str]:
-    """Remove what killed processes left in a run folder, whose lease the caller holds; returns the names.
+    """Remove what killed processes left in a run folder, whose lease the caller holds; returns the file names.
 
-    That is temporary files, and the files of steps that were being saved or deleted. Files of steps that have neither
-    a manifest nor the mark of having been begun are not ours to delete: someone put them there.
+    These are temporary files, and the files of steps that were being saved or deleted. Files of a step with neither a
+    manifest nor a marker are kept: someone put them there.
     """
     removed = [path for folder in (run_dir, run_dir / "previews") for path in abandoned(folder)]
     for path in removed:
@@ -205,7 +205,7 @@ def remove_leftovers(run_dir: Path) -> list[str]:
     for mark in run_dir.glob(".unfinished*"):
         match = _MARK.fullmatch(mark.name)
         if match and manifest_path(run_dir, int(match["step"])).exists():
-            mark.unlink()  # saved to its end, all but the mark
+            mark.unlink()  # completely saved, only the marker was left
         elif match:
             removed += _files(run_dir, int(match["step"]))
             delete_step(run_dir, int(match["step"]))
@@ -215,12 +215,12 @@ def remove_leftovers(run_dir: Path) -> list[str]:
 def find_checkpoint(
     place: str | os.PathLike[str] | None, runs: Path = Path("runs"), ema_rate: float | None = None
 ) -> Path:
-    """The file that is meant by ``place``: a file, a run folder (its newest step) or ``run@step``.
+    """Find the checkpoint file for ``place``: a file, a run folder (its newest step) or ``run@step``.
 
-    Without a place it is in the newest run under ``runs``.
+    If ``place`` is None, the newest run under ``runs`` is used.
 
-    In a run folder the average of ``ema_rate`` is taken, 0 being the raw weights; by default that of the highest rate,
-    else the raw weights. ValueError where there is none, or ``place`` is a file and leaves no choice.
+    In a run folder ``ema_rate`` selects the EMA, and 0 the raw weights; the default is the highest rate, else the raw
+    weights. ValueError if there is no such file, or if ``ema_rate`` is given and ``place`` is a file.
     """
     step = None
     if place is not None:
@@ -229,7 +229,7 @@ def find_checkpoint(
             raise ValueError(f"{place} does not exist")
         if not place.is_dir():
             if ema_rate is not None:
-                raise ValueError(f"ema_rate {ema_rate:g} chooses among the files of a run folder, and {place} is none")
+                raise ValueError(f"ema_rate {ema_rate:g} selects a file in a run folder, and {place} is not a folder")
             return place
     found = [p for p in (place.glob(_ANY) if place is not None else runs.glob(f"*/{_ANY}")) if _is_model(p)]
     if not found:
@@ -248,7 +248,7 @@ def find_checkpoint(
         if not there:
             known = ", ".join(f"{rate:g}" if rate else "raw" for rate in rates)
             raise ValueError(f"ema_rate {ema_rate:g}: {newest} has weights of the rates {known}")
-    whole = set(saved_steps(newest))  # a killed process may leave a later step without its averages
+    whole = set(saved_steps(newest))  # a killed process may leave a later step without its EMAs
     best = max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
     if ema_rate is None and _rank(best)[0] in whole:
         _refuse_lost(newest, best)
@@ -256,33 +256,33 @@ def find_checkpoint(
 
 
 def _refuse_lost(run_dir: Path, best: Path) -> None:
-    """ValueError where the manifest names weights of a higher rate than those that are there."""
+    """ValueError if the manifest lists weights of a higher EMA rate than the folder contains."""
     step = _rank(best)[0]
     try:
         names = _read_manifest(manifest_path(run_dir, step), step)
     except ValueError:
-        return  # whoever reads the file says so
+        return  # reading the file reports the damaged manifest
     saved = [run_dir / name for name in names if _is_model(Path(name))]
     if saved and _rank(lost := max(saved, key=_rank)) > _rank(best):
-        raise ValueError(f"{lost} is missing: restore it, or choose by --ema-rate, or name {best}")
+        raise ValueError(f"{lost} is missing: restore it, or choose another with --ema-rate, or name {best}")
 
 
 def run_and_step(place: Path) -> tuple[Path, str] | None:
-    """The folder and the text behind the "@" of ``run@step``; None where that is no such name, or is there itself."""
+    """The folder and the text after the "@" of ``run@step``; None for any other name, or a path that exists."""
     name, at, step = place.name.rpartition("@")
     folder = place.parent / name
     return (folder, step) if at and not place.exists() and folder.is_dir() else None
 
 
 def _split(place: Path) -> tuple[Path, int | None]:
-    """A run folder and its step; the place itself and None where it names no step."""
+    """The run folder and its step; ``place`` itself and None if it names no step."""
     if (found := run_and_step(place)) is None:
         return place, None
     folder, step = found
     if step == "best":
-        raise ValueError(f"{place}: nothing says yet which step is best; name a step, such as {folder}@500")
+        raise ValueError(f"{place}: the best step is not known; name a step, such as {folder}@500")
     if not step.isdecimal():
-        raise ValueError(f"{place}: {step!r} is no step; name one, such as {folder}@500")
+        raise ValueError(f"{place}: {step!r} is not a step; name one, such as {folder}@500")
     return folder, int(step)
 
 

@@ -81,7 +81,7 @@ def test_a_file_of_before_is_read(tmp_path: Path) -> None:
     with path.open("rb+") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
-    with pytest.raises(ValueError, match=r"model000003\.safetensors is damaged: its SHA-256 is not that"):
+    with pytest.raises(ValueError, match=r"model000003\.safetensors is damaged: its SHA-256 does not match"):
         load_checkpoint(path)
     manifest_path(tmp_path, 3).unlink()
     assert load_checkpoint(path).step == 3

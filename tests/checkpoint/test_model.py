@@ -91,7 +91,7 @@ def test_a_configuration_that_a_bare_state_dict_contradicts_is_refused(tmp_path:
         load_checkpoint(path, model_config=replace(MODEL, num_classes=4), diffusion_config=DIFFUSION)
     with pytest.raises(ValueError, match=r"another architecture: label_emb\.weight is \(3, 128\) in the file and abs"):
         load_checkpoint(path, model_config=replace(MODEL, class_cond=False), diffusion_config=DIFFUSION)
-    with pytest.raises(ValueError, match=r"m\.safetensors says itself"):
+    with pytest.raises(ValueError, match=r"m\.safetensors already contains its configuration"):
         load_checkpoint(save(tmp_path / "m.safetensors"), given={"num_heads": 4})
 
 

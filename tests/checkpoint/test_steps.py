@@ -71,9 +71,9 @@ def test_what_is_not_as_it_was_saved_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ema_0.9999_000500.safetensors"
     whole = path.read_bytes()
     for damaged, says in (
-        (whole[:-1], f"has {len(whole) - 1} bytes, {len(whole)} were saved"),
+        (whole[:-1], f"has {len(whole) - 1} bytes instead of {len(whole)}"),
         (whole + b"x", f"has {len(whole) + 1} bytes"),
-        (b"E" + whole[1:], "its SHA-256 is not that of what was saved"),
+        (b"E" + whole[1:], "its SHA-256 does not match the saved one"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"ema_0\.9999_000500\.safetensors is damaged: .*{says}"):
@@ -84,7 +84,7 @@ def test_what_is_not_as_it_was_saved_is_named(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(ValueError, match=r"ema_0\.9999_000500\.safetensors"):
         verify_step(tmp_path, 500)
-    with pytest.raises(ValueError, match=r"manifest000600\.json is missing: step 600 was not saved to its end"):
+    with pytest.raises(ValueError, match=r"manifest000600\.json is missing: step 600 was not saved completely"):
         verify_step(tmp_path, 600)
 
 

@@ -254,7 +254,7 @@ FILES: list[tuple[Callable[[Path, Path], Path], str]] = [
     (truncated, "damaged|truncated|incomplete"),
     (empty, "damaged|empty|incomplete"),
     (absurd_header, "damaged"),
-    (foreign, "not one of fastdiff's"),
+    (foreign, "not a fastdiff checkpoint"),
     (mismatched, "another architecture"),
     (truncated_pt, "damaged|truncated|incomplete"),
     (empty_pt, "damaged|empty|incomplete"),

@@ -143,8 +143,8 @@ def test_the_average_is_chosen_by_its_rate(cli: Cli, shapes: Path, runs: Path) -
     ("name", "said"),
     [
         ("runs/a@3", r"runs/(a|up) has no step 3: it has 2, 4"),
-        ("runs/a@best", r"runs/(a|up)@best: nothing says yet which step is best; name a step"),
-        ("runs/a@last", r"runs/(a|up)@last: 'last' is no step; name one, such as"),
+        ("runs/a@best", r"runs/(a|up)@best: the best step is not known; name a step"),
+        ("runs/a@last", r"runs/(a|up)@last: 'last' is not a step; name one, such as"),
         ("runs", r"(no checkpoint in runs: train a model first|runs is not a file)"),
         ("typo", "typo does not exist"),
         ("typo@2", "typo@2 does not exist"),
@@ -283,7 +283,7 @@ def test_one_flipped_bit_is_refused(
     if copied and reader is not resume_checkpoint:  # which goes on with what lies beside the file, the manifest too
         shutil.copy(path, f"runs/up/{stem[:3]}.safetensors" if reader is super_res else f"{stem[:3]}.safetensors")
         name = "runs/a/ema.safetensors" if reader is super_res else "ema.safetensors"
-    refused(reader(cli, shapes, name), "damaged|not one of fastdiff's|newer fastdiff|is missing")
+    refused(reader(cli, shapes, name), "damaged|not a fastdiff checkpoint|newer fastdiff|is missing")
     assert not list(Path().glob("samples*"))
     assert not Path("converted.safetensors").exists()
 
@@ -294,8 +294,8 @@ def test_the_step_before_is_offered(cli: Cli, shapes: Path, runs: Path) -> None:
     for reader in (sample, evaluate, convert, init_from):
         refused(
             reader(cli, shapes, "runs/a"),
-            r"ema_0.99_000004.safetensors is damaged: its SHA-256 is not that of what was saved; "
-            "step 2 is whole: name runs/a@2, or a file of it",
+            r"ema_0.99_000004.safetensors is damaged: its SHA-256 does not match the saved one; "
+            "step 2 is intact: name runs/a@2, or one of its files",
         )
     assert "ema_0.99_000002" in succeeded(sample(cli, shapes, "runs/a@2")).out
 
@@ -303,10 +303,13 @@ def test_the_step_before_is_offered(cli: Cli, shapes: Path, runs: Path) -> None:
 def test_a_lost_average_is_not_replaced_by_another(cli: Cli, shapes: Path, runs: Path) -> None:
     (runs / "a/ema_0.99_000004.safetensors").unlink()
     for reader in (sample, evaluate, convert, init_from, python):
-        refused(reader(cli, shapes, "runs/a"), "ema_0.99_000004.safetensors is missing: restore it, or choose by --ema")
+        refused(
+            reader(cli, shapes, "runs/a"),
+            "ema_0.99_000004.safetensors is missing: restore it, or choose another with --ema",
+        )
     refused(
         resume_checkpoint(cli, shapes, "runs/a"),
-        "ema_0.99_000004.safetensors is missing; step 2 is whole: name runs/a@2",
+        "ema_0.99_000004.safetensors is missing; step 2 is intact: name runs/a@2",
     )
     assert "ema_0.99_000002" in succeeded(sample(cli, shapes, "runs/a@2")).out
 

@@ -119,7 +119,7 @@ def test_the_flags_for_the_original_are_printed(cli: Cli) -> None:
     save("c.safetensors", replace(MODEL, image_size=64, small_size=32))
     out = succeeded(cli("convert", "c.safetensors", "d.pt")).out
     assert "--large_size 64 --small_size 32 " in out
-    assert "know no channel_mult 1,2,2,2 at image_size 64" in out
+    assert "lack channel_mult 1,2,2,2 at image_size 64" in out
 
 
 def test_what_a_checkpoint_says_of_itself_stays(cli: Cli) -> None:
@@ -134,7 +134,7 @@ def test_a_run_folder_is_converted(cli: Cli, run_dir: Path) -> None:
     assert re.search(r"runs/a/ema_0\.9999_000002\.safetensors -> b\.pt", out)
     refused(cli("convert", run_dir, run_dir / "ema_0.9999_000002.safetensors", "--overwrite"), "SRC itself")
     refused(cli("convert", run_dir, run_dir, "--overwrite"), "SRC itself")
-    refused(cli("convert", run_dir, run_dir.parent, "--overwrite"), "or holds it")
+    refused(cli("convert", run_dir, run_dir.parent, "--overwrite"), "or contains it")
 
 
 def test_files_are_replaced_only_when_told(cli: Cli) -> None:
@@ -197,8 +197,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "patterns"),
     [
         (("a.pt", "b.bin"), (r"b\.bin", r"\.safetensors or \.pt")),
-        (("a.pt", "new/b.pt"), ("new is no folder",)),
-        (("a.pt", "file/b.pt"), ("file is no folder",)),
+        (("a.pt", "new/b.pt"), ("new is not a folder",)),
+        (("a.pt", "file/b.pt"), ("file is not a folder",)),
         (("a.pt", "a.pt"), ("SRC itself",)),
         (("a.pt", "./link.pt", "--overwrite"), ("SRC itself",)),
         (("none.pt", "b.pt"), (r"none\.pt does not exist",)),

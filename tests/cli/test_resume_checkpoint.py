@@ -107,12 +107,12 @@ def test_names_that_are_refused(
 
 def test_what_does_not_fit_is_refused(cli: Cli, shapes: Path, tmp_path: Path, original: Path) -> None:
     flags = ["--data_dir", shapes, *TINY, "--class_cond", *SHORT, "--resume_checkpoint", original, "--steps", "12"]
-    refused(cli("train", *flags, "--num_channels", "64"), "is of another architecture")
+    refused(cli("train", *flags, "--num_channels", "64"), "has another architecture")
     refused(cli("train", *flags, "--class_cond", "False"), "another architecture: label_emb.weight")
     refused(cli("train", *flags, "--init-from", original), "init_from and resume_checkpoint both say")
     average = original.with_name("ema_0.9999_000010.pt")
     torch.save({"x": torch.zeros(2)}, average)
-    refused(cli("train", *flags), r"ema_0\.9999_000010\.pt is of another architecture")
+    refused(cli("train", *flags), r"ema_0\.9999_000010\.pt has another architecture")
     average.unlink()
     torch.save({"state": {}, "param_groups": []}, original)
     refused(cli("train", *flags), "is optimizer state, not a model")

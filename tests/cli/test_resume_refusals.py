@@ -106,7 +106,7 @@ def test_another_architecture_in_config_json(resume: Cli, run_dir: Path) -> None
     with untouched(run_dir):
         refused(
             resume("runs/a", "--steps", 3),
-            r"model000002\.safetensors is of another architecture: time_embed\.0\.weight is \(128, 32\) in the file "
+            r"model000002\.safetensors has another architecture: time_embed\.0\.weight is \(128, 32\) in the file "
             r"and \(256, 64\) in the model \(\d+ tensors differ\)",
         )
 

@@ -237,7 +237,7 @@ def test_another_architecture_is_refused(tmp_path: Path, shapes: Path, trained: 
     with pytest.raises(ValueError, match="another architecture"):
         other.resume_from(path)
     torch.save({"a": torch.zeros(1)}, path.with_name("ema_0.5_000001.pt"))
-    with pytest.raises(ValueError, match=r"ema_0\.5_000001\.pt is of another architecture"):
+    with pytest.raises(ValueError, match=r"ema_0\.5_000001\.pt has another architecture"):
         trainer(tmp_path / "again", shapes, steps=2, **FLAGS).resume_from(path)
 
 

@@ -145,7 +145,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path, shapes: Path) -> N
 
 def test_checkpoints_of_another_model_are_not_resumed(tmp_path: Path, shapes: Path) -> None:
     trainer(tmp_path, shapes, steps=1).run()
-    with pytest.raises(ValueError, match=r"model000001\.safetensors is of another architecture: time_embed\.0\.weight"):
+    with pytest.raises(ValueError, match=r"model000001\.safetensors has another architecture: time_embed\.0\.weight"):
         trainer(tmp_path, shapes, num_channels=64).resume()
 
 
