@@ -1,4 +1,4 @@
-"""Training: a run, its loop, the weight averages, the log, and what goes into a run folder."""
+"""Training: the run, its loop, EMAs, logging, and the contents of a run folder."""
 
 from fastdiff.training.ema import EMA
 from fastdiff.training.run import train

@@ -10,12 +10,12 @@ from fastdiff.runtime.distributed import World
 
 
 class EMA:
-    """The average a <- rate * a + (1 - rate) * w of parameters, in fp32 whatever theirs is.
+    """The average a <- rate * a + (1 - rate) * w of the parameters, in fp32 for any parameter dtype.
 
-    With ``warmup`` the rate of update number s is at most (1 + s) / (10 + s), so that the initial weights are forgotten
-    early: at 0.9999 without it they are still 37% of the average after 10,000 updates.
+    With ``warmup`` the rate of update s is at most (1 + s) / (10 + s), so that the initial weights fade early: at rate
+    0.9999 without warm-up they still make up 37% of the average after 10,000 updates.
 
-    In a ``world`` of processes that hold equal parameters each keeps the averages of a part of them.
+    In a ``world`` of processes with equal parameters, each process keeps the averages of a part of them.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as they are now."""
+        """Update the averages with the current parameters."""
         rate = min(self.rate, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.rate
         if self._kept:
             torch._foreach_lerp_(self._averages, [p.detach().float() for p in self._kept], 1 - rate)
@@ -40,7 +40,7 @@ class EMA:
 
     @torch.no_grad()
     def tensors(self) -> list[Tensor]:
-        """The averages, fp32, in the parameters' order. Every process must ask, and gets all of them."""
+        """All averages, fp32, in the parameters' order, on every process. Collective."""
         if self._world.size == 1:
             return self._averages
         own = iter(self._averages)
@@ -49,7 +49,7 @@ class EMA:
             found.append(next(own) if owner == self._world.rank else torch.empty_like(parameter, dtype=torch.float32))
         for rank in range(self._world.size):
             part = [tensor for tensor, owner in zip(found, self._owners, strict=True) if owner == rank]
-            if part:  # one message each
+            if part:  # one broadcast per rank
                 flat = torch.cat([tensor.reshape(-1) for tensor in part])
                 dist.broadcast(flat, rank)
                 for tensor, values in zip(part, flat.split([t.numel() for t in part]), strict=True):
@@ -58,7 +58,7 @@ class EMA:
 
     @torch.no_grad()
     def load(self, tensors: Iterable[Tensor], updates: int) -> None:
-        """Go on from saved averages, given in the parameters' order."""
+        """Resume from saved averages, given in the parameters' order."""
         saved = [t for t, owner in zip(tensors, self._owners, strict=True) if owner == self._world.rank]
         for own, value in zip(self._averages, saved, strict=True):
             own.copy_(value)
@@ -66,7 +66,7 @@ class EMA:
 
 
 def _owners(sizes: Sequence[int], processes: int) -> list[int]:
-    """Who keeps which of the tensors: neighbours together, and about as many numbers each."""
+    """The rank that keeps each tensor: contiguous ranges with about equal numbers of elements."""
     total, before, owners = max(sum(sizes), 1), 0, []
     for size in sizes:
         owners.append(min((before + size // 2) * processes // total, processes - 1))

@@ -1,4 +1,4 @@
-"""To begin with the weights of another training: what its file says of the model, and which classes carry over."""
+"""Fine-tuning: start from another run's weights, with the configuration in their file and matching classes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,23 +13,23 @@ from fastdiff.data.classes import completed, listed
 from fastdiff.interop.openai import load_state_dict
 from fastdiff.interop.openai_run import step_of
 
-_FREE = {"dropout", "use_checkpoint"}  # go with any weights
-_LAYERS = {"class_cond", "num_classes", "learn_sigma"}  # of these the differing layer begins afresh
-_DERIVED = {"channel_mult", "attention_resolutions", "num_heads_upsample", "image_size"}  # compared by what they mean
-_UNSAID = {"num_heads": 4, "diffusion_steps": 1000, "noise_schedule": "linear"}  # by a bare state dict: the defaults
+_FREE = {"dropout", "use_checkpoint"}  # compatible with any weights
+_LAYERS = {"class_cond", "num_classes", "learn_sigma"}  # if one differs, its layer is newly initialised
+_DERIVED = {"channel_mult", "attention_resolutions", "num_heads_upsample", "image_size"}  # compared by their effect
+_UNSAID = {"num_heads": 4, "diffusion_steps": 1000, "noise_schedule": "linear"}  # defaults for a bare state dict
 
 CLASSES, LAST = "label_emb.weight", ("out.2.weight", "out.2.bias")
 
 
 def find_initial(place: Path, raw: bool = False) -> Path:
-    """The file to begin with: ``place`` itself, or the average (or, ``raw``, the weights) of a run folder's step."""
+    """The file to start from: ``place`` itself, or the EMA (with ``raw``, the raw weights) of a run folder's step."""
     return find_checkpoint(place, ema_rate=0.0 if raw and not place.is_file() else None)
 
 
 def read_initial(path: Path, flags: Mapping[str, Any]) -> Weights:
-    """The weights to begin with, and their model; what a bare state dict does not say is in the flags, or the default.
+    """Read the weights to start from; settings that a bare state dict lacks come from the flags, else the defaults.
 
-    ValueError as read_weights raises.
+    Raises ValueError as read_weights does.
     """
     if path.suffix == ".safetensors":
         return read_weights(path)
@@ -39,17 +39,17 @@ def read_initial(path: Path, flags: Mapping[str, Any]) -> Weights:
 
 
 def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConfig, DiffusionConfig, list[str]]:
-    """The model and the process of a training that begins with ``weights``, and what is to be said of them.
+    """The model and diffusion configurations of a run that starts from ``weights``, and lines for the log.
 
-    Both are the file's, with the flags in their place. ValueError where a flag asks for another architecture, other
-    heads, or another prediction: these weights would mean nothing there. Another image size, schedule or number of
-    steps is what fine-tuning may be for: it is said.
+    The flags override the file's configurations. ValueError if a flag changes the architecture, the number of heads or
+    the prediction type: the weights would be meaningless. Fine-tuning may change the image size, the noise schedule or
+    the number of steps: the log reports it.
     """
     before, path = weights.model_config, weights.path
     model = _changed(before, flags)
     if model.image_size != before.image_size and "attention_resolutions" not in flags:
         resolutions = [max(1, r * model.image_size // before.image_size) for r in before.attention_resolutions]
-        model = _changed(before, {**flags, "attention_resolutions": tuple(resolutions)})  # the same levels attend
+        model = _changed(before, {**flags, "attention_resolutions": tuple(resolutions)})  # the same levels
     for name, old, new in differences(before, model):
         if name not in _FREE | _LAYERS | _DERIVED and not (name == "small_size" and None not in (old, new)):
             _refuse(name, old, new, path)
@@ -69,25 +69,25 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
 
 
 def flags_to_fine_tune(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The flags of a training that begins with a file's weights, and what is to be said: see configuration."""
+    """The flags of a run that starts from a file's weights, and lines for the log: see configuration."""
     model, process, notes = configuration(read_initial(path, flags), flags)
     return {**flags, **model.to_dict(), **process.to_dict()}, notes
 
 
 def flags_to_resume(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The flags of a run that goes on from another one's step, and what is to be said of them.
+    """The flags of a run that resumes from another run's step, and lines for the log.
 
-    The model is that of a ``.safetensors`` file. A ``.pt`` file is improved-diffusion's, whose command line says it.
+    A ``.safetensors`` file determines the model. For a ``.pt`` file, which is improved-diffusion's, the flags do.
     """
     flags = dict(flags)
     notes: list[str] = []
     if path.suffix == ".safetensors":
         flags, notes = flags_to_fine_tune(path, flags)
     elif (labels := load_state_dict(path).get(CLASSES)) is not None:
-        flags = {"num_classes": len(labels)} | flags  # improved-diffusion has 1000 of them whatever the data has
+        flags = {"num_classes": len(labels)} | flags  # improved-diffusion always has 1000, whatever the data
     if "steps" in flags:
         return flags, notes
-    notes.append(f"{TrainConfig.steps:,} more steps, as neither --steps nor --lr-anneal-steps says")
+    notes.append(f"{TrainConfig.steps:,} more steps, as neither --steps nor --lr-anneal-steps is given")
     return flags | {"steps": step_of(path) + TrainConfig.steps}, notes
 
 
@@ -107,41 +107,41 @@ def carried_over(
     class_names: Sequence[str],
     named: bool = True,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict that a model begins with, and what is to be said of it.
+    """The initial state dict of a model, and lines for the log.
 
-    ``own`` are the model's tensors and ``fresh`` gives one of them whole, on the CPU; ``class_names`` are the names of
-    its classes, which are only numbers unless they are ``named``. Rows of the class embedding are matched by name, new
-    ones are fresh; so is the last layer where only one of the two models predicts the variance.
+    ``own`` are the model's tensors, and ``fresh`` returns one of them unsharded, on the CPU. ``class_names`` are its
+    class names, which are only numbers unless ``named``. Rows of the class embedding are matched by name, and new
+    classes keep the model's initialisation; so does the last layer if only one of the two models predicts the variance.
     """
     state, said = dict(weights.state), []
     if CLASSES in own and CLASSES not in state:
         state[CLASSES] = fresh(CLASSES)
-        said.append(f"{weights.path} knows no classes: the embedding of {listed(class_names)} begins afresh")
+        said.append(f"{weights.path} has no classes: the embedding of {listed(class_names)} is newly initialised")
     elif CLASSES in state and CLASSES not in own:
         del state[CLASSES]
-        said.append(f"the classes of {weights.path} are left out: this model is not class-conditional")
+        said.append(f"the classes of {weights.path} are dropped: this model is not class-conditional")
     elif CLASSES in own:
         state[CLASSES], lines = _matched(weights, state[CLASSES], fresh(CLASSES), class_names, named)
         said += lines
     if LAST[0] in own and LAST[0] in state and state[LAST[0]].shape[0] != own[LAST[0]].shape[0]:
         state |= {name: fresh(name) for name in LAST}
-        said.append("learn_sigma differs: the last layer begins afresh")
+        said.append("learn_sigma differs: the last layer is newly initialised")
     return state, said
 
 
 def _matched(
     weights: Weights, known: Tensor, fresh: Tensor, class_names: Sequence[str], named: bool
 ) -> tuple[Tensor, list[str]]:
-    """The rows of the class embedding."""
+    """The class embedding, its rows matched by name, and lines for the log."""
     wanted, theirs = completed(class_names, len(fresh)), completed(weights.class_names, len(known))
     said = []
     if not named or not weights.class_names:
         whose, first = (str(weights.path), wanted[:1]) if named else ("the data", theirs[:1])
-        said.append(f"{whose} has no names of its classes: they are taken by number, 0 being {listed(first)}")
+        said.append(f"{whose} has no class names: classes are matched by number, 0 being {listed(first)}")
         theirs = completed((), len(known))
         if not all(name.isdecimal() for name in wanted):
             if known.shape != fresh.shape:
-                return fresh, [f"{whose} has {len(known)} classes without names: the embedding begins afresh"]
+                return fresh, [f"{whose} has {len(known)} classes without names: the embedding is newly initialised"]
             theirs = wanted
     rows = {name: row for row, name in enumerate(theirs)}
     found = fresh.clone()
@@ -149,5 +149,5 @@ def _matched(
         if name in rows:
             found[i] = known[rows[name]]
     if new := [name for name in wanted if name not in rows]:
-        said.append(f"{len(new)} of {len(wanted)} classes are new to {weights.path} and begin afresh: {listed(new)}")
+        said.append(f"{len(new)} of {len(wanted)} classes are not in {weights.path}, newly initialised: {listed(new)}")
     return found, said

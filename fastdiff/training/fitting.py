@@ -1,4 +1,4 @@
-"""How many images of a batch fit into the memory at once, found by trying."""
+"""Finds by trial how many images fit into memory in one micro-batch."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,9 @@ from fastdiff.runtime.memory import out_of_memory
 
 
 def largest_that_fits(most: int, attempt: Callable[[int], None], world: World) -> int:
-    """The first of ``most``, half of it, half of that, ... with which ``attempt`` has memory enough on every process.
+    """The first of ``most``, half of it, half of that, ... for which ``attempt`` has enough memory on every process.
 
-    ValueError where not even one does.
+    ValueError if not even a size of 1 fits.
     """
     size = most
     while not all(world.gathered(_fits(attempt, size))):

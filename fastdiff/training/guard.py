@@ -1,4 +1,4 @@
-"""Which updates are skipped: decided on the device, alike on every process, without a word from the host."""
+"""Decides which updates to skip: on the device, identically on every process, without a host sync."""
 
 from collections.abc import Callable
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 RATE = 0.99
-"""Of the running mean that a spike is measured against."""
+"""Decay rate of the running mean loss, the reference for spikes."""
 
 WARM = 100
-"""Updates before the first loss can be called a spike."""
+"""Updates before a loss can count as a spike."""
 
 
 class Guard:
     """Skips an update whose gradient or loss is not finite or, with ``factor``, whose loss is a spike.
 
-    A spike is a loss of more than ``factor`` times the running mean of the losses that were not skipped.
+    A spike exceeds ``factor`` times the running mean of the losses that were not skipped.
     """
 
     def __init__(self, factor: float, device: torch.device) -> None:
@@ -24,17 +24,17 @@ class Guard:
         self._mean = torch.zeros((), device=device)
         self._seen = torch.zeros((), device=device)
         self.step = torch.full((), -1, device=device)
-        """The last update that was skipped, counted from 0."""
+        """The last skipped update, counted from 0; -1 before the first."""
         self.was_spike = torch.zeros((), dtype=torch.bool, device=device)
-        """Whether that update was skipped for its loss alone."""
+        """Whether that update was skipped because of its loss alone."""
         self.losses = torch.zeros(0, device=device)
-        """This process's losses in that update, (N,); no checkpoint keeps them."""
+        """This process's losses in that update, (N,); not saved in checkpoints."""
 
     def judge(self, step: int, norm: Tensor, losses: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """1 where the update is to be skipped, else 0, as an fp32 scalar.
+        """1 if the update must be skipped, else 0, as an fp32 scalar.
 
-        norm: of the whole gradient; losses: (N,) of this process, whose mean ``mean`` takes over all processes. A loss
-        that is not finite is expected to have spoilt the gradient.
+        norm: of the full gradient. losses: (N,) of this process; ``mean`` averages them over all processes. A loss that
+        is not finite must have made the gradient not finite.
         """
         skip = ~norm.isfinite()
         if self.factor:
@@ -51,7 +51,7 @@ class Guard:
         return skip.float()
 
     def state(self) -> Tensor:
-        """What a checkpoint keeps, (4,) float64."""
+        """The state to save in a checkpoint, (4,) float64."""
         return torch.stack([v.double() for v in (self.in_a_row, self._mean, self._seen, self.step)])
 
     def load_state(self, state: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: sums kept on the device, read when a line is due, written as CSV and JSON lines."""
+"""Training metrics: sums on the device, read once per log interval, written as CSV and JSON lines."""
 
 import csv
 import errno
@@ -38,19 +38,19 @@ _KINDS: dict[str, type[int] | type[float]] = {"step": int, "samples": int, "skip
 class LossSums:
     """Means of the loss terms since the last reading, over all timesteps and over each quarter of them (_q0 to _q3).
 
-    Adding never waits for the device; reading does, once. Sums are float64 and their order is fixed, so that the same
-    run adds up to the same bits. A term that is not finite is left out.
+    Adding needs no host sync; reading needs one. Sums are float64 in a fixed order, so that the same run gives the same
+    bits. Terms that are not finite are left out.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(8 * len(TERMS) + 3, dtype=torch.float64, device=device)
-        # Of this process's samples: (term, total or count, quarter). Of the updates, alike on every process: the sum
-        # of their gradients' norms, how many they are, and how many were skipped.
+        # _terms, of this process's samples: (term, total or count, quarter). _updates, equal on every process: the sum
+        # of the gradient norms, the number of updates kept, and the number skipped.
         self._terms, self._updates = self._sums[:-3].view(-1, 2, 4), self._sums[-3:]
         self._quarters = torch.arange(4, device=device)[:, None]
 
     def add(self, terms: Mapping[str, Tensor], t: Tensor, num_timesteps: int) -> None:
-        """Take in per-sample terms (N,), the loss at least, at timesteps t (N,)."""
+        """Add per-sample terms (N,), which include the loss, at timesteps t (N,)."""
         absent = torch.full_like(terms["loss"], math.nan)
         values = torch.stack([terms.get(term, absent).detach() for term in TERMS]).double()[:, None]  # (terms, 1, N)
         counted = values.isfinite() & (self._quarters == 4 * t // num_timesteps)  # (terms, 4, N)
@@ -58,14 +58,14 @@ class LossSums:
         self._terms[:, 1] += counted.sum(-1)
 
     def add_grad_norm(self, norm: Tensor, skipped: Tensor) -> None:
-        """Take in the gradient's norm of one update, and whether the update was skipped: both 0-d, on the device."""
+        """Add one update's gradient norm, and whether the update was skipped: both 0-d, on the device."""
         kept = skipped == 0
         self._updates += torch.stack([torch.where(kept, norm, 0).double(), kept.double(), (~kept).double()])
 
     def read(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The means, and start again. A quarter without a sample is left out; loss and grad_norm of nothing are NaN.
+        """Return the means and reset. Quarters without samples are left out; without data loss and grad_norm are NaN.
 
-        ``all_reduce`` returns the sum over the processes of the one tensor that it is given.
+        ``all_reduce`` returns the sum of a tensor over all processes.
         """
         terms = all_reduce(self._terms.clone()) if all_reduce else self._terms
         values = torch.cat([terms.flatten(), self._updates]).cpu()
@@ -83,9 +83,9 @@ class LossSums:
         return self._sums.clone()
 
     def load_state(self, states: Tensor, rank: int = 0, processes: int = 1) -> None:
-        """Go on from the states of all processes, (their number, n), as one of perhaps another number of them.
+        """Resume from the states of all processes, (processes then, n); ``processes`` is their number now.
 
-        Then the first one takes in the sums of all their samples; what is said of the updates is everybody's.
+        If the number has changed, rank 0 takes the sums over all samples. Every process takes the update counts.
         """
         terms, updates = states[:, :-3], states[0, -3:]
         if len(states) != processes:
@@ -94,30 +94,30 @@ class LossSums:
 
 
 class ProgressFiles(Sink):
-    """progress.jsonl, the history of a run, and progress.csv, the same as a table.
+    """progress.jsonl, the history of a run, and progress.csv, the same history as a table.
 
-    On resume the lines past ``step`` are dropped, so that no step stands there twice: each file is replaced as a whole,
-    or left alone where nothing changes; OSError, naming the file, where that cannot be. A line that cannot be written
-    later on, to a disk that is full, is one warning of ``log``, and waits for the next.
+    On resume the lines after ``step`` are dropped, so that no step appears twice. Each file is replaced atomically, or
+    left alone if nothing changes; OSError, naming the file, if that fails. Later, a line that cannot be written because
+    the disk is full is kept and written with the next one; ``log`` receives one warning.
     """
 
     def __init__(self, run_dir: Path, step: int, log: Callable[[str], None]) -> None:
         self._log = log
         self._warned = False
         self._csv, self._jsonl = run_dir / "progress.csv", run_dir / "progress.jsonl"
-        if self._csv.exists() and not self._jsonl.exists():  # improved-diffusion's, of a run that goes on in its folder
+        if self._csv.exists() and not self._jsonl.exists():  # from an improved-diffusion run continued here
             names = (f"progress.original{n and f'.{n}'}.csv" for n in itertools.chain([""], itertools.count(2)))
             kept = self._csv.rename(next(path for name in names if not (path := run_dir / name).exists()))
-            log(f"{self._csv} is not of this run: it is {kept.name} from now on")
+            log(f"{self._csv} is not from this run: renamed to {kept.name}")
         history = [(line, row) for line, row in _history(self._jsonl) if row["step"] <= step]
         _make(self._jsonl, "".join(f"{line}\n" for line, _ in history))
-        # The table is made anew from the history: one of another version has other columns.
+        # Rebuild the table from the history: another version's table has other columns.
         _make(self._csv, _table((row for _, row in history), header=True))
         self._waiting = {self._jsonl: "", self._csv: ""}
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add a line."""
-        # JSON has no NaN or infinity: null says the same and every reader takes it.
+        """Append a row to both files."""
+        # JSON has no NaN or infinity: every reader accepts null.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._waiting[self._jsonl] += json.dumps(finite) + "\n"
         self._waiting[self._csv] += _table([_numbers(finite)])
@@ -126,14 +126,14 @@ class ProgressFiles(Sink):
                 _append(path, text)
             except OSError as error:
                 if not self._warned:
-                    self._log(f"warning: {error}; its lines wait until it can")
+                    self._log(f"warning: {error}; its lines are kept until it can")
                 self._warned = True
             else:
                 self._waiting[path] = ""
 
 
 def _history(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """The lines of an earlier run; what is none of ours, like the last line of a killed run, is left out."""
+    """The lines of an earlier run, without invalid ones such as the truncated last line of a killed run."""
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
@@ -144,7 +144,7 @@ def _history(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
-    """What of a JSON row has a column, as numbers."""
+    """The values of a JSON row that have a column, as numbers."""
     known = {name: row[name] for name in COLUMNS if name in row}
     return {name: math.nan if v is None else _KINDS.get(name, float)(v) for name, v in known.items()}
 
@@ -159,7 +159,7 @@ def _table(rows: Iterable[Mapping[str, float]], header: bool = False) -> str:
 
 
 def _make(path: Path, text: str) -> None:
-    """Let the file hold this text, at no moment less, and do not touch it where it does."""
+    """Atomically replace the file's contents with ``text``, unless they are equal."""
     content = text.encode()
     if not path.exists() or path.read_bytes() != content:
         with _named(path), replacing(path) as temporary:

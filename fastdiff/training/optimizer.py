@@ -1,4 +1,4 @@
-"""AdamW in one kernel, also of channels_last weights on a CPU."""
+"""Fused AdamW, also for channels_last weights on a CPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """PyTorch's fused AdamW (Loshchilov & Hutter 2019), its weights handed over in the order in which memory has them.
+    """PyTorch's fused AdamW (Loshchilov & Hutter 2019), with weights passed in their memory order.
 
-    On a CPU PyTorch 2.13 copies what is channels_last at every update, which takes as long as the update itself.
+    On a CPU PyTorch 2.13 copies channels_last tensors at every update, which takes as long as the update itself.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
@@ -26,7 +26,7 @@ class FusedAdamW(torch.optim.AdamW):
 
     @contextmanager
     def _in_memory_order(self) -> Iterator[None]:
-        """While this lasts, channels_last weights (O, I, H, W) and all that belongs to them are (O, H, W, I)."""
+        """While entered, channels_last weights (O, I, H, W), gradients and moments are viewed as (O, H, W, I)."""
         weights = [p for group in self.param_groups for p in group["params"] if self._is_turned(p)]
         gradients = [p.grad for p in weights]
         self._permute(weights, (0, 2, 3, 1))
@@ -35,7 +35,7 @@ class FusedAdamW(torch.optim.AdamW):
         finally:
             self._permute(weights, (0, 3, 1, 2))
             for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = gradient  # the very tensor: DDP looks where it lies
+                weight.grad = gradient  # the same tensor object: DDP checks its address
 
     def _is_turned(self, weight: Tensor) -> bool:
         if weight.device.type != "cpu" or weight.grad is None or weight.is_contiguous():

@@ -1,4 +1,4 @@
-"""One model on several processes: DistributedDataParallel, or FSDP2 where it does not fit on one device."""
+"""One model on several processes: DistributedDataParallel, or FSDP2 if the model does not fit on one device."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,14 +19,14 @@ from fastdiff.runtime.distributed import World
 
 _RENAMED = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.13
 _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
-"""The only buffer is a table that never changes: no need to send it around in every forward pass."""
+"""The only buffer is a constant table, which need not be broadcast in every forward pass."""
 
 
 def parallelise(model: UNet, device: torch.device, world: World, parallel: Parallel) -> nn.Module:
-    """Move a model to ``device``; the module to call in its place, whose gradients are the means over the processes.
+    """Move a model to ``device`` and return the module to call instead, which averages gradients over the processes.
 
-    Under FSDP the model itself is changed: each of its parameters becomes a DTensor, split over the processes. It comes
-    to the device block by block, and is never whole there.
+    FSDP changes the model in place: each parameter becomes a DTensor, sharded over the processes. It moves to the
+    device block by block, so that the device never holds the unsharded model.
     """
     if world.size == 1:
         return model.to(device)
@@ -37,19 +37,19 @@ def parallelise(model: UNet, device: torch.device, world: World, parallel: Paral
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             **_KEEP_BUFFERS,
-            gradient_as_bucket_view=True,  # else every gradient is there twice
+            gradient_as_bucket_view=True,  # else each gradient is stored twice
         )
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # FSDP2 takes no other layout; the feature maps keep theirs
+        parameter.data = parameter.data.contiguous()  # FSDP2 requires it; feature maps keep their layout
     mesh = init_device_mesh(device.type, (world.size,))
     for block in (*model.input_blocks, model.middle_block, *model.output_blocks):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # what is left: the embeddings and the last layer
+    fully_shard(model, mesh=mesh)  # the rest: the embeddings and the last layer
     return model
 
 
 def accumulating(module: nn.Module) -> AbstractContextManager[None]:
-    """The context of a backward pass whose gradients wait for those of the next one before they are exchanged."""
+    """Context for a backward pass that accumulates gradients without synchronising them."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return _without_sync(module) if isinstance(module, FSDPModule) else nullcontext()
@@ -65,21 +65,21 @@ def _without_sync(module: FSDPModule) -> Iterator[None]:
 
 
 def own_part(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter: all of it, but under FSDP. It shares the parameter's memory."""
+    """This process's shard of a parameter under FSDP, else the parameter itself. It shares the parameter's memory."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def part_of(whole: Tensor, parameter: Tensor) -> Tensor:
-    """What this process would hold of ``whole``, if that were the parameter."""
+    """This process's shard of ``whole``, sharded like ``parameter``."""
     if not isinstance(parameter, DTensor):
         return whole
     whole = whole.to(parameter.device)
-    # every process has read the same file: nothing needs to be sent
+    # every process has read the same file: no communication is needed
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
 
 def whole_of(part: Tensor, parameter: Tensor) -> Tensor:
-    """The inverse of part_of: the tensor of which the processes hold these parts. Collective under FSDP."""
+    """The inverse of part_of: the full tensor from the processes' shards. Collective under FSDP."""
     if not isinstance(parameter, DTensor) or part.ndim == 0:
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -88,7 +88,7 @@ def whole_of(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def total_norm(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """The norm of the whole gradient, of which this process holds a part, or all."""
+    """The norm of the full gradient, of which this process holds a shard, or all. Collective under FSDP."""
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(parameters[0], DTensor):
         square = norm.square()

@@ -1,4 +1,4 @@
-"""A look at what the model draws while it trains."""
+"""Preview grids: samples from the model during training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +26,10 @@ STEPS = 25
 
 
 def save_previews(folder: Path, state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) -> list[Path]:
-    """Grids of 16 images in 25 DDIM steps from raw and averaged weights, always from the same noise, classes in turn.
+    """Save grids of 16 images in 25 DDIM steps from raw and EMA weights, from fixed noise, cycling through classes.
 
-    Each process draws some of the images, and the first writes the files, whose paths are returned. Drawn by the model
-    as it is, not compiled: the shapes are not training's. What fails on one process, with ValueError or OSError, fails
-    on all of them alike.
+    Each process samples some of the images; rank 0 writes the files. Returns their paths. The model is not compiled
+    here, because the shapes differ from training's. If a process raises ValueError or OSError, all processes do.
     """
     weights = {"raw": None} | {f"ema_{ema.rate}": ema for ema in state.emas}
     paths = []
@@ -48,7 +47,7 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
     world, config, process = state.world, state.config.model, state.config.diffusion
     steps = min(STEPS, process.diffusion_steps)
     values = {**process.to_dict(), "timestep_respacing": str(steps)}
-    # As many on every process: under FSDP they must all call the model the same number of times.
+    # The same number on every process: FSDP requires equally many forward passes.
     ours = (np.arange(world.rank, world.rank + world.size * -(-IMAGES // world.size), world.size)) % IMAGES
 
     def low_res(numbers: NDArray[np.int64]) -> Tensor:
@@ -74,7 +73,7 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
 
 @contextmanager
 def _holding(model: UNet, parameters: list[Tensor], others: list[Tensor] | None) -> Iterator[None]:
-    """While entered, the model is in evaluation mode, and its parameters have the values of ``others``."""
+    """While entered, the model is in evaluation mode, with the values of ``others`` in its parameters if given."""
     before = [p.detach().clone() for p in parameters] if others is not None else []
     model.eval()
     try:
@@ -90,4 +89,4 @@ def _set(model: UNet, parameters: list[Tensor], values: list[Tensor]) -> None:
     if values:
         torch._foreach_copy_(parameters, values)
         if isinstance(model, FSDPModule):
-            model.reshard()  # after a forward pass the outermost layers stay whole, with the values they had
+            model.reshard()  # after a forward pass the outermost layers stay unsharded, with their old values

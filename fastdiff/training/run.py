@@ -1,4 +1,4 @@
-"""A training run from its settings to its end: decided, opened, continued, checked and started."""
+"""A training run from its settings to its exit status: resolves flags, opens or resumes the folder, and trains."""
 
 import os
 import shlex
@@ -38,7 +38,7 @@ _SETTINGS = (StartConfig, DataConfig, TrainConfig, ModelConfig, DiffusionConfig,
 
 @dataclass(frozen=True)
 class Ended:
-    """The folder of a run that came to an end, and the exit status of its process: 0, or 128 and the signal."""
+    """The folder of a run that ended, and its process's exit status: 0, or 128 plus the signal number."""
 
     run_dir: Path
     status: int
@@ -51,16 +51,16 @@ def train(
     show: Callable[[str], None] | None = print,
     **settings: Any,
 ) -> Checkpoint:
-    """Train a model on a folder, zip or npz of images; returns the average of its weights, on the CPU.
+    """Train a model on a folder, zip or npz of images; returns its EMA checkpoint, on the CPU.
 
     ``settings`` are the flags of ``fastdiff train`` with underscores: the fields of ModelConfig, DiffusionConfig,
     TrainConfig, DataConfig and RuntimeConfig, and preset, resume, init_from, resume_checkpoint, allow_changes,
-    batch_size_per_process and timeout. ``show`` is given each line of the log, which log.txt in ``run_dir`` (by default
-    runs/NAME of the data) keeps; None shows nothing. Processes that torchrun started share the work, and so do those of
-    a process group that exists.
+    batch_size_per_process and timeout. ``show`` receives each line of the log, which is also written to log.txt in
+    ``run_dir`` (by default runs/NAME of the data); None shows nothing. Processes that torchrun started, or those of an
+    existing process group, share the work.
 
-    ValueError in one line where something does not fit. KeyboardInterrupt after Ctrl-C and SystemExit after another
-    signal, both with the last update saved: ``resume=True`` goes on.
+    ValueError, in one line, if a setting is invalid. KeyboardInterrupt after Ctrl-C and SystemExit after another
+    signal, both with the last update saved: ``resume=True`` continues the run.
     """
     known = {f.name for kind in _SETTINGS for f in fields(kind)}
     if unknown := sorted(set(settings) - known):
@@ -78,9 +78,9 @@ def train(
 
 
 def run(flags: Mapping[str, Any], world: World, display: Lines) -> Ended:
-    """Train as the flags say, or go on as the run in their folder and they do. Every process of ``world`` calls it.
+    """Train with the flags, or resume the run in their folder with its configuration and the flags. Collective.
 
-    ``flags`` are fields of StartConfig and of the configurations of a run; one that is absent was not given.
+    ``flags`` are fields of StartConfig and of a run's configurations; an absent one was not given.
     """
     with ExitStack() as held:
         held.enter_context(world.explained())
@@ -90,7 +90,7 @@ def run(flags: Mapping[str, Any], world: World, display: Lines) -> Ended:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The run to train, what it begins with, and what is to be said of it: as the first process has decided."""
+    """The run to train, its initial weights and lines for the log, as rank 0 decided."""
 
     run_dir: Path
     config: RunConfig
@@ -103,9 +103,9 @@ class _Plan:
 
 
 def _decide(flags: dict[str, Any], world: World, held: ExitStack) -> _Plan:
-    """What the flags and the folder ask for.
+    """Make a plan from the flags and the folder.
 
-    A folder that holds a run is held from here on, so that no other process writes to it.
+    If the folder contains a run, its lease is held from here on, so that no other process writes to it.
     """
     start = StartConfig.from_flags(flags)
     run_dir = Path(start.run_dir) if start.run_dir else None
@@ -119,28 +119,28 @@ def _decide(flags: dict[str, Any], world: World, held: ExitStack) -> _Plan:
     if not flags.get("data_dir") and not resume:
         raise ValueError("no data: name a folder of images with --data-dir")
     if "steps" not in flags and flags.get("lr_anneal_steps", 0) > 0:
-        flags["steps"] = flags["lr_anneal_steps"]  # improved-diffusion's way to say how long
+        flags["steps"] = flags["lr_anneal_steps"]  # improved-diffusion's flag for the length of a run
     data = Path(flags.get("data_dir", "")).resolve()
     run_dir = run_dir or Path("runs") / ((data.stem if data.is_file() else data.name) or "root")
     if "data_dir" in flags and run_dir.resolve().is_relative_to(data):
-        raise ValueError(f"run_dir {run_dir} lies inside the data folder, whose images it would add to: name another")
+        raise ValueError(f"run_dir {run_dir} is inside the data folder and would add images to it: name another")
     if start.batch_size_per_process is not None:
         if "batch_size" in flags:
-            raise ValueError("batch_size and batch_size_per_process both say how large a batch is: give one of them")
+            raise ValueError("batch_size and batch_size_per_process both set the size of a batch: give one of them")
         flags["batch_size"] = start.batch_size_per_process * world.size
     if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
         resume = True
-        notes.append("torchrun started this process anew: going on with the run")
+        notes.append("torchrun restarted this process: resuming the run")
     if not resume or not run_folder.holds_run(run_dir):
         run_folder.refuse_other_run(run_dir)
         if resume and not flags.get("data_dir"):
             raise ValueError(_no_run(run_dir))
         if resume:
-            notes.append(f"{run_dir} holds no run yet: beginning afresh")
+            notes.append(f"{run_dir} holds no run yet: starting from scratch")
         fixed = "num_classes" in flags
         flags = with_preset(flags, start.preset)
         if init_from is not None:
-            init_from = fine_tuning.find_initial(init_from)  # once for all: a run may save another step meanwhile
+            init_from = fine_tuning.find_initial(init_from)  # resolved once: a run may save another step meanwhile
             flags, said = fine_tuning.flags_to_fine_tune(init_from, flags)
             notes += said
         elif resume_checkpoint is not None:
@@ -151,13 +151,13 @@ def _decide(flags: dict[str, Any], world: World, held: ExitStack) -> _Plan:
         return _Plan(run_dir, config, False, fixed, start.allow_changes, init_from, resume_checkpoint, notes)
     held.enter_context(Lease(run_dir, launcher()))
     if init_from is not None and not saved_steps(run_dir):
-        init_from = fine_tuning.find_initial(init_from)  # a run that came to no checkpoint still begins with it
+        init_from = fine_tuning.find_initial(init_from)  # a run without a checkpoint still starts from it
     config, changes = _continued_run(run_folder.read_config(run_dir), flags, run_dir, start.allow_changes)
     return _Plan(run_dir, config, True, True, start.allow_changes, init_from, resume_checkpoint, notes + changes)
 
 
 def _is_of(run_dir: Path | None, path: Path) -> bool:
-    """Whether a checkpoint to go on from is the newest one of the run folder; ValueError where it is an older one."""
+    """Whether a checkpoint to resume from is the newest one of the run folder; ValueError if it is an older one."""
     step, folder = step_of(path), path.parent
     if not path.is_file():
         raise ValueError(f"resume_checkpoint {path} does not exist")
@@ -165,14 +165,14 @@ def _is_of(run_dir: Path | None, path: Path) -> bool:
         return False
     if step != (newest := max(saved_steps(folder), default=step)):
         raise ValueError(
-            f"resume_checkpoint {path}: the run in {folder} is at step {newest} by now; use --resume instead, or name "
-            "another --run-dir to go on from here"
+            f"resume_checkpoint {path}: the run in {folder} is already at step {newest}; use --resume instead, or name "
+            "another --run-dir to resume from here"
         )
     return True
 
 
 def _no_run(run_dir: Path) -> str:
-    """What is wrong with a --resume that names no run, nor data to begin one with."""
+    """The error message for --resume without a run to resume or data to start one."""
     there = sorted(str(path.parent) for path in run_dir.parent.glob("*/config.json"))
     found = f"; there are {', '.join(there[:10])}" if there else ""
     return f"run_dir {run_dir} holds no run to resume: name another with --run-dir, or images with --data-dir{found}"
@@ -181,18 +181,18 @@ def _no_run(run_dir: Path) -> str:
 def _continued_run(
     config: RunConfig, flags: Mapping[str, Any], run_dir: Path, allow_changes: bool
 ) -> tuple[RunConfig, list[str]]:
-    """The run of the folder with the flags that may change on the way, and what is to be said of them.
+    """The folder's configuration with the flags that may change during a run, and lines for the log.
 
-    The model never changes, the process only where that is allowed.
+    The model never changes; the diffusion process changes only if ``allow_changes``.
     """
     refuse_contradiction(flags, str(run_dir), config.model)
     diffusion, notes = DiffusionConfig.from_flags(flags, base=config.diffusion), []
     if differing := in_words(differences(config.diffusion, diffusion)):
         if not allow_changes:
             raise ValueError(
-                f"{run_dir} has another process ({differing}): leave the flags out, or go on with --allow-changes"
+                f"{run_dir} has another diffusion process ({differing}): leave the flags out, or use --allow-changes"
             )
-        notes.append(f"warning: the process changes: {differing}")
+        notes.append(f"warning: the diffusion process changes: {differing}")
     changed = _absolute(RunConfig.from_flags(flags, base=config))
     if differing := in_words(differences(config.train, changed.train)):
         notes.append(f"changed: {differing}")
@@ -200,7 +200,7 @@ def _continued_run(
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    """A run may be resumed from elsewhere."""
+    """Make data_dir absolute: a run may be resumed from another working directory."""
     return replace(config, data=replace(config.data, data_dir=str(Path(config.data.data_dir).resolve())))
 
 
@@ -210,7 +210,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
 
     def resolve() -> Runtime:
         _refuse_division(config.train, world.size)
-        build_diffusion(config.diffusion)  # a respacing that does not fit is told before the images are read
+        build_diffusion(config.diffusion)  # an invalid respacing must fail before the images are read
         return Runtime.resolve(config.runtime, world.local_rank if world.size > 1 else None)
 
     runtime = world.together(resolve)
@@ -225,7 +225,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
             return run_folder.Silence()
         if not resuming:
             held.enter_context(Lease(run_dir, launcher()))
-            run_folder.refuse_other_run(run_dir)  # another one may have begun meanwhile
+            run_folder.refuse_other_run(run_dir)  # another may have started meanwhile
         return held.enter_context(run_folder.Log(run_dir, display.line))
 
     log = world.together(open_folder)
@@ -235,13 +235,13 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
     if resuming:
         trainer.resume()
     if (given := plan.init_from or plan.resume_checkpoint) is not None and trainer.state.step:
-        log(f"the weights of {given} are not taken: the run goes on with its own")
+        log(f"the weights of {given} are not used: the run continues with its own")
     elif plan.init_from is not None:
         trainer.init_from(plan.init_from)
     elif plan.resume_checkpoint is not None:
         trainer.resume_from(plan.resume_checkpoint)
     if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:
-        log(f"fp16_scale_growth has no meaning: precision {runtime.precision} needs no loss scale")
+        log(f"fp16_scale_growth has no effect: precision {runtime.precision} needs no loss scale")
     train = trainer.config.train
     log(f"model: {_describe(config.model, trainer.state.num_parameters)}")
     log(f"on: {world.describe()}, {runtime.describe(trainer.model_calls)}")
@@ -253,19 +253,19 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
     except (ValueError, OSError):
         if world.main and not resuming and trainer.state.step == 0:
-            # nothing came of it: a second attempt needs no other folder
+            # nothing was trained: let a second attempt use the same folder
             (run_dir / "config.json").unlink(missing_ok=True)
         raise
     again = ["fastdiff", "train", "--data-dir", config.data.data_dir, "--run-dir", str(run_dir), "--resume"]
     drawing = ["fastdiff", "sample", str(run_dir), "--out", "samples.npz"]
-    log(f"go on with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
+    log(f"resume with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
     return status
 
 
 def _refuse_division(train: TrainConfig, processes: int) -> None:
-    """ValueError where so many processes cannot share the work."""
+    """ValueError if ``processes`` cannot share the work."""
     if processes > 1 and train.parallel is Parallel.FSDP and train.microbatch == "auto":
-        raise ValueError("microbatch auto: not with --parallel fsdp, whose processes run in step; name a number")
+        raise ValueError("microbatch auto: not with --parallel fsdp, whose processes run in lockstep; give a number")
     if (batch_size := train.batch_size) % processes:
         below = batch_size // processes * processes
         near = f"{below} or {below + processes}" if below else f"{processes}"
@@ -276,22 +276,22 @@ def _refuse_division(train: TrainConfig, processes: int) -> None:
 
 
 def _with_data(plan: _Plan, dataset: Dataset) -> tuple[RunConfig, list[str]]:
-    """The run with what the data say of themselves, and what is to be said of that."""
+    """The configuration with the data's classes, class counts and fingerprint, and lines for the log."""
     config, notes = plan.config, []
     if dataset.labels is not None:
         config = _with_classes(config, dataset.class_names, given=plan.fixed_classes)
         counts = Counter(dataset.labels.tolist())
         config = replace(config, class_counts=tuple(counts[i] for i in range(len(dataset.class_names))))
     if plan.resuming and config.data_fingerprint not in ("", dataset.fingerprint):
-        said = f"the images in {config.data.data_dir} are not those that the run was trained on"
+        said = f"the images in {config.data.data_dir} are not the ones this run was trained on"
         if not plan.allow_changes:
-            raise ValueError(f"{said}: restore them, go on with --allow-changes, or begin anew with --init-from")
+            raise ValueError(f"{said}: restore them, use --allow-changes, or start a new run with --init-from")
         notes.append(f"warning: {said}")
     return replace(config, data_fingerprint=dataset.fingerprint), notes
 
 
 def _with_classes(config: RunConfig, names: tuple[str, ...], given: bool) -> RunConfig:
-    """The run with the data's classes; ``given`` says that num_classes must stay as it is."""
+    """The configuration with the data's classes; if ``given``, num_classes must not change."""
     if not given:
         config = replace(config, model=replace(config.model, num_classes=len(names)))
     if config.class_names and config.class_names != names:
@@ -302,7 +302,7 @@ def _with_classes(config: RunConfig, names: tuple[str, ...], given: bool) -> Run
 
 
 def _describe(config: ModelConfig, parameters: int) -> str:
-    """Size and widths of a model in words."""
+    """One-line summary of a model's size and widths."""
     chosen = "" if is_table_size(config.image_size) or config.channel_mult else ", chosen for the size"
     mult = ",".join(map(str, config.multipliers))
     return f"{parameters / 1e6:.1f} M parameters, {config.image_size} pixels, channel_mult {mult}{chosen}"

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, its log, and the rule that one folder holds one run."""
+"""A run folder: its configuration, its log, and the check that it holds only one run."""
 
 import contextlib
 import json
@@ -23,9 +23,9 @@ from fastdiff.data.classes import composed
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """The configuration of the run in ``run_dir``; ValueError where config.json is damaged.
+    """The configuration of the run in ``run_dir``; ValueError if config.json is damaged.
 
-    Where it is missing, that of the newest checkpoint.
+    If config.json is missing, the newest checkpoint's configuration is used; ValueError if there is none.
     """
     path = run_dir / "config.json"
     try:
@@ -34,17 +34,17 @@ def read_config(run_dir: Path) -> RunConfig:
         if (newest := _config_of_newest(run_dir)) is not None:
             return newest[0]
         raise ValueError(
-            f"{path} is missing: restore it, or begin in another --run-dir with the weights (--init-from)"
+            f"{path} is missing: restore it, or start from the weights in another --run-dir (--init-from)"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        remedy = "restore it, or begin anew in another --run-dir"
+        remedy = "restore it, or start again in another --run-dir"
         if (newest := _config_of_newest(run_dir)) is not None:
-            remedy = f"move it away, and --resume takes what {newest[1]} says"
-        raise ValueError(f"{path} is damaged, or a newer version's ({error}): {remedy}") from None
+            remedy = f"move it away, and --resume uses the configuration in {newest[1]}"
+        raise ValueError(f"{path} is damaged, or from a newer version ({error}): {remedy}") from None
 
 
 def _config_of_newest(run_dir: Path) -> tuple[RunConfig, str] | None:
-    """The configuration in the newest whole checkpoint, and the name of the file that holds it."""
+    """The configuration in the newest intact checkpoint, and the name of its file."""
     for step in reversed(saved_steps(run_dir)):
         path = model_path(run_dir, step)
         try:
@@ -61,7 +61,7 @@ def _from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def write_config(config: RunConfig, run_dir: Path) -> None:
-    """Write config.json; OSError where that cannot be."""
+    """Write config.json; OSError if that fails."""
     path = run_dir / "config.json"
     try:
         with replacing(path) as temporary:
@@ -71,26 +71,26 @@ def write_config(config: RunConfig, run_dir: Path) -> None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether a run was begun in ``run_dir``."""
+    """Whether a run was started in ``run_dir``."""
     return (run_dir / "config.json").exists() or holds_checkpoint(run_dir)
 
 
 def refuse_other_run(run_dir: Path) -> None:
-    """ValueError where ``run_dir`` holds a run, or is no folder."""
+    """ValueError if ``run_dir`` already holds a run, or is not a folder."""
     for path in (run_dir, *run_dir.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name another folder with --run-dir")
     if (named := run_and_step(run_dir)) is not None and holds_run(named[0]):
         raise ValueError(
-            f"run_dir {run_dir} is the name of step {named[1]} of a run, which goes on from its newest step: begin "
+            f"run_dir {run_dir} names step {named[1]} of a run, and a run resumes from its newest step: start "
             f"another --run-dir with --resume-checkpoint {run_dir} or --init-from {run_dir}"
         )
     if holds_run(run_dir):
-        raise ValueError(f"{run_dir} already holds a run: go on with --resume, or name another folder with --run-dir")
+        raise ValueError(f"{run_dir} already holds a run: use --resume, or name another folder with --run-dir")
 
 
 class Log:
-    """Lines on the terminal and, with the time, in log.txt. Any thread may add one."""
+    """Writes lines to the terminal and, with a timestamp, to log.txt. Thread-safe."""
 
     def __init__(self, run_dir: Path, show: Callable[[str], None]) -> None:
         self._file = (run_dir / "log.txt").open("a", encoding="utf-8")
@@ -98,9 +98,9 @@ class Log:
         self._lock = threading.Lock()
 
     def __call__(self, line: str, *, shown: bool = True) -> None:
-        """Add a line; ``shown=False`` leaves it to others to show it."""
+        """Add a line; ``shown=False`` keeps it out of the terminal."""
         with self._lock:
-            # A disk that is full stops the training when a checkpoint does not fit, not here.
+            # A full disk must stop the training when a checkpoint does not fit, not here.
             with contextlib.suppress(OSError):
                 self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
                 self._file.flush()
@@ -116,7 +116,7 @@ class Log:
 
 
 class Silence:
-    """The log of a process that is not the first."""
+    """The log of every process except rank 0."""
 
     def __call__(self, line: str, *, shown: bool = True) -> None:
-        """Nothing."""
+        """Discard the line."""

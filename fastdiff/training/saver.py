@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the training goes on."""
+"""Writes checkpoints in the background while training continues."""
 
 import shutil
 import time
@@ -14,15 +14,15 @@ from fastdiff import checkpoint
 from fastdiff.config import TrainConfig
 
 RETRY_DELAYS = (1.0, 5.0, 15.0)
-"""Seconds between the attempts to write a checkpoint."""
+"""Seconds between attempts to write a checkpoint."""
 
 SLACK = 4 * 2**20
-"""Bytes of a checkpoint beside its tensors."""
+"""Bytes allowed for a checkpoint besides its tensors."""
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A file to be written: tensors in the host's memory that nobody changes any more."""
+    """A file to write: tensors in host memory, which must not change any more."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -30,50 +30,50 @@ class CheckpointFile:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, on a thread of its own.
+    """Writes the checkpoints of a run, one at a time, on a background thread.
 
-    A save that was begun is brought to its end even where the process ends in an exception: the interpreter waits for
-    the thread. A failure stays: whatever is asked of the saver from then on raises it.
+    A save that has started completes even if the process ends with an exception: the interpreter waits for the thread.
+    A failure is permanent: every later call raises it.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, log: Callable[[str], None]) -> None:
         self.run_dir = run_dir
         self.config = config
         self.log = log
-        # of the newest that this saver wrote or, once the caller says so, that the run goes on with
+        # of the newest checkpoint that this saver wrote or, if the caller sets it, that the run resumed from
         self.saved_step = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._last: Future[None] | None = None
 
     def save(self, step: int, files: Sequence[CheckpointFile], ready: Callable[[], None] | None = None) -> None:
-        """Begin to write a step; waits for the one before and raises its failure.
+        """Start writing a step; waits for the previous save and raises its failure.
 
-        ``ready`` is called on the thread before a tensor is read, to wait for copies from the device.
+        The thread calls ``ready`` before it reads a tensor, to wait for copies from the device.
 
-        The save fails with ValueError where a tensor is not finite, and with OSError where it cannot be written after
-        all of RETRY_DELAYS. The checkpoints before it are then as they were.
+        The save fails with ValueError if a tensor is not finite, and with OSError if it cannot be written after all of
+        RETRY_DELAYS. Earlier checkpoints are then unchanged.
         """
         self.wait()
         self._last = self._thread.submit(self._save, step, files, ready)
 
     def check(self) -> None:
-        """Raise the failure of a save that has failed, without waiting for one that is under way."""
+        """Raise the failure of a failed save, without waiting for a running one."""
         if self.failed:
             self.wait()
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed, without waiting for one that is under way."""
+        """Whether a save has failed, without waiting for a running one."""
         return self._last is not None and self._last.done() and self._last.exception() is not None
 
     def wait(self) -> None:
-        """Wait until what was begun is on the disk; raises its failure."""
+        """Wait until the last save is on the disk; raises its failure."""
         if self._last is not None:
             self._last.result()
 
     def _save(self, step: int, files: Sequence[CheckpointFile], ready: Callable[[], None] | None) -> None:
         if step == self.saved_step:
-            return  # to write it again would be a time in which it is not whole
+            return  # while being rewritten the checkpoint would be incomplete
         if ready is not None:
             ready()
         self._refuse_nonfinite(step, files)
@@ -107,7 +107,7 @@ class Saver:
             what = "optimizer's state" if file.metadata["kind"] == "optimizer" else "weights"
             for name, tensor in file.tensors.items():
                 if tensor.is_floating_point() and tensor.numel():
-                    low, high = tensor.aminmax()  # NaN where there is one; isfinite() would need memory for each number
+                    low, high = tensor.aminmax()  # NaN if any is; isfinite() would allocate a mask
                     if not (low.isfinite() and high.isfinite()):
                         raise ValueError(
                             f"the {what} of step {step} are not finite and were not saved ({name}): lower --lr; "
@@ -115,7 +115,7 @@ class Saver:
                         )
 
     def _tidy(self, prune: bool = False) -> None:
-        """Remove what is not wanted. Where that fails the next save tries it again: no reason to stop a run."""
+        """Remove unneeded files. A failure does not stop the run: the next save tries again."""
         try:
             if prune:
                 self._prune()
@@ -125,14 +125,14 @@ class Saver:
 
     def _prune(self) -> None:
         keep, spared = self.config.keep_last, self.config.keep_every
-        # Later steps are damaged ones that the run fell back from: they count for nothing.
+        # Later steps are damaged ones that the run resumed before: ignore them.
         older = [step for step in checkpoint.saved_steps(self.run_dir) if step <= self.saved_step]
         passing = [step for step in older if not spared or step % spared]
         for step in passing[:-keep] if keep else ():
             checkpoint.delete_step(self.run_dir, step)
 
     def last_good(self) -> Path | str:
-        """The weights of the newest whole checkpoint, or a word that there is none."""
+        """The weights of the newest intact checkpoint, or a message that there is none."""
         for step in reversed(checkpoint.saved_steps(self.run_dir)):
             try:
                 checkpoint.verify_step(self.run_dir, step)
@@ -143,7 +143,7 @@ class Saver:
 
 
 def free_space_check(run_dir: Path, needed: int) -> None:
-    """OSError where the disk of ``run_dir``, which may not exist yet, has no room for a checkpoint of so many bytes."""
+    """OSError if the disk of ``run_dir``, which may not exist yet, has no room for a checkpoint of ``needed`` bytes."""
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed + SLACK:

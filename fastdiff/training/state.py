@@ -1,4 +1,4 @@
-"""Everything that an update changes, and its way to and from the files of a checkpoint."""
+"""The complete training state, and its conversion to and from checkpoint files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,14 +20,14 @@ from fastdiff.training.parallel import own_part, part_of, whole_of
 from fastdiff.training.saver import CheckpointFile
 
 INITIAL_LOG_LOSS_SCALE = 20
-"""Where fp16_scale_growth begins; improved-diffusion's."""
+"""log2 of the initial loss scale with fp16_scale_growth, as in improved-diffusion."""
 
 
 class TrainState:
-    """Weights, averages, optimizer, loss scale, timestep history and the sums of the log after ``step`` updates.
+    """Weights, EMAs, optimizer state, loss scale, timestep loss history and log sums after ``step`` updates.
 
-    ``whole`` is false while an update changes one part after the other. ``held`` are the model's parameters,
-    ``parameters`` what this process updates of them: the same, but under FSDP.
+    ``whole`` is false while an update is changing the parts one by one. ``held`` are the model's parameters, and
+    ``parameters`` the tensors that this process updates: its shards under FSDP, else the same.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class TrainState:
         self.whole = True
         self.names, self.held = map(list, zip(*model.named_parameters(), strict=True))
         self.parameters = [p if (part := own_part(p)) is p else nn.Parameter(part) for p in self.held]
-        # Under FSDP the averages are split as the parameters are.
+        # Under FSDP the EMAs are sharded like the parameters.
         everyone = self.world if self.parameters[0] is self.held[0] else World()
         self.emas = [EMA(self.parameters, rate, train.ema_warmup, everyone) for rate in train.ema_rate]
         device = self.parameters[0].device
-        # The fused update skips a step with an infinite gradient by itself, without a word from the host.
+        # The fused optimizer skips a step with non-finite gradients on the device, without a host sync.
         self.optimizer = FusedAdamW(self.parameters, train.lr, train.weight_decay)
         self.scaler = _scaler(device, precision, train.fp16_scale_growth)
         self.guard = Guard(train.spike_guard, device)
@@ -62,29 +62,30 @@ class TrainState:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that are learned."""
+        """Number of learned values."""
         return sum(p.numel() for p in self.held)
 
     @property
     def saved_bytes(self) -> int:
-        """About what a checkpoint takes on the disk: weights, averages and two moments."""
+        """Approximate size of a checkpoint on the disk: weights, EMAs and two Adam moments."""
         return 4 * self.num_parameters * (3 + len(self.emas))
 
     @torch.no_grad()
     def set_weights(self, weights: dict[str, Tensor], path: Path) -> None:
-        """Take over the state dict of a file; ValueError where it is of another architecture."""
+        """Load the weights of a file's state dict; ValueError if it has another architecture."""
         checkpoint.refuse_other_architecture(dict(zip(self.names, self.held, strict=True)), weights, path)
         for name, parameter, held in zip(self.names, self.parameters, self.held, strict=True):
             parameter.copy_(part_of(weights[name], held))
 
     def ema_parts(self, ema: EMA) -> dict[str, Tensor]:
-        """An average as a state dict of what this process would hold of it. Collective."""
+        """An EMA as a state dict, sharded under FSDP like the parameters. Collective."""
         return dict(zip(self.names, ema.tensors(), strict=True))
 
     def snapshot(self, run_dir: Path) -> list[CheckpointFile]:
-        """The files of this step, copied to the host: nothing that comes after changes them. Collective.
+        """Copy the files of this step to the host, so that later updates do not change them. Collective.
 
-        On CUDA the copies are only under way when this returns. Processes but the first get an empty list.
+        On CUDA the copies are asynchronous and may still be running on return. Only rank 0 gets the files; the other
+        processes get an empty list.
         """
         config = self.config
         described = checkpoint.model_metadata(
@@ -119,7 +120,7 @@ class TrainState:
         return found | {"guard": on_host(self.guard.state()), "log_sums": on_host(sums)}
 
     def _on_host(self, parts: Iterable[tuple[str, Tensor]], prefix: str = "") -> dict[str, Tensor]:
-        """Copies of the tensors of which these are this process's parts; of them the first process alone gets any."""
+        """Host copies of the full tensors whose shards on this process are ``parts``; empty except on rank 0."""
         found = {}
         for (name, part), held in zip(parts, self.held, strict=True):
             whole = whole_of(part, held)
@@ -128,9 +129,9 @@ class TrainState:
         return found
 
     def load(self, run_dir: Path, step: int) -> None:
-        """Go on from the files of ``step``, which the first process has verified.
+        """Resume from the files of ``step``, which rank 0 has verified.
 
-        ValueError where one is missing, damaged or does not fit.
+        ValueError if one is missing, damaged or does not match the model.
         """
         path = checkpoint.model_path(run_dir, step)
         weights, _ = checkpoint.read_tensors(path, kind="model", verified=self.world.main)
@@ -145,7 +146,7 @@ class TrainState:
             self.scaler.load_state_dict(metadata["scaler"])
         if isinstance(self.sampler, LossSecondMomentSampler):
             history = tensors.get("sampler.history")
-            # A run that is told to go on with another process, or sampler, learns it afresh.
+            # A run resumed with another diffusion process or timestep sampler starts with an empty history.
             if history is not None and history.shape == self.sampler.history.shape:
                 self.sampler.load_state_dict({"history": history, "counts": tensors["sampler.counts"]})
         self.guard.load_state(tensors["guard"])
@@ -153,9 +154,9 @@ class TrainState:
         self.step = step
 
     def load_openai(self, run: OpenAIRun) -> None:
-        """Go on from an improved-diffusion run; ValueError, before anything is changed, where it is of another model.
+        """Resume from an improved-diffusion run; ValueError, before any change, if it belongs to another model.
 
-        An average that it did not keep begins with the weights, as there.
+        An EMA that it did not save starts from the weights, as in improved-diffusion.
         """
         own = dict(zip(self.names, self.held, strict=True))
         checkpoint.refuse_other_architecture(own, run.weights, run.path)
@@ -172,10 +173,10 @@ class TrainState:
         self.step = run.step
 
     def _set_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the optimizer's state, ``{"exp_avg.NAME": ...}``."""
+        """Load the optimizer state, ``{"exp_avg.NAME": ...}``."""
         for name, parameter, held in zip(self.names, self.parameters, self.held, strict=True):
             self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device, copy=True)} | {
-                # in the parameter's own layout, which the file does not keep
+                # in the parameter's memory layout, which the file does not store
                 key: torch.empty_like(parameter).copy_(part_of(tensors[f"{key}.{name}"], held))
                 for key in MOMENTS[1:]
             }
@@ -183,15 +184,15 @@ class TrainState:
     def _read_average(self, run_dir: Path, ema: EMA, step: int) -> tuple[dict[str, Tensor], int]:
         path = checkpoint.ema_path(run_dir, ema.rate, step)
         if not path.exists():
-            raise ValueError(f"{path} is missing: go on with the ema_rate that the run was begun with")
+            raise ValueError(f"{path} is missing: resume with the ema_rate that the run was started with")
         averages, about = checkpoint.read_tensors(path, kind="model", verified=self.world.main)
         return averages, about["ema_updates"]
 
 
 def _scaler(device: torch.device, precision: Precision, growth: float) -> torch.amp.GradScaler:
-    """The loss scale: PyTorch's rule, or improved-diffusion's, which grows it a little in every update.
+    """The loss scaler: PyTorch's rule, or improved-diffusion's, which grows the scale a little in every update.
 
-    Either way it is halved, and the update skipped, where the gradient is not finite.
+    Both rules halve the scale and skip the update if the gradient is not finite.
     """
     rule: dict[str, float] = {}
     if growth:
@@ -200,7 +201,7 @@ def _scaler(device: torch.device, precision: Precision, growth: float) -> torch.
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory; one from a GPU is only under way when this returns."""
+    """A copy in host memory; a copy from a GPU is asynchronous and may still be running on return."""
     pinned = tensor.device.type == "cuda"
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
     return copy.copy_(tensor.detach(), non_blocking=pinned)

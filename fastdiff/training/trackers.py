@@ -1,4 +1,4 @@
-"""Where the log goes besides the run folder's own files: TensorBoard, Weights & Biases, trackio."""
+"""Experiment trackers, which receive the log besides the run folder's files: TensorBoard, Weights & Biases, trackio."""
 
 import uuid
 from abc import ABC, abstractmethod
@@ -17,28 +17,28 @@ from fastdiff.checkpoint import replacing
 from fastdiff.config import Tracker, TrainConfig
 
 PROJECT = "fastdiff"
-"""What Weights & Biases and trackio file every run under."""
+"""The project name of every run in Weights & Biases and trackio."""
 
 
 class Sink(ABC):
-    """Takes the lines of the log, and what it can show of images. Steps come in order."""
+    """Receives the rows of the log and, if it can show them, images. Steps come in order."""
 
     @abstractmethod
     def write(self, row: Mapping[str, float]) -> None:
-        """Add a line; ``row["step"]`` is its step."""
+        """Add a row; ``row["step"]`` is its step."""
 
-    def image(self, name: str, path: Path, step: int) -> None:  # noqa: B027  # not every sink can
-        """Show the image in the file ``path`` under ``name``, which is the same at every step."""
+    def image(self, name: str, path: Path, step: int) -> None:  # noqa: B027  # optional
+        """Show the image file ``path`` under ``name``, which is the same at every step."""
 
-    def close(self) -> None:  # noqa: B027  # nor has every one something to finish
-        """Finish: nothing more comes."""
+    def close(self) -> None:  # noqa: B027  # optional
+        """Flush and close; nothing is written afterwards."""
 
 
 def open_sinks(config: TrainConfig, run_dir: Path, about: Mapping[str, Any], log: Callable[[str], None]) -> list[Sink]:
-    """The sinks that ``config`` asks for; ``about``, the run's configuration as JSON can hold it, is shown with them.
+    """Open the sinks that ``config`` enables; ``about`` is the run's configuration as JSON-compatible values.
 
-    ValueError where a package is missing. A sink that fails, at its start or later, becomes one line of ``log`` and is
-    silent from then on: the run does without it.
+    ValueError if a package is missing. If a sink fails, at its start or later, ``log`` receives one warning and the run
+    continues without that sink.
     """
     starts: dict[str, Callable[[], Sink]] = {}
     if config.tensorboard:
@@ -78,7 +78,7 @@ class _TensorBoard(Sink):
             self._writer.close()
 
     def _at(self, step: int) -> Any:
-        # After a crash the steps past the checkpoint come a second time: TensorBoard forgets the first.
+        # After a crash the steps past the checkpoint are logged a second time: TensorBoard purges the first ones.
         self._writer = self._writer or self._open(purge_step=step)
         return self._writer
 
@@ -87,7 +87,7 @@ class _Service(Sink):
     """A run of Weights & Biases or trackio, whose calls are the same."""
 
     def __init__(self, package: ModuleType, run_dir: Path, about: Mapping[str, Any]) -> None:
-        # Weights & Biases knows a run by an id, which the run folder keeps; trackio knows it by its name.
+        # Weights & Biases identifies a run by an id, which the run folder stores; trackio identifies it by its name.
         kept = run_dir / "tracker_id"
         resumed = kept.exists()
         if not resumed:
@@ -100,8 +100,8 @@ class _Service(Sink):
         self._run = package.init(project=PROJECT, name=run_dir.resolve().name, config=dict(about), **known)
 
     def write(self, row: Mapping[str, float]) -> None:
-        # After a crash the steps past the checkpoint come a second time, with the same values: Weights & Biases drops
-        # them, trackio shows them twice.
+        # After a crash the steps past the checkpoint are logged a second time, with the same values: Weights & Biases
+        # drops them, trackio shows them twice.
         self._run.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
     def image(self, name: str, path: Path, step: int) -> None:
@@ -112,7 +112,7 @@ class _Service(Sink):
 
 
 class _Careful(Sink):
-    """A sink that never fails: the first error is a line of warning, and the last that is heard of it."""
+    """A sink that never raises: the first error is logged as a warning and disables it."""
 
     def __init__(self, name: str, start: Callable[[], Sink], log: Callable[[str], None]) -> None:
         self._name = name
@@ -140,7 +140,7 @@ class _Careful(Sink):
     def _warned(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, it is not worth a run
+        except Exception as error:  # a tracker must never end a run
             self._sink = None
             said = " ".join(str(error).split()) or type(error).__name__
-            self._log(f"warning: {self._name} failed and gets no more of this run: {said}")
+            self._log(f"warning: {self._name} failed and is off for the rest of this run: {said}")

@@ -37,18 +37,18 @@ from fastdiff.training.trackers import Sink, open_sinks
 from fastdiff.training.update import Updater, learning_rate, micro_batches, trial, warm_up
 
 MAX_SKIPPED_STEPS = 25
-"""So many updates in a row that had to be skipped end the run, when a line of the log is due. fp16's first search for a
-scale, which halves it from 2^16, takes fewer."""
+"""Consecutive skipped updates that end the run, checked once per log interval. fp16's initial search for a loss scale,
+which halves it from 2^16, skips fewer."""
 
 OFFENDERS = 8
-"""The samples of a skipped update that are named."""
+"""Number of samples of a skipped update that the log names."""
 
 OnUpdate = Callable[[int, int, str], None]
 
 
 @dataclass
 class Clock:
-    """The time of the updates since the last line of the log, without what else was done between them."""
+    """Times the updates since the last line of the log, excluding checkpoints and previews between them."""
 
     images: int = 0
     waited: float = 0.0
@@ -56,15 +56,15 @@ class Clock:
     began: float = field(default_factory=time.perf_counter)
 
     def read(self) -> dict[str, float]:
-        """Images per second, and the share of the time in which the step waited for data."""
+        """Images per second, and the fraction of the time spent waiting for data."""
         seconds = max(time.perf_counter() - self.began - self.paused, 1e-9)
         return {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
 
 
 class Trainer:
-    """Trains the run of ``run_dir``, from its last checkpoint on, until its last update or a signal.
+    """Trains the run in ``run_dir`` until its last update or a signal.
 
-    Every process of ``world`` makes one and calls the same methods; the first writes the run folder.
+    Every process of ``world`` creates one and calls the same methods; rank 0 writes the run folder.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trainer:
         log: Log | Silence,
         world: World | None = None,
     ) -> None:
-        # Initial weights are drawn on the CPU, the same for every device and process.
+        # Draw initial weights on the CPU, so that they are equal for every device and process.
         torch.manual_seed(config.train.seed)
         self.world = world or World()
         self.dataset = dataset
@@ -88,7 +88,7 @@ class Trainer:
         self.model = build_model(config.model, runtime.kernels, runtime.memory_format).train()
         self.config = config
         if self.device.type == "cuda":
-            # A run that was resumed has the bits of one that was not: cuDNN would choose sums in any order.
+            # A resumed run must match an uninterrupted one bit for bit, but cuDNN may sum in any order.
             torch.backends.cudnn.deterministic = True
         with self._explained():
             if config.train.microbatch == "auto":
@@ -108,7 +108,7 @@ class Trainer:
         return TrainState(self.config, self.model, self.diffusion, self.runtime.precision, self.world)
 
     def _choose_microbatch(self) -> None:
-        """Decide what ``auto`` means here, with room left for what the passes do not need and the update does."""
+        """Resolve ``microbatch auto``, while reserving memory for Adam moments, EMAs and gradient buffers."""
         train = self.config.train
         numbers = sum(p.numel() for p in self.model.to(self.device).parameters())
 
@@ -124,10 +124,10 @@ class Trainer:
         self.log(f"microbatch auto: {found} images in a forward pass")
 
     def init_from(self, path: Path) -> None:
-        """Begin with the weights of a checkpoint; ValueError where they do not fit."""
+        """Start from the weights of a checkpoint; ValueError if they do not fit the model."""
         said = self.config.model.to_dict() | self.config.diffusion.to_dict()
         weights = self.world.together(lambda: read_initial(path, said))
-        self.world.together(lambda: configuration(weights, said))  # refuses weights that would mean nothing here
+        self.world.together(lambda: configuration(weights, said))  # rejects weights that do not fit this configuration
         own = dict(zip(self.state.names, self.state.held, strict=True))
 
         def fresh(name: str) -> Tensor:
@@ -140,13 +140,13 @@ class Trainer:
             self.log(line)
 
     def resume_from(self, path: Path) -> None:
-        """Go on in this run folder from another run's modelNNNNNN file, improved-diffusion's (.pt) or our own.
+        """Resume in this run folder from another run's modelNNNNNN file, improved-diffusion's (.pt) or fastdiff's.
 
-        What lies beside it, averages and optimizer, comes along. ValueError where something does not fit.
+        EMAs and optimizer state beside it are loaded too. ValueError if something does not fit.
         """
         step = step_of(path)
         if step >= (steps := self.config.train.steps):
-            self.world.refuse(f"{path} is at step {step}: steps {steps} lies behind it; name more with --steps")
+            self.world.refuse(f"{path} is at step {step}, but steps is {steps}: give a larger --steps")
         if path.suffix == ".pt":
             self.world.together(lambda: self._resume_from_openai(path))
         else:
@@ -168,23 +168,23 @@ class Trainer:
         self.state.load_openai(run)
         for rate in train.ema_rate:
             if rate not in run.averages:
-                self.log(f"no {run.average_path(rate).name} beside it: that average begins with the weights")
+                self.log(f"no {run.average_path(rate).name} beside it: this EMA starts from the weights")
         if run.optimizer is None:
-            self.log(f"no {run.optimizer_path.name} beside it: the optimizer begins afresh")
+            self.log(f"no {run.optimizer_path.name} beside it: the optimizer state starts empty")
         for name, ours in (("lr", train.lr), ("weight_decay", train.weight_decay)):
             theirs = run.setting(name)
             if theirs not in (None, ours) and not (name == "lr" and train.lr_anneal_steps):
                 flag = name.replace("_", "-")
-                self.log(f"its optimizer had {name} {theirs:g}, and the run goes on with --{flag} {ours:g}")
+                self.log(f"its optimizer had {name} {theirs:g}, but the run continues with --{flag} {ours:g}")
 
     def resume(self) -> None:
-        """Go on from the run's newest checkpoint that is whole; ValueError where none is, or it does not fit."""
+        """Resume from the run's newest intact checkpoint; ValueError if all are damaged, or it does not fit."""
         step = self.world.from_main(self._newest_whole)
         if step is None:
-            self.log(f"{self.run_dir} holds no checkpoint yet: beginning afresh")
+            self.log(f"{self.run_dir} holds no checkpoint yet: starting from scratch")
             return
         if step > (steps := self.config.train.steps):
-            self.world.refuse(f"{self.run_dir} is at step {step}: steps {steps} lies behind it; name more with --steps")
+            self.world.refuse(f"{self.run_dir} is at step {step}, but steps is {steps}: give a larger --steps")
         self.world.together(lambda: self.state.load(self.run_dir, step))
         self._snapshot_step = self.saver.saved_step = self._first_step = step
         self.log(f"resumed at step {step}")
@@ -195,7 +195,7 @@ class Trainer:
             try:
                 checkpoint.verify_step(self.run_dir, step)
             except checkpoint.NewerFormat:
-                raise  # nothing is wrong with it: to go on before it would overwrite it
+                raise  # it is not damaged, and resuming from an earlier step would overwrite it
             except ValueError as error:
                 self.log(f"warning: cannot resume at step {step}: {error}")
             else:
@@ -207,9 +207,10 @@ class Trainer:
     def run(self, on_update: OnUpdate | None = None) -> int:
         """Train; returns the process's exit status.
 
-        ``on_update(step, steps, note)`` is called after each update, with a note every log_interval.
+        Calls ``on_update(step, steps, note)`` after each update, with a note every log_interval.
 
-        0 at the run's end, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, all with the last update saved.
+        The status is 0 at the run's end, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, all with the last
+        update saved.
         """
         train, state, world = self.config.train, self.state, self.world
         outputs = world.together(lambda: self._open_outputs() if world.main else [])
@@ -254,7 +255,7 @@ class Trainer:
                 if train.preview_interval and (state.step % train.preview_interval == 0 or state.step == train.steps):
                     self._preview(outputs)
                 clock.paused += time.perf_counter() - paused
-                # What all learn, a step later, stops all at the same step.
+                # Every process learns the maxima one step later, so that all stop at the same step.
                 stopped_by, failed = agreement.exchange(stop.received or 0, self.saver.failed)
                 if failed:
                     self.saver.check()
@@ -262,12 +263,12 @@ class Trainer:
             agreement.settle()
         if stopped_by and state.step < train.steps:
             self.log(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, which is saved")
-            return 128 + stopped_by  # what a shell expects of a process that the signal ended
+            return 128 + stopped_by  # the shell's convention for a process ended by a signal
         return 0
 
     def _open_outputs(self) -> list[Sink]:
         for name in checkpoint.remove_leftovers(self.run_dir):
-            self.log(f"removed {name}, which a process that was killed left behind")
+            self.log(f"removed {name}, which a killed process left behind")
         free_space_check(self.run_dir, self.state.saved_bytes)
         sinks = open_sinks(self.config.train, self.run_dir, self.config.to_dict(), self.log)
         write_config(self.config, self.run_dir)
@@ -275,14 +276,14 @@ class Trainer:
 
     @contextmanager
     def _no_update_lost(self) -> Iterator[None]:
-        """Save at the end, whatever the end was, if there is a whole update to save."""
+        """Save when the run ends for any reason, if its last update is complete."""
         try:
             yield
         except BaseException as error:
-            # Half an update is none to go on from, without the others nothing can be gathered, and a second Ctrl-C asks
-            # for an end without saving.
+            # Do not save half an update, a state that other processes would have to help gather, or after a second
+            # Ctrl-C, which asks to stop without saving.
             if self.world.size == 1 and self.state.whole and not isinstance(error, KeyboardInterrupt):
-                with suppress(ValueError, OSError, RuntimeError):  # the first error is the one to tell
+                with suppress(ValueError, OSError, RuntimeError):  # report the first error
                     self._save()
             with suppress(ValueError, OSError):
                 self.saver.wait()
@@ -292,7 +293,7 @@ class Trainer:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """As World.explained, with the micro-batch to try where the memory ends."""
+        """Like World.explained, and suggests a micro-batch size when memory runs out."""
         with self.world.explained():
             try:
                 yield
@@ -305,11 +306,11 @@ class Trainer:
 
     @property
     def model_calls(self) -> int:
-        """Forward passes of the whole run: a resumed one decides to compile as the run that it goes on with."""
+        """Forward passes of the whole run, so that a resumed run makes the same decision to compile."""
         return self.config.train.steps * len(micro_batches(self.config.train, self.world.size))
 
     def _report(self, outputs: Sequence[Sink], clock: Clock) -> str:
-        """Write a line of the log and return what it says; ValueError where the run has come to nothing."""
+        """Log the metrics and return the progress note; ValueError after too many skipped updates in a row."""
         state, train = self.state, self.config.train
         row: dict[str, float] = {"step": state.step, "samples": state.step * train.batch_size}
         row |= state.sums.read(self.world.sum_)
@@ -341,21 +342,21 @@ class Trainer:
         return note
 
     def _offenders(self) -> str:
-        """The last skipped update and its samples of the largest losses. Collective."""
+        """Name the last skipped update and its samples with the largest losses. Collective."""
         guard, train = self.state.guard, self.config.train
         if (step := int(guard.step)) < self._first_step:
-            return f"the last one was update {step + 1}, before this start"
+            return f"the last one was update {step + 1}, before this run was resumed"
         losses = np.concatenate(self.world.gathered(guard.losses.cpu().numpy()))
         rows, _ = batch_indices(len(self.dataset.images), train.batch_size, train.seed, step)
         worst = np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")[:OFFENDERS]
         named = ", ".join(f"{rows[i]} {printable(self.dataset.names[rows[i]])} ({losses[i]:.3g})" for i in worst)
-        return f"the last one was update {step + 1}; its samples of the largest losses: {named}"
+        return f"the last one was update {step + 1}; its samples with the largest losses: {named}"
 
     def _save(self) -> None:
-        """Begin to save this step, unless that was done."""
+        """Start saving this step, unless it has been saved."""
         if self._snapshot_step == self.state.step:
             return
-        self.world.together(self.saver.wait)  # before another copy is taken, and without a time-out
+        self.world.together(self.saver.wait)  # before taking another snapshot; has no timeout
         files = self.state.snapshot(self.run_dir)
         self._snapshot_step = self.state.step
         if self.world.main:
@@ -366,7 +367,7 @@ class Trainer:
         folder = self.run_dir / "previews"
         try:
             paths = save_previews(folder, self.state, self.model, self.dataset, self.runtime)
-        except (ValueError, OSError) as error:  # on all processes alike, and not worth a run
+        except (ValueError, OSError) as error:  # raised on every process alike; a preview must not end a run
             self.log(f"warning: no previews of step {self.state.step}: {error}")
             return
         for path in paths:

@@ -1,4 +1,4 @@
-"""One update of the weights: forward and backward in micro-batches, and the optimizer's step, without a wait."""
+"""One update of the weights: forward and backward in micro-batches, and the optimizer step, without a host sync."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,14 +20,14 @@ from fastdiff.training.state import TrainState
 
 NOISE_STREAM, TIMESTEP_STREAM, LABEL_STREAM = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
 LOW_RES_STREAM, LOW_RES_LEVEL_STREAM = 0xFFFFFFFC, 0xFFFFFFFB
-"""The Philox steps that training draws from; sampling counts its own from 0."""
+"""The Philox steps that training uses; sampling counts its steps from 0."""
 
 
 class Updater:
     """Updates a TrainState from batches.
 
-    ``module`` is the model, or what DDP makes of it, and ``forward`` the same as it is to be called: in its precision,
-    perhaps compiled.
+    ``module`` is the model, or its DDP wrapper, and ``forward`` the same module as a function: under autocast, possibly
+    compiled.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Updater:
         self._device = state.parameters[0].device
 
     def __call__(self, images: Tensor, labels: Tensor | None) -> None:
-        """One update from this process's part of a batch: uint8 images (B, H, W, 3), int64 labels (B,)."""
+        """Run one update on this process's part of a batch: uint8 images (B, H, W, 3), int64 labels (B,)."""
         state, train, step = self._state, self._config.train, self._state.step
-        # Everything random is a function of seed, step and sample, so that a resumed run goes on as if never stopped.
+        # Everything random is a function of seed, step and sample: a resumed run matches an uninterrupted one.
         torch.manual_seed(dropout_seed(train.seed, step, self._world.rank))
         first = step * train.batch_size + self._world.rank * len(images)
         numbers = torch.arange(first, first + len(images), device=self._device)
@@ -68,9 +68,9 @@ class Updater:
             noise = philox_normal(train.seed, numbers[part], NOISE_STREAM, x_start.shape[1:])
             with accumulating(self._module) if part is not parts[-1] else nullcontext():
                 terms = self._diffusion.training_losses(self._forward, x_start[part], t[part], kwargs, noise)
-                # divided by the whole batch: micro-batches and processes average to what one batch would give
+                # Divide by the full share, so that micro-batches and processes average to the gradient of one batch.
                 loss = (terms["loss"] * weights[part]).sum() / len(images)
-                # A loss that is not finite spoils the gradient for sure, and so is seen by every process.
+                # Make a non-finite loss spoil the gradient, so that every process detects it.
                 state.scaler.scale(loss * (1 + (loss - loss).detach())).backward()
             found.append({name: term.detach() for name, term in terms.items()})
         state.whole = False
@@ -99,8 +99,8 @@ class Updater:
             torch.nn.utils.clip_grads_with_norm_(state.parameters, train.grad_clip, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(train, state.step)
-        # A fused optimizer skips the update on the device where found_inf is 1. GradScaler hands it what it found in
-        # this process's gradients; all must skip alike, and for a spike the scale must stay.
+        # A fused optimizer skips the update on the device if found_inf is 1. GradScaler sets it from this process's
+        # gradients alone; all processes must skip alike, and a spike must not change the scale.
         if state.scaler.is_enabled():
             (found,) = state.scaler._found_inf_per_device(state.optimizer).values()
             found.copy_(skip)
@@ -111,7 +111,7 @@ class Updater:
             state.optimizer.found_inf = skip  # type: ignore[attr-defined]
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        self._module.zero_grad(set_to_none=True)  # under FSDP its parameters are not the optimizer's
+        self._module.zero_grad(set_to_none=True)  # under FSDP the module's parameters are not the optimizer's
         state.sums.add_grad_norm(norm, skip)
 
     def _mean(self, losses: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Updater:
 
 
 def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """What the model is given besides the noisy images."""
+    """The model's inputs besides x_t and t: class labels ``y``, and ``low_res`` images for a super-resolution model."""
     conditions = {} if labels is None else {"y": labels}
     if config.model.small_size is not None:
         conditions["low_res"] = low_resolution(x_start, config.model.small_size)
@@ -127,20 +127,19 @@ def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> 
 
 
 def with_null_class(config: TrainConfig, labels: Tensor, numbers: Tensor) -> Tensor:
-    """The labels (N,) of the samples ``numbers`` (N,), each NULL_CLASS with probability label_dropout.
+    """The labels (N,) of the samples ``numbers`` (N,), each replaced by NULL_CLASS with probability label_dropout.
 
-    Ho & Salimans 2022, algorithm 1. Which ones is a function of seed and sample.
+    Ho & Salimans 2022, algorithm 1. The choice is a function of seed and sample.
     """
     words = philox_uint32(config.seed, numbers, LABEL_STREAM, 1)[:, 0]
     return labels.masked_fill(words < round(config.label_dropout * 2**32), NULL_CLASS)
 
 
 def with_conditioning_noise(config: TrainConfig, low_res: Tensor, numbers: Tensor) -> Tensor:
-    """low_res (N, 3, h, w) of the samples ``numbers`` (N,) with Gaussian noise of a deviation up to conditioning_noise.
+    """Add Gaussian noise to low_res (N, 3, h, w) of the samples ``numbers`` (N,), std up to conditioning_noise.
 
-    Conditioning augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4): a model that was trained so
-    forgives what the base model draws wrongly. It is not told how much noise there is, which is a function of seed and
-    sample.
+    Conditioning augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4): it makes the model robust to
+    errors of the base model. The noise level is a function of seed and sample; the model does not receive it.
     """
     level = philox_uint32(config.seed, numbers, LOW_RES_LEVEL_STREAM, 1) * (config.conditioning_noise / 2**32)  # (N, 1)
     noise = philox_normal(config.seed, numbers, LOW_RES_STREAM, low_res.shape[1:])
@@ -150,22 +149,22 @@ def with_conditioning_noise(config: TrainConfig, low_res: Tensor, numbers: Tenso
 def trial(
     config: RunConfig, diffusion: GaussianDiffusion, forward: Callable[..., Tensor], images: int, device: torch.device
 ) -> None:
-    """A forward and a backward pass of so many images that train nothing."""
+    """Run a forward and a backward pass of ``images`` images without an update."""
     size = config.model.image_size
     x_start = normalised(torch.zeros(images, size, size, 3, dtype=torch.uint8, device=device))
     none = torch.zeros(images, dtype=torch.int64, device=device)
     conditions = conditions_of(config, x_start, none if config.model.class_cond else None)
-    noise = torch.zeros(x_start.shape, device=device)  # in the layout of an update's, or it would be compiled twice
+    noise = torch.zeros(x_start.shape, device=device)  # same layout as in an update, to avoid a recompile
     diffusion.training_losses(forward, x_start, none, conditions, noise)["loss"].sum().backward()
 
 
 def warm_up(
     config: RunConfig, diffusion: GaussianDiffusion, module: nn.Module, forward: Callable[..., Tensor], world: World
 ) -> None:
-    """One update's passes without the update, in which a model is compiled that is to be.
+    """Run the forward and backward passes of one update, without the update; compiles the model if enabled.
 
-    By the first backward pass DDP arranges the messages of its gradients, and by them the order in which it adds. A
-    resumed run must find them as the run did that it goes on with, or its sums differ in their last bits.
+    DDP builds its gradient buckets after the first backward pass, and they determine the order of its sums. A resumed
+    run must build them as the original run did, or its sums differ in their last bits.
     """
     device = next(module.parameters()).device
     parts = micro_batches(config.train, world.size)
@@ -176,19 +175,19 @@ def warm_up(
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of what PyTorch's own generator draws in an update."""
+    """The seed of PyTorch's generator, which draws dropout, in an update."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of the update after ``step`` updates: warm-up, then constant, or linear to 0 over lr_anneal_steps."""
+    """The learning rate after ``step`` updates: warm-up, then constant, or linear to 0 over lr_anneal_steps."""
     warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
     left = max(0.0, 1 - step / config.lr_anneal_steps) if config.lr_anneal_steps else 1.0
     return config.lr * warm * left
 
 
 def micro_batches(config: TrainConfig, processes: int) -> list[slice]:
-    """The parts in which a process takes its share of a batch."""
+    """The micro-batches of a process's share of a batch, as slices."""
     share = config.batch_size // processes
     assert isinstance(config.microbatch, int), "auto is decided before the first update"
     size = share if config.microbatch == -1 else min(config.microbatch, share)

@@ -116,7 +116,7 @@ def test_a_run_goes_on_from_its_newest_step_alone(cli: Cli, shapes: Path, runs: 
         for result in (resume(cli, shapes, name), begun):
             refused(
                 result,
-                f"run_dir {name} is the name of step .*: begin another --run-dir with --resume-checkpoint {name}",
+                f"run_dir {name} names step .*: start another --run-dir with --resume-checkpoint {name}",
             )
     refused(
         resume(cli, shapes, "runs/b"), "^error: run_dir runs/b holds no run to resume: .*; there are runs/a, runs/up$"
@@ -166,7 +166,7 @@ def test_a_file_says_the_model_to_begin_with(cli: Cli, shapes: Path, tmp_path: P
     flags = {"num_heads": 2, "diffusion_steps": 30, "use_scale_shift_norm": False, "dropout": 0.2}
     saved(tmp_path / "m.safetensors", class_cond=True, num_classes=2, class_names=("star", "square"), **flags)
     out = succeeded(init_from(cli, shapes, "m.safetensors")).out
-    assert "3 of 4 classes are new to m.safetensors and begin afresh: circle, cross, triangle\n" in out
+    assert "3 of 4 classes are not in m.safetensors, newly initialised: circle, cross, triangle\n" in out
     config = json.loads((tmp_path / "begun/config.json").read_text())
     assert (config["model"]["num_heads"], config["model"]["num_classes"]) == (2, 4)
     assert (config["diffusion"]["diffusion_steps"], config["diffusion"]["predict_xstart"]) == (30, True)
@@ -206,8 +206,8 @@ def test_what_fine_tuning_changes_is_said(cli: Cli, shapes: Path, tmp_path: Path
     )
     out = succeeded(result).out
     assert "m.safetensors is changed: image_size 8 becomes 16, diffusion_steps 20 becomes 50, noise_schedule" in out
-    assert "m.safetensors knows no classes: the embedding of circle, cross, square, triangle begins afresh" in out
-    assert "learn_sigma differs: the last layer begins afresh" in out
+    assert "m.safetensors has no classes: the embedding of circle, cross, square, triangle is newly initialised" in out
+    assert "learn_sigma differs: the last layer is newly initialised" in out
     config = json.loads((tmp_path / "r/config.json").read_text())["model"]
     assert (config["image_size"], config["attention_resolutions"]) == (16, [16])  # the same level
 
@@ -216,13 +216,13 @@ def test_classes_are_left_out_by_a_word(cli: Cli, shapes: Path, tmp_path: Path) 
     saved(tmp_path / "m.safetensors", class_cond=True, num_classes=2, class_names=("a", "b"))
     flags = ("--data-dir", shapes, "--run-dir", "r", *SHORT, "--steps", 1, "--no-class-cond")
     out = succeeded(cli("train", *flags, "--init-from", "m.safetensors")).out
-    assert "the classes of m.safetensors are left out: this model is not class-conditional" in out
+    assert "the classes of m.safetensors are dropped: this model is not class-conditional" in out
 
 
 def test_classes_without_names_go_by_number_and_it_is_said(cli: Cli, shapes: Path, tmp_path: Path) -> None:
     saved(tmp_path / "m.safetensors", class_cond=True, num_classes=4)
     out = succeeded(init_from(cli, shapes, "m.safetensors")).out
-    assert "m.safetensors has no names of its classes: they are taken by number, 0 being circle" in out
+    assert "m.safetensors has no class names: classes are matched by number, 0 being circle" in out
 
 
 def test_a_bare_state_dict_says_its_architecture(cli: Cli, shapes: Path, tmp_path: Path) -> None:
@@ -317,7 +317,8 @@ def test_a_lost_average_is_not_replaced_by_another(cli: Cli, shapes: Path, runs:
 def test_a_damaged_configuration_is_restored_from_a_checkpoint(cli: Cli, shapes: Path, runs: Path) -> None:
     (runs / "a/config.json").write_text("{")
     refused(
-        resume(cli, shapes, "runs/a"), "config.json is damaged.*: move it away, and --resume takes what model000004"
+        resume(cli, shapes, "runs/a"),
+        "config.json is damaged.*: move it away, and --resume uses the configuration in model000004",
     )
     (runs / "a/config.json").unlink()
     assert "resumed at step 4" in succeeded(resume(cli, shapes, "runs/a")).out

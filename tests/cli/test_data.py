@@ -174,7 +174,7 @@ def test_pack_and_train(cli: Cli, shapes: Path, tmp_path: Path, kind: str) -> No
     if kind == "zip":
         succeeded(resumed)
     else:
-        refused(resumed, "are not those that the run was trained on")
+        refused(resumed, "are not the ones this run was trained on")
 
 
 def test_pack_refuses(cli: Cli, shapes: Path, tmp_path: Path) -> None:

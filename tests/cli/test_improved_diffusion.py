@@ -159,7 +159,7 @@ def test_fp16_as_there(cli: Cli, shapes: Path, logdir: Path) -> None:
 
 def test_a_flag_without_a_meaning_is_told(cli: Cli, shapes: Path, logdir: Path) -> None:
     result = succeeded(cli("image_train", "--data_dir", shapes, *TRAIN, "--fp16_scale_growth", "0.01", *PLAIN))
-    assert result.out.count("fp16_scale_growth has no meaning: precision fp32 needs no loss scale") == 1
+    assert result.out.count("fp16_scale_growth has no effect: precision fp32 needs no loss scale") == 1
 
 
 def test_ddim_respacing_without_ddim_stays_ancestral(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:

@@ -49,21 +49,21 @@ def test_a_pasted_command_goes_on(cli: Cli, shapes: Path, tmp_path: Path, origin
     words = ["--data_dir", shapes, "--run-dir", run_dir, "--resume", "--resume_checkpoint", original, "--steps", "13"]
     result = succeeded(cli("train", *words, "--lr_anneal_steps", "0", "--batch_size", "4"))
     assert "resumed at step 12" in result.out
-    assert f"the weights of {original} are not taken" in result.out
+    assert f"the weights of {original} are not used" in result.out
     assert saved_steps(run_dir) == [12, 13]
 
 
 def test_without_a_length_it_takes_as_many_steps_more(cli: Cli, shapes: Path, tmp_path: Path, original: Path) -> None:
     flags = [*TINY, "--class_cond", *SHORT, "--resume_checkpoint", original]
     result = cli("train", "--data_dir", shapes, *flags, "--steps", "10")
-    refused(result, "model000010.pt is at step 10: steps 10 lies behind it; name more with --steps")
+    refused(result, "model000010.pt is at step 10, but steps is 10: give a larger --steps")
     assert not (tmp_path / "runs" / "shapes" / "config.json").exists()
     # it cannot be run to its end here: what it decides shows before the first update
     missing = original.with_name("opt000010.pt")
     missing.write_bytes(b"damaged")
     refused(cli("train", "--data_dir", shapes, *flags), "opt000010.pt holds more than tensors")
     log = (tmp_path / "runs" / "shapes" / "log.txt").read_text()
-    assert "200,000 more steps, as neither --steps nor --lr-anneal-steps says" in log
+    assert "200,000 more steps, as neither --steps nor --lr-anneal-steps is given" in log
 
 
 def test_our_own_checkpoint_in_its_folder_and_in_another(cli: Cli, train: Cli, shapes: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_our_own_checkpoint_in_its_folder_and_in_another(cli: Cli, train: Cli, s
     before = contents(folder)
     refused(
         cli("train", *flags, "--resume-checkpoint", older),
-        r"model000002\.safetensors: the run in .*a is at step 4 by now; use --resume instead, or name",
+        r"model000002\.safetensors: the run in .*a is already at step 4; use --resume instead, or name",
     )
     assert contents(folder) == before
     succeeded(cli("train", *flags, "--resume-checkpoint", older, "--run-dir", "runs/b"))

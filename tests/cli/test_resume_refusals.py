@@ -94,7 +94,7 @@ def test_two_runs_on_one_folder(train: Cli, another: Job, tmp_path: Path) -> Non
 def test_a_run_that_was_killed_holds_nobody_up(train: Cli, another: Job, tmp_path: Path) -> None:
     another.kill()
     assert (tmp_path / "busy/.lease.json").exists()
-    assert "beginning afresh" in succeeded(train("busy", "--resume", "--steps", 1)).out
+    assert "starting from scratch" in succeeded(train("busy", "--resume", "--steps", 1)).out
     assert not (tmp_path / "busy/.lease.json").exists()
 
 
@@ -137,11 +137,9 @@ def test_another_process_wants_a_word(
 ) -> None:
     before = config_of(run_dir)["diffusion"]
     with untouched(run_dir):
-        refused(
-            resume("runs/a", "--steps", 3, *flags), rf"^error: runs/a has .*\({said}\).*or go on with --allow-changes$"
-        )
+        refused(resume("runs/a", "--steps", 3, *flags), rf"^error: runs/a has .*\({said}\).*or use --allow-changes$")
     result = succeeded(resume("runs/a", "--steps", 3, "--allow-changes", *flags))
-    assert re.search(f"^warning: the process changes: {said}", result.out)
+    assert re.search(f"^warning: the diffusion process changes: {said}", result.out)
     assert "resumed at step 2\n" in result.out
     with safe_open(run_dir / "model000003.safetensors", framework="pt") as file:
         described = json.loads(file.metadata()["fastdiff-2"])["diffusion_config"]
@@ -201,7 +199,7 @@ def test_other_images(train: Cli, run_dir: Path, own_data: Path, change: Callabl
     before = config_of(run_dir)["data_fingerprint"]
     assert re.fullmatch("[0-9a-f]{64}", before)
     change(own_data)
-    said = f"the images in {own_data} are not those that the run was trained on"
+    said = f"the images in {own_data} are not the ones this run was trained on"
     again = ("--data-dir", own_data, "--resume")
     with untouched(run_dir):
         refused(train("runs/a", *again, "--steps", 3), rf"^error: {said}: .*--allow-changes")
@@ -352,7 +350,7 @@ def test_a_folder_of_somebody_else(train: Cli, run_dir: Path, tmp_path: Path) ->
 
 def test_two_batch_sizes(train: Cli, run_dir: Path, tmp_path: Path) -> None:
     both = ("--batch-size", 4, "--batch-size-per-process", 4)
-    said = "batch_size and batch_size_per_process both say how large a batch is: give one of them"
+    said = "batch_size and batch_size_per_process both set the size of a batch: give one of them"
     refused(train("new", "--steps", 1, *both), said)
     with untouched(run_dir):
         refused(train("runs/a", "--steps", 3, "--resume", *both), said)
@@ -380,7 +378,7 @@ def test_a_run_goes_on_with_its_own_weights(train: Cli, run_dir: Path, tmp_path:
     assert f"weights from {source}" in succeeded(train("r", *flags, 1, "--resume")).out
     succeeded(train("s", *flags, 2))
     result = succeeded(train("r", *flags, 2, "--resume"))
-    assert f"the weights of {source} are not taken: the run goes on with its own\n" in result.out
+    assert f"the weights of {source} are not used: the run continues with its own\n" in result.out
     one, other = (tensors(tmp_path / run / "model000002.safetensors") for run in ("r", "s"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 

@@ -25,7 +25,7 @@ def test_a_stopped_training_is_saved_and_goes_on(shapes: Path, tmp_path: Path, t
         assert found, result.out
         step = int(found[1])
         assert (tmp_path / name / f"opt{step:06d}.safetensors").exists()
-        assert re.search(rf"go on with: fastdiff train .*--run-dir {name} --resume", result.out)
+        assert re.search(rf"resume with: fastdiff train .*--run-dir {name} --resume", result.out)
         again = succeeded(train(name, "--resume", "--steps", step + 1))
         assert f"resumed at step {step}\n" in again.out
         assert (tmp_path / name / f"model{step + 1:06d}.safetensors").exists()

@@ -163,7 +163,7 @@ def test_resume_of_a_finished_run_changes_nothing(train: Cli, run_dir: Path) -> 
 def test_resume_on_an_empty_folder_begins_afresh(train: Cli, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     result = succeeded(train("r", "--steps", 1, "--resume"))
-    assert "beginning afresh" in result.out
+    assert "starting from scratch" in result.out
     assert (tmp_path / "r/model000001.safetensors").exists()
 
 
@@ -201,7 +201,7 @@ def test_init_from_with_other_classes_keeps_all_but_their_embedding(train: Cli, 
         Image.new("RGB", (8, 8), "red").save(data / name)
     source = run_dir / "model000002.safetensors"
     result = train("r", "--data-dir", data, "--steps", 1, "--batch-size", 2, "--lr", 1e-30, "--init-from", source)
-    assert f"2 of 2 classes are new to {source} and begin afresh: cat, dog" in succeeded(result).out
+    assert f"2 of 2 classes are not in {source}, newly initialised: cat, dog" in succeeded(result).out
     ours, theirs = weights(tmp_path / "r/model000001.safetensors"), weights(source)
     assert ours["label_emb.weight"].shape[0] == 2
     for key in theirs.keys() - {"label_emb.weight"}:

@@ -188,7 +188,7 @@ def test_the_death_of_one_process_is_mended_by_a_restart(
         for count, status in (("0", 1), ("1", 0)):
             started = {"TORCHELASTIC_RUN_ID": "job 7", "TORCHELASTIC_RESTART_COUNT": count}
             result = train(2, "killed", *flags, status=status, **started, **common)
-    assert "torchrun started this process anew" in result.out
+    assert "torchrun restarted this process: resuming the run" in result.out
     assert "resumed at step 4\n" in result.out
     assert hashes(whole, 6) == hashes(tmp_path / "killed", 6)
     assert rows(whole) == rows(tmp_path / "killed")
@@ -202,7 +202,7 @@ def test_a_restart_takes_nobody_elses_run(tmp_path: Path, shapes: Path) -> None:
         started = {"TORCHELASTIC_RUN_ID": "job 7", "TORCHELASTIC_RESTART_COUNT": count}
         flags = ["--precision", "fp32", "--steps", "9"]
         result = train(1, "run", *flags, cwd=tmp_path, data=shapes, status=2, **started)
-        refused(result, "^error: run already holds a run: go on with --resume")
+        refused(result, "^error: run already holds a run: use --resume")
     assert hashes(tmp_path / "run", 1) == before
     assert not list((tmp_path / "run").glob("*9.safetensors"))
 
@@ -253,7 +253,7 @@ def test_what_was_skipped_before_a_checkpoint_is_told_after_it(
         shutil.copytree(tmp_path / "run", tmp_path / resumed)
         again = train(processes, resumed, *WITH_A_NAN, "--resume", cwd=tmp_path, data=shapes)
         assert "resumed at step 3\n" in again.out
-        assert "1 of the last updates skipped; the last one was update 2, before this start" in again.out
+        assert "1 of the last updates skipped; the last one was update 2, before this run was resumed" in again.out
         (row,) = rows(tmp_path / resumed)
         if processes == 2:
             assert row == whole

@@ -233,7 +233,7 @@ def test_a_spike_is_skipped_and_its_samples_are_named(
     order = [(indices[i], names[indices[i]], worst[i]) for i in (1, 2, 3, 0)]
     listed = ", ".join(f"{index} {name} ({float(loss):.3g})" for index, name, loss in order)
     assert said.startswith("warning: 1 of the last updates skipped; the last one was update 5; ")
-    assert said.endswith(f"; its samples of the largest losses: {listed}")
+    assert said.endswith(f"; its samples with the largest losses: {listed}")
     assert all(re.fullmatch(r"\w+\.png", name) for name in names)
 
 
@@ -256,7 +256,7 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped(tmp_path: Path, shap
     assert all(row["loss"] > 0 for row in (rows(tmp_path)[0], rows(tmp_path)[2]))
     (said,) = warnings_of(subject)
     second = batch_indices(12, 4, 0, 1)[0][1]  # of the batch: the one whose loss it was
-    assert f"update 2; its samples of the largest losses: {second} {subject.dataset.names[second]} (inf)" in said
+    assert f"update 2; its samples with the largest losses: {second} {subject.dataset.names[second]} (inf)" in said
 
 
 def test_the_skipped_one_may_be_before_the_checkpoint_and_the_line_after_it(tmp_path: Path, shapes: Path) -> None:
@@ -271,7 +271,7 @@ def test_the_skipped_one_may_be_before_the_checkpoint_and_the_line_after_it(tmp_
     assert again.run() == 0
     assert rows(tmp_path)[-1]["skipped"] == 1
     (said,) = warnings_of(again)
-    assert said == "warning: 1 of the last updates skipped; the last one was update 2, before this start"
+    assert said == "warning: 1 of the last updates skipped; the last one was update 2, before this run was resumed"
 
 
 def test_spikes_that_do_not_end_stop_the_run_as_spikes(

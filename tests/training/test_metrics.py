@@ -267,7 +267,7 @@ def test_lines_that_find_no_room_wait_for_it(tmp_path: Path, monkeypatch: pytest
         files.write({"step": 2})
         files.write({"step": 3})
     (line,) = said
-    assert re.fullmatch(rf"warning: \S*{name} cannot be written: No space left on device; its lines wait.*", line)
+    assert re.fullmatch(rf"warning: \S*{name} cannot be written: No space left on device; its lines are kept.*", line)
     files.write({"step": 4})
     rows = [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     table = [line.split(",")[0] for line in (tmp_path / "progress.csv").read_text().splitlines()]

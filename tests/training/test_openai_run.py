@@ -89,8 +89,8 @@ def test_what_is_missing_is_told(tmp_path: Path, shapes: Path, trained: Trained)
     resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4})
     resumed.resume_from(path)
     said = "\n".join(resumed.log)
-    assert "no ema_0.5_000001.pt beside it: that average begins with the weights" in said
-    assert "no opt000001.pt beside it: the optimizer begins afresh" in said
+    assert "no ema_0.5_000001.pt beside it: this EMA starts from the weights" in said
+    assert "no opt000001.pt beside it: the optimizer state starts empty" in said
     state = resumed.state
     assert same(dict(zip(state.names, state.emas[1].tensors(), strict=True)), weights(begun))
     assert not state.optimizer.state
@@ -121,8 +121,8 @@ def test_another_learning_rate_is_told(tmp_path: Path, shapes: Path, trained: Tr
     path = as_openai_saves(begun, tmp_path / "original")
     resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4, "weight_decay": 0.0})
     resumed.resume_from(path)
-    assert "its optimizer had lr 0.001, and the run goes on with --lr 0.0005" in resumed.log
-    assert "its optimizer had weight_decay 0.01, and the run goes on with --weight-decay 0" in resumed.log
+    assert "its optimizer had lr 0.001, but the run continues with --lr 0.0005" in resumed.log
+    assert "its optimizer had weight_decay 0.01, but the run continues with --weight-decay 0" in resumed.log
 
 
 def test_the_originals_progress_is_kept(tmp_path: Path, shapes: Path, trained: Trained) -> None:
@@ -134,7 +134,7 @@ def test_the_originals_progress_is_kept(tmp_path: Path, shapes: Path, trained: T
     resumed.resume_from(path)
     resumed.run()
     assert path.with_name("progress.original.csv").read_text() == "step,loss\n1,2\n"
-    assert "is not of this run: it is progress.original.csv from now on" in "\n".join(resumed.log)
+    assert "is not from this run: renamed to progress.original.csv" in "\n".join(resumed.log)
     assert len(there.read_text().splitlines()) == 2
     path.with_name("progress.jsonl").unlink()
     ProgressFiles(path.parent, 0, resumed.log)  # and never replaced
@@ -157,7 +157,7 @@ def test_nothing_is_saved_before_an_update(tmp_path: Path, shapes: Path, trained
 def test_a_step_behind_the_end_is_refused(tmp_path: Path, shapes: Path, trained: Trained) -> None:
     begun = trained(2)
     path = as_openai_saves(begun, tmp_path / "original")
-    with pytest.raises(ValueError, match="is at step 2: steps 2 lies behind it; name more with --steps"):
+    with pytest.raises(ValueError, match="is at step 2, but steps is 2: give a larger --steps"):
         trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS).resume_from(path)
 
 

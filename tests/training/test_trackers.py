@@ -113,7 +113,7 @@ def test_a_service_that_fails_is_one_warning(
     lines: list[str] = []
     (sink,) = open_sinks(TrainConfig(tracker=name), run_dir, ABOUT, lines.append)
     run_of(sink, picture)
-    assert lines == [f"warning: {name} failed and gets no more of this run: no route to host"]
+    assert lines == [f"warning: {name} failed and is off for the rest of this run: no route to host"]
     assert len(service.calls) == calls
 
 
