@@ -75,7 +75,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up on first use: `fastdiff --help` must not wait for torch, nor a kernel for Pillow.
+    # Import on first use: `fastdiff --help` must not wait for torch, nor a kernel for Pillow.
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"fastdiff.{home}"), name)

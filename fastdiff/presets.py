@@ -1,7 +1,7 @@
 """The released improved-diffusion models and the recipe of its 128x128 fork, as one table.
 
-A preset is a set of flags by their names; a flag given beside ``--preset`` takes its place. The first eight are the flag
-groups of improved-diffusion's README, one a released checkpoint.
+A preset maps flag names to values; a flag given together with ``--preset`` overrides it. The first eight presets are the
+flag groups of improved-diffusion's README, one per released checkpoint.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset is for, and its flags."""
+    """A preset's description and its flags."""
 
     about: str
     flags: Mapping[str, Any]
 
     def values_for(self, config: type[Config]) -> dict[str, Any]:
-        """Those of the flags that are fields of ``config``."""
+        """The preset's flags that are fields of ``config``."""
         names = {f.name for f in fields(config)}  # type: ignore[arg-type]  # every Config is a dataclass
         return {name: value for name, value in self.flags.items() if name in names}
 
@@ -74,29 +74,29 @@ def _optimised(lr: float, batch_size: int) -> dict[str, Any]:
 
 # fmt: off
 PRESETS: Mapping[str, Preset] = {
-    "imagenet64_uncond":     Preset("ImageNet 64x64, hybrid loss",              _IMAGENET64      | _COSINE                  | _optimised(1e-4, 128)),
-    "cifar10_uncond":        Preset("CIFAR-10, hybrid loss",                    _CIFAR10         | _COSINE                  | _optimised(1e-4, 128)),
-    "imagenet64_cond":       Preset("ImageNet 64x64 by class, 270M parameters", _IMAGENET64_COND | _COSINE | _UNSCALED      | _optimised(3e-4, 2048)),
-    "upsample_256":          Preset("64x64 to 256x256 by class",                _UPSAMPLE        | _LINEAR | _UNSCALED      | _optimised(3e-4, 256)),
-    "lsun_bedroom":          Preset("LSUN bedrooms 256x256, lr 1e-4",           _LSUN            | _LINEAR_1000 | _UNSCALED | _optimised(1e-4, 128)),
-    "lsun_bedroom_lr2e-5":   Preset("LSUN bedrooms 256x256, lr 2e-5",           _LSUN            | _LINEAR_1000 | _UNSCALED | _optimised(2e-5, 128)),
-    "imagenet64_uncond_vlb": Preset("ImageNet 64x64, variational bound",        _IMAGENET64      | _COSINE | _VLB           | _optimised(1e-4, 128)),
-    "cifar10_uncond_vlb":    Preset("CIFAR-10, variational bound",              _CIFAR10         | _COSINE | _VLB           | _optimised(1e-4, 128)),
-    "fork_128":              Preset("128x128, the fork's recipe",               _FORK_128        | _LINEAR                  | _optimised(1e-4, 16)
+    "imagenet64_uncond":     Preset("ImageNet 64x64, hybrid loss",                        _IMAGENET64      | _COSINE                  | _optimised(1e-4, 128)),
+    "cifar10_uncond":        Preset("CIFAR-10, hybrid loss",                              _CIFAR10         | _COSINE                  | _optimised(1e-4, 128)),
+    "imagenet64_cond":       Preset("ImageNet 64x64, class-conditional, 270M parameters", _IMAGENET64_COND | _COSINE | _UNSCALED      | _optimised(3e-4, 2048)),
+    "upsample_256":          Preset("64x64 to 256x256, class-conditional",                _UPSAMPLE        | _LINEAR | _UNSCALED      | _optimised(3e-4, 256)),
+    "lsun_bedroom":          Preset("LSUN bedrooms 256x256, lr 1e-4",                     _LSUN            | _LINEAR_1000 | _UNSCALED | _optimised(1e-4, 128)),
+    "lsun_bedroom_lr2e-5":   Preset("LSUN bedrooms 256x256, lr 2e-5",                     _LSUN            | _LINEAR_1000 | _UNSCALED | _optimised(2e-5, 128)),
+    "imagenet64_uncond_vlb": Preset("ImageNet 64x64, variational bound",                  _IMAGENET64      | _COSINE | _VLB           | _optimised(1e-4, 128)),
+    "cifar10_uncond_vlb":    Preset("CIFAR-10, variational bound",                        _CIFAR10         | _COSINE | _VLB           | _optimised(1e-4, 128)),
+    "fork_128":              Preset("128x128, the fork's recipe",                         _FORK_128        | _LINEAR                  | _optimised(1e-4, 16)
                                     | {"precision": "fp16", "save_interval": 20_000}),
 }
 # fmt: on
 
 
 def preset_named(name: str) -> Preset:
-    """The preset called ``name``; ValueError that lists them where there is none."""
+    """The preset called ``name``; ValueError, which lists the valid names, if there is none."""
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
     return PRESETS[name]
 
 
 def with_preset(flags: Mapping[str, Any], name: str | None, *only: type[Config]) -> dict[str, Any]:
-    """The preset's flags, all or those of the configurations ``only``, with those given in their place."""
+    """The preset's flags, overridden by ``flags``; with ``only``, just the preset's flags for these configurations."""
     if name is None:
         return dict(flags)
     known = preset_named(name)

@@ -1,7 +1,7 @@
-"""Every setting, declared and described once: frozen dataclasses that fail when they are made.
+"""Every setting, declared and documented once, in frozen dataclasses that are validated when they are constructed.
 
-The command line is derived from these fields (``cli/options.py``): a field's name is the flag, its ``help`` the flag's
-text, its default the flag's default. Names and defaults are improved-diffusion's wherever it has them.
+The command line is derived from these fields (``cli/options.py``): a field's name becomes the flag, its ``help`` the
+help text and its default the flag's default. Names and defaults match improved-diffusion's wherever it has them.
 """
 
 from fastdiff.config.base import Config, option

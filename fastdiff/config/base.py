@@ -1,4 +1,4 @@
-"""What every configuration shares: coercion, checks that name field and value, and JSON both ways."""
+"""The base of every configuration: type coercion, errors that name field and value, conversion to and from JSON."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from typing import Any, Self
 
 
 def option(default: Any, help: str, *, path: bool = False) -> Any:
-    """A dataclass field with the help text that the command line shows; ``path`` marks the path of a file or folder."""
+    """A dataclass field with its help text for the command line; ``path`` marks the path of a file or folder."""
     return field(default=default, metadata={"help": help, "path": path})
 
 
 class Config:
-    """What the configurations share: coercion of enums and tuples, checks that name field and value, JSON both ways."""
+    """Base class: coerces enums and numbers, names field and value in its errors, converts to and from JSON."""
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
@@ -30,15 +30,15 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError, naming field and value, if the fields do not go together."""
+        """Raise ValueError, naming field and value, if the fields are inconsistent."""
 
     def require(self, holds: bool, name: str, what: str) -> None:
-        """Raise ValueError about field ``name``, whose value must be ``what``, unless ``holds``."""
+        """Unless ``holds``, raise ValueError, which says that field ``name`` must be ``what``."""
         if not holds:
             raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
+        """The fields as a JSON-serialisable dict."""
         return {
             f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
             for f in fields(self)  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of to_dict; unknown names are an error, missing ones take the default."""
+        """The inverse of to_dict. Unknown names are a ValueError, missing ones take the default."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})  # type: ignore[arg-type]
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
@@ -54,7 +54,7 @@ class Config:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
-        """A configuration from those of the flags that are its fields, over ``base`` or the defaults."""
+        """A configuration from the flags that are its fields; other fields come from ``base`` or the defaults."""
         names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         values = base.to_dict() if base is not None else {}
         return cls.from_dict(values | {name: value for name, value in flags.items() if name in names})
@@ -68,7 +68,7 @@ def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
 
 
 def number(kind: type, name: str, value: object) -> int | float:
-    """``value`` as int or float; ValueError, naming the field, where it is none or not finite."""
+    """``value`` as int or float; ValueError, naming the field, if it is not a number or not finite."""
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise ValueError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {value!r}")
     if not math.isfinite(value):
@@ -77,7 +77,7 @@ def number(kind: type, name: str, value: object) -> int | float:
 
 
 def tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
-    """The tuple in '16,8', 16, [16, 8] or (16, 8)."""
+    """Parse '16,8', 16, [16, 8] or (16, 8) into a tuple of ``kind``; ValueError names the field."""
     parts: list[Any]
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",") if part.strip()]
@@ -90,25 +90,25 @@ def tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
     try:
         numbers = tuple(kind(part) for part in parts)
         if any(isinstance(part, float) and whole != part for whole, part in zip(numbers, parts, strict=True)):
-            raise ValueError  # 1.5 where whole numbers are meant
+            raise ValueError  # 1.5 in a field of integers
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers separated by commas, not {value!r}") from None
     return numbers
 
 
 def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
-    """The fields in which two configurations of a kind differ, with both values."""
+    """The fields in which two configurations of one class differ, as (name, one's value, other's value)."""
     before, after = one.to_dict(), other.to_dict()
     return [(name, before[name], after[name]) for name in before if before[name] != after[name]]
 
 
 def refuse_contradiction(flags: Mapping[str, Any], where: str, *configs: Config) -> None:
-    """ValueError, naming the first one, where a flag differs from what the configurations in ``where`` say."""
+    """Raise ValueError, naming the first such flag, if a flag contradicts ``configs``, which come from ``where``."""
     for config in configs:
         for name, theirs, mine in differences(config, config.from_flags(flags, base=config)):
             raise ValueError(f"{name} is {theirs} in {where} and {mine} on the command line: leave the flag out")
 
 
 def in_words(changes: Iterable[tuple[str, Any, Any]]) -> str:
-    """Differences in a line of the log; empty where there are none."""
+    """The differences as one log line; empty if there are none."""
     return ", ".join(f"{name} {json.dumps(old)} becomes {json.dumps(new)}" for name, old, new in changes)

@@ -1,4 +1,4 @@
-"""The closed choices among the settings."""
+"""Enumerations: the settings with a fixed set of values."""
 
 from enum import StrEnum
 
@@ -11,7 +11,7 @@ class NoiseSchedule(StrEnum):
 
 
 class Labels(StrEnum):
-    """Where an image's class comes from: the file name up to its first underscore, or the sub-folder it lies in."""
+    """Where an image's class label comes from: the file name up to its first underscore, or its sub-folder."""
 
     PREFIX = "prefix"
     FOLDER = "folder"
@@ -33,9 +33,10 @@ class ScheduleSampler(StrEnum):
 
 
 class Sampler(StrEnum):
-    """How images are drawn: ancestral (DDPM, Ho et al. 2020), DDIM (Song et al. 2021), or in few steps.
+    """The sampling algorithm: ancestral (DDPM, Ho et al. 2020), DDIM (Song et al. 2021), or one for few steps.
 
-    Those are DPM-Solver++(2M) and its SDE variant (Lu et al. 2022), and Heun's method (Karras et al. 2022).
+    The few-step samplers are DPM-Solver++(2M) and its SDE variant (Lu et al. 2022), and Heun's method (Karras et al.
+    2022).
     """
 
     DDPM = "ddpm"
@@ -46,21 +47,21 @@ class Sampler(StrEnum):
 
     @property
     def stochastic(self) -> bool:
-        """Whether it draws noise in its steps, for DDIM leaving eta aside."""
+        """Whether the sampler adds noise in its steps; DDIM counts as deterministic, whatever its eta."""
         return self in (Sampler.DDPM, Sampler.DPM_SDE)
 
 
 class ClassMix(StrEnum):
-    """Which class an image is drawn of where none is named: each in turn, or as often as the training data had it."""
+    """How classes are chosen if none is given: each in turn, or as often as in the training data."""
 
     BALANCED = "balanced"
     DATA = "data"
 
 
 class Precision(StrEnum):
-    """The arithmetic of the model's forward and backward; parameters and their updates are always fp32.
+    """The precision of the forward and backward passes; parameters and optimizer updates are always fp32.
 
-    tf32 is fp32 whose matrix products and convolutions round their inputs to 10 bits, on GPUs that have it.
+    tf32 is fp32, but matrix products and convolutions round their inputs to 10-bit mantissas on GPUs that support it.
     """
 
     AUTO = "auto"
@@ -71,14 +72,14 @@ class Precision(StrEnum):
 
 
 class Parallel(StrEnum):
-    """What several processes share: ddp keeps the whole model on each, fsdp a part of it (FSDP2, fully_shard)."""
+    """How processes hold the model: ddp replicates it on each, fsdp shards it (FSDP2, fully_shard)."""
 
     DDP = "ddp"
     FSDP = "fsdp"
 
 
 class Tracker(StrEnum):
-    """A service that the log goes to besides the files: Weights & Biases, or trackio."""
+    """A service that receives the log in addition to the log files: Weights & Biases, or trackio."""
 
     NONE = "none"
     WANDB = "wandb"
@@ -86,7 +87,7 @@ class Tracker(StrEnum):
 
 
 class Compile(StrEnum):
-    """Whether the model goes through torch.compile; auto compiles when the job is long enough to repay it."""
+    """Whether to torch.compile the model; auto does so when the job is long enough to repay the compilation."""
 
     AUTO = "auto"
     ON = "on"
@@ -103,7 +104,7 @@ class Kernels(StrEnum):
 
 
 class MemoryFormat(StrEnum):
-    """How feature maps lie in memory."""
+    """The memory layout of the feature maps."""
 
     CHANNELS_LAST = "channels_last"
     CONTIGUOUS = "contiguous"

@@ -9,22 +9,22 @@ from fastdiff.config.job import MOST_SAMPLES
 
 @dataclass(frozen=True)
 class NllConfig(Config):
-    """Which images' likelihood is computed, and how."""
+    """Which images to compute the likelihood of, and how."""
 
-    data_dir: str = option("", "Folder of images with its sub-folders, or a .zip or .npz of them.", path=True)
+    data_dir: str = option("", "Folder of images, including sub-folders, or a .zip or .npz of images.", path=True)
     labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
     num_samples: int | None = option(
-        None, "Images to evaluate, in the folder's order and then from its start again; by default each once."
+        None, "Images to evaluate, in the folder's order, starting over at its end; by default each image once."
     )
-    batch_size: int = option(16, "Images evaluated together.")
-    steps: int | None = option(None, "Evenly spaced timesteps to use, which makes it another bound; by default all.")
+    batch_size: int = option(16, "Images per batch.")
+    steps: int | None = option(None, "Number of evenly spaced timesteps; fewer give a different bound. By default all.")
     timestep_respacing: str | None = option(
         None, "Timesteps to use: a count (250), counts per section (10,15,20) or ddimN."
     )
     clip_denoised: bool = option(True, "Clip the predicted x_0 to [-1, 1] in every step.")
-    seed: int = option(0, "Seed of the noise; the same seed gives the same figures.")
+    seed: int = option(0, "Seed of the noise; the same seed gives the same results.")
     precision: Precision = option(
-        Precision.FP32, "Arithmetic of the model; fp32 unless another is named, since rounding shows in a likelihood."
+        Precision.FP32, "Precision of the model; fp32 by default, because rounding errors affect the likelihood."
     )
     cache: Cache = option(Cache.AUTO, "Keep decoded images in memory or in a memory-mapped file.")
     cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.", path=True)
@@ -41,5 +41,5 @@ class NllConfig(Config):
 
     @property
     def respacing(self) -> str | None:
-        """The timesteps to use as a respacing spec, or None for those of the checkpoint."""
+        """The respacing spec of the timesteps to use, or None for the checkpoint's timesteps."""
         return str(self.steps) if self.steps is not None else self.timestep_respacing

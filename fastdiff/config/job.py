@@ -1,4 +1,4 @@
-"""The settings of a job: the process, the data, the optimisation, the sampling, the machine."""
+"""The settings of a job: diffusion process, data, training, sampling and runtime."""
 
 from dataclasses import dataclass
 
@@ -24,14 +24,14 @@ class DiffusionConfig(Config):
     """The diffusion process: noise schedule, what the model predicts, and the loss."""
 
     diffusion_steps: int = option(1000, "Timesteps of the process.")
-    noise_schedule: NoiseSchedule = option(NoiseSchedule.LINEAR, "How the noise grows.")
+    noise_schedule: NoiseSchedule = option(NoiseSchedule.LINEAR, "Noise schedule: how the betas grow over time.")
     timestep_respacing: str = option("", "Use fewer timesteps: a count (250), counts per section (10,15,20) or ddimN.")
     learn_sigma: bool = option(False, "Predict the variance too (six output channels).")
-    sigma_small: bool = option(False, "Fixed variance: the posterior's instead of beta.")
-    predict_xstart: bool = option(False, "The model predicts x_0 instead of the noise.")
+    sigma_small: bool = option(False, "Use the posterior variance instead of beta as the fixed variance.")
+    predict_xstart: bool = option(False, "Predict x_0 instead of the noise (epsilon).")
     use_kl: bool = option(False, "Train on the variational bound instead of the mean squared error.")
     rescale_timesteps: bool = option(True, "Give the model timesteps scaled to 0..1000.")
-    rescale_learned_sigmas: bool = option(True, "Weigh the variance's loss by steps / 1000.")
+    rescale_learned_sigmas: bool = option(True, "Scale the loss of the learned variance by steps / 1000.")
 
     def check(self) -> None:
         self.require(self.diffusion_steps > 0, "diffusion_steps", "positive")
@@ -46,9 +46,9 @@ class DiffusionConfig(Config):
 class DataConfig(Config):
     """A folder of images and how it is read."""
 
-    data_dir: str = option("", "Folder of images with its sub-folders, or a .zip or .npz of them.", path=True)
+    data_dir: str = option("", "Folder of images, including sub-folders, or a .zip or .npz of images.", path=True)
     labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
-    flip: bool = option(False, "Mirror each image left to right half of the time.")
+    flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
     strict: bool = option(False, "Refuse a folder with unreadable images instead of skipping them.")
     cache: Cache = option(Cache.AUTO, "Keep decoded images in memory or in a memory-mapped file.")
     cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.", path=True)
@@ -56,43 +56,43 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """The optimisation. A step is one update of the weights."""
+    """The settings of training. A step is one update of the weights."""
 
-    steps: int = option(200_000, "Updates in total; without it --lr-anneal-steps is the total.")
+    steps: int = option(200_000, "Total number of updates; if not given, --lr-anneal-steps sets it.")
     batch_size: int = option(16, "Images per update, over all processes.")
     microbatch: int | str = option(
-        -1, "Images per forward pass of a process, to save memory; -1 means all of them, auto as many as fit."
+        -1, "Micro-batch: images per forward pass and process, to save memory; -1 is all of them, auto as many as fit."
     )
     lr: float = option(1e-4, "Learning rate.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
-    lr_anneal_steps: int = option(0, "Let the learning rate fall linearly to 0 over this many updates; 0 means never.")
-    lr_warmup_steps: int = option(0, "Let the learning rate rise linearly over this many updates.")
-    grad_clip: float = option(0.0, "Clip the gradient to this norm; 0 means never.")
-    ema_rate: tuple[float, ...] = option((0.9999,), "Rates of the weight averages, e.g. 0.9999,0.999.")
-    ema_warmup: bool = option(True, "Let the averages forget the initial weights early: rate (1 + step) / (10 + step).")
-    schedule_sampler: ScheduleSampler = option(ScheduleSampler.UNIFORM, "How timesteps are drawn.")
+    lr_anneal_steps: int = option(0, "Anneal the learning rate linearly to 0 over this many updates; 0 disables it.")
+    lr_warmup_steps: int = option(0, "Warm the learning rate up linearly over this many updates.")
+    grad_clip: float = option(0.0, "Clip the gradient norm to this value; 0 disables it.")
+    ema_rate: tuple[float, ...] = option((0.9999,), "EMA rates of the weights, e.g. 0.9999,0.999.")
+    ema_warmup: bool = option(True, "Forget the initial weights early: EMA rate at most (1 + step) / (10 + step).")
+    schedule_sampler: ScheduleSampler = option(ScheduleSampler.UNIFORM, "How training draws timesteps.")
     label_dropout: float = option(
-        0.0, "Train this share of the images without their class, for --guidance-scale when sampling."
+        0.0, "Fraction of images to train without their class label, for --guidance-scale when sampling."
     )
     conditioning_noise: float = option(
-        0.0, "Super-resolution: train on small images with noise of up to this standard deviation (black to white: 2)."
+        0.0, "Super-resolution: add noise of up to this std to the low-resolution images (black to white is 2)."
     )
     fp16_scale_growth: float = option(
-        0.0, "fp16: grow log2 of the loss scale by this in every update, from 20 on; 0 means PyTorch's rule."
+        0.0, "fp16: increase log2 of the loss scale by this every update, starting at 20; 0 uses PyTorch's rule."
     )
-    seed: int = option(0, "Seed of the initial weights, the order of the images and the noise.")
-    log_interval: int = option(10, "Updates between two lines of the log.")
-    save_interval: int = option(10_000, "Updates between two checkpoints; the last update is always saved.")
+    seed: int = option(0, "Seed of the initial weights, the image order and the noise.")
+    log_interval: int = option(10, "Updates between log lines.")
+    save_interval: int = option(10_000, "Updates between checkpoints; the last update is always saved.")
     keep_last: int = option(0, "Keep only this many of the newest checkpoints; 0 keeps all.")
-    keep_every: int = option(0, "Never delete the checkpoints of every so many updates; 0 means none is spared.")
-    preview_interval: int = option(1000, "Updates between two preview grids; 0 means none.")
-    tensorboard: bool = option(False, "Write TensorBoard event files too (extra 'tensorboard').")
-    tracker: Tracker = option(Tracker.NONE, "Send the log to wandb or trackio too (extra of that name).")
+    keep_every: int = option(0, "Never delete checkpoints at multiples of this many updates; 0 protects none.")
+    preview_interval: int = option(1000, "Updates between preview grids; 0 disables them.")
+    tensorboard: bool = option(False, "Also write TensorBoard event files (extra 'tensorboard').")
+    tracker: Tracker = option(Tracker.NONE, "Also send the log to wandb or trackio (extra of the same name).")
     spike_guard: float = option(
-        0.0, "Skip an update whose loss is more than so many times the mean of those before it; 0 means never."
+        0.0, "Skip an update whose loss exceeds this multiple of the recent mean loss; 0 disables it."
     )
     parallel: Parallel = option(
-        Parallel.DDP, "What several processes share: ddp the work, fsdp the model too, where it does not fit."
+        Parallel.DDP, "ddp replicates the model in every process; fsdp shards it, for models too large for that."
     )
 
     def __post_init__(self) -> None:
@@ -130,29 +130,29 @@ class TrainConfig(Config):
 
 
 MOST_SAMPLES = 10**8
-"""Images of one job: their numbers and classes are held in memory."""
+"""Maximum number of images in one job: their indices and classes are held in memory."""
 
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
-    """How images are drawn from a trained model."""
+    """How images are sampled from a trained model."""
 
-    num_samples: int = option(16, "Images to draw.")
-    batch_size: int = option(16, "Images drawn together.")
+    num_samples: int = option(16, "Number of images to sample.")
+    batch_size: int = option(16, "Images per batch.")
     sampler: Sampler = option(
-        Sampler.DDPM, "ddpm (ancestral), ddim, or in 10 to 30 steps dpm++, dpm++-sde or heun (two model calls a step)."
+        Sampler.DDPM, "ddpm (ancestral), ddim, or for 10 to 30 steps dpm++, dpm++-sde or heun (two model calls a step)."
     )
-    steps: int | None = option(None, "Evenly spaced timesteps to use; by default all of the process.")
+    steps: int | None = option(None, "Number of evenly spaced timesteps; by default all.")
     timestep_respacing: str | None = option(
         None, "Timesteps to use: a count (250), counts per section (10,15,20) or ddimN."
     )
-    eta: float = option(0.0, "Noise of DDIM: 0 is deterministic, 1 as much as ancestral sampling.")
+    eta: float = option(0.0, "Noise of DDIM: 0 is deterministic, 1 adds as much as ancestral sampling.")
     clip_denoised: bool = option(True, "Clip the predicted x_0 to [-1, 1] in every step.")
-    class_mix: ClassMix = option(ClassMix.BALANCED, "Draw all classes in turn, or as often as the data had them.")
+    class_mix: ClassMix = option(ClassMix.BALANCED, "Sample each class in turn, or as often as in the training data.")
     guidance_scale: float = option(
-        1.0, "Above 1: images more like their class (a model trained with --label-dropout; twice the work)."
+        1.0, "Classifier-free guidance: above 1, images match their class more (needs --label-dropout; twice the work)."
     )
-    seed: int = option(0, "Seed of the noise; the same seed draws the same images.")
+    seed: int = option(0, "Seed of the noise; the same seed gives the same images.")
 
     def check(self) -> None:
         for name in ("num_samples", "batch_size"):
@@ -170,16 +170,16 @@ class SampleConfig(Config):
 
     @property
     def respacing(self) -> str | None:
-        """The timesteps to use as a respacing spec, or None for those of the checkpoint."""
+        """The respacing spec of the timesteps to use, or None for the checkpoint's timesteps."""
         return str(self.steps) if self.steps is not None else self.timestep_respacing
 
 
 @dataclass(frozen=True)
 class RuntimeConfig(Config):
-    """Where and how the model runs; but for the precision, never what it computes."""
+    """Where and how the model runs. Only the precision affects what it computes."""
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
-    precision: Precision = option(Precision.AUTO, "Arithmetic of the model; auto is bf16 where the device has it.")
+    precision: Precision = option(Precision.AUTO, "Precision of the model; auto is bf16 if the device supports it.")
     compile: Compile = option(Compile.AUTO, "torch.compile the model; auto does so when the job is long enough.")
     kernels: Kernels = option(Kernels.AUTO, "Implementation of the fused operations.")
-    memory_format: MemoryFormat = option(MemoryFormat.CHANNELS_LAST, "Layout of the feature maps.")
+    memory_format: MemoryFormat = option(MemoryFormat.CHANNELS_LAST, "Memory layout of the feature maps.")

@@ -9,30 +9,30 @@ NUM_CLASSES = 1000
 """improved-diffusion's fixed number of classes (ImageNet's); training takes the number from the data instead."""
 
 GROUPS = 32
-"""Every GroupNorm of the family has 32 groups, so every width must be a multiple of it."""
+"""Every GroupNorm has 32 groups, so every width must be a multiple of 32."""
 
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
     """The architecture of a UNet, or of a SuperResUNet when ``small_size`` is given.
 
-    Raises ValueError, naming the field, where the fields do not make a model.
+    Raises ValueError, naming the field, if the fields do not describe a valid model.
     """
 
     image_size: int = option(64, "Side of the square images in pixels.")
     num_channels: int = option(128, "Base width; every level's width is a multiple of it.")
     num_res_blocks: int = option(2, "Residual blocks per level.")
     num_heads: int = option(4, "Attention heads.")
-    num_heads_upsample: int = option(-1, "Attention heads on the way up; -1 means as on the way down.")
+    num_heads_upsample: int = option(-1, "Attention heads in the upsampling half; -1 means num_heads.")
     attention_resolutions: tuple[int, ...] = option((16, 8), "Feature-map sizes with attention, e.g. 16,8.")
     dropout: float = option(0.0, "Dropout probability in the residual blocks.")
     learn_sigma: bool = option(False, "Predict the variance too (six output channels).")
-    class_cond: bool = option(False, "Condition on the class of each image.")
+    class_cond: bool = option(False, "Condition on the class label of each image.")
     num_classes: int = option(NUM_CLASSES, "Number of classes; training takes it from the data unless given.")
     use_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    use_scale_shift_norm: bool = option(True, "Condition by scale and shift of the norm instead of by addition.")
+    use_scale_shift_norm: bool = option(True, "Condition by scaling and shifting the norm's output, not by addition.")
     channel_mult: tuple[int, ...] | None = option(
-        None, "Width multiplier per level, e.g. 1,2,3,4; by default from the image size."
+        None, "Width multiplier per level, e.g. 1,2,3,4; by default chosen from the image size."
     )
     small_size: int | None = option(None, "Side of the low-resolution input of a super-resolution model.")
 
@@ -84,7 +84,7 @@ class ModelConfig(Config):
 
     def _check_heads(self) -> None:
         widths = {self.num_channels * m for level, m in enumerate(self.multipliers) if level in self.attention_levels}
-        middle = {self.num_channels * self.multipliers[-1]}  # always attends
+        middle = {self.num_channels * self.multipliers[-1]}  # the middle block always has attention
         for name, heads, attending in (
             ("num_heads", self.num_heads, widths | middle),
             ("num_heads_upsample", self.heads_upsample, widths),
@@ -95,20 +95,20 @@ class ModelConfig(Config):
 
     @property
     def multipliers(self) -> tuple[int, ...]:
-        """channel_mult, or the one for this image size."""
+        """channel_mult, or the default for this image size."""
         return self.channel_mult or channel_mult_for(self.image_size)
 
     @property
     def heads_upsample(self) -> int:
-        """Attention heads on the way up."""
+        """Attention heads in the upsampling half."""
         return self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
 
     @property
     def attention_levels(self) -> frozenset[int]:
-        """The levels (0: full size, each next one half of it) that attend.
+        """The levels with attention. Level 0 is full size, each next level half of it.
 
-        A resolution r asks for the largest feature map that is at most r pixels wide. Where image size and r are
-        powers of two this is improved-diffusion's ``image_size // r``; at 96 pixels 16 means the 12-pixel level.
+        A resolution r selects the largest feature map that is at most r pixels wide. If image size and r are powers
+        of two, this equals improved-diffusion's ``image_size // r``; at 96 pixels, 16 selects the 12-pixel level.
         """
         sizes = [self.image_size >> level for level in range(len(self.multipliers))]
         chosen = set()
@@ -119,16 +119,16 @@ class ModelConfig(Config):
 
     @property
     def out_channels(self) -> int:
-        """Three, or six with a learned variance."""
+        """Three output channels, or six with a learned variance."""
         return 6 if self.learn_sigma else 3
 
 
 _CHANNEL_MULT = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
-"""improved-diffusion's widths by image size (its fork's at 128 pixels)."""
+"""improved-diffusion's width multipliers by image size (at 128 pixels, those of its fork)."""
 
 
 def channel_mult_for(image_size: int) -> tuple[int, ...]:
-    """The original's widths at its four sizes; elsewhere as many levels as bring an image down to 4 to 8 pixels."""
+    """The original's multipliers at its four sizes; other sizes get enough levels to reach 4 to 8 pixels."""
     if image_size in _CHANNEL_MULT:
         return _CHANNEL_MULT[image_size]
     halvings = max(2, math.ceil(math.log2(image_size / 8)))
@@ -137,10 +137,10 @@ def channel_mult_for(image_size: int) -> tuple[int, ...]:
 
 
 def is_table_size(image_size: int) -> bool:
-    """Whether improved-diffusion (or its fork) defines the widths for this image size."""
+    """Whether improved-diffusion (or its fork) defines the multipliers for this image size."""
     return image_size in _CHANNEL_MULT
 
 
 def with_multipliers(config: ModelConfig) -> ModelConfig:
-    """The same model with its channel_mult written out, so that a file does not depend on a rule."""
+    """The same model with an explicit channel_mult, so that a saved file does not depend on the default."""
     return replace(config, channel_mult=config.multipliers)

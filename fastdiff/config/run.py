@@ -1,4 +1,4 @@
-"""A training run: how it starts, and all the settings that its folder keeps."""
+"""A training run: how it starts, and all the settings that its run folder stores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,17 +11,17 @@ from fastdiff.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class StartConfig(Config):
-    """How a run starts: anew, with the weights of a checkpoint, or where it stopped."""
+    """How a run starts: from scratch, from a checkpoint's weights, or resumed where it stopped."""
 
-    run_dir: str = option("", "Folder of the run; by default runs/NAME of the data.", path=True)
+    run_dir: str = option("", "Run folder; by default runs/NAME, with the name of the data.", path=True)
     preset: str | None = option(None, "A released model's flags, see fastdiff presets.")
-    resume: bool = option(False, "Go on with the run in the run folder.")
-    allow_changes: bool = option(False, "Resume although the data set or the diffusion process has changed.")
-    init_from: str = option("", "Begin with the weights of this checkpoint.", path=True)
+    resume: bool = option(False, "Resume the run in the run folder.")
+    allow_changes: bool = option(False, "Resume even if the data set or the diffusion process has changed.")
+    init_from: str = option("", "Start from the weights of this checkpoint.", path=True)
     resume_checkpoint: str = option(
         "",
-        "Go on from another run's modelNNNNNN.pt (improved-diffusion's) or .safetensors, with its averages and its "
-        "optimizer.",
+        "Resume from another run's modelNNNNNN.pt (improved-diffusion's) or .safetensors, with its EMAs and "
+        "optimizer state.",
         path=True,
     )
     batch_size_per_process: int | None = option(None, "Images per update and process, instead of --batch-size.")
@@ -32,7 +32,7 @@ class StartConfig(Config):
         if (size := self.batch_size_per_process) is not None:
             self.require(type(size) is int and size > 0, "batch_size_per_process", "positive")
         if self.init_from and self.resume_checkpoint:
-            raise ValueError("init_from and resume_checkpoint both say what to begin with: give one of them")
+            raise ValueError("init_from and resume_checkpoint both say which weights to start from: give one of them")
 
 
 _PARTS: dict[str, type[Config]] = {
@@ -46,10 +46,10 @@ _PARTS: dict[str, type[Config]] = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All the settings of a run, as config.json holds them.
+    """All the settings of a run, as config.json stores them.
 
-    ``class_counts`` are the images of each class, in the order of ``class_names``. ValueError where the parts do not go
-    together.
+    ``class_counts`` holds the number of images of each class, in the order of ``class_names``. ValueError if the parts
+    are inconsistent.
     """
 
     model: ModelConfig
@@ -64,7 +64,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.train.label_dropout and not self.model.class_cond:
             raise ValueError(
-                f"label_dropout {self.train.label_dropout:g} needs a model that is told classes: train one with "
+                f"label_dropout {self.train.label_dropout:g} needs a class-conditional model: train one with "
                 "--class-cond"
             )
         if self.train.conditioning_noise and self.model.small_size is None:
@@ -72,7 +72,7 @@ class RunConfig:
             raise ValueError(f"{said} is for super-resolution models: give --small-size, or leave it out")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON can hold them."""
+        """The settings as a JSON-serialisable dict."""
         values: dict[str, Any] = {name: getattr(self, name).to_dict() for name in _PARTS}
         about_data = {"class_names": list(self.class_names), "class_counts": list(self.class_counts)}
         return {**values, **about_data, "data_fingerprint": self.data_fingerprint}
@@ -89,7 +89,7 @@ class RunConfig:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
-        """The run that the flags describe, each part over that of ``base`` or the defaults."""
+        """The run that the flags describe; fields that no flag sets come from ``base`` or the defaults."""
         parts = {
             name: kind.from_flags(flags, base=None if base is None else getattr(base, name))
             for name, kind in _PARTS.items()

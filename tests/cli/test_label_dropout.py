@@ -77,7 +77,7 @@ def test_a_share_that_is_none(train: Cli, share: str, tmp_path: Path) -> None:
 
 def test_a_model_without_classes(cli: Cli, shapes: Path, tmp_path: Path) -> None:
     run = ("train", "--data-dir", shapes, "--run-dir", "r", *TINY, *SHORT)
-    said = r"^error: label_dropout 0\.1 needs a model that is told classes: train one with --class-cond$"
+    said = r"^error: label_dropout 0\.1 needs a class-conditional model: train one with --class-cond$"
     refused(cli(*run, "--steps", 1, "--label-dropout", 0.1), said)
     assert not (tmp_path / "r").exists()
     succeeded(cli(*run, "--steps", 1))

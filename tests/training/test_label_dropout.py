@@ -122,7 +122,7 @@ def test_without_it_nothing_is_drawn(
 
 
 def test_a_model_without_classes_is_refused(shapes: Path) -> None:
-    with pytest.raises(ValueError, match=r"^label_dropout 0\.1 needs a model that is told classes: .*--class-cond$"):
+    with pytest.raises(ValueError, match=r"^label_dropout 0\.1 needs a class-conditional model: .*--class-cond$"):
         run_config(shapes, label_dropout=0.1)
     assert run_config(shapes, label_dropout=0.1, class_cond=True).train.label_dropout == 0.1
 
