@@ -14,15 +14,15 @@ def build_model(
     kernels: Kernels | str = Kernels.AUTO,
     memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
 ) -> UNet:
-    """The model that the configuration describes, with fresh weights: a SuperResUNet where it has a small_size."""
+    """The model that the configuration describes, with fresh weights; a SuperResUNet if it has a small_size."""
     return (SuperResUNet if config.small_size else UNet)(config, kernels, memory_format)
 
 
 def forward_flops(config: ModelConfig) -> float:
-    """Floating-point operations of one image's forward pass, counted without running it; a training step takes three.
+    """FLOPs of one image's forward pass, counted without running it; a training step takes three times as many.
 
-    They are those of convolutions and matrix products, two for each multiply-add, whichever kernels run them; what
-    use_checkpoint computes a second time is not among them.
+    Counts convolutions and matrix products, two FLOPs per multiply-add, whichever kernels run them. Does not count the
+    recomputation by use_checkpoint.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -12,7 +12,7 @@ class ResBlock(nn.Module):
     """norm, SiLU, conv; the embedding; norm, SiLU, dropout, conv; plus the input.
 
     The embedding scales and shifts the second norm's output, or is added before it (Nichol & Dhariwal 2021, section 2).
-    The nn.Identity layers stand where the original has a SiLU of its own: they keep the numbers in the state-dict keys.
+    The nn.Identity layers replace the original's separate SiLU modules, to keep the indices in the state-dict keys.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a feature map, added to it."""
+    """Residual self-attention over the pixels of a feature map."""
 
     def __init__(self, channels: int, heads: int, use_checkpoint: bool, backend: str) -> None:
         super().__init__()
@@ -77,6 +77,6 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C), a view where x is channels_last
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C), a view if x is channels_last
         h = self.proj_out(kernels.attention(self.qkv(tokens), self.heads, backend=self.backend))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,4 +1,4 @@
-"""The small layers of the UNet. Parameter names and shapes are improved-diffusion's."""
+"""The small layers of the UNet. Parameter names and shapes match improved-diffusion's."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of timesteps, cosines first (Vaswani et al. 2017, section 3.5). (N,), may be fractional -> (N, dim)"""
+    """Sinusoidal embedding, cosines first (Vaswani et al. 2017, section 3.5). (N,), may be fractional -> (N, dim)"""
 
     frequencies: Tensor
 
@@ -23,7 +23,7 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         half = dim // 2
         steps = torch.arange(half, dtype=torch.float32)
-        # A buffer, so that no forward pass computes or copies it; not persistent: state dicts stay the original's.
+        # A buffer, so that no forward pass computes or copies it; not persistent, to keep the original's state dict.
         self.register_buffer("frequencies", torch.exp(-math.log(max_period) * steps / half), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -34,13 +34,13 @@ class TimestepEmbedding(nn.Module):
         return self
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """In fp32 whatever the model's precision: a timestep of 999 has no room for its fraction in bf16."""
+        """Always in fp32, whatever the model's precision: bf16 cannot hold the fraction of a timestep near 999."""
         angles = timesteps[:, None].float() * self.frequencies  # (N, dim / 2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def zeroed(module: M) -> M:
-    """The module with all parameters zero, so that a residual branch begins as nothing."""
+    """Zero all parameters of the module and return it, so that a residual branch initially contributes nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -76,7 +76,7 @@ class GroupNormSiLU(nn.Module):
 
 
 class TokenLinear(nn.Conv1d):
-    """A 1x1 Conv1d's parameters applied to (N, T, C): a matrix product without a transpose."""
+    """A 1x1 Conv1d's parameters applied to (N, T, C) as a matrix product, without a transpose."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
@@ -87,7 +87,7 @@ class TokenLinear(nn.Conv1d):
 
 
 class Upsample(nn.Module):
-    """Twice the size by repeating pixels, then a convolution."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,18 +99,18 @@ class Upsample(nn.Module):
 
 
 def _repeat_pixels(x: Tensor) -> Tensor:
-    """Every pixel twice in both directions. (N, C, H, W) -> (N, C, 2H, 2W)"""
+    """Repeat every pixel twice in both directions. (N, C, H, W) -> (N, C, 2H, 2W)"""
     if not torch.compiler.is_compiling():
         return F.interpolate(x, scale_factor=2, mode="nearest")
-    # Not interpolate: under autocast to bf16 on a CPU, Inductor (PyTorch 2.13) gives it a gradient of zero in this
-    # model, without a word. tests/runtime/test_device.py holds the compiled model's gradients to the eager one's.
+    # Do not use interpolate: under autocast to bf16 on a CPU, Inductor (PyTorch 2.13) silently gives it a zero gradient
+    # in this model. tests/runtime/test_device.py compares the compiled model's gradients with the eager one's.
     n, c, h, w = x.shape
     tokens = x.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(n, h, 2, w, 2, c)
     return tokens.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution."""
+    """Downsampling by 2 with a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

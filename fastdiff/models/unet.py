@@ -15,7 +15,7 @@ _MEMORY_FORMATS = {
 }
 
 NULL_CLASS = -1
-"""The label of an image whose class a class-conditional model is not told (Ho & Salimans 2022, section 3)."""
+"""The class label that makes a class-conditional model predict without a class (Ho & Salimans 2022, section 3)."""
 
 
 class Features(TypedDict):
@@ -27,7 +27,7 @@ class Features(TypedDict):
 
 
 class EmbedSequential(nn.Sequential):
-    """A sequence of layers, of which residual blocks get the embedding too."""
+    """A sequence of layers that also passes the embedding to its residual blocks."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # one more input
         """x: (N, C, H, W), emb: (N, E)."""
@@ -37,11 +37,11 @@ class EmbedSequential(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or x_0), and with learn_sigma the variance, of noisy images.
+    """Predicts the noise (epsilon) or x_0 of noisy images, and with learn_sigma also the variance.
 
-    On the way down each level has ``num_res_blocks`` residual blocks; on the way up one more, each of which takes the
-    matching output of the way down. Between them a residual block, attention and a residual block. State-dict keys and
-    shapes are improved-diffusion's.
+    In the downsampling half each level has ``num_res_blocks`` residual blocks. In the upsampling half it has one more,
+    and each takes the matching skip connection. The middle block is a residual block, attention and a residual block.
+    State-dict keys and shapes match improved-diffusion's.
     """
 
     in_channels = 3
@@ -118,16 +118,16 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The model's output at x.
 
-        x: (N, 3, H, W) in [-1, 1]; timesteps: (N,), may be fractional; y: (N,) int64 classes, for a class-conditional
-        model only, of which NULL_CLASS adds no embedding: that image is predicted without a class. Returns
+        x: (N, 3, H, W) in [-1, 1]; timesteps: (N,), may be fractional; y: (N,) int64 class indices, for
+        class-conditional models only. NULL_CLASS adds no embedding: that image is predicted without a class. Returns
         (N, out_channels, H, W) in x's dtype.
         """
         return self.out(self._run(x, timesteps, y)).to(x.dtype)
 
     def get_feature_vectors(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Features:
-        """What every block puts out at x, each (N, C, h, w) in x's dtype, in the order in which the blocks run.
+        """The output of every block at x, each (N, C, h, w) in x's dtype, in the order in which the blocks run.
 
-        Arguments as forward's. ``out`` turns the last one into forward's output.
+        The arguments are forward's. ``out`` maps the last block's output to forward's.
         """
         seen: list[Tensor] = []
         self._run(x, timesteps, y, seen)
@@ -135,10 +135,10 @@ class UNet(nn.Module):
         return {"down": features[:middle], "middle": features[middle], "up": features[middle + 1 :]}
 
     def _run(self, x: Tensor, timesteps: Tensor, y: Tensor | None, seen: list[Tensor] | None = None) -> Tensor:
-        """The last block's output; ``seen``, if given, gets every block's."""
+        """The last block's output; every block's output is appended to ``seen``, if given."""
         if (y is not None) != self.config.class_cond:
             raise ValueError(
-                f"the model has class_cond {self.config.class_cond}: y must be given exactly when it is true"
+                f"the model has class_cond {self.config.class_cond}: pass class indices as y if true, no y if false"
             )
         emb = self.time_embed(self.timestep_embedding(timesteps).to(self.time_embed[0].weight.dtype))
         if y is not None:

@@ -153,13 +153,13 @@ def test_class_cond_needs_y() -> None:
     model = small_model(class_cond=True, num_classes=5)
     given = inputs(model)
     del given["y"]
-    with pytest.raises(ValueError, match="class_cond True: y must be given"):
+    with pytest.raises(ValueError, match="class_cond True: pass class indices as y"):
         model(**given)
 
 
 def test_y_needs_class_cond() -> None:
     model = small_model()
-    with pytest.raises(ValueError, match="class_cond False: y must be given"):
+    with pytest.raises(ValueError, match="class_cond False: pass class indices as y if true, no y"):
         model(**inputs(model), y=torch.zeros(2, dtype=torch.int64))
 
 
