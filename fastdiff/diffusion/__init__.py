@@ -1,4 +1,4 @@
-"""The diffusion process. It takes any model and never imports one."""
+"""The diffusion process. It accepts any model and imports none."""
 
 from fastdiff.config import DiffusionConfig
 from fastdiff.diffusion.gaussian import GaussianDiffusion
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def build_diffusion(config: DiffusionConfig, kernels: Backend | str = Backend.AUTO) -> GaussianDiffusion:
-    """The process that the configuration describes; ValueError where its timestep_respacing does not fit.
+    """The process that the configuration describes; ValueError if its timestep_respacing is invalid.
 
     ``kernels`` is the backend (fastdiff.kernels) of the sampling steps and the training objective.
     """

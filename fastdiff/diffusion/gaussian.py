@@ -18,13 +18,13 @@ from fastdiff.kernels.gaussian import Sampler
 
 
 class GaussianDiffusion(GaussianProcess):
-    """A diffusion process over ``betas``, or over the timesteps ``use_timesteps`` of them.
+    """A diffusion process over ``betas``, or over the subset ``use_timesteps`` of their timesteps.
 
     ``kernels`` is the backend (fastdiff.kernels) of the sampling steps and the training objective.
 
-    With ``use_timesteps`` the process has as many steps as there are timesteps kept, its betas are those that give the
-    same alphas_cumprod at these, and the model is still given the timesteps of the long process. With
-    ``rescale_timesteps`` the model is given them scaled to 0..1000.
+    With ``use_timesteps`` the process has one step per kept timestep, and its betas give the same alphas_cumprod at
+    these. The model still receives the timesteps of the original process. With ``rescale_timesteps`` they are scaled to
+    0..1000.
 
     The tables (betas, alphas_cumprod, posterior_variance, ...) are float64 arrays of shape (num_timesteps,).
     """
@@ -42,7 +42,7 @@ class GaussianDiffusion(GaussianProcess):
     ) -> dict[str, Tensor]:
         """One ancestral step to x_{t-1} (DDPM algorithm 2): a dict with sample and pred_xstart.
 
-        ``noise`` is drawn afresh unless it is given. ``pred_xstart=False`` leaves that out, which saves its memory.
+        ``noise`` defaults to fresh noise. ``pred_xstart=False`` omits that entry, which saves its memory.
         """
         return self._step(Sampler.DDPM, model, x, t, clip_denoised, denoised_fn, model_kwargs, 0.0, noise, pred_xstart)
 
@@ -58,7 +58,7 @@ class GaussianDiffusion(GaussianProcess):
         noise: Tensor | Philox | None = None,
         pred_xstart: bool = True,
     ) -> dict[str, Tensor]:
-        """One DDIM step to x_{t-1} (Song et al. 2021, equation 12): a dict as p_sample's.
+        """One DDIM step to x_{t-1} (Song et al. 2021, equation 12): a dict like p_sample's.
 
         ``eta`` 0 is deterministic, 1 has the ancestral step's noise.
         """
@@ -81,7 +81,7 @@ class GaussianDiffusion(GaussianProcess):
         if noise is None and (sampler is Sampler.DDPM or eta):
             noise = torch.randn_like(x)
         if denoised_fn is not None:
-            # no kernel can call a function of the caller's
+            # a kernel cannot call the caller's function
             at = self._coefficients(x, t)
             p = self._predict(x, output, at, clip_denoised, denoised_fn)
             given = noise.of_update(self.num_timesteps - t, x.shape) if isinstance(noise, Philox) else noise
@@ -119,10 +119,10 @@ class GaussianDiffusion(GaussianProcess):
         sde: bool = False,
         noise: Tensor | Philox | None = None,
     ) -> dict[str, Tensor]:
-        """One step of DPM-Solver++(2M), or with ``sde`` of its SDE variant, to x_{t-1}: a dict as p_sample's.
+        """One step of DPM-Solver++(2M), or with ``sde`` of its SDE variant, to x_{t-1}: a dict like p_sample's.
 
-        ``previous`` is pred_xstart of the step before, without which the step is of first order: DDIM, with eta 1 for
-        the SDE. The SDE's ``noise`` is drawn afresh unless it is given.
+        ``previous`` is the previous step's pred_xstart; without it the step is first order: DDIM, with eta 1 for the
+        SDE. The SDE's ``noise`` defaults to fresh noise.
         """
         if isinstance(noise, Philox):
             noise = noise.of_update(self.num_timesteps - t, x.shape) if sde else None
@@ -147,7 +147,7 @@ class GaussianDiffusion(GaussianProcess):
         model_kwargs: ModelKwargs = None,
         last: bool = False,
     ) -> dict[str, Tensor]:
-        """One step of Heun's method to x_{t-1}, two model calls: a dict as p_sample's. ``last`` says that t is 0."""
+        """One step of Heun's method to x_{t-1}, two model calls: a dict like p_sample's. ``last`` means that t is 0."""
         table = self.moved(
             "heun",
             x.device,
@@ -174,7 +174,7 @@ class GaussianDiffusion(GaussianProcess):
         denoised_fn: Denoised = None,
         model_kwargs: ModelKwargs = None,
     ) -> dict[str, Tensor]:
-        """One step of the deterministic DDIM path backwards, to x_{t+1}: a dict with sample and pred_xstart."""
+        """One step of deterministic DDIM in reverse, to x_{t+1}: a dict with sample and pred_xstart."""
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         eps = self.eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar_next = self.table("alphas_cumprod_next", t, x)
@@ -184,9 +184,9 @@ class GaussianDiffusion(GaussianProcess):
     def ddim_reverse_sample_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: ModelKwargs = None
     ) -> Tensor:
-        """The x_T, (N, C, H, W), from which ddim_sample_loop comes back to the images: they are encoded.
+        """Encode images as the x_T, (N, C, H, W), from which ddim_sample_loop reconstructs them.
 
-        Song et al. 2021, section 4.3. The images are taken for x_0 of the process; the error falls as 1 / T.
+        Song et al. 2021, section 4.3. The images are taken as x_0 of the process; the error falls as 1 / T.
         """
         x = x_start
         for step in torch.arange(self.num_timesteps - 1, device=x.device)[:, None].expand(-1, len(x)):
@@ -209,30 +209,30 @@ class GaussianDiffusion(GaussianProcess):
     ) -> Iterator[dict[str, Tensor]]:
         """Yield each ancestral step's dict (sample, pred_xstart), t = T-1 first.
 
-        Keywords: ``noise`` is x_T (default: fresh), ``step_noise`` one tensor a step in the order of the steps, as a
+        Keywords: ``noise`` is x_T (default: fresh), ``step_noise`` one tensor per step in the order of the steps, as a
         stacked tensor or any iterable (default: fresh), ``clip_denoised``, ``denoised_fn``, ``model_kwargs``, and
-        ``device`` (default: the noise's, else the model's parameters'). Either noise may be a ``Philox``, which draws
-        it where it is used. ``pred_xstart=False`` leaves the predicted x_0 out.
+        ``device`` (default: the noise's, else the model's parameters'). Either noise may be a ``Philox``, which is
+        generated where it is used. ``pred_xstart=False`` omits the predicted x_0.
         """
         return self._loop(self.p_sample, model, shape, **kwargs)
 
     def ddim_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], eta: float = 0.0, **kwargs: Any
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield each DDIM step's dict (sample, pred_xstart), t = T-1 first; keywords as p_sample_loop_progressive."""
+        """Yield each DDIM step's dict (sample, pred_xstart), t = T-1 first; keywords: see p_sample_loop_progressive."""
         return self._loop(self.ddim_sample, model, shape, eta=eta, **kwargs)
 
     def dpm_solver_sample_loop(self, model: Model, shape: Sequence[int], sde: bool = False, **kwargs: Any) -> Tensor:
-        """DPM-Solver++(2M) from noise to images, (N, C, H, W); keywords as dpm_solver_sample_loop_progressive."""
+        """DPM-Solver++(2M) from noise to images, (N, C, H, W); keywords as in dpm_solver_sample_loop_progressive."""
         return samplers.last(self.dpm_solver_sample_loop_progressive(model, shape, sde, pred_xstart=False, **kwargs))
 
     def dpm_solver_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], sde: bool = False, **kwargs: Any
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield each step's dict (sample, pred_xstart) of DPM-Solver++(2M), t = T-1 first; one model call a step.
+        """Yield each step's dict (sample, pred_xstart) of DPM-Solver++(2M), t = T-1 first; one model call per step.
 
         Lu et al. 2022 (arXiv 2211.01095), algorithm 2: second order on the probability-flow ODE, or with ``sde`` on the
-        diffusion SDE. For 10 to 30 timesteps (``use_timesteps``). Keywords as p_sample_loop_progressive;
+        diffusion SDE. For 10 to 30 timesteps (``use_timesteps``). Keywords as in p_sample_loop_progressive;
         ``step_noise`` is the SDE's. A learned variance is not used.
         """
         previous: Tensor | None = None
@@ -246,15 +246,15 @@ class GaussianDiffusion(GaussianProcess):
         return self._loop(step, model, shape, **kwargs)
 
     def heun_sample_loop(self, model: Model, shape: Sequence[int], **kwargs: Any) -> Tensor:
-        """Heun's method from noise to images, (N, C, H, W); keywords as heun_sample_loop_progressive."""
+        """Heun's method from noise to images, (N, C, H, W); keywords as in heun_sample_loop_progressive."""
         return samplers.last(self.heun_sample_loop_progressive(model, shape, pred_xstart=False, **kwargs))
 
     def heun_sample_loop_progressive(
         self, model: Model, shape: Sequence[int], **kwargs: Any
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield each step's dict (sample, pred_xstart) of Heun's method, t = T-1 first; two model calls but for t = 0.
+        """Yield each step's dict (sample, pred_xstart) of Heun's method, t = T-1 first; two model calls, one at t = 0.
 
-        Karras et al. 2022, algorithm 1: second order on the probability-flow ODE, deterministic. Keywords as
+        Karras et al. 2022, algorithm 1: second order on the probability-flow ODE, deterministic. Keywords as in
         p_sample_loop_progressive; ``step_noise`` and a learned variance are not used.
         """
         left = self.num_timesteps

@@ -1,7 +1,7 @@
-"""The Gaussian diffusion process: q (adding noise), p (the model's step back), the training objective and the bound.
+"""The Gaussian diffusion process: q (adding noise), p (the model's denoising), the training objective and the bound.
 
 Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (improved DDPM). x is (N, C, H, W) in [-1, 1], t is (N,) int64 in 0..T-1.
-A model is any callable ``model(x, timesteps, **model_kwargs)`` that returns (N, C, H, W), or (N, 2C, H, W) where the
+A model is any callable ``model(x, timesteps, **model_kwargs)`` that returns (N, C, H, W), or (N, 2C, H, W) if the
 variance is learned.
 """
 
@@ -26,13 +26,13 @@ Denoised = Callable[[Tensor], Tensor] | None
 
 
 class GaussianProcess(Tables):
-    """A diffusion process over ``betas``, or over the timesteps ``use_timesteps`` of them.
+    """A diffusion process over ``betas``, or over the subset ``use_timesteps`` of their timesteps.
 
     ``kernels`` is the backend (fastdiff.kernels) of the sampling steps and the training objective.
 
-    With ``use_timesteps`` the process has as many steps as there are timesteps kept, its betas are those that give the
-    same alphas_cumprod at these, and the model is still given the timesteps of the long process. With
-    ``rescale_timesteps`` the model is given them scaled to 0..1000.
+    With ``use_timesteps`` the process has one step per kept timestep, and its betas give the same alphas_cumprod at
+    these. The model still receives the timesteps of the original process. With ``rescale_timesteps`` they are scaled to
+    0..1000.
 
     The tables (betas, alphas_cumprod, posterior_variance, ...) are float64 arrays of shape (num_timesteps,).
     """
@@ -50,7 +50,7 @@ class GaussianProcess(Tables):
     ) -> None:
         beta: Float64Array = np.asarray(betas, dtype=np.float64)
         if beta.ndim != 1 or not len(beta) or not ((beta > 0) & (beta < 1)).all():
-            raise ValueError("betas must be one dimension of numbers above 0 and below 1")
+            raise ValueError("betas must be a one-dimensional array of numbers above 0 and below 1")
         self.model_mean_type = ModelMeanType(model_mean_type)
         self.model_var_type = ModelVarType(model_var_type)
         self.loss_type = LossType(loss_type)
@@ -61,14 +61,14 @@ class GaussianProcess(Tables):
         if use_timesteps is not None:
             self.timestep_map = np.array(sorted(set(use_timesteps)), dtype=np.int64)
             if not len(self.timestep_map) or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(beta):
-                raise ValueError(f"use_timesteps must be some of 0..{len(beta) - 1}")
+                raise ValueError(f"use_timesteps must be a non-empty subset of 0..{len(beta) - 1}")
             kept = np.cumprod(1 - beta)[self.timestep_map]
             beta = 1 - kept / np.append(1.0, kept[:-1])
         self.num_timesteps = len(beta)
         super().__init__(beta)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """The timesteps that the model is given for t: those of the long process, scaled if so configured. (N,) fp32"""
+        """The timesteps that the model receives for t: the original process's, scaled if configured. (N,) fp32"""
         scale = 1000 / self.original_num_steps if self.rescale_timesteps else 1.0
         return self.moved("model_timesteps", t.device, torch.float32, lambda: self.timestep_map * scale)[t]
 
@@ -82,7 +82,7 @@ class GaussianProcess(Tables):
         return mean, variance.expand_as(x_start), log_variance.expand_as(x_start)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """A draw of x_t from q(x_t | x_0) with the given standard normal noise, or fresh noise."""
+        """Sample x_t from q(x_t | x_0) with the given standard normal noise, or fresh noise."""
         noise = torch.randn_like(x_start) if noise is None else noise
         mean_scale = self.table("sqrt_alphas_cumprod", t, x_start)
         return mean_scale * x_start + self.table("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
@@ -112,12 +112,12 @@ class GaussianProcess(Tables):
         return self._predict(x, output, self._coefficients(x, t), clip_denoised, denoised_fn)._asdict()
 
     def model_output(self, model: Model, x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> Tensor:
-        """What the model says at x_t: (N, C, ...), or (N, 2C, ...) where the variance is learned."""
+        """The model's output at x_t: (N, C, ...), or (N, 2C, ...) if the variance is learned."""
         output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         expected = (x.shape[0], x.shape[1] * (2 if self.model_var_type.learned else 1), *x.shape[2:])
         if output.shape != expected:
             kind = "learned" if self.model_var_type.learned else "fixed"
-            raise ValueError(f"the model returned {tuple(output.shape)}, a {kind} variance asks for {expected}")
+            raise ValueError(f"the model returned {tuple(output.shape)}, but a {kind} variance needs {expected}")
         return output
 
     def _coefficients(self, x: Tensor, t: Tensor) -> Coefficients:
@@ -140,7 +140,7 @@ class GaussianProcess(Tables):
         model_kwargs: ModelKwargs = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The configured objective at t: a dict with loss and, where they are part of it, mse and vb, each (N,)."""
+        """The configured objective at t: a dict with loss and, if they are part of it, mse and vb, each (N,)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         terms = diffusion_loss(
@@ -191,10 +191,10 @@ class GaussianProcess(Tables):
         model_kwargs: ModelKwargs = None,
         step_noise: Tensor | Philox | Iterable[Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The whole variational bound: a dict with total_bpd and prior_bpd (N,), vb, xstart_mse and mse (N, T).
+        """The complete variational bound: a dict with total_bpd and prior_bpd (N,), vb, xstart_mse and mse (N, T).
 
-        Columns are in the order in which the steps run, t = T-1 first. ``step_noise`` is one tensor a step in that
-        order, or a ``Philox``, which draws it where it is used (default: fresh).
+        Columns are in the order in which the steps run, t = T-1 first. ``step_noise`` is one tensor per step in that
+        order, or a ``Philox``, which is generated where it is used (default: fresh).
         """
         steps = list(self.calc_bpd_loop_progressive(model, x_start, clip_denoised, model_kwargs, step_noise))
         terms = {name: torch.stack([step[name] for step in steps], dim=1) for name in steps[0]}  # (N, T)
@@ -212,8 +212,8 @@ class GaussianProcess(Tables):
     ) -> Iterator[dict[str, Tensor]]:
         """Yield each step's part of the bound, t = T-1 first: a dict with vb, xstart_mse and mse, each (N,).
 
-        ``vb`` is in bits per dimension, the others are the mean squared errors of the predicted x_0 and of the noise
-        that it implies. Arguments as calc_bpd_loop's.
+        ``vb`` is in bits per dimension; the others are the mean squared errors of the predicted x_0 and of the noise
+        that it implies. The arguments are calc_bpd_loop's.
         """
         draws = self._bound_noise(step_noise, x_start.shape)
         for step in reversed(range(self.num_timesteps)):
@@ -236,7 +236,7 @@ class GaussianProcess(Tables):
     ) -> Iterator[Tensor | None]:
         if not isinstance(step_noise, Philox):
             return draws_of(step_noise)
-        # numbered as the updates of a sampling loop are
+        # numbered like the updates of a sampling loop
         return (
             philox_normal(step_noise.seed, step_noise.samples, step, shape[1:], backend=self.kernels)
             for step in range(1, self.num_timesteps + 1)

@@ -1,8 +1,8 @@
 """Sampling loops and the second-order samplers for few steps: DPM-Solver++(2M), its SDE variant, and Heun's method.
 
-They know no process: a second-order step takes a prediction of x_0 and its coefficients at every t. There
-alpha_t = sqrt(alphas_cumprod), sigma_t = sqrt(1 - alphas_cumprod) and lambda_t = log(alpha_t / sigma_t); each ends, at
-t = 0, with the prediction itself.
+They are independent of the process: a second-order step takes a predictor of x_0 and the step's coefficients at every
+t. Here alpha_t = sqrt(alphas_cumprod), sigma_t = sqrt(1 - alphas_cumprod) and lambda_t = log(alpha_t / sigma_t). At
+t = 0 each sampler returns the prediction itself.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,9 +32,9 @@ def progressive(
     device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the dict of each ``step(model, x, t, noise=..., **kwargs)``, whose sample is the next one's x, from x_T on.
+    """Yield the dict of each ``step(model, x, t, noise=..., **kwargs)`` from x_T on; its sample is the next step's x.
 
-    ``backend`` draws a Philox ``noise``; the other keywords are those of GaussianDiffusion.p_sample_loop_progressive.
+    ``backend`` generates a Philox ``noise``; other keywords are those of GaussianDiffusion.p_sample_loop_progressive.
     """
     if isinstance(noise, Philox):
         noise = noise.of_start(shape, backend)
@@ -42,8 +42,8 @@ def progressive(
         device = noise.device if noise is not None else _device_of(model)
     x = torch.randn(*shape, device=device) if noise is None else noise
     if x.shape != tuple(shape):
-        raise ValueError(f"noise must be of the shape {tuple(shape)}, not {tuple(x.shape)}")
-    # a Philox serves every step
+        raise ValueError(f"noise must have shape {tuple(shape)}, not {tuple(x.shape)}")
+    # the same Philox serves every step
     draws = repeat(step_noise) if isinstance(step_noise, Philox) else draws_of(step_noise)
     # every t is on the device before the first step, so that no step waits for a copy
     timesteps = torch.arange(num_timesteps, device=device).flip(0)[:, None].expand(-1, shape[0])
@@ -63,14 +63,15 @@ def last(steps: Iterator[dict[str, Tensor]]) -> Tensor:
 
 
 def dpm_solver_coefficients(alpha: Float64Array, sigma: Float64Array, sde: bool) -> Float64Array:
-    """(T, 4): what x_t, x_0, its change since the step before and the noise contribute to x_{t-1}.
+    """(T, 4): coefficients in x_{t-1} of x_t, of x_0, of the change of x_0 since the previous step, and of the noise.
 
-    With h = lambda_{t-1} - lambda_t and k = 1, or 2 for the SDE, these are, of Lu et al. 2022,
+    With h = lambda_{t-1} - lambda_t and k = 1, or 2 for the SDE, these are, from Lu et al. 2022,
     sigma_{t-1} / sigma_t exp(-(k - 1) h), b = alpha_{t-1} (1 - exp(-k h)), b / 2r with r = h_{t+1} / h_t, and
     sigma_{t-1} sqrt(1 - exp(-2 h)) or 0. At t = 0, where h is infinite, these are 0, 1, 0, 0.
 
-    r is held to 1 or more: even steps in t grow in lambda towards t = 0, the last ones to several times the one before,
-    and to go on as far along the change of x_0 overshoots. r tends to 1 with ever more steps, so that the order stays.
+    r is clamped to at least 1. Steps that are even in t grow in lambda towards t = 0, the last ones to several times
+    the previous one, and extrapolating the change of x_0 that far overshoots. r tends to 1 as the number of steps
+    grows, so the clamp does not change the order.
     """
     alpha_prev, sigma_prev = np.append(1.0, alpha[:-1]), np.append(0.0, sigma[:-1])
     decay = alpha * sigma_prev / (sigma * alpha_prev)  # exp(-h)
@@ -93,8 +94,8 @@ def dpm_solver_step(
 ) -> dict[str, Tensor]:
     """One step to x_{t-1} (Lu et al. 2022, algorithm 2, or SDE-DPM-Solver++(2M)): a dict with sample and pred_xstart.
 
-    ``table`` holds dpm_solver_coefficients, ``noise`` is the SDE's. Without ``previous``, pred_xstart of the step
-    before, the step is of first order: DDIM, with eta 1 for the SDE.
+    ``table`` holds dpm_solver_coefficients, ``noise`` is the SDE's. ``previous`` is the previous step's pred_xstart;
+    without it the step is first order: DDIM, with eta 1 for the SDE.
     """
     x_start = predict(x, t)
     of_x, of_x_start, of_change, of_noise = _columns(table, t, x.ndim)
@@ -114,10 +115,10 @@ def heun_coefficients(alpha: Float64Array, sigma: Float64Array) -> Float64Array:
 def heun_step(predict: PredictXstart, table: Tensor, x: Tensor, t: Tensor, last: bool) -> dict[str, Tensor]:
     """One step to x_{t-1} (Karras et al. 2022, algorithm 1): a dict with sample and pred_xstart, that of x_t.
 
-    ``table`` holds heun_coefficients. The time that the step runs in is the angle: with their s = cos and sigma = tan
-    of it, x = cos x_0 + sin eps and their ODE is dx / dangle = (alpha x - x_0) / sigma, bounded at both ends. In
-    sigma / alpha, which is in the thousands where a cosine schedule ends, the first of few steps would lead far astray.
-    ``last`` (t = 0) returns x_0.
+    ``table`` holds heun_coefficients. The step integrates over the angle: with the paper's s = cos and sigma = tan of
+    the angle, x = cos x_0 + sin eps, and its ODE is dx / dangle = (alpha x - x_0) / sigma, bounded at both ends.
+    Integration over sigma / alpha, which is in the thousands at the end of a cosine schedule, would make the first of
+    few steps very inaccurate. With ``last`` (t = 0) the step returns x_0.
     """
     x_start = predict(x, t)
     if last:

@@ -1,4 +1,4 @@
-"""Noise schedules, the timesteps that a shorter process keeps, and the tables that follow from the betas."""
+"""Noise schedules, timestep respacing, and the tables that follow from the betas."""
 
 import itertools
 import math
@@ -18,9 +18,9 @@ DDIM_PREFIX = "ddim"
 
 
 def linear_betas(num_timesteps: int) -> Float64Array:
-    """Betas from 1e-4 to 0.02 at 1000 steps (Ho et al. 2020, section 4), scaled so that other lengths end alike.
+    """Betas from 1e-4 to 0.02 at 1000 steps (Ho et al. 2020, section 4), scaled by 1000 / num_timesteps at others.
 
-    Shape (num_timesteps,). ValueError where a beta would reach 1, which is so below 21 steps.
+    Shape (num_timesteps,). ValueError if a beta would reach 1, which happens below 21 steps.
     """
     scale = 1000 / num_timesteps
     if scale * 0.02 >= 1:
@@ -49,12 +49,12 @@ def get_named_beta_schedule(name: str, num_timesteps: int) -> Float64Array:
 
 
 def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> set[int]:
-    """The timesteps to keep of ``num_timesteps`` (Nichol & Dhariwal 2021, section 4).
+    """The timesteps to keep out of ``num_timesteps`` (Nichol & Dhariwal 2021, section 4).
 
     ``spec`` is a count ("250"), counts for sections of equal length ("10,15,20", or a sequence of them), or "ddimN":
-    N steps at a fixed whole stride, as in the DDIM paper. Each section's first and last step are kept.
+    N steps at a fixed integer stride, as in the DDIM paper. Each section's first and last step are kept.
 
-    ValueError where the spec is not one of these, asks for more steps than there are, or no whole stride fits.
+    ValueError if the spec is none of these, asks for more steps than the process has, or fits no integer stride.
     """
     if isinstance(spec, str) and spec.startswith(DDIM_PREFIX):
         return _strided(num_timesteps, _count(spec.removeprefix(DDIM_PREFIX), spec), spec)
@@ -69,7 +69,7 @@ def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> set[int]:
         if count > size:
             raise ValueError(f"timestep_respacing {spec!r} asks for {count} of {size} timesteps")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # The original adds the stride up; multiplying rounds some halves the other way and keeps other timesteps.
+        # Accumulate the stride like the original: multiplying rounds some halves the other way and keeps other steps.
         kept.update(
             start + round(place)
             for place in itertools.accumulate(itertools.repeat(stride, count - 1), initial=0.0)
@@ -84,7 +84,7 @@ def _strided(num_timesteps: int, count: int, spec: str) -> set[int]:
         kept = range(0, num_timesteps, stride)
         if len(kept) == count:
             return set(kept)
-    raise ValueError(f"timestep_respacing {spec!r}: no whole stride gives {count} of {num_timesteps} timesteps")
+    raise ValueError(f"timestep_respacing {spec!r}: no integer stride gives {count} of {num_timesteps} timesteps")
 
 
 def _count(part: str | int, spec: str | Sequence[int]) -> int:
@@ -100,7 +100,7 @@ def _count(part: str | int, spec: str | Sequence[int]) -> int:
 
 
 class Tables:
-    """The tables of a process over ``betas`` (T,): float64 arrays (T,), and what a device needs of them as tensors."""
+    """The tables of a process over ``betas`` (T,): float64 arrays (T,), and their copies on devices as tensors."""
 
     def __init__(self, betas: Float64Array) -> None:
         self._on_devices: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -120,8 +120,8 @@ class Tables:
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1 - self.alphas_cumprod)
-        # The posterior's variance is 0 at t = 0, where its log would be -inf: take that of t = 1 there, and beta in
-        # a process of a single step.
+        # The posterior variance is 0 at t = 0, so its log would be -inf there: use the value at t = 1 instead, or beta
+        # if the process has a single step.
         first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
         self.log_betas = np.log(betas)
@@ -129,7 +129,7 @@ class Tables:
         self.fixed_large_log_variance = np.log(self.fixed_large_variance)
 
     def moved(self, name: str, device: torch.device, dtype: torch.dtype, values: Callable[[], NDArray[Any]]) -> Tensor:
-        """The table ``name``, which ``values`` computes, in ``dtype`` but at least fp32; it moves to a device once."""
+        """The table ``name``, computed by ``values``, in ``dtype`` but at least fp32; cached on each device."""
         key = (name, device, torch.promote_types(dtype, torch.float32))
         if key not in self._on_devices:
             self._on_devices[key] = torch.tensor(values(), dtype=key[2], device=device)

@@ -493,7 +493,7 @@ def test_a_model_with_other_channels_is_refused(var_type: str, channels: int) ->
     d = process(model_var_type=ModelVarType[var_type])
     x, model = randn(*SHAPE), constant(randn(5, channels, 4, 4))
     for run in (d.p_mean_variance, d.p_sample, d.ddim_sample, d.ddim_reverse_sample):
-        with pytest.raises(ValueError, match=rf"model returned \(5, {channels}, 4, 4\), a "):
+        with pytest.raises(ValueError, match=rf"model returned \(5, {channels}, 4, 4\), but a "):
             run(model, x, T)
     with pytest.raises(ValueError, match="model returned"):
         d.vb_terms_bpd(model, x, x, T)
