@@ -1,4 +1,4 @@
-"""From a folder of images to batches: find, decode once, draw in an order that needs no memory of what came before."""
+"""From a folder of images to batches: find the images, decode them once, draw them in a stateless order."""
 
 from fastdiff.data.batches import batches
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight

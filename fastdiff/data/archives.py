@@ -1,4 +1,4 @@
-"""Archives of images, read from the beginning to the end, and folders and files that are whole or not there."""
+"""Sequential reading of image archives, and atomic creation of files and folders."""
 
 import errno
 import gzip
@@ -19,15 +19,15 @@ from typing import IO, cast
 from fastdiff.data.threads import Progress
 from fastdiff.data.words import ArchiveError, first_line, printable, safe_file_name, safe_name
 
-_CHUNK = 2**20  # bytes that are read at once; names that are longer do not exist
-_RATIO = 1032  # two bits of deflate say 258 bytes at best, and of no image so much can be left out
+_CHUNK = 2**20  # bytes per read; no valid name is longer
+_RATIO = 1032  # deflate's maximum: two bits encode 258 bytes; no image compresses further in any format
 
 
 @dataclass(frozen=True)
 class Member:
     """A regular file of an archive: its name below the archive's root, its length in bytes, and how to open it.
 
-    It can be opened until the next one is asked for.
+    It can be opened only until the next member is requested.
     """
 
     archive: Path
@@ -36,7 +36,7 @@ class Member:
     open: Callable[[], IO[bytes]]
 
     def parts(self) -> Iterator[bytes]:
-        """The content, piece by piece. Raises ArchiveError where it is damaged."""
+        """The content in chunks. Raises ArchiveError if it is damaged."""
         with _explained(self.archive):
             file = self.open()
         with file:
@@ -48,19 +48,19 @@ class Member:
                 yield part
 
     def read(self, most: int) -> bytes:
-        """The content. Raises ArchiveError where it is damaged or longer than ``most`` bytes; the rest is not read."""
+        """The content. Raises ArchiveError if it is damaged or longer than ``most`` bytes; the rest is not read."""
         content = bytearray()
         for part in self.parts():
             content += part
             if len(content) > most:
                 raise ArchiveError(
-                    f"{self.archive} holds {printable(self.name)} of more than {most:,} bytes, which it cannot have: "
+                    f"{self.archive} holds {printable(self.name)} of more than {most:,} bytes, which is too large: "
                     "copy it again"
                 )
         return bytes(content)
 
     def write(self, path: Path) -> None:
-        """Unpack it to a new file. Raises ArchiveError where it is damaged, and where it cannot lie there."""
+        """Unpack to a new file. Raises ArchiveError if the content is damaged, or the path is taken or invalid."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             target = path.open("xb")
@@ -69,11 +69,11 @@ class Member:
             raise ArchiveError(
                 f"{self.archive} holds {printable(self.name)} {how}: do not use it, or pack it again"
             ) from None
-        except (OSError, ValueError) as error:  # ValueError: not in the encoding of the file system
+        except (OSError, ValueError) as error:  # ValueError: the file system cannot encode the name
             if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
                 raise
             raise ArchiveError(
-                f"{self.archive} holds {printable(self.name)[:100]}, a name that no file can have here: "
+                f"{self.archive} holds {printable(self.name)[:100]}, a name that is invalid here: "
                 "do not use it, or pack it again"
             ) from None
         with target:
@@ -83,13 +83,13 @@ class Member:
 
 @contextmanager
 def reading(path: Path, on_progress: Progress | None = None) -> Iterator[Iterator[Member]]:
-    """The files of a tar, tar.gz or zip, one after the other as they lie in it.
+    """Iterate over the files of a tar, tar.gz or zip in the order in which they are stored.
 
-    ``on_progress(done, total)`` is called with the bytes of the archive that were read, before each member. Raises
-    ValueError where there is no file, and ArchiveError for an archive that is damaged or cut short, or holds names that
-    lead out of it, links, devices, sparse or encrypted files: what was made of it until then is not to be kept.
+    ``on_progress(done, total)`` is called before each member with the bytes of the archive read so far. Raises
+    ValueError if there is no file, and ArchiveError if the archive is damaged or truncated, or holds names that lead
+    out of it, links, devices, sparse or encrypted files: discard whatever was extracted until then.
     """
-    if not path.is_file():  # a pipe would have to be read twice
+    if not path.is_file():  # a pipe cannot be read twice
         what = "is not a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}: give the archive, or the folder that it was unpacked to")
     with path.open("rb") as raw:
@@ -106,19 +106,19 @@ def reading(path: Path, on_progress: Progress | None = None) -> Iterator[Iterato
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """tarfile, zipfile and what they unpack with raise nearly anything on damaged bytes."""
+    """Raise errors as ArchiveError: on damaged bytes tarfile, zipfile and their decompressors raise nearly anything."""
     try:
         yield
     except ArchiveError:
         raise
     except Exception as error:
         raise ArchiveError(
-            f"{path} is damaged, incomplete or no tar, tar.gz or zip ({first_line(error)}): copy it again"
+            f"{path} is damaged, incomplete or not a tar, tar.gz or zip ({first_line(error)}): copy it again"
         ) from None
 
 
 def _stepped(path: Path, members: Generator[Member, None, None]) -> Generator[Member, None, None]:
-    """The members. What goes wrong on the way to one is explained, but not what their user does with it."""
+    """The members. Errors while advancing to one become ArchiveError; errors in the caller's code do not."""
     with closing(members):
         while True:
             with _explained(path):
@@ -129,7 +129,7 @@ def _stepped(path: Path, members: Generator[Member, None, None]) -> Generator[Me
 
 
 def tar_in(member: Member) -> Generator[Member, None, None]:
-    """The files of a tar that is a member of an archive."""
+    """The files of a tar nested in an archive."""
 
     def members() -> Generator[Member, None, None]:
         with member.open() as file:
@@ -143,10 +143,10 @@ def _tar_members(path: Path, file: IO[bytes]) -> Generator[Member, None, None]:
     with tarfile.open(fileobj=reader, mode="r:") as tar:  # type: ignore[call-overload]
         while (info := tar.next()) is not None:
             tar.members.clear()  # a million of them would take more than a GiB
-            if info.size < 0 or info.offset <= place:  # which would lead back, and round and round
+            if info.size < 0 or info.offset <= place:  # it would seek back and loop forever
                 raise tarfile.ReadError("a negative size")
             place = info.offset
-            if info.issparse():  # some bytes become as many GiB as they like
+            if info.issparse():  # a few bytes can expand to any number of GiB
                 raise _refused(path, info.name, "a sparse file")
             if info.isreg():
                 yield Member(path, safe_file_name(path, info.name), info.size, partial(_extract, tar, info))
@@ -154,9 +154,9 @@ def _tar_members(path: Path, file: IO[bytes]) -> Generator[Member, None, None]:
                 name = safe_name(path, info.name)
                 if not info.isdir():
                     raise _refused(path, name, "a link or a device")
-        # tarfile takes nearly anything for the end: what it read last must be what ends a tar
+        # tarfile takes nearly anything for the end: its last read must be the block of zeros that ends a tar
         if reader.last.strip(b"\0") or len(reader.last) != tarfile.BLOCKSIZE:
-            raise EOFError("it has no end")
+            raise EOFError("it has no end marker")
 
 
 def _members(path: Path, raw: IO[bytes]) -> Generator[Member, None, None]:
@@ -168,7 +168,7 @@ def _members(path: Path, raw: IO[bytes]) -> Generator[Member, None, None]:
     elif magic.startswith(b"\x1f\x8b"):
         with gzip.GzipFile(fileobj=raw) as unpacked:
             yield from _tar_members(path, cast(IO[bytes], unpacked))
-            while unpacked.read(_CHUNK):  # to the end: there is the checksum
+            while unpacked.read(_CHUNK):  # to the end, where the checksum is verified
                 pass
     else:
         yield from _tar_members(path, raw)
@@ -190,23 +190,23 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
             raise _refused(path, name, "a link or a device")
         most = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else _RATIO)
         if info.file_size > most:
-            raise zipfile.BadZipFile(f"{name} promises more than {info.compress_size:,} bytes can hold")
+            raise zipfile.BadZipFile(f"{name} claims to be larger than its {info.compress_size:,} bytes can hold")
         if not folder:
             yield Member(path, name, info.file_size, partial(archive.open, info))
 
 
 def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     file = tar.extractfile(info)
-    assert file is not None, info  # of a regular file
+    assert file is not None, info  # None only for links, devices and folders
     return file
 
 
 def _refused(path: Path, name: str, what: str) -> ArchiveError:
-    return ArchiveError(f"{path} holds {printable(name)}, {what}: do not use it, or pack it again without")
+    return ArchiveError(f"{path} holds {printable(name)}, {what}: do not use it, or pack it again without it")
 
 
 class _Reader:
-    """What tarfile reads from: never much at once, which only damage or malice asks for."""
+    """The file that tarfile reads; it refuses large reads, which only a damaged or malicious archive requests."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.last = b""
@@ -222,10 +222,10 @@ class _Reader:
 
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
-    """A path in a hidden folder beside ``out`` to make a file or folder at; on success it becomes out, else is gone.
+    """Yield a path in a hidden folder beside ``out`` for a new file or folder, which on success is renamed to ``out``.
 
-    Whatever else is made in that hidden folder is gone at the end, too. A link is followed. Raises ValueError where out
-    is there already and is not an empty folder, and where it cannot be written.
+    On failure it is deleted. Everything else in the hidden folder is deleted in either case. A link is followed. Raises
+    ValueError if ``out`` already exists and is not an empty folder, and if it cannot be written.
     """
     out = Path(os.path.realpath(os.path.expanduser(out)))
     with _writing(out):
@@ -233,20 +233,20 @@ def whole(out: Path) -> Iterator[Path]:
             raise ValueError(f"{out} exists already: name another, or delete it first")
         out.parent.mkdir(parents=True, exist_ok=True)
         for left in out.parent.glob(f".{escape(out.name)}.*.tmp"):
-            warnings.warn(f"{left} may be left from a run that was killed: delete it if none is at work", stacklevel=4)
+            warnings.warn(f"{left} may be left from a killed run: delete it if no run is active", stacklevel=4)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as name:
             folder = Path(name)
             yield folder / out.name
             if hasattr(os, "sync"):  # not on Windows
-                os.sync()  # the content is on the disk before it has its name; of a million files not one by one
+                os.sync()  # flush the content before the rename; one sync is faster than a million fsyncs
             if out.is_dir():
-                out.rmdir()  # Windows replaces no folder
+                out.rmdir()  # Windows cannot rename over a folder
             (folder / out.name).rename(out)
 
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Says of errors of the disk what they are about: a full one's has no file in it, others' have a hidden one."""
+    """Make disk errors name ``out``: the error of a full disk names no file, others name one in the hidden folder."""
     try:
         yield
     except OSError as error:
@@ -255,4 +255,4 @@ def _writing(out: Path) -> Iterator[None]:
             if where not in (out, *out.parents) and not any(part.startswith(f".{out.name}.") for part in where.parts):
                 raise
         reason = (error.strerror or first_line(error)).lower()
-        raise ValueError(f"{out} cannot be written ({reason}): make room there, or name another place") from error
+        raise ValueError(f"{out} cannot be written ({reason}): free space there, or choose another path") from error

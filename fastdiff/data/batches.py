@@ -1,4 +1,4 @@
-"""Batches of decoded images: a gather from the cache, ahead of the training step."""
+"""Batches of decoded images, gathered from the cache ahead of the training step."""
 
 import itertools
 import warnings
@@ -17,7 +17,7 @@ from fastdiff.data.loading import Dataset
 from fastdiff.data.order import batch_indices
 
 AHEAD = 2
-"""So many batches wait for their step: one more than needed, so that a slow read now and then costs nothing."""
+"""Number of prefetched batches: one more than needed, so that an occasional slow read costs nothing."""
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -32,15 +32,15 @@ def batches(
     rows: slice = slice(None),
     pin: bool = False,
 ) -> Generator[Batch, None, None]:
-    """The batches of updates start_step, start_step + 1, ... (0-based) without end.
+    """The endless stream of batches for the updates start_step, start_step + 1, ... (0-based).
 
-    Each is uint8 (B, H, W, 3) images, mirrored at random if config.flip, and int64 (B,) labels or None, on the CPU;
-    ``pin``, where there is CUDA, has them gathered into pinned memory. ``rows`` is the part of the batch that this
-    process trains on: however many processes share a batch, together they see the same images. Warns if a batch is
-    larger than the data. Closing the iterator ends its thread.
+    Each batch is uint8 (B, H, W, 3) images, mirrored at random if config.flip, and int64 (B,) labels or None, on the
+    CPU. ``pin`` gathers them into pinned memory and needs CUDA. ``rows`` is the part of the batch that this process
+    trains on: however many processes share a batch, together they see the same images. Warns if a batch is larger than
+    the data. Closing the iterator ends its thread.
 
-    Raises OSError as Dataset.check does, before a batch. A file that shrinks during the gather itself, or a disk that
-    fails under it, ends the process with SIGBUS, which nothing in Python can catch.
+    Like Dataset.check, raises OSError before a batch. If the file shrinks or its disk fails during the gather itself,
+    the process dies of SIGBUS, which Python cannot catch.
     """
     if batch_size > (n := len(dataset.images)):
         warnings.warn(
@@ -64,7 +64,7 @@ def batches(
         return images, None if dataset.labels is None else take(dataset.labels, indices, torch.int64)
 
     def prefetched() -> Generator[Batch, None, None]:
-        # pinned memory belongs to a device, and a new thread knows of the first one only
+        # pinned memory belongs to a device, and a new thread starts on the first one
         here = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
         with ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=here) as pool:
             ahead = deque(pool.submit(gather, start_step + i) for i in range(AHEAD))

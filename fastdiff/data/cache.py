@@ -1,4 +1,4 @@
-"""A folder of images decoded once, into memory or a memory-mapped file that later runs find again."""
+"""Decode a folder of images once, into memory or into a memory-mapped file that later runs reuse."""
 
 import hashlib
 import json
@@ -24,20 +24,20 @@ from fastdiff.data.threads import Progress, in_order
 from fastdiff.data.zipped import ZipMember
 
 MEMORY_SHARE = 0.25
-"""Decoded images stay in memory if they take at most this share of what is available."""
+"""Decoded images stay in memory if they take at most this fraction of the available memory."""
 
-_FORMAT = 1  # of the cache files, and of the pixels in them: change it when decoding changes
-_STALE_SECONDS = 3600  # a temporary file that nobody has written to for so long belongs to a killed run
+_FORMAT = 1  # version of the cache files and of their pixels: change it when decoding changes
+_STALE_SECONDS = 3600  # a temporary file not written to for this long was left by a killed run
 
 Keep = Callable[[int, NDArray[np.uint8], tuple[int, int]], Any]
-"""Takes the number of an image in its folder, its pixels, and its (width, height) before."""
+"""Receives the index of an image in its folder, its pixels, and its original (width, height)."""
 
 _Loaded = tuple[NDArray[np.uint8], tuple[int, int]] | UnreadableImage
 
 
 @dataclass
 class Decoded:
-    """What decoding a folder found out besides the pixels."""
+    """What decoding a folder yields besides pixels: the unreadable images by reason, least and greatest size."""
 
     unreadable: dict[str, str]
     smallest: tuple[int, int]
@@ -47,10 +47,10 @@ class Decoded:
 def decode_once(
     folder: ImageFolder, config: DataConfig, on_progress: Progress | None, processes: int
 ) -> tuple[NDArray[np.uint8], Decoded, NDArray[np.int64]]:
-    """The readable images of a folder in its order (M, H, W, 3), what was found out, and the lengths (N,) of its files.
+    """The readable images of a folder in order (M, H, W, 3), their Decoded, and the lengths (N,) of all its files.
 
-    In memory or in a file, as config.cache says; ``processes`` of this machine want them. Raises ValueError where
-    neither can hold them or no image can be read.
+    The images are in memory or in a file, as config.cache says; ``processes`` is how many processes of this machine
+    load them. Raises ValueError if neither can hold them or if no image can be read.
     """
     key, lengths = _key_and_lengths(folder)
     if _in_memory(config.cache, len(folder) * _image_bytes(folder.image_size), processes):
@@ -59,7 +59,7 @@ def decode_once(
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping."""
+    """Bytes that can be allocated without swapping."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -111,11 +111,11 @@ def _decode_to_disk(
                 _write_header(out, folder, len(folder) - len(decoded.unreadable))
                 out.flush()
                 os.fsync(out.fileno())
-            # Another machine may have done the same meanwhile. Its file stays where it is: to replace a file that
-            # other machines have mapped takes it from under them on NFS.
+            # Another machine may have written the same file meanwhile. Keep that one: on NFS, replacing a file breaks
+            # the mappings that other machines have of it.
             if (found := _reopen(folder, file, notes)) is not None:
                 return found
-            # The notes first: the images are the sign that both are there.
+            # Write the notes first: once the images exist, both files are complete.
             unfinished = temporary.with_suffix(".json.tmp")
             unfinished.write_text(json.dumps(asdict(decoded)))
             unfinished.replace(notes)
@@ -126,10 +126,10 @@ def _decode_to_disk(
 
 
 def decode(folder: ImageFolder, keep: Keep, on_progress: Progress | None) -> Decoded:
-    """Give every readable image to ``keep`` in order. Raises ValueError if there is none."""
+    """Pass every readable image to ``keep``, in order. Raises ValueError if there is none."""
     unreadable: dict[str, str] = {}
     smallest = largest = None
-    # Pillow warns about odd metadata and the like. Threads share the filters, so they are set here, around all of them.
+    # Pillow warns about odd metadata and the like. Threads share the warning filters: set them once, around them all.
     with warnings.catch_warnings(), closing(_load_all(folder)) as results:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         for i, (name, result) in enumerate(zip(folder.names, results, strict=True)):
@@ -152,7 +152,7 @@ def decode(folder: ImageFolder, keep: Keep, on_progress: Progress | None) -> Dec
 
 
 def _load_all(folder: ImageFolder) -> Generator[_Loaded, None, None]:
-    """Each image in order."""
+    """Each image in order, or the error that says why it is unreadable."""
 
     def attempt(file: File) -> _Loaded:
         try:
@@ -164,7 +164,7 @@ def _load_all(folder: ImageFolder) -> Generator[_Loaded, None, None]:
 
 
 def _reopen(folder: ImageFolder, file: Path, notes: Path) -> tuple[NDArray[np.uint8], Decoded] | None:
-    """The files of an earlier run, or None if they are not there or not whole."""
+    """The images and notes that an earlier run stored, or None if they are missing or incomplete."""
     try:
         found = json.loads(notes.read_text())
         decoded = Decoded(found["unreadable"], tuple(found["smallest"]), tuple(found["largest"]))
@@ -176,10 +176,10 @@ def _reopen(folder: ImageFolder, file: Path, notes: Path) -> tuple[NDArray[np.ui
 
 
 def _key_and_lengths(folder: ImageFolder) -> tuple[str, NDArray[np.int64]]:
-    """The cache file's name, and the length of every image file in bytes, from one look at each.
+    """The cache file's name, and the length of every image file in bytes, from one pass over their metadata.
 
-    The name changes with whatever may change a pixel: the files, by name, length, times and inode, and how they are
-    decoded.
+    The name is a hash of everything that may change a pixel: each file's name, length, times and inode, and how files
+    are decoded.
     """
     digest = hashlib.sha256(f"{_FORMAT} {folder.image_size}\n".encode())
     lengths = np.zeros(len(folder), np.int64)
@@ -190,12 +190,12 @@ def _key_and_lengths(folder: ImageFolder) -> tuple[str, NDArray[np.int64]]:
 
 
 def _state(file: Path | ZipMember) -> tuple[int, str]:
-    """The length of a file, and what changes together with its content."""
+    """The length of a file, and a string that changes with its content."""
     if isinstance(file, ZipMember):
         return file.info.file_size, f"{file.info.file_size} {file.info.CRC:08x}"
     try:
         stat = file.stat()
-    except OSError:  # gone meanwhile; decoding will say so
+    except OSError:  # deleted meanwhile; decoding reports it
         return 0, "missing"
     return stat.st_size, f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
@@ -226,7 +226,7 @@ def _remove_stale(cache_dir: Path, key: str) -> None:
 
 
 def _write_header(out: Any, folder: ImageFolder, n: int) -> None:
-    """The .npy header; numpy leaves room in it for the first number to grow, so its length stays the same."""
+    """Write the .npy header. NumPy leaves room for the first dimension to grow, so the header's length is constant."""
     shape = (n, folder.image_size, folder.image_size, 3)
     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
 

@@ -1,4 +1,4 @@
-"""CIFAR-10's archives as two folders of PNG files, named as improved-diffusion names them."""
+"""Convert CIFAR-10's archives to two folders of PNG files, named as in improved-diffusion."""
 
 import io
 import pickle
@@ -19,20 +19,20 @@ from fastdiff.data.words import first_line, printable
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-_ROWS = 10_000  # images of a batch
+_ROWS = 10_000  # images per batch
 _PIXELS = 3 * 32 * 32
 _BATCH = re.compile(r"(?:data_batch_([1-5])|test_batch)(\.bin)?")
 _BATCHES = 6
 
-_Batch = tuple[NDArray[np.uint8], list[int]]  # (N, 3072), the labels
+_Batch = tuple[NDArray[np.uint8], list[int]]  # pixels (N, 3072), labels
 
 
 def prepare_cifar10(source: Path, out: Path, on_progress: Progress | None = None) -> int:
-    """Make out/cifar_train and out/cifar_test, files called plane_00000.png; returns how many images there are.
+    """Write out/cifar_train and out/cifar_test, with files like plane_00000.png; returns the number of images.
 
-    ``source`` is cifar-10-python.tar.gz, cifar-10-binary.tar.gz or what one of them unpacks to. The pickles of the
-    former are not run. ``on_progress(done, total)`` is called after each image. Raises ValueError for anything that
-    does not hold the six batches of CIFAR-10 and nothing else in their place, and where ``out`` is not empty.
+    ``source`` is cifar-10-python.tar.gz, cifar-10-binary.tar.gz or the folder that one of them unpacks to. The pickles
+    of the former cannot execute code. ``on_progress(done, total)`` is called after each image. Raises ValueError if one
+    of CIFAR-10's six batches is missing, repeated or invalid, and if ``out`` is not empty.
     """
     with whole(out) as folder:
         for split in ("cifar_train", "cifar_test"):
@@ -50,7 +50,7 @@ def _save(item: tuple[Path, NDArray[np.uint8]]) -> None:
 
 
 def _images(source: Path, folder: Path) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
-    """Every image (32, 32, 3) with the file it belongs into."""
+    """Every image (32, 32, 3) with the path to save it to."""
     missing = {*range(1, _BATCHES), None}
     with _files(source) as files:
         for member in files:
@@ -61,7 +61,7 @@ def _images(source: Path, folder: Path) -> Iterator[tuple[Path, NDArray[np.uint8
             if number not in missing:
                 raise ValueError(f"{source} holds {name} twice: give one of CIFAR-10's archives as it was downloaded")
             missing.remove(number)
-            content = member.read(_ROWS * (2 * _PIXELS + 1024) + 2**16)  # pixels as UTF-8, and room for file names
+            content = member.read(_ROWS * (2 * _PIXELS + 1024) + 2**16)  # pixels as UTF-8, plus the file names
             pixels, labels = (_binary if match[2] else _pickled)(f"{source}: {name}", content)
             split, first = ("cifar_test", 0) if number is None else ("cifar_train", (number - 1) * _ROWS)
             for i, (row, label) in enumerate(zip(pixels, labels, strict=True), start=first):
@@ -88,26 +88,24 @@ def _files(source: Path) -> Iterator[Iterator[Member]]:
 
 
 def _binary(name: str, content: bytes) -> _Batch:
-    """Records of a label and 3,072 pixels, a byte each."""
+    """Parse records of one label and 3,072 pixels, one byte each."""
     if len(content) != _ROWS * (1 + _PIXELS):
-        raise ValueError(f"{name} has not the length of a batch of CIFAR-10: copy it again")
+        raise ValueError(f"{name} does not have the length of a CIFAR-10 batch: copy it again")
     records = np.frombuffer(content, np.uint8).reshape(_ROWS, 1 + _PIXELS)
     return records[:, 1:], _checked(name, records[:, 0].tolist())
 
 
 def _pickled(name: str, content: bytes) -> _Batch:
-    """A dictionary with data, uint8 (N, 3072), and labels."""
+    """Parse a pickled dictionary with data, uint8 (N, 3072), and labels."""
     try:
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         data, labels = (batch[key] for key in (b"data", b"labels"))
     except _CodeError as error:
-        raise ValueError(
-            f"{name} asks for {printable(str(error))} to be run, which no batch of CIFAR-10 does"
-        ) from None
+        raise ValueError(f"{name} asks to run {printable(str(error))}, which no CIFAR-10 batch does") from None
     except Exception as error:  # pickle raises anything on damaged bytes
-        raise ValueError(f"{name} is damaged or no batch of CIFAR-10 ({first_line(error)}): copy it again") from None
+        raise ValueError(f"{name} is damaged or not a CIFAR-10 batch ({first_line(error)}): copy it again") from None
     if not isinstance(data, _Array) or (data.shape, data.kind) != ((_ROWS, _PIXELS), b"u1"):
-        raise ValueError(f"{name} does not hold uint8 ({_ROWS}, {_PIXELS}), so it is no batch of CIFAR-10")
+        raise ValueError(f"{name} does not hold uint8 ({_ROWS}, {_PIXELS}), so it is not a CIFAR-10 batch")
     if type(data.content) is not bytes or len(data.content) != _ROWS * _PIXELS or data.columns_first:
         raise ValueError(f"{name} is damaged: copy it again")
     return np.frombuffer(data.content, np.uint8).reshape(_ROWS, _PIXELS), _checked(name, labels)
@@ -117,15 +115,15 @@ def _checked(name: str, labels: Any) -> list[int]:
     known = range(len(CLASSES))
     if type(labels) is list and len(labels) == _ROWS and all(type(x) is int and x in known for x in labels):
         return labels
-    raise ValueError(f"{name} has not {_ROWS} labels from 0 to 9, so it is no batch of CIFAR-10")
+    raise ValueError(f"{name} does not hold {_ROWS} labels from 0 to 9, so it is not a CIFAR-10 batch")
 
 
 class _CodeError(pickle.UnpicklingError):
-    """A pickle wants something to be called that is not needed for an array; the text says what."""
+    """A pickle refers to an object that no array needs; the text names it."""
 
 
 class _Array:
-    """Stands in for numpy.ndarray: what a pickle says of it."""
+    """Stands in for numpy.ndarray and keeps its pickled state."""
 
     shape: Any = None
     kind: Any = None
@@ -151,14 +149,14 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """What Python 3 writes for bytes into a pickle that Python 2 can read."""
+    """Stands in for _codecs.encode, by which Python 3 pickles bytes so that Python 2 can read them."""
     if type(text) is not str or encoding not in ("latin1", b"latin1"):
         raise ValueError(f"an encoding {encoding!r}")
     return text.encode("latin1")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but stand-ins for what an array consists of: nothing of a pickle's own choice is ever called."""
+    """Resolves only stand-ins for the parts of an array, so that a pickle cannot call anything else."""
 
     _KNOWN = {  # noqa: RUF012  # a constant
         **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},

@@ -1,4 +1,4 @@
-"""Names of classes: how they are compared, written as the names of files, and found again in another file."""
+"""Class names: how they are compared, encoded in file names, and matched between a file and a model."""
 
 import re
 import unicodedata
@@ -18,40 +18,40 @@ _SHOWN = 10
 
 
 def composed(name: str) -> str:
-    """The name in Unicode's composed form (NFC): a Mac's folders and Linux's then have the same names."""
+    """The name in Unicode's composed form (NFC), in which macOS and Linux folders have the same names."""
     return unicodedata.normalize("NFC", name)
 
 
 def file_name_of(name: str) -> str:
-    """A class's name as the beginning of a file's name, up to whose first underscore class_of_file reads it back.
+    """Encode a class name as the prefix of a file name; class_of_file reads it back up to the first underscore.
 
-    What would lead out of the folder, hide the file or end the name stands as in a URL: red_car is red%5Fcar. A percent
-    sign does where it could be taken for one of these.
+    Characters that would lead out of the folder, hide the file or end the prefix are percent-encoded: red_car becomes
+    red%5Fcar. A percent sign is encoded if it could be read as such a code.
     """
     coded = _CODE.sub(lambda match: "%25" + match[1], name)
     coded = "".join(f"%{ord(c):02X}" if c in _CODED else c for c in coded)
-    if re.match("[A-Za-z]:", coded):  # a drive, to Windows and to who opens a zip
+    if re.match("[A-Za-z]:", coded):  # a drive letter to Windows and to zip tools
         coded = coded.replace(":", "%3A", 1)
     return "%2E" + coded[1:] if coded.startswith(".") else coded
 
 
 def class_of_file(name: str) -> str:
-    """The class that a file's name begins with, up to its first underscore (improved-diffusion's rule)."""
+    """The class that a file name starts with, up to its first underscore (improved-diffusion's rule)."""
     coded = name.split("_")[0]
     if "%" not in coded:
         return coded
     plain = _CODE.sub(lambda match: chr(int(match[1], 16)), coded)
-    return plain if file_name_of(plain) == coded else coded  # else the code is part of the name
+    return plain if file_name_of(plain) == coded else coded  # otherwise the code is part of the name
 
 
 def completed(names: Sequence[str], count: int) -> tuple[str, ...]:
-    """The names of a model's ``count`` classes; those without one are called by their numbers."""
+    """The names of a model's ``count`` classes; a class without a name is named by its number."""
     given = tuple(map(composed, names))
     return given + tuple(str(i) if str(i) not in given else f"class {i}" for i in range(len(given), count))
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of many names, for an error."""
+    """The first few names, for an error message."""
     return ", ".join(printable(name) for name in names[:_SHOWN]) + (" and more" if len(names) > _SHOWN else "")
 
 
@@ -64,13 +64,13 @@ def renumbered(
     remedy: str,
     npz: bool = False,
 ) -> Labels:
-    """The classes of N images as a model numbers them, int64 (N,).
+    """The class labels of N images in the model's numbering, int64 (N,).
 
-    ``labels`` (N,) number the classes as ``source`` does, which calls them ``names``, or has no names for them (None).
-    ``known`` are the names of the model's ``count`` classes, () where it has none: then names that are numbers are its
-    numbers. Classes are matched by name; where one side has none by number, with a warning. Of an ``npz`` the names 0
-    to K - 1, which the model lacks, are none: a model without names drew it. ValueError, which ends in the ``remedy``,
-    where the model lacks a class.
+    ``labels`` (N,) are in the numbering of ``source``, whose class names are ``names``, or None if it has none.
+    ``known`` are the names of the model's ``count`` classes, or () if it has none; then names that are numbers count as
+    its class numbers. Classes are matched by name or, if one side has no names, by number, with a warning. In an
+    ``npz``, names 0 to K - 1 that the model lacks do not count as names: a model without names sampled it. Raises
+    ValueError, which ends in the ``remedy``, if the model lacks a class.
     """
     if npz and names is not None and tuple(names) == tuple(map(str, range(len(names)))):
         called = set(completed(known, count))
@@ -81,15 +81,15 @@ def renumbered(
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= count:
         other = least if least < 0 else most
-        raise ValueError(f"{source} has the class {other}, and the model the classes 0 to {count - 1}: {remedy}")
+        raise ValueError(f"{source} has the class {other}, but the model has the classes 0 to {count - 1}: {remedy}")
     if names is None:
         first = f", 0 being {printable(known[0])}" if known else ""
         warnings.warn(
-            f"{source} has no class_names: its labels are read as numbers of the model's classes{first}", stacklevel=3
+            f"{source} has no class_names: its labels are taken as the model's class numbers{first}", stacklevel=3
         )
     else:
         warnings.warn(
-            f"the model has no names of its classes: those of {source} are numbered in their order, 0 being "
+            f"the model has no class names: the classes of {source} are numbered in their order, 0 being "
             f"{printable(names[0])}",
             stacklevel=3,
         )

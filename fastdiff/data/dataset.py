@@ -1,4 +1,4 @@
-"""A folder or zip of images with their classes, and a line that says what was found in it and what was left out."""
+"""A folder or zip of images with class labels, and a one-line summary of what was found and what was left out."""
 
 import os
 import zipfile
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastdiff.config import Labels
 from fastdiff.data.classes import class_of_file, composed
 from fastdiff.data.images import EXTENSIONS, load
-from fastdiff.data.words import printable as printable  # where others look for it
+from fastdiff.data.words import printable as printable  # re-exported
 from fastdiff.data.zipped import ZipMember, zip_members
 
 _OTHER_IMAGES = frozenset(("avif", "exr", "heic", "heif", "ico", "jp2", "jxl", "ppm", "svg", "tga", "tif", "tiff"))
@@ -22,31 +22,30 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file of the folder that is not used: its name below the folder, and why."""
+    """A file of the folder that is not used: its name relative to the folder, and the reason."""
 
     name: str
     reason: str
 
 
 class ImageFolder:
-    """The images of a folder and its sub-folders, decoded when asked for: ``folder[i]`` is (uint8 (H, W, 3), label).
+    """The images of a folder and its sub-folders, decoded on access: ``folder[i]`` is (uint8 (H, W, 3), label).
 
-    A zip file counts as the folder that it was made of; it is read where it lies, and several threads may do so.
+    A zip file counts as the folder that it was made from. It is read in place, by any number of threads.
 
     The order is improved-diffusion's: each folder's entries by name, sub-folders in their place among the files. Names
-    that begin with a dot are passed over; a folder that links lead to more than once counts once.
+    that start with a dot are skipped; a folder that several links lead to counts once.
 
     labels: "prefix" takes the file name up to its first underscore as the class (improved-diffusion's rule), "folder"
-    the first sub-folder on the way to the file, None gives no labels. Classes are numbered in the order of their names,
-    which are in Unicode's composed form (NFC).
+    takes the top-level sub-folder, None gives no labels. Classes are numbered in the order of their names as written;
+    ``class_names`` holds them in Unicode's composed form (NFC).
 
-    Attributes: ``root``, ``image_size``, ``names`` (below root, with "/"), ``paths`` (root / name), ``files`` (what is
-    opened: the paths, or the members of the zip), ``class_names`` (() without labels), ``written_class_names`` (before
-    composing), ``labels`` (int64 (N,) or None),
-    ``left_out`` (files that are not taken for images).
+    Attributes: ``root``, ``image_size``, ``names`` (relative to root, with "/"), ``paths`` (root / name), ``files``
+    (what to open: the paths, or the members of the zip), ``class_names`` (() without labels), ``written_class_names``
+    (as written, not composed), ``labels`` (int64 (N,) or None), ``left_out`` (files that are not used as images).
 
-    Raises ValueError for a folder that is missing, is none or has no images, with "folder" for an image outside of
-    every sub-folder, and for a zip that is damaged or has names that lead out of it.
+    Raises ValueError if the folder is missing, is not a folder or has no images; with "folder", if an image lies
+    outside every sub-folder; and if a zip is damaged or has names that lead out of it.
     """
 
     def __init__(self, root: str | Path, image_size: int, labels: Labels | str | None = Labels.PREFIX) -> None:
@@ -73,11 +72,11 @@ class ImageFolder:
         self.paths = [self.root / name for name in self.names]
         self.files: Sequence[Path | ZipMember]
         self.files = self.paths if members is None else [members[name] for name in self.names]
-        # Of all files found, readable or not: a file that breaks or is mended must not renumber the classes of a
-        # model that was trained before.
+        # Number the classes of all files found, readable or not: a file that breaks or is repaired must not renumber
+        # the classes of a model that was trained before.
         classes = [] if labels is None else [self._class_of(name, Labels(labels)) for name in self.names]
-        # In the order of the names as they stand there, which composing them may change: a Mac's data set keeps the
-        # numbers, and the fingerprint, that it had.
+        # Sort the names as written, because composing them may change their order: a data set from macOS keeps its
+        # class numbers and its fingerprint.
         written: dict[str, str] = {}
         for name in sorted(set(classes)):
             written.setdefault(composed(name), name)
@@ -95,7 +94,7 @@ class ImageFolder:
     def _scan(self) -> Iterator[str]:
         """Names of images below root in order; everything else goes to left_out."""
         root = self.root.resolve()
-        seen = {root, *root.parents}  # a link upwards would bring in the folder's neighbours
+        seen = {root, *root.parents}  # a link to a parent would add the folder's siblings
         waiting = self._entries("")
         while waiting:
             name = waiting.pop()
@@ -107,13 +106,13 @@ class ImageFolder:
                     waiting += self._entries(name)
             elif extension not in EXTENSIONS:
                 self._leave_out_kind(name, extension)
-            elif not os.path.isfile(path):  # opening a pipe would wait for ever
+            elif not os.path.isfile(path):  # opening a pipe would block forever
                 self.left_out.append(LeftOut(name, "broken link" if os.path.islink(path) else "not a regular file"))
             else:
                 yield name
 
     def _scan_zip(self, members: Iterable[str]) -> Iterator[str]:
-        """Names of images among the members, in the order that a folder would have."""
+        """Names of images among the members, in the order of the unpacked folder."""
         for name in sorted(members, key=lambda name: name.split("/")):
             if any(part.startswith(".") for part in name.split("/")):
                 continue
@@ -127,7 +126,7 @@ class ImageFolder:
         self.left_out.append(LeftOut(name, f"{extension} is not supported" if known else "not an image"))
 
     def _entries(self, folder: str) -> list[str]:
-        """The visible entries of a folder by their names below root, last name first."""
+        """The visible entries of a folder as names relative to root, last name first."""
         try:
             entries = sorted(os.listdir(self.root / folder), reverse=True)
         except OSError as error:
@@ -158,7 +157,7 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a folder gave: image counts by extension, classes, least and greatest (width, height), what was left out."""
+    """Summary of a folder: image counts by extension, classes, least and greatest (width, height), files left out."""
 
     counts: dict[str, int]
     class_names: tuple[str, ...]
@@ -167,7 +166,7 @@ class Preflight:
     left_out: tuple[LeftOut, ...]
 
     def line(self) -> str:
-        """All of it on one line, with at most five names of a kind."""
+        """One-line summary, with at most five names of each kind."""
         total = sum(self.counts.values())
         kinds = ", ".join(f"{n:,} {e}" for e, n in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])))
         sizes = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys([self.smallest, self.largest]))
@@ -181,7 +180,7 @@ class Preflight:
 
 
 def extension_counts(names: Sequence[str]) -> dict[str, int]:
-    """How many of the names end in each extension."""
+    """The number of names with each extension."""
     return dict(Counter(map(_extension, names)))
 
 

@@ -1,4 +1,4 @@
-"""ImageNet's archives, or any tar or zip of images, as a folder of image files."""
+"""Unpack ImageNet's archives, or any tar or zip of images, to a folder of image files."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from fastdiff.data.words import printable, safe_name
 
 @dataclass(frozen=True)
 class Extracted:
-    """How many images an archive gave, in how many sub-folders, and how many files were left out, by the reason."""
+    """The number of images unpacked, of the sub-folders that hold them, and of files left out by reason."""
 
     images: int
     folders: int
@@ -26,12 +26,12 @@ class Extracted:
 def prepare_imagenet(
     source: Path, out: Path, image_size: int | None = None, on_progress: Progress | None = None
 ) -> Extracted:
-    """Unpack the images of an archive into ``out``, those of a tar in it into a sub-folder of its name.
+    """Unpack the images of an archive into ``out``; a nested tar becomes a sub-folder with the tar's name.
 
     ``source`` is ILSVRC2012_img_train.tar, a folder of the class tars in it, or any tar or zip of images, which keep
-    their folders. With ``image_size`` they are stored as PNG files of that size, cut as for training, instead of their
-    own bytes. ``on_progress(done, total)`` is called with the bytes of the archive in hand. Raises ValueError for an
-    archive that ``archives.reading`` refuses or that holds no image, and where ``out`` is not empty.
+    their folders. With ``image_size`` images are stored as PNG files of that size, cropped as for training, instead of
+    their original bytes. ``on_progress(done, total)`` is called with the bytes of the current archive. Raises
+    ValueError if ``archives.reading`` refuses an archive, if it holds no usable image, or if ``out`` is not empty.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be positive, not {image_size}")
@@ -43,7 +43,7 @@ def prepare_imagenet(
         def unpacked() -> Iterator[Path]:
             for member in _members(source, on_progress):
                 if any(part.startswith(".") for part in member.name.split("/")):
-                    left_out["hidden"] += 1  # to training, too
+                    left_out["hidden"] += 1  # training skips hidden files, too
                 elif member.name.rpartition(".")[2].lower() not in EXTENSIONS:
                     left_out["not an image"] += 1
                 elif member.size > MAX_BYTES:
@@ -53,7 +53,7 @@ def prepare_imagenet(
                     yield folder / member.name
 
         def finish(path: Path) -> tuple[Path, str | None]:
-            """The image's path below the folder, and why it cannot be used, or None."""
+            """The image's path relative to the folder, and the reason why it cannot be used, or None."""
             inside = path.relative_to(folder)
             if image_size is None:
                 return inside, None
@@ -83,11 +83,11 @@ def prepare_imagenet(
 
 
 def _members(source: Path, on_progress: Progress | None) -> Iterator[Member]:
-    """The files of an archive or of a folder of archives, with those of a tar in it as of a folder called like it."""
+    """The files of an archive or of a folder of archives; a nested tar becomes a folder with the tar's name."""
     if source.is_dir():
         tars = sorted(source.glob("*.tar"))
         if not tars:
-            raise ValueError(f"{source} is a folder without .tar files: to train on images in it needs no preparation")
+            raise ValueError(f"{source} is a folder without .tar files: if it holds images, train on it directly")
         for tar in tars:
             with reading(tar, on_progress) as members:
                 yield from _in_folder(tar.stem, members)
@@ -101,4 +101,4 @@ def _members(source: Path, on_progress: Progress | None) -> Iterator[Member]:
 
 
 def _in_folder(name: str, members: Iterator[Member]) -> Iterator[Member]:
-    return (replace(m, name=safe_name(m.archive, f"{name}/{m.name}")) for m in members)  # a folder may be called ..
+    return (replace(m, name=safe_name(m.archive, f"{name}/{m.name}")) for m in members)  # the tar may be called ..

@@ -1,4 +1,4 @@
-"""One image file to pixels: decode what people have in their folders, resize and crop as improved-diffusion does."""
+"""From one image file to pixels: decode the common formats, then resize and crop as improved-diffusion does."""
 
 import contextlib
 import threading
@@ -12,16 +12,16 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, ImageOps, Jpeg
 from PIL import WebPImagePlugin as WebpImagePlugin
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp")
-"""The file names that count as images end in these, in any case."""
+"""File extensions that count as images, in upper or lower case."""
 
 MAX_PIXELS = 2**26
-"""Larger images (by their header) are refused before anything is decoded: 8192 x 8192, a quarter GiB in Pillow."""
+"""Images that are larger by their header are refused before decoding: 8192 x 8192, a quarter GiB in Pillow."""
 
 MAX_BYTES = 2**30
-"""Larger files are refused unread: twice what MAX_PIXELS take without any compression."""
+"""Larger files are refused without reading them: twice the size of MAX_PIXELS uncompressed pixels."""
 
 MAX_ASPECT = 16
-"""Of images longer than this many times their width only the part that survives the crop is resized."""
+"""Above this ratio of long to short side, only the part of the image that survives the crop is resized."""
 
 _READERS: dict[bytes, Callable[[BinaryIO], ImageFile.ImageFile]] = {
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
@@ -31,13 +31,13 @@ _READERS: dict[bytes, Callable[[BinaryIO], ImageFile.ImageFile]] = {
     b"RIFF": WebpImagePlugin.WebPImageFile,
 }
 
-# A large image takes up to a GiB with its copies, so that one for each core of a big machine could exhaust it.
+# A large image takes up to a GiB with its copies: one per core could exhaust the memory of a big machine.
 _LARGE_PIXELS = 2**24
 _large_images = threading.BoundedSemaphore(2)
 
 
 class File(Protocol):
-    """A path, or what can be opened like one; str() names it."""
+    """A path, or an object that opens like one; str() gives its name."""
 
     def open(self, mode: Literal["rb"], /) -> BinaryIO: ...
 
@@ -51,21 +51,21 @@ class UnreadableImage(ValueError):
 
 
 def decode(path: str | File) -> Image.Image:
-    """The first frame of an image file, upright (EXIF), in mode RGB, transparency over white.
+    """The first frame of an image file, upright (EXIF), in mode RGB, with transparency over white.
 
-    Raises UnreadableImage for anything that is not a whole PNG, JPEG, GIF, WebP or BMP of at most MAX_PIXELS pixels.
+    Raises UnreadableImage unless the file is a complete PNG, JPEG, GIF, WebP or BMP of at most MAX_PIXELS pixels.
     """
     with _opened(path) as image:
         return _upright_rgb(image)
 
 
 def load(path: str | File, size: int) -> NDArray[np.uint8]:
-    """The image file as a square: uint8 (size, size, 3). Raises UnreadableImage as decode does."""
+    """The image file as a square, uint8 (size, size, 3). Raises UnreadableImage like decode."""
     return load_with_size(path, size)[0]
 
 
 def load_with_size(path: str | File, size: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """As load, with the (width, height) of the upright image before."""
+    """Like load, and also the original (width, height) of the upright image."""
     with _opened(path) as image:
         rgb = _upright_rgb(image)
         return resize_and_crop(rgb, size), rgb.size
@@ -74,8 +74,8 @@ def load_with_size(path: str | File, size: int) -> tuple[NDArray[np.uint8], tupl
 def resize_and_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """The centre square of an RGB image: uint8 (size, size, 3).
 
-    Pixel for pixel improved-diffusion's image_datasets.py: halve with a box filter while twice as large as needed,
-    then bicubic until the shorter side fits, then crop.
+    Equals improved-diffusion's image_datasets.py pixel for pixel: halve with a box filter while the image is at least
+    twice as large as needed, then resize the shorter side to ``size`` bicubically, then crop.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -83,12 +83,12 @@ def resize_and_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def fit(image: Image.Image, size: int, resample: Image.Resampling) -> NDArray[np.uint8]:
-    """The centre square of an RGB image whose shorter side is resized to it at once: uint8 (size, size, 3)."""
+    """The centre square of an RGB image after a single resize of its shorter side: uint8 (size, size, 3)."""
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     left, top = (width - size) // 2, (height - size) // 2
     if max(image.size) > MAX_ASPECT * min(image.size):
-        # 30000 x 2 would become 960000 x 64, only to be cropped to 64 x 64. The result is the same but for the order in
+        # 30000 x 2 would become 960000 x 64, only to be cropped to 64 x 64. The result differs only in the order in
         # which Pillow resizes the two axes.
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
@@ -99,7 +99,7 @@ def fit(image: Image.Image, size: int, resample: Image.Resampling) -> NDArray[np
 
 @contextlib.contextmanager
 def _opened(path: str | File) -> Iterator[Image.Image]:
-    """The image with only its header read; whatever goes wrong until the end of the block makes it unreadable."""
+    """The image with only its header read; any error until the end of the block becomes UnreadableImage."""
     path = Path(path) if isinstance(path, str) else path
     try:
         with path.open("rb") as file:
@@ -118,8 +118,8 @@ def _opened(path: str | File) -> Iterator[Image.Image]:
 
 
 def _open_header(path: File, file: BinaryIO) -> ImageFile.ImageFile:
-    # Image.open would warn of large images through the process's warning filters, which threads cannot change safely,
-    # and would read other formats; it also takes a phone's JPEG with a depth map (MPO) for something else.
+    # Do not use Image.open: it warns of large images through the process's warning filters, which threads cannot change
+    # safely, it reads other formats, and it does not take a phone's JPEG with a depth map (MPO) for a JPEG.
     length = file.seek(0, 2)
     file.seek(0)
     if not length:
@@ -143,7 +143,7 @@ def _reason(error: Exception) -> str:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    with contextlib.suppress(Exception):  # a damaged EXIF block is no reason to lose the picture
+    with contextlib.suppress(Exception):  # a damaged EXIF block must not lose the image
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         return _from_16_bit(image)
@@ -155,7 +155,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """The high byte, as Pillow itself reads 16-bit colour; its convert() would clip nearly everything to white."""
+    """Keep the high byte, as Pillow does for 16-bit colour; its convert() would clip nearly everything to white."""
     values = np.asarray(image)  # (H, W)
     grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
     if "transparency" in image.info:

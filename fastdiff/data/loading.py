@@ -1,4 +1,4 @@
-"""What a model is trained on: a folder or zip of images, decoded once, or an npz of them as it is."""
+"""Load a training set: a folder or zip of images, which is decoded once, or an npz of images as it is."""
 
 import hashlib
 import json
@@ -25,18 +25,18 @@ from fastdiff.runtime.display import Lines
 if TYPE_CHECKING:
     from fastdiff.runtime.distributed import World
 
-_MOST_CLASSES = 10**6  # a model has a vector for each
+_MOST_CLASSES = 10**6  # a model has an embedding for each
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Decoded images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None.
+    """Decoded images uint8 (N, H, W, 3), in memory or memory-mapped read-only, with labels int64 (N,) or None.
 
-    ``names`` are those of the N images below the data folder, ``fingerprint`` 64 hex digits of what the folder holds:
-    the names and lengths in bytes of the N images, the class of each, and the classes. It stays the same for a copy of
-    the folder, for a zip of it, for other times of its files and for another image_size, and it does not see what is
-    left out, nor a file of the same length with other bytes. That of an npz is of the pixels, too, by their CRC-32.
-    ``named`` is false for an npz whose classes have no names: then class_names are their numbers.
+    ``names`` are the names of the N images relative to the data folder. ``fingerprint`` is 64 hex digits, a hash of the
+    names and lengths in bytes of the N images, the class of each, and the classes. It is the same for a copy of the
+    folder, a zip of it, other file times and another image_size. It ignores files that are left out and does not notice
+    other bytes in a file of the same length. For an npz it covers the pixels, too, by their CRC-32. ``named`` is false
+    for an npz whose classes have no names: then class_names are their numbers.
     """
 
     images: NDArray[np.uint8]
@@ -48,16 +48,16 @@ class Dataset:
     named: bool = True
 
     def check(self) -> None:
-        """OSError where the mapped file has become shorter: reading its end would kill the process (SIGBUS)."""
+        """Raise OSError if the mapped file has become shorter: reading past its end kills the process (SIGBUS)."""
         file: Any = self.images.base  # the mapping keeps its file open
         if isinstance(self.images, np.memmap) and isinstance(file, mmap.mmap):
             missing = self.images.offset + self.images.nbytes - file.size()
             if missing > 0:
                 own = Path(self.images.filename or "").suffix == ".npz"
                 remedy = (
-                    "restore it and go on with --resume"
+                    "restore it and continue with --resume"
                     if own
-                    else "start again with --resume, which decodes them anew"
+                    else "start again with --resume, which decodes them again"
                 )
                 raise OSError(
                     f"{self.images.filename}, the decoded images, has lost {missing:,} bytes while in use; {remedy}"
@@ -74,17 +74,17 @@ def load_dataset(
 ) -> Dataset:
     """Every readable image of config.data_dir at image_size, in the order of the folder, the zip or the npz.
 
-    Unreadable images are left out and named in the preflight. ``on_progress(done, total)`` is called after each image
-    that is decoded, in the caller's thread. Where several ``processes`` of this machine load the folder, cache auto
-    takes the file, which they map all at once, and cache memory gives each a copy of its own: let one of them load the
-    folder first, and the others find its file.
+    Unreadable images are left out and named in the preflight. ``on_progress(done, total)`` is called after each decoded
+    image, in the caller's thread. If several ``processes`` of this machine load the folder, cache auto uses the file,
+    which they all map, and cache memory gives each its copy: let one of them load the folder first, and the others
+    reuse its file.
 
-    An npz (arr_0 and arr_1 as in read_samples) is mapped where it lies, and its labels are its own. Without class_names
-    in it the classes are called by their numbers.
+    An npz (arr_0 and arr_1 as in read_samples) is memory-mapped in place and contains its labels. If it has no
+    class_names, the classes are named by their numbers.
 
-    Warns, if ``labelled``, where the classes teach a model nothing. Raises ValueError for a folder without images that
-    can be read, for unreadable images if config.strict, where neither the memory nor the disk can hold the decoded
-    images, and for an npz of another size, without the labels that are wanted or that read_samples refuses.
+    If ``labelled``, warns about classes that teach a model nothing. Raises ValueError if no image of the folder can be
+    read, if images are unreadable and config.strict is set, if neither memory nor disk can hold the decoded images, or
+    if an npz has another image size, lacks the wanted labels or is refused by read_samples.
     """
     path = Path(os.path.expanduser(config.data_dir))
     if path.suffix.lower() == ".npz" and path.is_file():
@@ -101,9 +101,9 @@ def load_dataset(
 
 
 def load_shared(config: DataConfig, image_size: int, *, labelled: bool, world: "World", display: Lines) -> Dataset:
-    """As load_dataset, on every process: one of each machine decodes the images, and the others map what it wrote.
+    """Like load_dataset, on every process: one per machine decodes the images, and the others map its file.
 
-    ValueError, on all processes, where one of them sees other images than the first.
+    Raises ValueError, on all processes, if one of them sees other images than the first.
     """
     dataset = world.one_by_machine_first(
         lambda: load_dataset(
@@ -125,12 +125,12 @@ def load_shared(config: DataConfig, image_size: int, *, labelled: bool, world: "
 
 
 def doubts_of_classes(class_names: Sequence[str], images: int) -> list[str]:
-    """What speaks against training by these classes, in words that follow "has"."""
+    """Warnings about training with these classes, as phrases that follow "has"."""
     if images > 1 and len(class_names) == 1:
         return [f"one class ({printable(class_names[0])}): --class-cond teaches the model nothing"]
     if images > 10 and len(class_names) > images / 2:
         return [
-            f"{len(class_names):,} classes in {images:,} images, nearly each one of its own: for --class-cond begin "
+            f"{len(class_names):,} classes in {images:,} images, nearly one class per image: for --class-cond start "
             "the file names with the class and an underscore, or use sub-folders and --labels folder"
         ]
     return []
@@ -145,7 +145,7 @@ def _from_folder(
         name, reason = next(iter(decoded.unreadable.items()))
         raise ValueError(
             f"strict: {len(decoded.unreadable):,} of {len(folder):,} images in {folder.root} cannot be read, the first "
-            f"is {printable(name)} ({reason}); mend or remove them, or leave strict off to skip them"
+            f"is {printable(name)} ({reason}); repair or remove them, or leave strict off to skip them"
         )
     readable = np.array([name not in decoded.unreadable for name in folder.names])
     names = tuple(compress(folder.names, readable))
@@ -181,13 +181,13 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool)
     about = [samples.images.shape, samples.checksum, names, class_names]
     digest = hashlib.sha256(json.dumps(about).encode())
     digest.update(b"" if labels is None else labels.tobytes())
-    # rows that lie apart would be brought together anew for every batch
+    # otherwise np.take would copy the images for every batch
     images = samples.images if samples.images.flags.c_contiguous else np.ascontiguousarray(samples.images)
     return Dataset(images, labels, class_names, preflight, names, digest.hexdigest(), named)
 
 
 def _class_names(path: Path, labels: NDArray[np.int64], names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The names of the classes, by their numbers where they have none; ValueError for labels that they do not fit."""
+    """The names of the classes, or their numbers if they have no names; ValueError for labels out of range."""
     known = _MOST_CLASSES if names is None else len(names)
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= known:

@@ -1,4 +1,4 @@
-"""LSUN's databases as a folder of square PNG files, cut as improved-diffusion cuts them."""
+"""Convert LSUN's databases to a folder of square PNG files, cropped as in improved-diffusion."""
 
 from collections.abc import Generator
 from contextlib import closing
@@ -24,17 +24,17 @@ def prepare_lsun(
     limit: int | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[int, int]:
-    """Make out/bedroom_0000000.png and so on; returns how many images there are, and how many could not be read.
+    """Write out/bedroom_0000000.png and so on; returns the number of images written and of unreadable ones.
 
-    ``source`` is a folder like bedroom_train_lmdb or the zip that it comes in. Images are numbered in the order of
-    their keys, those that cannot be read included; ``limit`` takes the first ones only. ``on_progress(done, total)`` is
-    called after each image. Raises ValueError without lmdb, for a source that is no such database or holds no image,
-    and where ``out`` is not empty.
+    ``source`` is a folder like bedroom_train_lmdb, or the zip that it comes in. Images are numbered in the order of
+    their keys, including unreadable ones; ``limit`` takes only the first ones. ``on_progress(done, total)`` is called
+    after each image. Raises ValueError if lmdb is not installed, if the source is not such a database or holds no
+    readable image, and if ``out`` is not empty.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be positive, not {image_size}")
     if not prefix.isprintable() or not prefix or prefix.startswith(".") or "/" in prefix or "\\" in prefix:
-        raise ValueError(f"prefix must be what visible file names can begin with, not {prefix!r}")
+        raise ValueError(f"prefix must be a valid start of a visible file name, not {prefix!r}")
     with whole(out) as folder:
         folder.mkdir()
 
@@ -58,12 +58,12 @@ def prepare_lsun(
                     if on_progress is not None:
                         on_progress(done, total)
         if not written:
-            raise ValueError(f"{source} holds no image that can be read, of {total:,}")
+            raise ValueError(f"{source} holds no readable image among {total:,}")
     return written, total - written
 
 
 def _unpacked(source: Path, folder: Path) -> Path:
-    """The database of a zip, unpacked to where nothing of it will stay."""
+    """Unpack the database of a zip to the temporary ``folder``."""
     with reading(source) as members:
         for member in members:
             if member.name.rpartition("/")[2] == "data.mdb":
@@ -74,7 +74,7 @@ def _unpacked(source: Path, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Value:
-    """An encoded image out of the database."""
+    """An encoded image from the database."""
 
     name: str
     content: bytes
@@ -87,7 +87,7 @@ class _Value:
 
 
 class _Database:
-    """The values of an LMDB folder in the order of their keys. Nothing is written to it, a lock file included."""
+    """The values of an LMDB folder in the order of their keys. Nothing is written to it, not even a lock file."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -102,7 +102,7 @@ class _Database:
         except lmdb.Error as error:
             raise self._damaged(error) from None
         promised = (self._open.info()["last_pgno"] + 1) * self._open.stat()["psize"]
-        if promised > (length := (folder / "data.mdb").stat().st_size):  # to read the rest would kill the process
+        if promised > (length := (folder / "data.mdb").stat().st_size):  # reading past its end kills the process
             self._open.close()
             raise ValueError(f"{folder} is incomplete: data.mdb has {length:,} of {promised:,} bytes: copy it again")
 
@@ -123,4 +123,4 @@ class _Database:
         self._open.close()
 
     def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(f"{printable(str(self._folder))} is no LMDB database or damaged ({first_line(error)})")
+        return ValueError(f"{printable(str(self._folder))} is damaged or not an LMDB database ({first_line(error)})")

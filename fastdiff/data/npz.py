@@ -1,6 +1,6 @@
-"""Samples in an npz file, as improved-diffusion and fastdiff write them, mapped where they lie.
+"""Read samples from an npz file, as improved-diffusion and fastdiff write them, memory-mapped in place.
 
-Such a file may be anybody's: nothing is allocated on its word alone.
+Such a file is untrusted: its claims alone never allocate memory.
 """
 
 import io
@@ -25,9 +25,9 @@ from fastdiff.data.cache import available_memory
 from fastdiff.data.classes import composed
 from fastdiff.data.words import first_line, printable
 
-_CHUNK = 2**20  # bytes that are read at once; the directory of an npz takes some hundred
+_CHUNK = 2**20  # bytes per read; the directory of an npz takes a few hundred
 _HEADER = 2**14  # bytes: more than NumPy accepts as an array's header
-_DEFLATE_RATIO = 1032  # two bits say 258 bytes at best
+_DEFLATE_RATIO = 1032  # two bits encode at most 258 bytes
 _WANTED = "save uint8 images (N, H, W, 3) and integer labels (N,) with np.savez(file, images, labels)"
 
 _Fits = Callable[[tuple[int, ...], np.dtype[Any]], bool]
@@ -35,9 +35,10 @@ _Fits = Callable[[tuple[int, ...], np.dtype[Any]], bool]
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images uint8 (N, H, W, 3), in memory or mapped read-only, with labels int64 (N,) or None.
+    """Images uint8 (N, H, W, 3), in memory or memory-mapped read-only, with labels int64 (N,) or None.
 
-    Where the file has them: the ``class_names`` (K,) and the ``names`` (N,) of the images. ``checksum`` is the images'.
+    ``class_names`` (K,) and the images' ``names`` (N,) are None if the file lacks them. ``checksum`` is the CRC-32 of
+    the stored images.
     """
 
     images: NDArray[np.uint8]
@@ -48,14 +49,14 @@ class Samples:
 
 
 def read_samples(path: Path) -> Samples:
-    """The images of a file's arr_0 and, where it has them, the labels of its arr_1, class_names and names.
+    """Read the images (arr_0) of a file and, if it has them, its labels (arr_1), class_names and names.
 
-    Images that are stored uncompressed (np.savez) are mapped and take no memory, compressed ones
-    (np.savez_compressed) are read into it. Either way all of the file is read once, to compare its checksums.
+    Images that are stored uncompressed (np.savez) are memory-mapped and take no memory; compressed ones
+    (np.savez_compressed) are read into memory. Either way the entire file is read once, to verify its checksums.
 
-    Raises ValueError for a file that is missing, no npz, damaged or cut short, holds anything else than images uint8
-    (N, H, W, 3) and as many integer labels (objects are never unpickled), says that it holds more than it does, or
-    is compressed and larger than the memory.
+    Raises ValueError if the file is missing, not an npz, damaged or truncated, if it holds anything other than images
+    uint8 (N, H, W, 3) and as many integer labels (objects are never unpickled), if it claims to hold more than it
+    does, or if it is compressed and larger than the available memory.
     """
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
@@ -63,7 +64,7 @@ def read_samples(path: Path) -> Samples:
     with _Reader(io.FileIO(os.fspath(path))) as file:
         try:
             with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python and NumPy warn of odd headers
+                warnings.simplefilter("ignore")  # Python and NumPy warn about odd headers
                 images = _read(file, archive, "arr_0", _are_images)
                 there, count = set(archive.namelist()), len(images)
                 labels = class_names = names = None
@@ -73,7 +74,7 @@ def read_samples(path: Path) -> Samples:
                     texts = _texts(_read(file, archive, "class_names", partial(_are_texts, None)))
                     class_names = tuple(map(composed, texts))
                     if len(set(class_names)) != len(class_names):
-                        raise _UnfitError("has two class_names that are the same: give each class a name of its own")
+                        raise _UnfitError("has two class_names that are the same: give each class its own name")
                 if "names.npy" in there:
                     names = _texts(_read(file, archive, "names", partial(_are_texts, count)))
                 return Samples(images, labels, class_names, names, archive.getinfo("arr_0.npy").CRC)
@@ -81,16 +82,16 @@ def read_samples(path: Path) -> Samples:
             raise ValueError(f"{path} {error}") from None
         except Exception as error:  # zipfile and NumPy raise nearly anything on damaged bytes
             raise ValueError(
-                f"{path} is damaged or no npz file ({first_line(error)}): copy it again, or {_WANTED}"
+                f"{path} is damaged or not an npz file ({first_line(error)}): copy it again, or {_WANTED}"
             ) from None
 
 
 class _UnfitError(ValueError):
-    """What is wrong with a file, and the remedy."""
+    """The file cannot be used; the text says why, and the remedy."""
 
 
 class _Reader(io.BufferedReader):
-    """Refuses what only damage asks for: zipfile reads a directory at once, as long as the file says that it is."""
+    """Refuses huge reads, which only a damaged file requests: zipfile reads a directory at its claimed size at once."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _CHUNK:
@@ -111,14 +112,14 @@ def _are_texts(count: int | None, shape: tuple[int, ...], dtype: np.dtype[Any]) 
 
 
 def _texts(array: NDArray[Any]) -> tuple[str, ...]:
-    return tuple(os.fsdecode(text) for text in array.tolist())  # of bytes, as older writers have them, too
+    return tuple(os.fsdecode(text) for text in array.tolist())  # older writers store bytes
 
 
 def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> NDArray[Any]:
-    """One array of the file, mapped where it is stored uncompressed."""
+    """One array of the file, memory-mapped if it is stored uncompressed."""
     if f"{name}.npy" not in archive.namelist():
         found = ", ".join(archive.namelist()[:5])
-        raise _UnfitError(f"has no {name} (but {printable(found) or 'nothing'}): {_WANTED}")
+        raise _UnfitError(f"has no {name} (only {printable(found) or 'nothing'}): {_WANTED}")
     info = archive.getinfo(f"{name}.npy")
     stored = info.compress_type == zipfile.ZIP_STORED
     if not stored and info.compress_type != zipfile.ZIP_DEFLATED:
@@ -132,15 +133,15 @@ def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> ND
         promised, header = math.prod(shape) * dtype.itemsize, head.tell()
         most = min(info.compress_size, os.fstat(file.fileno()).st_size) * (1 if stored else _DEFLATE_RATIO)
         if info.file_size != header + promised or info.file_size > most:
-            raise _UnfitError(f"promises {shortened(shape)} as {name} and does not hold so much: copy it again")
+            raise _UnfitError(f"claims to hold {shortened(shape)} as {name} but does not: copy it again")
         if not stored and promised > available_memory():
             raise _UnfitError(
-                f"holds {promised / 2**30:.2f} GiB compressed, more than the memory that is available: "
-                "save it with np.savez, which does not compress, and it is read where it lies"
+                f"holds {promised / 2**30:.2f} GiB compressed, more than the available memory: "
+                "save it with np.savez, which does not compress, so that it is memory-mapped instead"
             )
         values = None if stored else np.empty(promised, np.uint8)
         done = 0
-        for part in chain([head.read()], iter(partial(member.read, _CHUNK), b"")):  # to the end: there is the checksum
+        for part in chain([head.read()], iter(partial(member.read, _CHUNK), b"")):  # to the end, for the checksum
             if values is not None:
                 values[done : done + len(part)] = np.frombuffer(part, np.uint8)
             done += len(part)
@@ -149,6 +150,6 @@ def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> ND
     order: Literal["C", "F"] = "F" if fortran_order else "C"
     if values is not None:
         return np.ndarray(shape, dtype, values, order=order)
-    file.seek(info.header_offset + 26)  # the member's own header, whose lengths need not be those of the directory
+    file.seek(info.header_offset + 26)  # the member's local header, whose lengths may differ from the directory's
     start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + header
     return np.memmap(file, dtype, "r", start, shape, order)

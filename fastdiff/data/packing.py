@@ -1,4 +1,4 @@
-"""A folder of images as one file to train from."""
+"""Pack a folder of images into one file to train from."""
 
 import shutil
 import zipfile
@@ -15,11 +15,11 @@ from fastdiff.data.words import ArchiveError, printable, safe_name
 
 
 def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> int:
-    """The image files of a folder as they are, uncompressed, in its order; returns how many there are.
+    """Store the image files of a folder, unchanged and in order, in an uncompressed zip; returns their number.
 
     A folder and its zip are the same data set, with the same fingerprint, at any size and with either kind of labels.
-    ``on_progress(done, total)`` is called after each file. Raises ValueError as ImageFolder does, for a name that no
-    zip can hold, and where ``out`` exists.
+    ``on_progress(done, total)`` is called after each file. Raises ValueError like ImageFolder, for a name that a zip
+    cannot hold, and if ``out`` exists.
     """
     folder = ImageFolder(source, 1, labels=None)
     with whole(out) as file, zipfile.ZipFile(file, "w") as archive:
@@ -30,7 +30,7 @@ def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> in
                 raise ValueError(
                     f"{printable(name)} in {source} has a name that leads out of a zip: rename it"
                 ) from None
-            info = zipfile.ZipInfo(name)  # with no time: equal folders make equal files
+            info = zipfile.ZipInfo(name)  # without a time, so that equal folders make equal files
             info.external_attr = 0o644 << 16
             try:
                 with image.open("rb") as content, archive.open(info, "w", force_zip64=True) as member:
@@ -45,11 +45,11 @@ def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> in
 def pack_npz(
     source: Path, out: Path, image_size: int, labels: Labels = Labels.PREFIX, on_progress: Progress | None = None
 ) -> Preflight:
-    """The decoded images as np.savez writes them, which are mapped when they are read; returns what the folder gave.
+    """Save the decoded images with np.savez, so that they can be memory-mapped; returns the folder's preflight.
 
-    arr_0: uint8 (N, H, W, 3); arr_1: int64 (N,), the classes; class_names and names: text. The images go through a
-    memory-mapped file beside ``out`` where they are too many for the memory. Raises ValueError as load_dataset does,
-    and where ``out`` exists.
+    arr_0: uint8 (N, H, W, 3); arr_1: int64 (N,), the classes; class_names and names: text. If the images do not fit in
+    memory, they go through a memory-mapped file beside ``out``. Raises ValueError like load_dataset, and if ``out``
+    exists.
     """
     with whole(out) as file:
         config = DataConfig(data_dir=str(source), labels=labels, cache_dir=str(file.parent / "cache"))

@@ -1,4 +1,4 @@
-"""Pixels as they are stored, and as a model sees them."""
+"""Conversion between pixels as stored and as a model sees them."""
 
 import torch
 from torch import Tensor
@@ -10,5 +10,5 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(N, 3, H, W) in [-1, 1] as contiguous uint8 (N, H, W, 3), as improved-diffusion rounds: towards zero."""
+    """(N, 3, H, W) in [-1, 1] as contiguous uint8 (N, H, W, 3), rounded towards zero as in improved-diffusion."""
     return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

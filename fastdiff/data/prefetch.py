@@ -1,4 +1,4 @@
-"""The copy of a batch to the device, beside the training step before it."""
+"""Copy each batch to the device while the previous training step runs."""
 
 from collections.abc import Generator
 from contextlib import closing
@@ -9,10 +9,10 @@ from fastdiff.data.batches import Batch
 
 
 def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """The batches on ``device``, in order; one that is there already is passed on as it is.
+    """The batches on ``device``, in order; a batch that is already there passes through unchanged.
 
-    On CUDA the next batch is copied on a stream of its own while the present one is trained on, and the consumer's
-    stream, not the host, waits for the copy; that takes batches in pinned memory. Closing it closes ``batches``.
+    On CUDA a separate stream copies the next batch while the current one is trained on. The consumer's stream, not the
+    host, waits for the copy, which needs batches in pinned memory. Closing the iterator closes ``batches``.
     """
     with closing(batches):
         if device.type == "cuda":
@@ -26,7 +26,7 @@ def _copied_ahead(batches: Generator[Batch, None, None], device: torch.device) -
     stream = torch.cuda.Stream(device)
 
     def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        # The pinned memory may be let go of at once: PyTorch's allocator gives it out again after the copy.
+        # The pinned memory may be released at once: PyTorch's allocator reuses it only after the copy.
         with torch.cuda.stream(stream):
             return _to(batch, device), stream.record_event()
 
@@ -39,7 +39,7 @@ def _copied_ahead(batches: Generator[Batch, None, None], device: torch.device) -
         consumer.wait_event(copied)
         for tensor in batch:
             if tensor is not None:
-                # It was allocated for the copying stream, which would take the memory back while it is still read.
+                # It was allocated on the copy stream, which would otherwise reuse the memory while it is still read.
                 tensor.record_stream(consumer)
         yield batch
 

@@ -1,4 +1,4 @@
-"""A toy set: coloured shapes on plain ground, drawn as PNG files."""
+"""A toy data set: coloured shapes on a plain background, as PNG files."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ _INKS = ((226, 74, 66), (64, 140, 230), (80, 180, 90), (245, 190, 60))
 
 
 def draw_shape(name: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """A shape of SHAPES in a random place, size, turn and colour, size x size pixels with smooth edges."""
+    """Draw a shape of SHAPES with random position, scale, rotation and colour: size x size pixels, smooth edges."""
     side = size * _OVERSAMPLING
     ink = _INKS[rng.integers(len(_INKS))]
     image = Image.new("RGB", (side, side), _GROUND)
@@ -29,7 +29,7 @@ def draw_shape(name: str, size: int, rng: np.random.Generator) -> Image.Image:
 
 
 def write_shapes(folder: Path, count: int, size: int, seed: int) -> None:
-    """``count`` PNG files called circle_00000.png and so on, the shapes in turn."""
+    """Write ``count`` PNG files named circle_00000.png and so on, with the shapes in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(count):

@@ -1,4 +1,4 @@
-"""A close look at a data set before it is trained on."""
+"""Inspect a data set before training on it."""
 
 import os
 import warnings
@@ -21,19 +21,19 @@ from fastdiff.data.threads import Progress
 from fastdiff.data.words import printable
 
 SHOWN = 100
-"""Images of a contact sheet."""
+"""Maximum number of images on a contact sheet."""
 
 FEW = 10
-"""A class of fewer images is named."""
+"""Classes with fewer images are reported."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a data set holds at one image_size.
+    """The contents of a data set at one image_size.
 
-    ``unreadable`` of its images cannot be decoded. ``class_counts`` are of the others, and ``shown`` (n, H, W, 3) up to
-    100 of these, evenly spread, as a model sees them, with their classes as ``captions``. ``doubts`` are what speaks
-    against training on the set, in words that follow "has".
+    ``unreadable`` lists the images that cannot be decoded. ``class_counts`` counts the others, and ``shown``
+    (n, H, W, 3) holds up to 100 of them, evenly spaced, as a model sees them, with their classes as ``captions``.
+    ``doubts`` are warnings about training on the set, as phrases that follow "has".
     """
 
     preflight: Preflight
@@ -48,10 +48,10 @@ class Survey:
 def survey(
     path: Path, image_size: int | None = None, labels: Labels = Labels.PREFIX, on_progress: Progress | None = None
 ) -> Survey:
-    """Look at every image of a folder, a zip or an npz, of which a few are kept in memory.
+    """Inspect every image of a folder, a zip or an npz, keeping only a few of them in memory.
 
-    Without ``image_size`` that is 64, and an npz's own. ``on_progress(done, total)`` is called after each image. Raises
-    ValueError where it cannot be trained on, as load_dataset does.
+    ``image_size`` defaults to 64, or to the size of an npz. ``on_progress(done, total)`` is called after each image.
+    Raises ValueError, like load_dataset, if the set cannot be trained on.
     """
     path = Path(os.path.expanduser(path))
     if path.suffix.lower() == ".npz" and path.is_file():
@@ -75,7 +75,7 @@ def survey(
     counts = dict.fromkeys(folder.class_names, 0) | Counter(compress(classes, readable))
     doubts = []
     if enlarged:
-        doubts.append(f"{_count(enlarged)} smaller than {folder.image_size} pixels, to be enlarged, which blurs")
+        doubts.append(f"{_count(enlarged)} smaller than {folder.image_size} pixels, which will be enlarged and blurred")
     return look.survey(preflight, folder.image_size, unreadable, counts, classes, doubts)
 
 
@@ -83,7 +83,7 @@ def _of_samples(path: Path, image_size: int | None, on_progress: Progress | None
     samples = read_samples(path)
     image_size = image_size or samples.images.shape[1]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the classes, which are told of with the rest
+        warnings.simplefilter("ignore")  # about the classes, which the survey reports itself
         data = load_dataset(DataConfig(data_dir=str(path)), image_size, labelled=samples.labels is not None)
     look = _Look(len(data.images))
     for i, image in enumerate(data.images):
@@ -96,7 +96,7 @@ def _of_samples(path: Path, image_size: int | None, on_progress: Progress | None
 
 
 class _Look:
-    """What is kept of the images, one after the other."""
+    """Accumulates what the survey needs, one image at a time."""
 
     def __init__(self, total: int) -> None:
         self._wanted = set(np.linspace(0, total - 1, min(total, SHOWN)).round().astype(int).tolist())

@@ -1,4 +1,4 @@
-"""Work on many items by as many threads as there are processors."""
+"""Process many items with one thread per processor."""
 
 import os
 from collections import deque
@@ -11,15 +11,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Progress = Callable[[int, int], None]
-"""Is called with how much is done, and of how much."""
+"""Called with the amount done and the total."""
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-    """``function(item)`` for each item, in their order. The items are taken in the caller's thread."""
+    """Yield ``function(item)`` for each item, in order. The items are taken in the caller's thread."""
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         waiting = iter(items)
-        # Results wait here for their turn; a window keeps them few.
+        # Results wait here for their turn; the window limits their number.
         window = deque(pool.submit(function, item) for item in islice(waiting, 4 * threads))
         while window:
             yield window.popleft().result()

@@ -1,4 +1,4 @@
-"""Names that others chose, as they can be shown and used, and what others' errors say."""
+"""Make untrusted names safe to show and to use, and quote the errors of other libraries."""
 
 import re
 from pathlib import Path
@@ -9,20 +9,20 @@ class ArchiveError(ValueError):
 
 
 def printable(text: str) -> str:
-    """File names may hold line breaks, terminal codes or bytes of another encoding."""
+    """Replace unprintable characters: file names may hold line breaks, terminal codes or bytes of another encoding."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a line of ours."""
+    """The first line of an error's message, to quote in another message."""
     said = printable(str(error).partition("\n")[0])[:100]
     return said or ("truncated" if isinstance(error, EOFError) else type(error).__name__)
 
 
 def safe_name(archive: Path, name: str) -> str:
-    """A member's name below the archive's root, with "/"; ArchiveError for one that leads elsewhere.
+    """A member's name relative to the archive's root, with "/"; ArchiveError if it leads out of the root.
 
-    That of the root itself, as a tar of "." has it, is empty.
+    The name of the root itself, which a tar of "." contains, is empty.
     """
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or "\\" in name or re.match("[A-Za-z]:", name):
@@ -33,7 +33,7 @@ def safe_name(archive: Path, name: str) -> str:
 
 
 def safe_file_name(archive: Path, name: str) -> str:
-    """As safe_name, of a file, which must have one."""
+    """Like safe_name, for a file, whose name must not be empty."""
     if not (safe := safe_name(archive, name)):
         raise ArchiveError(f"{archive} holds a file without a name: pack it again")
     return safe

@@ -1,4 +1,4 @@
-"""The files of a zip, read where they lie. Nothing that such a file says of itself is believed."""
+"""Read the files of a zip in place. Nothing that a zip claims about itself is trusted."""
 
 import io
 import weakref
@@ -10,7 +10,7 @@ from typing import BinaryIO, Literal, cast
 from fastdiff.data.images import MAX_BYTES, UnreadableImage
 from fastdiff.data.words import first_line, safe_file_name
 
-_WHOLE = 2**24  # bytes: larger members are not held in memory, but unpacked as they are read
+_WHOLE = 2**24  # bytes: larger members are not held in memory, but decompressed as they are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +24,9 @@ class ZipMember:
         return f"{self.archive.filename}/{self.info.filename}"
 
     def open(self, mode: Literal["rb"] = "rb", /) -> BinaryIO:
-        """The content, which is compared with its checksum when it is read to the end.
+        """Open the content; reading it to the end verifies its checksum.
 
-        Raises UnreadableImage for members that are encrypted or over the limit of images.MAX_BYTES.
+        Raises UnreadableImage if the member is encrypted or larger than images.MAX_BYTES.
         """
         if self.info.flag_bits & 1:
             raise UnreadableImage(self, "encrypted")
@@ -36,15 +36,15 @@ class ZipMember:
         if self.info.file_size > _WHOLE:
             return cast(BinaryIO, file)
         with file:
-            return io.BytesIO(file.read())  # decoders go to and fro
+            return io.BytesIO(file.read())  # decoders seek back and forth
 
 
 def zip_members(path: Path) -> dict[str, ZipMember]:
-    """The files of a zip by name, folders left out. Raises ValueError for one that is damaged or has unsafe names."""
+    """The files of a zip by name, without folders. Raises ValueError if the zip is damaged or has unsafe names."""
     try:
         file = path.open("rb")
         try:
-            # Of a file that is not its own ZipFile counts no users, which threads would have to do one by one.
+            # Pass an open file: ZipFile closes a file that it opened by a count of users that is not thread-safe.
             archive = zipfile.ZipFile(file)
         except BaseException:
             file.close()
@@ -52,7 +52,7 @@ def zip_members(path: Path) -> dict[str, ZipMember]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({(error.strerror or 'damaged').lower()})") from None
     except Exception as error:  # zipfile raises nearly anything on damaged bytes
-        raise ValueError(f"{path} is damaged or no zip ({first_line(error)}): copy it again") from None
+        raise ValueError(f"{path} is damaged or not a zip ({first_line(error)}): copy it again") from None
     weakref.finalize(archive, file.close)
     return {
         safe_file_name(path, info.filename): ZipMember(archive, info)

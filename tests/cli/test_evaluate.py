@@ -164,7 +164,7 @@ def test_a_bare_state_dict(evaluate: Cli, checkpoint: Path, animals: Path, tmp_p
     result = evaluate("model000007.pt", "--data-dir", animals, "--out-dir", "bare", *described, "--steps", 4)
     assert result.status == 0
     assert result.err == (
-        "warning: the model has no names of its classes: those of the data are numbered in their order, 0 being cat\n"
+        "warning: the model has no class names: the classes of the data are numbered in their order, 0 being cat\n"
     )
     assert " over 7 images, raw weights, 4 of 20 steps" in result.out
     succeeded(evaluate(checkpoint, "--data-dir", animals, "--out-dir", "named", "--steps", 4))
@@ -294,5 +294,5 @@ def test_without_matplotlib(evaluate: Cli, checkpoint: Path, animals: Path, monk
 def test_help(cli: Cli) -> None:
     assert "nll" in succeeded(cli("evaluate")).out
     shown = succeeded(cli("evaluate", "nll", "--help")).out
-    assert "Arithmetic of the model; fp32 unless" in shown
+    assert "Precision of the model; fp32 by default" in shown
     refused(cli("evaluate", "fid"), "fid")

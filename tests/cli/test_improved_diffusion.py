@@ -91,7 +91,7 @@ def config_of(run_dir: Path) -> dict[str, dict[str, object]]:
 WITHIN_OTHERS = ("imagenet64_uncond", "lsun_1e-4", "imagenet64_vlb")
 
 
-@pytest.mark.filterwarnings("ignore:the model has no names of its classes")  # a bare state dict
+@pytest.mark.filterwarnings("ignore:the model has no class names")  # a bare state dict
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in WITHIN_OTHERS)) for name in GROUPS]
 )

@@ -118,7 +118,7 @@ REFUSALS: list[tuple[str, tuple[object, ...], list[str]]] = [
     ("up", (), ["super-resolution", "--base-samples", "8 pixels", "--super-res"]),
     ("plain", ("--base-samples", "small.npz"), ["base_samples", "not a super-resolution model"]),
     ("up", ("--base-samples", "nowhere.npz"), [r"nowhere\.npz does not exist"]),
-    ("up", ("--base-samples", "text.txt"), [r"text\.txt is damaged or no npz"]),
+    ("up", ("--base-samples", "text.txt"), [r"text\.txt is damaged or not an npz"]),
     ("up", ("--base-samples", "large.npz"), [r"large\.npz", "16x16", "8x8"]),
     ("upcats", ("--base-samples", "small.npz", "--class-mix", "data"), ["class_mix data", "have their own classes"]),
     ("upcats", ("--base-samples", "unlabelled.npz"), [r"unlabelled\.npz has no labels"]),
@@ -161,7 +161,7 @@ def lying(path: Path, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(2**43 // 192, 8, 8, 3), (2**62, 8, 8, 3), (2, 8, 8, 3)])
 def test_a_header_that_promises_more_than_the_file_holds(sample: Cli, here: Path, shape: tuple[int, ...]) -> None:
     lying(here / "lying.npz", shape)
-    left_nothing(here, lambda: sample("up.safetensors", "--base-samples", "lying.npz"), r"lying\.npz promises")
+    left_nothing(here, lambda: sample("up.safetensors", "--base-samples", "lying.npz"), r"lying\.npz claims to hold")
 
 
 def test_a_picture_that_cannot_be_read(sample: Cli, here: Path) -> None:

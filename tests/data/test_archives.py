@@ -98,7 +98,7 @@ def test_archives_that_are_cut_short_anywhere(tmp_path: Path, kind: str) -> None
     for length in [0, 1, 100, 512, 1024, 1300, len(end) // 2, len(end) - 1]:
         if length < len(end):
             path.write_bytes(content[:length])
-            assert "damaged, incomplete or no tar" in refused(tmp_path, path)
+            assert "damaged, incomplete or not a tar" in refused(tmp_path, path)
 
 
 def test_a_tar_without_an_end_or_with_rubbish_in_it(tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_a_tar_without_an_end_or_with_rubbish_in_it(tmp_path: Path) -> None:
     content = path.read_bytes()
     second = content.index(b"n2/b_1.png")
     path.write_bytes(content[:second])  # exactly between two members
-    assert "it has no end" in refused(tmp_path, path)
+    assert "it has no end marker" in refused(tmp_path, path)
     path.write_bytes(content[:second] + b"rubbish!" * 64 + content[second + 512 :])
-    assert "it has no end" in refused(tmp_path, path)
+    assert "it has no end marker" in refused(tmp_path, path)
 
 
 def test_a_damaged_member_of_a_zip(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_damage_anywhere_in_a_zip(tmp_path: Path, method: int) -> None:
     start = whole.index(b"n2/b_1.png") + 18
     damaged[start : start + 12] = bytes(byte ^ 0x5A for byte in damaged[start : start + 12])
     path.write_bytes(damaged)
-    assert "damaged, incomplete or no tar" in refused(tmp_path, path)
+    assert "damaged, incomplete or not a tar" in refused(tmp_path, path)
 
 
 def test_a_zip_with_names_that_are_no_text(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_odd_headers(tmp_path: Path, headers: dict[str, str]) -> None:
     extra = tarfile.TarInfo("x.png")
     extra.pax_headers = headers
     message = refused(tmp_path, tar(tmp_path / "x.tar", GOOD, extra=extra))
-    assert "damaged" in message or "a name that no file can have here" in message
+    assert "damaged" in message or "a name that is invalid here" in message
     assert ".tmp" not in message
 
 
@@ -218,7 +218,7 @@ def test_a_member_that_grows_as_no_image_does(tmp_path: Path, method: int) -> No
         at = raw.rindex(b"PK\1\2") + 24
         raw[at : at + 4] = (2**30).to_bytes(4, "little")
         path.write_bytes(raw)
-    assert "b.png promises more than" in refused(tmp_path, path)
+    assert "b.png claims to be larger than" in refused(tmp_path, path)
 
 
 def test_members_that_overlap(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_what_the_user_of_an_archive_raises_is_its_own(tmp_path: Path) -> None:
 
 def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"hello" * 1000)
-    assert "no tar, tar.gz or zip" in refused(tmp_path, tmp_path / "x.tar")
+    assert "not a tar, tar.gz or zip" in refused(tmp_path, tmp_path / "x.tar")
     with pytest.raises(ValueError, match=r"nowhere\.tar does not exist: give the archive"):
         prepare_imagenet(tmp_path / "nowhere.tar", tmp_path / "out")
     os.mkfifo(tmp_path / "pipe")
@@ -353,7 +353,7 @@ def test_a_name_that_looks_like_a_pattern(tmp_path: Path) -> None:
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file/out", Path("/proc/out"), tmp_path / ("x" * 300)):
-        with pytest.raises(ValueError, match=r"cannot be written \(.*\): make room there") as caught, whole(out):
+        with pytest.raises(ValueError, match=r"cannot be written \(.*\): free space there") as caught, whole(out):
             pytest.fail("it cannot be made")
         assert str(caught.value).startswith(str(out))
 
@@ -379,7 +379,7 @@ def test_a_full_disk(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch)
     before, limits = found_below(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(ValueError, match=rf"out\.{kind} cannot be written \(file too large\): make room there"):
+        with pytest.raises(ValueError, match=rf"out\.{kind} cannot be written \(file too large\): free space there"):
             make_it[kind]()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

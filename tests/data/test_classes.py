@@ -71,13 +71,13 @@ def test_names_that_are_numbers_are_those_of_a_model_without_names() -> None:
 
 
 def test_classes_are_matched_by_number_where_there_are_no_names() -> None:
-    with pytest.warns(UserWarning, match="^x has no class_names: its labels are read as numbers .* 0 being a$"):
-        assert renumbered(LABELS, None, ("a", "b", "c"), 3, "x", "y").tolist() == LABELS.tolist()
-    with pytest.warns(UserWarning, match="^the model has no names of its classes: .* 0 being b$"):
-        assert renumbered(LABELS, ("b", "c", "a"), (), 3, "x", "y").tolist() == LABELS.tolist()
     with pytest.warns(
-        UserWarning, match="^x has no class_names: its labels are read as numbers of the model's classes$"
+        UserWarning, match="^x has no class_names: its labels are taken as the model's class numbers, 0 being a$"
     ):
+        assert renumbered(LABELS, None, ("a", "b", "c"), 3, "x", "y").tolist() == LABELS.tolist()
+    with pytest.warns(UserWarning, match="^the model has no class names: .* 0 being b$"):
+        assert renumbered(LABELS, ("b", "c", "a"), (), 3, "x", "y").tolist() == LABELS.tolist()
+    with pytest.warns(UserWarning, match="^x has no class_names: its labels are taken as the model's class numbers$"):
         assert renumbered(LABELS, None, (), 3, "x", "y").tolist() == LABELS.tolist()
 
 
@@ -87,9 +87,9 @@ def test_classes_are_matched_by_number_where_there_are_no_names() -> None:
         ([0, 2], ("a", "b", "z"), ("a", "b"), "x has the class 'z', which the model does not know; it knows a, b: y"),
         ([0, 2], ("a", "b"), ("a", "b"), "x has labels from 0 to 2, which must be from 0 to 1"),
         ([0, -1], ("a", "b"), ("a", "b"), "x has labels from -1 to 0"),
-        ([0, 2], None, ("a", "b"), "x has the class 2, and the model the classes 0 to 1: y"),
+        ([0, 2], None, ("a", "b"), "x has the class 2, but the model has the classes 0 to 1: y"),
         ([0, -1], None, (), "x has the class -1"),
-        ([0, 2], ("a", "b", "z"), (), "x has the class 2, and the model the classes 0 to 1"),
+        ([0, 2], ("a", "b", "z"), (), "x has the class 2, but the model has the classes 0 to 1"),
         ([0, 1], ("0", "7"), (), "x has the class '7'"),
     ],
 )

@@ -79,9 +79,7 @@ def test_nothing_to_find(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no images that can be used"):
         prepare_imagenet(zipped(tmp_path / "x.zip", {"a.txt": b"x"}), tmp_path / "out")
     (tmp_path / "images").mkdir()
-    with pytest.raises(
-        ValueError, match=r"a folder without \.tar files: to train on images in it needs no preparation"
-    ):
+    with pytest.raises(ValueError, match=r"a folder without \.tar files: if it holds images, train on it directly"):
         prepare_imagenet(tmp_path / "images", tmp_path / "out")
     with pytest.raises(ValueError, match="image_size must be positive"):
         prepare_imagenet(tmp_path / "x.zip", tmp_path / "out", 0)

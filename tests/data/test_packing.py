@@ -165,7 +165,7 @@ def test_files_that_are_no_zip(data: Path) -> None:
     broken = bytearray(content)
     broken[content.index(b"PK\1\2")] = 0  # where the directory begins
     path.write_bytes(broken)
-    with pytest.raises(ValueError, match=r"out\.zip is damaged or no zip"):
+    with pytest.raises(ValueError, match=r"out\.zip is damaged or not a zip"):
         ImageFolder(path, 8)
     zipped(path, {"a.txt": b""})
     with pytest.raises(ValueError, match=r"no images in data_dir .*out\.zip.* found 1 .txt"):
@@ -310,7 +310,7 @@ def test_an_npz_that_loses_its_end(tmp_path: Path) -> None:
     dataset = loaded(tmp_path / "a.npz", labelled=False)
     dataset.check()
     os.truncate(tmp_path / "a.npz", 10_000)
-    with pytest.raises(OSError, match=r"a\.npz, .* has lost [\d,]+ bytes while in use; restore it and go on with"):
+    with pytest.raises(OSError, match=r"a\.npz, .* has lost [\d,]+ bytes while in use; restore it and continue with"):
         dataset.check()
 
 
@@ -353,7 +353,9 @@ def test_a_class_for_nearly_every_image_warns(tmp_path: Path, classes: int, imag
     for i in range(images):
         save(tmp_path / "data" / f"{i % classes}_{i}.png")
     if warned:
-        with pytest.warns(UserWarning, match=rf"data has {classes} classes in {images} images, nearly each one"):
+        with pytest.warns(
+            UserWarning, match=rf"data has {classes} classes in {images} images, nearly one class per image"
+        ):
             loaded(tmp_path / "data")
     else:
         loaded(tmp_path / "data")

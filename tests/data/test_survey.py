@@ -44,7 +44,7 @@ def test_a_folder(data: Path, kind: str) -> None:
     assert (found.shown.shape, found.shown.dtype) == ((14, 16, 16, 3), np.uint8)
     np.testing.assert_array_equal(found.shown[-1], load(data / "dog_1.jpg", 16))
     assert found.doubts == (
-        "6 images smaller than 16 pixels, to be enlarged, which blurs",
+        "6 images smaller than 16 pixels, which will be enlarged and blurred",
         "1 image with the same pixels as another, at 16x16",
         "1 of 2 classes with fewer than 10 images: dog",
     )

@@ -247,12 +247,14 @@ def test_classes_that_the_model_does_not_know(shapes: Path, tmp_path: Path) -> N
 def test_a_model_without_names(shapes: Path, tmp_path: Path) -> None:
     nameless = loaded(tmp_path, class_cond=True, num_classes=4)
     dataset = data(shapes, nameless)
-    with pytest.warns(UserWarning, match="the model has no names of its classes: .* 0 being circle"):
+    with pytest.warns(UserWarning, match="the model has no class names: .* 0 being circle"):
         labels = labels_for(nameless, dataset)
     assert labels is not None
     assert labels.tolist() == dataset.labels.tolist()
     few = loaded(tmp_path, class_cond=True, num_classes=3)
-    with pytest.raises(ValueError, match="the data has the class 3, and the model the classes 0 to 2: name the images"):
+    with pytest.raises(
+        ValueError, match="the data has the class 3, but the model has the classes 0 to 2: name the images"
+    ):
         labels_for(few, dataset)
 
 

@@ -89,9 +89,9 @@ def test_an_npz_without_the_labels_that_the_model_needs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", [-1, 3, 1000])
 def test_an_npz_with_a_label_that_the_model_does_not_have(tmp_path: Path, label: int) -> None:
     np.savez(tmp_path / "a.npz", IMAGES, np.array([0, 1, label, 2, -5]))
-    assert "has the class -5, and the model the classes 0 to 2: give" in refused(tmp_path / "a.npz", CLASSES)
+    assert "has the class -5, but the model has the classes 0 to 2: give" in refused(tmp_path / "a.npz", CLASSES)
     np.savez(tmp_path / "b.npz", IMAGES, np.array([0, 1, label, 2, 0]))
-    assert f"has the class {label}, and the model the classes 0 to 2: give" in refused(tmp_path / "b.npz", CLASSES)
+    assert f"has the class {label}, but the model has the classes 0 to 2: give" in refused(tmp_path / "b.npz", CLASSES)
     assert load_base_samples(tmp_path / "a.npz", 4, None).labels is None
 
 
@@ -101,9 +101,9 @@ def test_classes_without_names(tmp_path: Path, npz: Path) -> None:
         samples = load_base_samples(tmp_path / "a.npz", 4, (), 10)
     assert samples.labels is not None
     assert samples.labels.tolist() == [0, 1, 9, 0, 5]
-    with pytest.raises(ValueError, match="has the class 9, and the model the classes 0 to 8: give"):
+    with pytest.raises(ValueError, match="has the class 9, but the model has the classes 0 to 8: give"):
         load_base_samples(tmp_path / "a.npz", 4, (), 9)
-    with pytest.warns(UserWarning, match="the model has no names of its classes: those of .* 0 being cat"):
+    with pytest.warns(UserWarning, match="the model has no class names: the classes of .* 0 being cat"):
         load_base_samples(npz, 4, (), 9)
     numbered = load_base_samples(folder(tmp_path / "g", "7_000000.png", "10_000001.png"), 4, (), 11)
     assert numbered.labels is not None
@@ -117,7 +117,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no images in" in refused(tmp_path / "empty", None)
     (tmp_path / "a.npz").touch()
-    assert "damaged or no npz file" in refused(tmp_path / "a.npz", None)
+    assert "damaged or not an npz file" in refused(tmp_path / "a.npz", None)
 
 
 def test_a_folder(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_classes_come_with_the_base_samples(tmp_path: Path, small: Path) -> None
     # a model without names for its classes is told by the file alone, which may be another model's
     other = loaded(tmp_path, **UPPER, class_cond=True, num_classes=2)
     with pytest.raises(
-        ValueError, match=r"small\.npz has the class 2, and the model the classes 0 to 1: give samples of"
+        ValueError, match=r"small\.npz has the class 2, but the model has the classes 0 to 1: give samples of"
     ):
         plan(other, SampleConfig(), base_samples=small)
 
@@ -197,7 +197,10 @@ def test_a_cascade_of_other_classes(tmp_path: Path) -> None:
         subject.labels(numbers)
     nameless = loaded(tmp_path, class_cond=True, num_classes=3)
     subject = plan(nameless, SampleConfig(), super_res=loaded(tmp_path, **upper))
-    with pytest.warns(UserWarning, match="^the base has no class_names: its labels are read as numbers .* 0 being eel"):
+    with pytest.warns(
+        UserWarning,
+        match="^the base has no class_names: its labels are taken as the model's class numbers, 0 being eel",
+    ):
         assert subject.labels(numbers) is not None
 
 
