@@ -26,7 +26,7 @@ from fastdiff.config import (
     ScheduleSampler,
     TrainConfig,
 )
-from fastdiff.data import Dataset, Preflight, batches, on_device
+from fastdiff.data import Dataset, Preflight, batches, prefetch_to_device
 from fastdiff.models import forward_flops
 from fastdiff.presets import preset_named
 from fastdiff.runtime.device import Runtime
@@ -98,7 +98,7 @@ def stream(trainer: Trainer) -> Generator[tuple[Tensor, Tensor | None], None, No
     """Batches as the trainer's own, uint8 (B, H, W, 3), with their labels (B,)."""
     config, pin = trainer.config, trainer.device.type == "cuda"
     data = batches(trainer.dataset, config.data, config.train.batch_size, config.train.seed, 0, pin=pin)
-    return on_device(data, trainer.device)
+    return prefetch_to_device(data, trainer.device)
 
 
 def _timed(trainer: Trainer, updates: int) -> tuple[float, str]:

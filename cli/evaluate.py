@@ -81,7 +81,7 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
     to_terminal = "stdout" in log_formats()
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.data import load_shared
-    from fastdiff.evaluation.files import Files
+    from fastdiff.evaluation.files import NllFiles
     from fastdiff.evaluation.nll import Nll, Stopped
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
@@ -89,12 +89,12 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
 
     world = World.join(choices.timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
-        files = Files(choices.out, plot, choices.overwrite)
+        files = NllFiles(choices.out, plot, choices.overwrite)
         world.from_main(files.check)
         machine = RuntimeConfig.from_flags(flags | {"precision": config.precision})
-        runtime = world.together(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
+        runtime = world.on_all(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
         path = world.from_main(lambda: find_with_rate(choices.checkpoint, choices.ema_rate))
-        loaded = world.together(lambda: load_for(runtime, path, flags, choices.preset))
+        loaded = world.on_all(lambda: load_for(runtime, path, flags, choices.preset))
         with Display(silent=not world.main or not to_terminal) as display:
             display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
             with warnings.catch_warnings(action="ignore"):  # they are about training on these images
@@ -106,7 +106,7 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
                     display=display,
                 )
             display.line(f"data: {dataset.preflight.line()}")
-            evaluation = world.together(lambda: Nll(loaded, dataset, config, runtime, world))
+            evaluation = world.on_all(lambda: Nll(loaded, dataset, config, runtime, world))
             about = world.from_main(lambda: _about(path, loaded, config, dataset, evaluation, runtime.precision))
             display.line(
                 f"evaluating: {evaluation.count} images of {loaded.model_config.image_size} pixels, "

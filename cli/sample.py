@@ -122,21 +122,21 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
-    from fastdiff.sampling import Files, Job, settings_of
+    from fastdiff.sampling import Job, SampleFiles, settings_of
 
     world = World.join(choices.timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         local_rank = world.local_rank if world.size > 1 else None
-        runtime = world.together(lambda: Runtime.resolve(RuntimeConfig.from_flags(flags), local_rank))
+        runtime = world.on_all(lambda: Runtime.resolve(RuntimeConfig.from_flags(flags), local_rank))
         paths = world.from_main(lambda: _paths(choices))
-        plan = world.together(lambda: _plan(paths, flags, config, choices, runtime))
-        indices = world.together(lambda: _indices(choices.indices, plan.config.num_samples))
+        plan = world.on_all(lambda: _plan(paths, flags, config, choices, runtime))
+        indices = world.on_all(lambda: _indices(choices.indices, plan.config.num_samples))
         size = plan.image_size
         out = choices.out.with_name(choices.out.name.replace("{shape}", f"{len(indices)}x{size}x{size}x3"))
-        files = Files(out, choices.png_dir, choices.trajectory, choices.overwrite)
+        files = SampleFiles(out, choices.png_dir, choices.trajectory, choices.overwrite)
         world.from_main(files.check)
         settings = world.from_main(lambda: settings_of(plan, indices, runtime, *paths, choices.base_samples))
-        job = world.together(lambda: Job(plan, indices, files, settings, runtime, world))
+        job = world.on_all(lambda: Job(plan, indices, files, settings, runtime, world))
         with Display(silent=not world.main or not to_terminal) as display:
             models = ("model", plan.checkpoint), ("enlarged by", plan.super_res)
             for (what, loaded), path in zip(models, paths, strict=True):

@@ -7,7 +7,7 @@ from fastdiff.data.loading import Dataset, load_dataset, load_shared
 from fastdiff.data.npz import Samples, read_samples
 from fastdiff.data.order import batch_indices, epoch_order
 from fastdiff.data.pixels import normalised, to_uint8
-from fastdiff.data.prefetch import on_device
+from fastdiff.data.prefetch import prefetch_to_device
 
 __all__ = [
     "EXTENSIONS",
@@ -26,7 +26,7 @@ __all__ = [
     "load_dataset",
     "load_shared",
     "normalised",
-    "on_device",
+    "prefetch_to_device",
     "read_samples",
     "resize_and_crop",
     "to_uint8",

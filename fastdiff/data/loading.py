@@ -115,7 +115,7 @@ def load_shared(config: DataConfig, image_size: int, *, labelled: bool, world: "
         )
     )
     display.finish("images")
-    prints = world.gathered(dataset.fingerprint)
+    prints = world.all_gather_object(dataset.fingerprint)
     if (other := next((rank for rank, found in enumerate(prints) if found != prints[0]), None)) is not None:
         world.refuse(
             f"data_dir {config.data_dir}: process {other} sees other images than process 0; every machine needs the "

@@ -8,7 +8,7 @@ import torch
 from fastdiff.data.batches import Batch
 
 
-def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+def prefetch_to_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
     """The batches on ``device``, in order; a batch that is already there passes through unchanged.
 
     On CUDA a separate stream copies the next batch while the current one is trained on. The consumer's stream, not the

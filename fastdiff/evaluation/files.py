@@ -17,7 +17,7 @@ SUMMARY, IMAGES = "nll.json", "images.npz"
 
 
 @dataclass(frozen=True)
-class Files:
+class NllFiles:
     """The folder for the results, and optionally a plot of the terms."""
 
     out_dir: Path

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import NllConfig
-from fastdiff.data import Dataset, normalised, on_device
+from fastdiff.data import Dataset, normalised, prefetch_to_device
 from fastdiff.data.batches import Batch
 from fastdiff.data.classes import renumbered
 from fastdiff.diffusion import Philox, build_diffusion
@@ -110,7 +110,7 @@ class Nll:
         Collective. Raises Stopped if a process received a signal before the end; the others finish their batch.
         """
         steps = self.diffusion.num_timesteps
-        meter = _Meter(on_progress, self.count, steps, self._world.size)
+        meter = _NllProgress(on_progress, self.count, steps, self._world.size)
         totals, priors = [np.empty(0)], [np.empty(0)]
         sums = np.zeros((len(TERMS), steps))  # fp32 numbers, summed in fp64: nearly exact in any order
 
@@ -138,19 +138,21 @@ class Nll:
             if failure:
                 raise failure[0]
 
-        self._world.together(told)
-        signal = max(self._world.gathered(int(stop.received or 0)))
-        parts = self._world.gathered((np.concatenate(totals), np.concatenate(priors), sums))
+        self._world.on_all(told)
+        signal = max(self._world.all_gather_object(int(stop.received or 0)))
+        parts = self._world.all_gather_object((np.concatenate(totals), np.concatenate(priors), sums))
         total, prior = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
         if len(total) < self.count:
             raise Stopped(signal, len(total), float(total.mean()) if len(total) else math.nan)
         means = np.sum([part[2] for part in parts], axis=0) / self.count
         return Bound(total, prior, dict(zip(TERMS, means, strict=True)), len(self._dataset.images))
 
-    def _batches(self, stop: StopRequest, meter: "_Meter") -> Generator[tuple[Float64Array, Float64Array], None, None]:
+    def _batches(
+        self, stop: StopRequest, meter: "_NllProgress"
+    ) -> Generator[tuple[Float64Array, Float64Array], None, None]:
         """Yield each batch's terms (3, n, T) and prior (n,) until a signal arrives."""
         device, steps = self._runtime.device, self.diffusion.num_timesteps
-        with closing(on_device(self._loaded(), device)) as loaded:
+        with closing(prefetch_to_device(self._loaded(), device)) as loaded:
             for start, (images, labels) in zip(self._starts, loaded, strict=True):
                 x_start = normalised(images).contiguous()
                 noise = Philox(self._config.seed, torch.arange(start, start + self._size, device=device))
@@ -206,7 +208,7 @@ def labels_for(checkpoint: Checkpoint, dataset: Dataset) -> Int64Array | None:
     return renumbered(dataset.labels, names, checkpoint.class_names, config.num_classes, "the data", remedy, npz)
 
 
-class _Meter:
+class _NllProgress:
     """Reports progress: on the first of several processes, as if the others were equally far."""
 
     def __init__(self, tell: OnProgress, images: int, steps: int, processes: int) -> None:

@@ -112,13 +112,13 @@ class World:
                 "NCCL_SOCKET_IFNAME selects the network, NCCL_P2P_DISABLE=1 disables direct copies"
             )
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """All-reduce: the sum over all processes, in place, on the tensor's device."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def concatenated(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """All-gather: the processes' tensors (N, ...), of equal shape, concatenated in rank order: (size * N, ...)."""
         if self.size == 1:
             return tensor
@@ -126,7 +126,7 @@ class World:
         dist.all_gather(list(whole.split(len(tensor))), tensor.contiguous())
         return whole
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """All-gather of objects: one from each process, in rank order."""
         if self.size == 1:
             return [value]
@@ -134,10 +134,12 @@ class World:
         dist.all_gather_object(values, value, group=self.patient)
         return values
 
-    def together(self, action: Callable[[], T]) -> T:
+    def on_all(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every process; if one raises ValueError or OSError, all raise and one reports it."""
         result, error = _attempt(action)
-        said = [(rank, text) for rank, text in enumerate(self.gathered(error and str(error))) if text is not None]
+        said = [
+            (rank, text) for rank, text in enumerate(self.all_gather_object(error and str(error))) if text is not None
+        ]
         if said:
             first, text = said[0]
             if first == self.rank and error is not None:
@@ -147,8 +149,8 @@ class World:
 
     def from_main(self, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0 and return its result on every process."""
-        result = self.together(lambda: action() if self.main else None)
-        return self.gathered(result)[0]  # type: ignore[return-value]  # rank 0 has it
+        result = self.on_all(lambda: action() if self.main else None)
+        return self.all_gather_object(result)[0]  # type: ignore[return-value]  # rank 0 has it
 
     def refuse(self, message: str) -> NoReturn:
         """Raise ValueError for an error that every process has detected; rank 0 reports it."""
@@ -170,8 +172,8 @@ class World:
 
     def one_by_machine_first(self, action: Callable[[], T]) -> T:
         """Run ``action`` on local rank 0 of each machine, then on the others, which use what it prepared."""
-        first = self.together(lambda: action() if self.local_rank == 0 else None)
-        return self.together(lambda: action() if self.local_rank else first)  # type: ignore[return-value]
+        first = self.on_all(lambda: action() if self.local_rank == 0 else None)
+        return self.on_all(lambda: action() if self.local_rank else first)  # type: ignore[return-value]
 
     def leave(self) -> None:
         """Destroy the process group if join created it."""

@@ -4,7 +4,7 @@ from fastdiff.sampling.api import sample
 from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
 from fastdiff.sampling.classes import split_classes
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.files import Files
+from fastdiff.sampling.files import SampleFiles
 from fastdiff.sampling.generate import generate
 from fastdiff.sampling.job import Job
 from fastdiff.sampling.loop import Loop
@@ -16,11 +16,11 @@ from fastdiff.sampling.settings import settings_of
 __all__ = [
     "BaseSamples",
     "Engine",
-    "Files",
     "Job",
     "Loop",
     "Pipeline",
     "Plan",
+    "SampleFiles",
     "generate",
     "load_base_samples",
     "make_grid",

@@ -12,7 +12,7 @@ from fastdiff.config import SampleConfig, Sampler
 from fastdiff.data import normalised, to_uint8
 from fastdiff.diffusion import Philox, build_diffusion
 from fastdiff.runtime.device import Runtime
-from fastdiff.sampling.generate import Int64Array, OfImages, batches, generate
+from fastdiff.sampling.generate import Int64Array, OfImages, batch_slices, generate
 from fastdiff.sampling.guidance import guided
 from fastdiff.sampling.output import Uint8Array
 
@@ -38,7 +38,7 @@ class Engine:
         self.steps = self.diffusion.num_timesteps
         shift = SUPER_RES_KEY if checkpoint.model_config.small_size else 0
         self.config = replace(config, seed=(config.seed + shift) % 2**64)
-        calls = len(batches(images, config.batch_size)) * self.steps if images else 0
+        calls = len(batch_slices(images, config.batch_size)) * self.steps if images else 0
         self.calls = 2 * calls if config.sampler is Sampler.HEUN else calls
         self._module = runtime.cast(checkpoint.model.eval())
         self._model = runtime.prepare(self._module, self.calls)

@@ -30,7 +30,7 @@ LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
-class Files:
+class SampleFiles:
     """The output paths: the npz, with a preview grid and temporary shards beside it; PNGs and a trajectory."""
 
     out: Path

@@ -21,7 +21,7 @@ OfImages = Callable[[Int64Array], Tensor]
 """Maps image numbers (n,) to per-image tensors (n, ...)."""
 
 
-class Stopped(Exception):
+class StopSampling(Exception):
     """Raised by ``on_step`` to end the sampling."""
 
 
@@ -45,7 +45,7 @@ def generate(
     ``indices`` (num_samples,) are the image numbers, by default 0, 1, 2, ... ``labels`` (num_samples,) are the class
     labels for a class-conditional model. ``low_res`` gives the inputs (n, 3, h, w) in [-1, 1] of a super-resolution
     model, and ``start`` gives x_T (n, 3, H, W) if it is not noise. ``on_step`` is called after each step with the
-    number of images that took it. It may raise Stopped to end the sampling; finished batches are still yielded.
+    number of images that took it. It may raise StopSampling to end the sampling; finished batches are still yielded.
     ``watch`` is called with x_T and every later x_t, a buffer that the next step overwrites. With ``graphs`` a step is
     one CUDA graph on a GPU.
 
@@ -58,7 +58,7 @@ def generate(
     if config.guidance_scale != 1 and labels is not None:
         model = guided(model, config.guidance_scale)
     loop = Loop(model, diffusion, config, graphs=graphs)
-    parts = batches(len(numbers), config.batch_size)
+    parts = batch_slices(len(numbers), config.batch_size)
     size = parts[0].stop
     steps = _Steps(on_step or (lambda images: None), device)
     copying = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -69,15 +69,15 @@ def generate(
         mine = numbers[part][np.arange(size) % wanted]
         conditions = {}
         if labels is not None:
-            conditions["y"] = on_device(torch.from_numpy(labels[part][np.arange(size) % wanted]), device)
+            conditions["y"] = to_device(torch.from_numpy(labels[part][np.arange(size) % wanted]), device)
         if low_res is not None:
             try:
-                conditions["low_res"] = on_device(low_res(mine), device)
-            except Stopped:
+                conditions["low_res"] = to_device(low_res(mine), device)
+            except StopSampling:
                 break
-        noise = Philox(config.seed, on_device(torch.from_numpy(mine), device))
+        noise = Philox(config.seed, to_device(torch.from_numpy(mine), device))
         shape = (size, 3, image_size, image_size)
-        x = noise.of_start(shape, diffusion.kernels) if start is None else on_device(start(mine), device)
+        x = noise.of_start(shape, diffusion.kernels) if start is None else to_device(start(mine), device)
         loop.begin(x, noise, conditions)
         if watch is not None:
             watch(loop.x)
@@ -99,7 +99,7 @@ def generate(
         yield leaving.popleft().arrived(steps)
 
 
-def batches(count: int, batch_size: int) -> list[slice]:
+def batch_slices(count: int, batch_size: int) -> list[slice]:
     """Split ``count`` items into the fewest slices of at most ``batch_size``, all equal except for the last."""
     size = -(-count // -(-count // batch_size))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -130,7 +130,7 @@ class _Steps:
     def _told(self, images: int) -> None:
         try:
             self._tell(images)
-        except Stopped:
+        except StopSampling:
             self.stopped = True
 
 
@@ -162,7 +162,7 @@ class _Leaving:
         return self._pixels.numpy()
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device without a host sync, which would also wait for the batch being drawn."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)

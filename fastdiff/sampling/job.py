@@ -15,8 +15,8 @@ from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.words import duration
 from fastdiff.sampling.classes import names_of
-from fastdiff.sampling.files import FRAMES, Files, png_names
-from fastdiff.sampling.generate import Int64Array, Stopped
+from fastdiff.sampling.files import FRAMES, SampleFiles, png_names
+from fastdiff.sampling.generate import Int64Array, StopSampling
 from fastdiff.sampling.output import save_grid, save_trajectory
 from fastdiff.sampling.pipeline import Pipeline
 from fastdiff.sampling.plan import Plan
@@ -40,7 +40,7 @@ class Job:
         self,
         plan: Plan,
         indices: Int64Array,
-        files: Files,
+        files: SampleFiles,
         settings: Mapping[str, Any],
         runtime: Runtime,
         world: World,
@@ -76,7 +76,7 @@ class Job:
 
     def _fill(self, missing: Int64Array, log: Callable[[str], None], on_progress: OnProgress) -> int:
         mine = np.array_split(missing, self.world.size)[self.world.rank]
-        pipeline = self.world.together(lambda: self.plan.pipeline(self.runtime, len(mine)))
+        pipeline = self.world.on_all(lambda: self.plan.pipeline(self.runtime, len(mine)))
         if len(missing) < len(self.indices):
             log(f"resuming: {len(self.indices) - len(missing)} of {len(self.indices)} images are finished")
         log(
@@ -89,8 +89,8 @@ class Job:
         began = time.perf_counter()
         # held until all are done: a signal to all must not kill a process that waits for the others' status
         with StopRequest(_ANSWER) as stop:
-            status = self.world.together(lambda: self._draw(pipeline, mine, stop, on_progress))
-            status = max(self.world.gathered(status))
+            status = self.world.on_all(lambda: self._draw(pipeline, mine, stop, on_progress))
+            status = max(self.world.all_gather_object(status))
         if status:
             there = sum(map(len, self.files.shards.spans()))
             log(
@@ -133,14 +133,14 @@ class Job:
         if not len(positions):
             return 0
         labels = None if self.labels is None else self.labels[positions]
-        meter = _Meter(on_progress, len(positions) * self.world.size, pipeline.steps)
+        meter = _SamplingProgress(on_progress, len(positions) * self.world.size, pipeline.steps)
         saving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
 
             def on_step(images: int) -> None:
                 meter.step(images * self.world.size)
                 if stop.received is not None:
-                    raise Stopped
+                    raise StopSampling
 
             try:
                 for images in pipeline.draw(self.indices[positions], labels, on_step):
@@ -201,7 +201,7 @@ def _difference(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return ""
 
 
-class _Meter:
+class _SamplingProgress:
     """Reports the progress and the speed of the loop."""
 
     def __init__(self, tell: OnProgress, images: int, steps: int) -> None:

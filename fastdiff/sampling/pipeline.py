@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdiff.data import normalised
 from fastdiff.sampling.base_samples import BaseSamples
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.generate import Int64Array, OfImages, Stopped
+from fastdiff.sampling.generate import Int64Array, OfImages, StopSampling
 from fastdiff.sampling.output import Uint8Array
 
 
@@ -68,9 +68,9 @@ class Pipeline:
 
 
 def _next_of(batches: Iterator[Uint8Array], numbers: Int64Array) -> Tensor:
-    """The next batch of small images, padded to the length of ``numbers``; raises Stopped if there is none."""
+    """The next batch of small images, padded to the length of ``numbers``; raises StopSampling if there is none."""
     if (images := next(batches, None)) is None:
-        raise Stopped
+        raise StopSampling
     return normalised(torch.from_numpy(images[np.arange(len(numbers)) % len(images)]))
 
 

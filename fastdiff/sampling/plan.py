@@ -17,7 +17,7 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
 from fastdiff.sampling.classes import labels_of, names_of
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.generate import Int64Array, OfImages, on_device
+from fastdiff.sampling.generate import Int64Array, OfImages, to_device
 from fastdiff.sampling.pipeline import Pipeline, slerp
 
 
@@ -148,7 +148,7 @@ class Plan:
 
         def start(numbers: Int64Array) -> Tensor:
             weights = torch.from_numpy(numbers / last).float()
-            return slerp(first, second, on_device(weights, first.device))
+            return slerp(first, second, to_device(weights, first.device))
 
         return start
 

@@ -14,7 +14,7 @@ def largest_that_fits(most: int, attempt: Callable[[int], None], world: World) -
     ValueError if not even a size of 1 fits.
     """
     size = most
-    while not all(world.gathered(_fits(attempt, size))):
+    while not all(world.all_gather_object(_fits(attempt, size))):
         if size == 1:
             world.refuse(
                 "out of memory with one image in a forward pass: use --use-checkpoint, a smaller model, or --parallel "

@@ -64,9 +64,9 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
         labels=ours % config.num_classes if config.class_cond else None,
         low_res=low_res if config.small_size is not None else None,
     )
-    drawn = world.together(lambda: np.concatenate(list(batches)))
+    drawn = world.on_all(lambda: np.concatenate(list(batches)))
     found: dict[int, Uint8Array] = {}
-    for indices, images_of_one in world.gathered((ours, drawn)):
+    for indices, images_of_one in world.all_gather_object((ours, drawn)):
         found |= zip(indices.tolist(), images_of_one, strict=True)
     return np.stack([found[index] for index in range(IMAGES)])
 

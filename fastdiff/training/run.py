@@ -213,12 +213,12 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         build_diffusion(config.diffusion)  # an invalid respacing must fail before the images are read
         return Runtime.resolve(config.runtime, world.local_rank if world.size > 1 else None)
 
-    runtime = world.together(resolve)
+    runtime = world.on_all(resolve)
     world.check(runtime.device)
     dataset = load_shared(
         config.data, config.model.image_size, labelled=config.model.class_cond, world=world, display=display
     )
-    config, changes = world.together(lambda: _with_data(plan, dataset))
+    config, changes = world.on_all(lambda: _with_data(plan, dataset))
 
     def open_folder() -> run_folder.Log | run_folder.Silence:
         if not world.main:
@@ -228,7 +228,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
             run_folder.refuse_other_run(run_dir)  # another may have started meanwhile
         return held.enter_context(run_folder.Log(run_dir, display.line))
 
-    log = world.together(open_folder)
+    log = world.on_all(open_folder)
     for line in (*plan.notes, f"data: {dataset.preflight.line()}", *changes):
         log(line)
     trainer = Trainer(config, dataset, runtime, run_dir, log, world)

@@ -116,7 +116,7 @@ class TrainState:
             found |= self._on_host(((name, moment[key]) for name, moment in moments), f"{key}.")
         if isinstance(self.sampler, LossSecondMomentSampler):
             found |= {f"sampler.{key}": on_host(value) for key, value in self.sampler.state_dict().items()}
-        sums = self.world.concatenated(self.sums.state()[None])  # (processes, n)
+        sums = self.world.all_gather(self.sums.state()[None])  # (processes, n)
         return found | {"guard": on_host(self.guard.state()), "log_sums": on_host(sums)}
 
     def _on_host(self, parts: Iterable[tuple[str, Tensor]], prefix: str = "") -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff import checkpoint
 from fastdiff.config import Compile, RunConfig
-from fastdiff.data import Dataset, batch_indices, batches, on_device
+from fastdiff.data import Dataset, batch_indices, batches, prefetch_to_device
 from fastdiff.data.classes import composed, listed
 from fastdiff.data.dataset import printable
 from fastdiff.diffusion import build_diffusion
@@ -126,15 +126,15 @@ class Trainer:
     def init_from(self, path: Path) -> None:
         """Start from the weights of a checkpoint; ValueError if they do not fit the model."""
         said = self.config.model.to_dict() | self.config.diffusion.to_dict()
-        weights = self.world.together(lambda: read_initial(path, said))
-        self.world.together(lambda: configuration(weights, said))  # rejects weights that do not fit this configuration
+        weights = self.world.on_all(lambda: read_initial(path, said))
+        self.world.on_all(lambda: configuration(weights, said))  # rejects weights that do not fit this configuration
         own = dict(zip(self.state.names, self.state.held, strict=True))
 
         def fresh(name: str) -> Tensor:
             return whole_of(own_part(own[name]), own[name]).detach().cpu()
 
         state, lines = carried_over(weights, own, fresh, self.config.class_names, self.dataset.named)
-        self.world.together(lambda: self.state.set_weights(state, path))
+        self.world.on_all(lambda: self.state.set_weights(state, path))
         self.state = self._new_state()
         for line in (*lines, f"weights from {path}"):
             self.log(line)
@@ -148,17 +148,17 @@ class Trainer:
         if step >= (steps := self.config.train.steps):
             self.world.refuse(f"{path} is at step {step}, but steps is {steps}: give a larger --steps")
         if path.suffix == ".pt":
-            self.world.together(lambda: self._resume_from_openai(path))
+            self.world.on_all(lambda: self._resume_from_openai(path))
         else:
             self.world.from_main(lambda: checkpoint.verify_step(path.parent, step, offer=True))
-            metadata = self.world.together(lambda: checkpoint.read_metadata(path, kind="model"))
+            metadata = self.world.on_all(lambda: checkpoint.read_metadata(path, kind="model"))
             names, ours = tuple(map(composed, metadata["class_names"])), self.config.class_names
             if names and names != ours:
                 self.world.refuse(
                     f"{path} has the classes {listed(names)}, and the data {listed(ours) or 'none'}: "
                     "--init-from matches them by name"
                 )
-            self.world.together(lambda: self.state.load(path.parent, step))
+            self.world.on_all(lambda: self.state.load(path.parent, step))
         self._snapshot_step = self._first_step = step
         self.log(f"resumed at step {step} from {path}")
 
@@ -185,7 +185,7 @@ class Trainer:
             return
         if step > (steps := self.config.train.steps):
             self.world.refuse(f"{self.run_dir} is at step {step}, but steps is {steps}: give a larger --steps")
-        self.world.together(lambda: self.state.load(self.run_dir, step))
+        self.world.on_all(lambda: self.state.load(self.run_dir, step))
         self._snapshot_step = self.saver.saved_step = self._first_step = step
         self.log(f"resumed at step {step}")
 
@@ -213,7 +213,7 @@ class Trainer:
         update saved.
         """
         train, state, world = self.config.train, self.state, self.world
-        outputs = world.together(lambda: self._open_outputs() if world.main else [])
+        outputs = world.on_all(lambda: self._open_outputs() if world.main else [])
         share = train.batch_size // world.size
         rows = slice(world.rank * share, (world.rank + 1) * share)
         data = batches(
@@ -231,7 +231,7 @@ class Trainer:
             StopRequest() as stop,
             ExitStack() as outputs_closed,
             closing(data),  # its thread too
-            closing(on_device(data, self.device)) as prefetched,
+            closing(prefetch_to_device(data, self.device)) as prefetched,
             self._no_update_lost(),
             self._explained(),
         ):
@@ -289,7 +289,7 @@ class Trainer:
                 self.saver.wait()
             raise
         self._save()
-        self.world.together(self.saver.wait)
+        self.world.on_all(self.saver.wait)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -313,7 +313,7 @@ class Trainer:
         """Log the metrics and return the progress note; ValueError after too many skipped updates in a row."""
         state, train = self.state, self.config.train
         row: dict[str, float] = {"step": state.step, "samples": state.step * train.batch_size}
-        row |= state.sums.read(self.world.sum_)
+        row |= state.sums.read(self.world.all_reduce)
         row |= {"lr": learning_rate(train, state.step - 1), **clock.read()}
         row["memory_gib"] = peak_memory_gib(self.device)
         if self._peak_flops is not None:
@@ -346,7 +346,7 @@ class Trainer:
         guard, train = self.state.guard, self.config.train
         if (step := int(guard.step)) < self._first_step:
             return f"the last one was update {step + 1}, before this run was resumed"
-        losses = np.concatenate(self.world.gathered(guard.losses.cpu().numpy()))
+        losses = np.concatenate(self.world.all_gather_object(guard.losses.cpu().numpy()))
         rows, _ = batch_indices(len(self.dataset.images), train.batch_size, train.seed, step)
         worst = np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")[:OFFENDERS]
         named = ", ".join(f"{rows[i]} {printable(self.dataset.names[rows[i]])} ({losses[i]:.3g})" for i in worst)
@@ -356,7 +356,7 @@ class Trainer:
         """Start saving this step, unless it has been saved."""
         if self._snapshot_step == self.state.step:
             return
-        self.world.together(self.saver.wait)  # before taking another snapshot; has no timeout
+        self.world.on_all(self.saver.wait)  # before taking another snapshot; has no timeout
         files = self.state.snapshot(self.run_dir)
         self._snapshot_step = self.state.step
         if self.world.main:

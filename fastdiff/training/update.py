@@ -78,7 +78,7 @@ class Updater:
         weighted = {name: term * weights for name, term in terms.items()}
         state.sums.add(weighted, t, self._diffusion.num_timesteps)
         if state.sampler.learns:
-            seen = self._world.concatenated(torch.stack([t.double(), terms["loss"].double()], dim=1))  # (B of all, 2)
+            seen = self._world.all_gather(torch.stack([t.double(), terms["loss"].double()], dim=1))  # (B of all, 2)
             state.sampler.update(seen[:, 0].long(), seen[:, 1])
         self._step_optimizer(weighted["loss"])
         for ema in state.emas:
@@ -115,7 +115,7 @@ class Updater:
         state.sums.add_grad_norm(norm, skip)
 
     def _mean(self, losses: Tensor) -> Tensor:
-        return self._world.sum_(losses.mean()) / self._world.size
+        return self._world.all_reduce(losses.mean()) / self._world.size
 
 
 def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

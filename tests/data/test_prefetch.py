@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.data import on_device
+from fastdiff.data import prefetch_to_device
 from fastdiff.data.batches import Batch
 
 closed = []
@@ -30,7 +30,7 @@ def source(n: int, labelled: bool = True, pin: bool = False) -> Generator[Batch,
 @pytest.mark.parametrize("labelled", [True, False])
 def test_on_the_cpu_batches_pass_through(labelled: bool) -> None:
     expected = list(source(3, labelled))
-    arrived = on_device(iter_of(expected), torch.device("cpu"))
+    arrived = prefetch_to_device(iter_of(expected), torch.device("cpu"))
     for (images, labels), (given, given_labels) in zip(arrived, expected, strict=True):
         assert images is given
         assert labels is given_labels
@@ -41,13 +41,13 @@ def iter_of(batches: list[Batch]) -> Generator[Batch, None, None]:
 
 
 def test_elsewhere_they_are_moved() -> None:
-    images, labels = next(on_device(source(1), torch.device("meta")))
+    images, labels = next(prefetch_to_device(source(1), torch.device("meta")))
     assert labels is not None
     assert images.device.type == labels.device.type == "meta"
 
 
 def test_closing_closes_the_source() -> None:
-    stream = on_device(source(3), torch.device("cpu"))
+    stream = prefetch_to_device(source(3), torch.device("cpu"))
     next(stream)
     assert not closed
     stream.close()
@@ -99,7 +99,7 @@ def test_the_next_copy_begins_before_the_present_batch_is_handed_out(monkeypatch
     pairs: list[Any] = [
         (Tensor(f"x{i}", calls, current), Tensor("y0", calls, current) if i == 0 else None) for i in (0, 1)
     ]
-    for images, _ in on_device(iter_of(pairs), torch.device("cuda")):
+    for images, _ in prefetch_to_device(iter_of(pairs), torch.device("cuda")):
         calls.append(f"train on {images.name}")  # type: ignore[attr-defined]
         assert current == ["compute"]
     assert calls == [
@@ -126,7 +126,7 @@ def test_on_a_gpu_no_batch_is_overwritten_and_nothing_waits() -> None:
     pinned = source(50, pin=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for images, labels in on_device(pinned, device):
+        for images, labels in prefetch_to_device(pinned, device):
             assert labels is not None
             for _ in range(20):  # the host runs ahead of the device, and so do the copies
                 weight @ weight

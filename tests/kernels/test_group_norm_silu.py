@@ -43,7 +43,7 @@ def formula(
     return y / (1 + torch.exp(-y)) if silu else y
 
 
-def on_device(tensor: Tensor) -> Tensor:
+def leaf_on_device(tensor: Tensor) -> Tensor:
     """The same view of the same memory on the device of the kernels."""
     memory = torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage()).to(DEVICE)
     return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -85,7 +85,7 @@ class Case:
             leaves = [t if t is None else t.double().requires_grad_() for t in self.tensors()]
             y = formula(*leaves, self.silu, **kwargs)  # type: ignore[arg-type]
         else:
-            there = on_device if backend == "triton" else Tensor.detach
+            there = leaf_on_device if backend == "triton" else Tensor.detach
             leaves = [t if t is None else there(t.detach()).requires_grad_() for t in self.tensors()]
             x, weight, bias, scale, shift = leaves
             assert x is not None
@@ -93,7 +93,7 @@ class Case:
             assert bias is not None
             y = group_norm_silu(x, weight, bias, scale=scale, shift=shift, silu=self.silu, backend=backend, **kwargs)
         wanted = {name: leaf for name, leaf in zip(NAMES[1:], leaves, strict=True) if leaf is not None}
-        grad = on_device(self.grad) if backend == "triton" else self.grad.to(y.dtype)
+        grad = leaf_on_device(self.grad) if backend == "triton" else self.grad.to(y.dtype)
         gradients = torch.autograd.grad(y, list(wanted.values()), grad)
         return {"y": y.detach().cpu()} | {name: g.cpu() for name, g in zip(wanted, gradients, strict=True)}
 
@@ -161,7 +161,7 @@ def test_dtype_and_memory_format_stay(shape: tuple[int, ...], dtype: torch.dtype
     case = Case(shape, dtype, layout)
     assert case.scale is not None
     # conditions of another dtype must not widen the result
-    there = on_device if backend == "triton" else Tensor.detach
+    there = leaf_on_device if backend == "triton" else Tensor.detach
     for scale in (case.scale, case.scale.float(), case.scale.double()):
         if backend == "triton" and scale.dtype == torch.float64:
             continue

@@ -44,12 +44,12 @@ def test_alone_everything_is_ones_own() -> None:
     assert not dist.is_initialized()
     assert (world.rank, world.size, world.main, world.describe()) == (0, 1, True, "one process")
     tensor = torch.ones(2, 3)
-    assert world.sum_(tensor) is tensor
-    assert world.concatenated(tensor) is tensor
+    assert world.all_reduce(tensor) is tensor
+    assert world.all_gather(tensor) is tensor
     assert tensor.tolist() == [[1, 1, 1]] * 2
     value = object()
-    assert world.gathered(value) == [value]
-    assert world.together(lambda: value) is world.from_main(lambda: value) is value
+    assert world.all_gather_object(value) == [value]
+    assert world.on_all(lambda: value) is world.from_main(lambda: value) is value
     calls: list[int] = []
     world.one_by_machine_first(lambda: calls.append(1))
     assert calls == [1]
@@ -59,7 +59,7 @@ def test_alone_everything_is_ones_own() -> None:
 
 @pytest.mark.parametrize("error", [ValueError("lr"), OSError(28, "full"), KeyError("x"), KeyboardInterrupt()])
 def test_alone_an_error_is_ones_own(error: Exception) -> None:
-    for method in (World().together, World().from_main, World().one_by_machine_first):
+    for method in (World().on_all, World().from_main, World().one_by_machine_first):
         with pytest.raises(type(error)) as caught:
             method(lambda: fail(error))
         assert caught.value is error
@@ -75,7 +75,7 @@ def test_alone_an_agreement_is_known_at_once() -> None:
 PARTS = (
     "who_they_are",
     "what_they_exchange",
-    "what_they_do_together",
+    "what_they_run_on_all",
     "what_the_first_does",
     "what_they_agree_on",
     "what_becomes_of_the_one_that_stays",
@@ -86,7 +86,7 @@ PARTS = (
     "started", ["as torchrun does it", "by torchrun that forks", pytest.param("by torchrun", marks=pytest.mark.slow)]
 )
 def test_two_processes(tmp_path: Path, started: str) -> None:
-    script, environment = Path(__file__).with_name("together.py"), {"OMP_NUM_THREADS": 1}
+    script, environment = Path(__file__).with_name("two_processes.py"), {"OMP_NUM_THREADS": 1}
     parts = PARTS
     if started == "as torchrun does it":
         result = launch(script, [tmp_path], tmp_path, {**environment, "TORCHELASTIC_RUN_ID": "job 7"}, processes=2)

@@ -14,7 +14,7 @@ from fastdiff import DiffusionConfig, SampleConfig, build_diffusion
 from fastdiff.config import Sampler
 from fastdiff.kernels import philox_normal
 from fastdiff.sampling import Loop, generate
-from fastdiff.sampling.generate import Stopped
+from fastdiff.sampling.generate import StopSampling
 
 DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=4, noise_schedule="cosine", predict_xstart=True))
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ class SlowDevice:
         monkeypatch.setattr(Loop, "step", step)
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
         monkeypatch.setattr(module, "torch", SimpleNamespace(cuda=cuda, from_numpy=torch.from_numpy))
-        monkeypatch.setattr(module, "on_device", lambda tensor, device: tensor)
+        monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor)
         monkeypatch.setattr(module, "_on_host", Tensor.clone)
 
 
@@ -150,7 +150,7 @@ def test_a_gpu_is_one_batch_ahead_of_its_images_and_no_more(
         nonlocal told
         told += 1
         if told == stop_at:
-            raise Stopped
+            raise StopSampling
 
     config = SampleConfig(num_samples=20, batch_size=2)
     drawn = list(generate(Mixing(), DIFFUSION, config, image_size=2, device=device, on_step=on_step))  # type: ignore[arg-type]

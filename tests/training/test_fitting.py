@@ -68,7 +68,7 @@ class Crowd(World):
         super().__init__()
         object.__setattr__(self, "said", [])
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         self.said.append(value)
         return [value, len(self.said) > 2]
 

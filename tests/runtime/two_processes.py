@@ -1,4 +1,4 @@
-"""``torchrun --nproc-per-node=2 together.py folder [alive]``: two processes try everything that a World does.
+"""``torchrun --nproc-per-node=2 two_processes.py folder [alive]``: two processes try everything that a World does.
 
 The second one ends without a word at the end, unless both are to stay alive; the first then finds that it is alone.
 """
@@ -46,36 +46,36 @@ def who_they_are(world: World) -> None:
 
 def what_they_exchange(world: World) -> None:
     ours = torch.tensor([1.0, 10.0]) * (world.rank + 1)
-    assert world.sum_(ours) is ours
+    assert world.all_reduce(ours) is ours
     assert ours.tolist() == [3, 30]
     rows = torch.arange(6).view(2, 3).T + 100 * world.rank  # (3, 2), not contiguous
-    whole = world.concatenated(rows)
+    whole = world.all_gather(rows)
     assert whole.dtype is torch.int64
     assert whole.tolist() == [[0, 3], [1, 4], [2, 5], [100, 103], [101, 104], [102, 105]]
-    assert world.gathered({"rank": world.rank, "more": "x" * 50 * world.rank}) == [
+    assert world.all_gather_object({"rank": world.rank, "more": "x" * 50 * world.rank}) == [
         {"rank": 0, "more": ""},
         {"rank": 1, "more": "x" * 50},
     ]
-    assert world.gathered(None) == [None, None]
+    assert world.all_gather_object(None) == [None, None]
 
 
-def what_they_do_together(world: World) -> None:
-    assert world.together(lambda: world.rank + 7) == world.rank + 7
+def what_they_run_on_all(world: World) -> None:
+    assert world.on_all(lambda: world.rank + 7) == world.rank + 7
     for failing in (0, 1):
         for error in (ValueError("lr must be positive"), OSError(28, "No space left"), ValueError("")):
             bad = error  # for the lambda
-            call = lambda: world.together(lambda: fail(bad) if world.rank == failing else 3)  # noqa: B023, E731
+            call = lambda: world.on_all(lambda: fail(bad) if world.rank == failing else 3)  # noqa: B023, E731
             if world.rank == failing:
                 assert raised(call, type(error)) == str(error)
             else:
                 assert raised(call, SaidElsewhere) == f"process {failing}: {error}"
     # where both fail each tells its own at home, but only the first is the one to tell
     text = raised(
-        lambda: world.together(lambda: fail(ValueError(f"from {world.rank}"))),
+        lambda: world.on_all(lambda: fail(ValueError(f"from {world.rank}"))),
         SaidElsewhere if world.rank else ValueError,
     )
     assert text == ("process 0: from 0" if world.rank else "from 0")
-    assert world.gathered(world.rank) == [0, 1]  # and they still talk
+    assert world.all_gather_object(world.rank) == [0, 1]  # and they still talk
 
 
 def what_the_first_does(world: World) -> None:
@@ -134,12 +134,12 @@ def what_they_agree_on(world: World) -> None:
 
 def what_becomes_of_the_one_that_stays(world: World) -> None:
     assert not lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    world.gathered("before the end")
+    world.all_gather_object("before the end")
     if not world.main:
         os._exit(0)
     for collective in (
-        lambda: world.sum_(torch.ones(3)),
-        lambda: world.gathered(1),
+        lambda: world.all_reduce(torch.ones(3)),
+        lambda: world.all_gather_object(1),
         lambda: dist.all_reduce(torch.ones(1), group=world.channel),
     ):
         with pytest.raises(RuntimeError) as caught:
@@ -152,7 +152,7 @@ world = World.join(60)
 for part in (
     who_they_are,
     what_they_exchange,
-    what_they_do_together,
+    what_they_run_on_all,
     what_the_first_does,
     what_they_agree_on,
     *([] if "alive" in sys.argv else [what_becomes_of_the_one_that_stays]),
