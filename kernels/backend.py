@@ -1,8 +1,8 @@
-"""The one place where an operation's implementation is chosen.
+"""Choose the implementation of an operation; no other file does.
 
-``reference`` is the definition: the original's operations in their order. ``torch`` is the best that stock PyTorch
-offers. ``triton`` is this project's own kernel. ``auto`` is the fastest right one for device and shape. A backend that
-is asked for by name never falls back to another.
+``reference`` is the definition: the original operations in their order. ``torch`` is the best of stock PyTorch.
+``triton`` is this project's kernel. ``auto`` selects the fastest correct implementation for the device and shape. An
+explicitly requested backend never falls back to another.
 """
 
 import os
@@ -19,11 +19,11 @@ Implementation = Callable[..., Any]
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton interprets kernels, on any device; like Triton itself, this is read once."""
+"""Whether Triton interprets kernels, on any device. Read once, as Triton itself does."""
 
 
 HAVE_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
-"""Asked once: PyTorch 2.11 cannot trace the question. The meta device, among others, has none."""
+"""Device types with autocast. Queried once, because PyTorch 2.11 cannot trace the query. The meta device has none."""
 
 
 class Backend(StrEnum):
@@ -43,10 +43,10 @@ def choose(
     refusal: str = "",
     wins: bool = True,
 ) -> Implementation:
-    """The implementation of ``op`` for ``backend`` and the main input ``x``; ValueError where it cannot run.
+    """Return the implementation of ``op`` for ``backend`` and the main input ``x``; ValueError if it cannot run.
 
-    ``refusal`` is why the kernels cannot run these arguments, if they cannot. ``wins`` is whether they are the fastest
-    for them on a GPU. Both only concern ``triton`` and what ``auto`` makes of it.
+    ``refusal`` is the reason why the kernels cannot run these arguments, empty if they can. ``wins`` tells whether the
+    kernels are the fastest implementation for them on a GPU. Both affect only ``triton`` and ``auto``.
     """
     try:
         backend = Backend(backend)
@@ -63,11 +63,11 @@ def choose(
 
 
 def _refusal(x: Tensor) -> str:
-    """Why no kernel takes ``x``, or nothing."""
+    """The reason why no kernel supports ``x``, or an empty string."""
     if not HAS_TRITON:
         return "needs the package triton, which is not installed"
     if x.device.type != "cuda" and not INTERPRETED:
-        return f"needs a GPU, and the tensor is on {x.device.type} (TRITON_INTERPRET=1 interprets it there, slowly)"
+        return f"needs a GPU, but the tensor is on {x.device.type} (TRITON_INTERPRET=1 interprets it there, slowly)"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"computes in fp32, fp16 and bf16, not in {x.dtype}"
     if x.dtype is torch.bfloat16 and x.device.type == "cuda" and not _has_bf16(x.device):
@@ -76,18 +76,18 @@ def _refusal(x: Tensor) -> str:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    # of all ways to ask, this is the one that torch.compile takes as a constant
+    # torch.compile evaluates this query, unlike the others, to a constant
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which autocast changes no dtype on the device of ``x``."""
+    """A context that disables autocast on the device of ``x``."""
     if torch.compiler.is_compiling():
-        import fastdiff.kernels.graph_cache  # noqa: F401  # here, since it imports the compiler: two seconds
+        import fastdiff.kernels.graph_cache  # noqa: F401  # imports the compiler, which takes two seconds
     return torch.autocast(x.device.type, enabled=False) if x.device.type in HAVE_AUTOCAST else nullcontext()
 
 
 def require(holds: bool, op: str, message: str, *values: Any) -> None:
-    """ValueError that names the operation unless ``holds``; the message is only put together when it is needed."""
+    """Raise a ValueError that names the operation unless ``holds``. The message is formatted only if it is needed."""
     if not holds:
         raise ValueError(f"{op}: {message.format(*values)}")

@@ -1,6 +1,6 @@
-"""What the kernels share: their registration with PyTorch, and the launch.
+"""Registration of the kernels with PyTorch, and their launch.
 
-Only files called kernel.py import this one: it needs Triton.
+Within kernels/ only files named kernel.py import this module, because it needs Triton.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within it kernels are not run: their launches are collected, to be compiled for GPUs that are not at hand."""
+    """Collect launches instead of running kernels, so that they can be compiled for GPUs that are not available."""
     global _recorded
     outer, _recorded = _recorded, []
     try:
@@ -42,10 +42,10 @@ def recording() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, /, num_warps: int, num_stages: int, **arguments: Any
 ) -> None:
-    """Run ``kernel`` with all its arguments given by name; ValueError where the grid is too large for a GPU."""
+    """Run ``kernel`` with all arguments passed by name; ValueError if the grid is too large for a GPU."""
     for size, limit in zip(grid, GRID_LIMITS, strict=False):
         if size > limit:
-            raise ValueError(f"{kernel.fn.__name__}: a grid of {grid} programs is over the GPU's limit {GRID_LIMITS}")
+            raise ValueError(f"{kernel.fn.__name__}: a grid of {grid} programs exceeds the GPU's limit {GRID_LIMITS}")
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
     elif all(grid):
@@ -54,11 +54,11 @@ def launch(
 
 
 def register(implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """``implementation`` as the PyTorch operator fastdiff::<its name>, opaque to torch.compile; ``fake`` makes its
-    outputs for tracing, of the same shapes, dtypes and strides.
+    """Register ``implementation`` as the PyTorch operator fastdiff::<its name>, which is opaque to torch.compile.
 
-    Not torch.library.custom_op with register_autograd: per call that took 20 us here with gradients, this with a
-    torch.autograd.Function around it 8 us. The Function stands beside each op's registration.
+    ``fake`` creates outputs of the same shapes, dtypes and strides for tracing. A torch.autograd.Function around the
+    operator, next to its registration, defines the gradient. This takes 8 us per call with gradients;
+    torch.library.custom_op with register_autograd took 20 us.
     """
     name = f"fastdiff::{implementation.__name__}"
     schema = torch.library.infer_schema(implementation, mutates_args=())
@@ -74,7 +74,7 @@ def _processors(index: int) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of the device; an H100's where launches are recorded, one where interpreted."""
+    """Multiprocessors (compute units) of the device; an H100's if launches are recorded, one if interpreted."""
     if device.type == "cuda":
         return _processors(device.index)
     return 1 if _recorded is None else 132

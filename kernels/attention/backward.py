@@ -1,11 +1,11 @@
-"""The backward pass: dq, dk and dv of every head into one packed (N, T, 3C) tensor.
+"""The backward pass writes dq, dk and dv of every head into one packed (N, T, 3C) tensor.
 
-With P = softmax(S), S = q k^T / sqrt(d), dP = dy v^T and delta the row sums of P * dP, which are those of dy * y:
+With P = softmax(S), S = q k^T / sqrt(d), dP = dy v^T and delta the row sums of P * dP, which equal those of dy * y:
 
     dv = P^T dy,  dS = P * (dP - delta),  dq = dS k / sqrt(d),  dk = dS^T q / sqrt(d).
 
-Where dk and dv are computed, scores are (keys, queries): P^T and dS^T are left factors then, which tensor cores take
-from registers. P and dS are rounded to the input's dtype for products; softmax, delta and sums are fp32.
+Kernels that compute dk and dv hold the scores as (keys, queries). P^T and dS^T are then left factors, which tensor
+cores read from registers. P and dS are rounded to the input's dtype for products; softmax, delta and sums are fp32.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -31,7 +31,7 @@ from fastdiff.kernels.attention.tiles import (
 
 @triton.jit
 def _softmax_over_keys(s, keys, T, EVEN: tl.constexpr):
-    """Of scores over ln 2, (keys, queries); the keys from T on weigh nothing."""
+    """Softmax over the keys of scores / ln 2, (keys, queries). Keys from T on get zero weight."""
     if not EVEN:
         s = tl.where((keys < T)[:, None], s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 0)[None, :])
@@ -59,10 +59,10 @@ def attention_backward_at_once(
     TOKENS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """All of a head in one tile of TOKENS tokens, one program per sample and head.
+    """A complete head in one tile of TOKENS tokens, one program per sample and head.
 
-    Everything is written as soon as it is known: more than the scores, their gradient and one of dq, dk, dv would not
-    fit the registers.
+    Every result is stored as soon as it is computed, because the registers only hold the scores, their gradient and one
+    of dq, dk, dv.
     """
     n, h = sample_and_head(tl.program_id(0), heads)
     q_base, k_base, v_base = queries_keys_values(qkv, n, h, qkv_n, qkv_c, D)
@@ -105,8 +105,10 @@ def attention_backward_all_keys(
     KEYS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """All keys of a head in one tile, dk and dv in registers while blocks of queries pass by: one program per sample
-    and head. Every block sees all its scores, so neither y nor anything of the forward pass is needed.
+    """All keys of a head in one tile; dk and dv stay in registers during a loop over blocks of queries.
+
+    One program per sample and head. Every block sees all its scores, so the kernel needs nothing of the forward pass,
+    not even y.
     """
     n, h = sample_and_head(tl.program_id(0), heads)
     q_base, k_base, v_base = queries_keys_values(qkv, n, h, qkv_n, qkv_c, D)
@@ -156,7 +158,7 @@ def attention_backward_queries(
     KEYS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """dq of a block of queries while blocks of keys pass by, and delta of these queries, fp32 (N, heads, T).
+    """dq of a block of queries, in a loop over blocks of keys, and delta of these queries, fp32 (N, heads, T).
 
     One program per sample, head and block of queries; P = 2^(s / ln 2 - lse) (Dao et al. 2022, algorithm 4).
     """
@@ -208,9 +210,9 @@ def attention_backward_keys(
     KEYS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """dk and dv of a block of keys while blocks of queries pass by, after attention_backward_queries.
+    """dk and dv of a block of keys, in a loop over blocks of queries. Runs after attention_backward_queries.
 
-    One program per sample, head and block of keys. Queries from T on are zero, as is what they add.
+    One program per sample, head and block of keys. Queries from T on are zero and add zero.
     """
     blocks = tl.cdiv(T, KEYS)
     n, h = sample_and_head(tl.program_id(0) // blocks, heads)
@@ -228,7 +230,7 @@ def attention_backward_keys(
         of_row = (n * heads + h) * T + rows
         row_lse = load_lse(lse, n * heads + h, rows, T, qkv.dtype.element_ty == tl.float32)
         row_delta = tl.load(delta + of_row, mask=rows < T, other=0.0)
-        # fp32 repeats the forward pass's roundings, which its softmax cancelled
+        # in fp32, compute the scores as the forward pass does: the softmax cancels equal rounding errors
         s = tl.trans(inner(q, k)) if qkv.dtype.element_ty == tl.float32 else inner(k, q)  # (KEYS, QUERIES)
         s *= scale_log2
         if not EVEN:

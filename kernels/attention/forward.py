@@ -1,7 +1,7 @@
 """The forward pass: y = softmax(q k^T / sqrt(d)) v, one program per sample, head and block of queries.
 
-Exponentials are powers of two of scores over ln 2. Weights stay unnormalised until the end: at most 1, rounded to the
-input's dtype for the product with v; their sums, maxima and products are fp32.
+Exponentials are powers of two of scores / ln 2. Weights stay unnormalised, at most 1, until the end. They are rounded
+to the input's dtype for the product with v; sums, maxima and products are fp32.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -42,11 +42,11 @@ def attention_forward(
     AT_ONCE: tl.constexpr,
     SAVE_LSE: tl.constexpr,
 ):
-    """y (N, T, C) contiguous; lse = log2 sum_j 2^(s_j / ln 2) of each query's scores s, fp32 (N, heads, T), in fp32
-    two numbers (N, heads, 2, T).
+    """y (N, T, C) contiguous, and lse = log2 sum_j 2^(s_j / ln 2) of each query's scores s, fp32 (N, heads, T).
 
-    AT_ONCE: all keys are one tile. Otherwise blocks of them pass by, and a higher maximum shrinks what was summed up to
-    then (Milakov & Gimelshein 2018; Dao 2023).
+    For fp32 inputs lse is two numbers, (N, heads, 2, T), see store_lse. AT_ONCE: all keys are one tile. Otherwise the
+    kernel loops over blocks of keys and rescales the running sums when the maximum grows (Milakov & Gimelshein 2018;
+    Dao 2023).
     """
     blocks = tl.cdiv(T, QUERIES)
     n, h = sample_and_head(tl.program_id(0) // blocks, heads)

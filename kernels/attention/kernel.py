@@ -1,8 +1,8 @@
-"""attention in Triton, forward and backward: its operators, and what they launch.
+"""attention in Triton, forward and backward: the operators and their launches.
 
-Short sequences are one tile a head: plain softmax, and a backward pass of one launch that computes the scores again and
-needs nothing but qkv and dy. Long ones stream over blocks (Dao 2023, FlashAttention-2), save the log-sum-exp, and take
-two launches back, one for dq and one for dk and dv. Nothing is summed across programs.
+A short sequence is one tile per head: plain softmax, and one backward launch that recomputes the scores and needs only
+qkv and dy. A long sequence streams over blocks (Dao 2023, FlashAttention-2), saves the log-sum-exp, and takes two
+backward launches, one for dq and one for dk and dv. Nothing is summed across programs.
 """
 
 import math
@@ -37,7 +37,7 @@ def _backward_at_once(qkv: Tensor, heads: int) -> plan.Tiles | None:
 
 
 def _shared(qkv: Tensor, heads: int, tiles: plan.Tiles) -> dict[str, Any]:
-    """What every kernel wants to know."""
+    """Arguments that all kernels share."""
     t, d = qkv.shape[1], _head_dim(qkv, heads)
     first, second = plan.parts(d, qkv.dtype)
     return {
@@ -60,7 +60,7 @@ def _blocks(tiles: plan.Tiles) -> dict[str, int]:
 
 
 def _outputs(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Memory for y, and for lse where the backward pass wants it."""
+    """Uninitialised y, and lse, which is empty if the backward pass does not need it."""
     n, t, width = qkv.shape
     rows: tuple[int, ...] = (n, heads, 2, t) if qkv.dtype is torch.float32 else (n, heads, t)
     if _backward_at_once(qkv, heads) is not None:
@@ -70,9 +70,9 @@ def _outputs(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """y (N, T, C), and lse fp32 (N, heads, T), of each query log2 of the sum of exponentials; (0,) where unneeded.
+    """y (N, T, C), and lse fp32 (N, heads, T), the log2 of each query's sum of exponentials; (0,) if not needed.
 
-    For fp32 (N, heads, 2, T), see tiles.store_lse.
+    For fp32 inputs lse is (N, heads, 2, T), see tiles.store_lse.
     """
     y, lse = _outputs(qkv, heads)
     n, t, _ = qkv.shape
@@ -92,10 +92,10 @@ def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | None, heads: int) -> Tensor:
-    """dqkv, contiguous, for dy (N, T, C) with any strides; y and lse where the forward pass made an lse."""
+    """dqkv, contiguous, for dy (N, T, C) with any strides; y and lse are needed if the forward pass saved an lse."""
     dqkv = _gradient(dy, qkv, y, lse, heads)
     n, t, _ = qkv.shape
-    if not t:  # a grid of all heads would have nothing to mask
+    if not t:  # EVEN holds for T = 0, so that a grid over the heads would load without masks
         return dqkv
     gradients: dict[str, Any] = {"dy": dy, **_strides("dy", dy), "dqkv": dqkv, "scale": _head_dim(qkv, heads) ** -0.5}
     tiles = _backward_at_once(qkv, heads)
@@ -135,7 +135,7 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | 
 
 
 def _gradient(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | None, heads: int) -> Tensor:
-    """Memory for dqkv; contiguous, as the linear layer before it wants it."""
+    """Uninitialised dqkv, contiguous as the preceding linear layer needs it."""
     return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
 
 
@@ -144,7 +144,7 @@ _backward = register(attention_backward, _gradient)
 
 
 class Attention(torch.autograd.Function):
-    """The two operators as a function and its gradient. It saves qkv, and y and lse of long sequences only."""
+    """The two operators as a function and its gradient. It saves qkv, and for long sequences y and lse as well."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:

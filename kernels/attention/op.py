@@ -1,4 +1,4 @@
-"""The public operation: arguments checked, implementation chosen."""
+"""The public operation: checks the arguments and chooses the implementation."""
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ def attention(qkv: Tensor, heads: int, *, backend: Backend | str = Backend.AUTO)
     """softmax(q k^T / sqrt(d)) v for every head, the softmax in fp32 (Vaswani et al. 2017, equation 1).
 
     qkv: (N, T, 3C) with any strides, packed as improved-diffusion packs it: heads outermost, then q, k and v of
-    d = C / heads channels each. Returns (N, T, C), heads outermost; under autocast of its dtype. The kernels take d of
-    16 to 256 in steps of 8, and up to 4096 tokens. ValueError where 3C is no multiple of 3 * heads or the backend
+    d = C / heads channels each. Returns (N, T, C), heads outermost; under autocast, in its dtype. The kernels support d
+    from 16 to 256 in steps of 8, and up to 4096 tokens. ValueError if 3C is not a multiple of 3 * heads or the backend
     cannot run.
     """
     require(qkv.ndim == 3, "attention", "qkv must be (N, T, 3C), not {}", tuple(qkv.shape))
@@ -36,7 +36,7 @@ def attention(qkv: Tensor, heads: int, *, backend: Backend | str = Backend.AUTO)
 
 
 def _refusal(tokens: int, head_dim: int) -> str:
-    """Why the kernels do not take these sizes, or nothing."""
+    """The reason why the kernels do not support these sizes, or an empty string."""
     if head_dim % 8 or not 16 <= head_dim <= 256:
         return f"takes head dimensions from 16 to 256 in steps of 8, not {head_dim}"
     if tokens > MOST_TOKENS:
@@ -45,18 +45,18 @@ def _refusal(tokens: int, head_dim: int) -> str:
 
 
 def _kernels_win(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels are taken to be faster than the best of SDPA with its split and concatenation.
+    """Whether the kernels are expected to be faster than the best SDPA with its split and concatenation.
 
-    Not measured by this project yet: it rests on counting bytes and on published figures. Up to 256 tokens attention is
-    bound by memory, and here one packed gradient spares the concatenation; at 1024 Triton's own tutorial kernel reaches
-    0.75 to 0.95 of FlashAttention-3, at more it falls back. In fp32 the kernels use no tensor cores.
-    ``benchmarks/gpu_check.sh bars`` prints what this should be.
+    This is not measured yet: it rests on byte counts and published figures. Up to 256 tokens attention is memory-bound,
+    and the packed gradient saves a concatenation. At 1024 tokens Triton's tutorial kernel reaches 0.75 to 0.95 of
+    FlashAttention-3, at more tokens less. In fp32 the kernels use no tensor cores. ``benchmarks/gpu_check.sh bars``
+    measures what this should be.
     """
     return dtype is not torch.float32 and tokens <= FASTEST_UP_TO
 
 
 def _autocast(qkv: Tensor) -> Tensor:
-    """qkv in the dtype in which autocast would compute the products, once for q, k and v."""
+    """Cast qkv to the dtype in which autocast would compute the products: once, instead of q, k and v one by one."""
     device = qkv.device.type
     if device in HAVE_AUTOCAST and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         return qkv.to(torch.get_autocast_dtype(device))

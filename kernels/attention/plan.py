@@ -1,7 +1,7 @@
-"""How attention is divided among programs: a pure function of sequence, head dimension, dtype and kind of GPU.
+"""How attention is divided among programs: a pure function of sequence length, head dimension, dtype and kind of GPU.
 
-Tiles are the largest that compile for sm_80, sm_90, sm_100 and gfx942 without spilling registers, within the shared
-memory (and on Blackwell the tensor memory) of each. Nothing was measured on a GPU yet.
+Tiles are the largest that compile for sm_80, sm_90, sm_100 and gfx942 without spilling registers and fit the shared
+memory (on Blackwell also the tensor memory) of each. Nothing has been measured on a GPU yet.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ import torch
 AT_ONCE_UP_TO = 128
 """Longest sequence whose scores are one tile."""
 ALL_KEYS_UP_TO = 256
-"""Longest one whose backward pass may hold dk and dv of all keys in registers."""
+"""Longest sequence whose backward pass may hold dk and dv of all keys in registers."""
 WARPGROUPS_WITHOUT_A_GPU = True
-"""Whether plans are those of Hopper where there is no GPU: launches are only interpreted, or recorded."""
+"""Whether plans are Hopper's if there is no GPU, where launches are only interpreted or recorded."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program holds at a time, and with what: a block of queries, one of keys, warps, stages of loads."""
+    """Tile sizes of a program, queries and keys at a time, with its warps and its pipeline stages of loads."""
 
     queries: int
     keys: int
@@ -28,15 +28,15 @@ class Tiles:
 
 
 def next_power(value: int) -> int:
-    """The smallest power of two that is no smaller."""
+    """The smallest power of two that is at least ``value``."""
     return 1 << (value - 1).bit_length()
 
 
 def parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Powers of two, 16 at least, that together hold the head dimension: 144 = 128 + 16, 64 = 64 + 0.
+    """Two powers of two of at least 16, or one and 0, that cover the head dimension: 144 = 128 + 16, 64 = 64 + 0.
 
-    In fp32 always two, if they can be: sums over channels are chains of additions there, and two of half the length err
-    less than one.
+    fp32 uses two parts if possible: its sums over channels are chains of additions, and two chains of half the length
+    have a smaller error than one.
     """
     whole = next_power(head_dim)
     first = whole // 2
@@ -52,15 +52,15 @@ def _has_warpgroups(index: int | None) -> bool:
 
 
 def has_warpgroups(device: torch.device) -> bool:
-    """Whether matrix products take their operands from shared memory, as on Hopper and on Blackwell's data centre GPUs.
+    """Whether matrix products read their operands from shared memory, as on Hopper and Blackwell's data centre GPUs.
 
-    Elsewhere operands fill registers, and shared memory may be as little as 99 KB, or 64 KB on AMD's GPUs.
+    Elsewhere operands occupy registers, and shared memory may be as small as 99 KB, or 64 KB on AMD's GPUs.
     """
     return _has_warpgroups(device.index) if device.type == "cuda" else WARPGROUPS_WITHOUT_A_GPU
 
 
 def _fp32(head_dim: int) -> Tiles:
-    """In every pass the same, so that scores computed again have the same roundings: a softmax cancels those."""
+    """The same in every pass, so that recomputed scores have the same rounding errors: a softmax cancels those."""
     return Tiles(16, 32 if head_dim <= 192 else 16, 4)
 
 
@@ -79,7 +79,7 @@ def forward(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups: bool) ->
 
 
 def backward_at_once(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Tiles | None:
-    """Tiles of the backward pass where one launch does all of it, or None."""
+    """Tiles of a backward pass in a single launch, or None if it takes two."""
     if dtype is torch.float32 and tokens > 16:
         return None
     block = max(next_power(tokens), 16)

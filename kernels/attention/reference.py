@@ -1,4 +1,4 @@
-"""What attention means: two products with a softmax in fp32 between them."""
+"""The definition of attention: two matrix products with a softmax in fp32 between them."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """The definition, see op.py. Queries and keys are each scaled by d^(-1/4), steadier in fp16 than one d^(-1/2)."""
+    """The definition, see op.py. Scaling queries and keys by d^(-1/4) each is more stable in fp16 than one d^(-1/2)."""
     n, t, width = qkv.shape
     d = width // (3 * heads)
     q, k, v = qkv.view(n, t, heads, 3, d).unbind(3)  # (N, T, H, D) each

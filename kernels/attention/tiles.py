@@ -1,7 +1,7 @@
-"""What the attention kernels share: where a head lies, its tiles and their products.
+"""Functions that the attention kernels share: addresses of a head, its tiles and their products.
 
-A head dimension that is no power of two is held in two parts that are, 144 as 128 + 16, and not padded to the next one:
-a tile is a tuple of one or two blocks (rows, channels). D1 and D2 are their widths, D2 = 0 where there is one.
+A head dimension that is not a power of two is split into two that are, 144 into 128 + 16, instead of padded to the next
+one. A tile is a tuple of one or two blocks (rows, channels). D1 and D2 are their widths; D2 = 0 if there is one block.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -12,13 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def sample_and_head(index, heads):
-    """Both in int64: offsets in large tensors are products of them."""
+    """Both in int64, because offsets in large tensors are products of them."""
     return (index // heads).to(tl.int64), (index % heads).to(tl.int64)
 
 
 @triton.jit
 def queries_keys_values(qkv, n, h, stride_n, stride_c, D: tl.constexpr):
-    """Where q, k and v of a head begin in the packed tensor."""
+    """Pointers to the start of q, k and v of a head in the packed tensor."""
     sample = qkv + n * stride_n
     return sample + 3 * h * D * stride_c, sample + (3 * h + 1) * D * stride_c, sample + (3 * h + 2) * D * stride_c
 
@@ -31,7 +31,7 @@ def _pointers(base, rows, stride_t, stride_c, FIRST: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def _mask(rows, T, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Which of these elements there are, None where all of them."""
+    """Mask of the elements that exist; None if all do."""
     channels = FIRST + tl.arange(0, WIDTH)
     if FIRST + WIDTH <= D:
         mask = None if EVEN else (rows < T)[:, None]
@@ -51,7 +51,7 @@ def _load_part(
 
 @triton.jit
 def load(base, rows, stride_t, stride_c, T, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of one head, zero where there is nothing. EVEN: all rows are below T."""
+    """Load a tile of one head, zero outside it. EVEN: all rows are below T."""
     first = _load_part(base, rows, stride_t, stride_c, T, D, 0, D1, EVEN)
     return (first, _load_part(base, rows, stride_t, stride_c, T, D, D1, D2, EVEN)) if D2 else (first,)
 
@@ -64,7 +64,7 @@ def _store_part(base, block, rows, stride_t, T, D: tl.constexpr, FIRST: tl.const
 
 @triton.jit
 def store(base, tile, rows, stride_t, T, D: tl.constexpr, EVEN: tl.constexpr):
-    """Write a tile, rounded, to channels that lie side by side."""
+    """Store a tile, rounded to the output's dtype, in adjacent channels."""
     _store_part(base, tile[0], rows, stride_t, T, D, 0, EVEN)
     if len(tile) == 2:
         _store_part(base, tile[1], rows, stride_t, T, D, tile[0].shape[1], EVEN)
@@ -72,9 +72,9 @@ def store(base, tile, rows, stride_t, T, D: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def store_lse(base, highest, total, head, rows, T, APART: tl.constexpr):
-    """log2 of the sum of exponentials of each row, or APART their maximum and the inverse of the rest.
+    """Store the log2 of each row's sum of exponentials or, if APART, its maximum and the inverse of the remaining sum.
 
-    In fp32 a sum of the two would lose what the backward pass needs of them; in 16 bits nobody sees it.
+    In fp32 adding the two would lose digits that the backward pass needs; in 16 bits the loss is invisible.
     """
     if APART:
         pointers = base + head * (2 * T) + rows
@@ -86,7 +86,7 @@ def store_lse(base, highest, total, head, rows, T, APART: tl.constexpr):
 
 @triton.jit
 def load_lse(base, head, rows, T, APART: tl.constexpr):
-    """What store_lse wrote, as a tuple."""
+    """Load what store_lse wrote, as a tuple."""
     pointers = base + head * (2 * T if APART else T) + rows
     first = tl.load(pointers, mask=rows < T, other=0.0)
     return (first, tl.load(pointers + T, mask=rows < T, other=0.0)) if APART else (first,)
@@ -94,21 +94,21 @@ def load_lse(base, head, rows, T, APART: tl.constexpr):
 
 @triton.jit
 def softmax_again(s, lse, AXIS: tl.constexpr):
-    """The weights of scores over ln 2, whose keys lie along AXIS."""
+    """The softmax weights of scores / ln 2 with the keys along AXIS."""
     p = tl.exp2(s - tl.expand_dims(lse[0], AXIS))
     return p * tl.expand_dims(lse[1], AXIS) if len(lse) == 2 else p
 
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """A tile to sum in."""
+    """A zero tile to accumulate in."""
     first = tl.zeros([ROWS, D1], tl.float32)
     return (first, tl.zeros([ROWS, D2], tl.float32)) if D2 else (first,)
 
 
 @triton.jit
 def times(tile, factor):
-    """The tile times a number or a column (rows, 1) of them."""
+    """The tile times a scalar or a column (rows, 1)."""
     return (tile[0] * factor, tile[1] * factor) if len(tile) == 2 else (tile[0] * factor,)
 
 
@@ -126,7 +126,7 @@ def inner(a, b):
 
 @triton.jit
 def add_weighted(total, weights, tile):
-    """total + weights tile in fp32, the weights rounded to the tile's dtype."""
+    """total + weights @ tile in fp32, with the weights rounded to the tile's dtype."""
     w = weights.to(tile[0].dtype)
     first = tl.dot(w, tile[0], total[0], input_precision="ieee")
     return (first, tl.dot(w, tile[1], total[1], input_precision="ieee")) if len(total) == 2 else (first,)
@@ -134,7 +134,7 @@ def add_weighted(total, weights, tile):
 
 @triton.jit
 def _transposed_product(weights, part):
-    if weights.shape[1] < 64:  # Hopper's tensor cores take 64 rows at least: of few columns, let these be the channels
+    if weights.shape[1] < 64:  # Hopper's tensor cores need 64 rows: here the channels become the rows
         product = tl.trans(tl.dot(tl.trans(part), weights, input_precision="ieee"))
     else:
         product = tl.dot(tl.trans(weights), part, input_precision="ieee")
@@ -143,14 +143,14 @@ def _transposed_product(weights, part):
 
 @triton.jit
 def weighted_by_columns(weights, tile):
-    """weights^T tile in fp32, the weights (rows of the tile, others) in the tile's dtype."""
+    """weights^T @ tile in fp32, for weights (rows of the tile, others) in the tile's dtype."""
     first = _transposed_product(weights, tile[0])
     return (first, _transposed_product(weights, tile[1])) if len(tile) == 2 else (first,)
 
 
 @triton.jit
 def row_products(a, b):
-    """Of each row the sum of a * b over the channels, in fp32."""
+    """The sum of a * b over the channels of each row, in fp32."""
     total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
     if len(a) == 2:
         total += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)

@@ -1,4 +1,4 @@
-"""The training objectives of improved-diffusion, one value a sample."""
+"""The training objectives of improved-diffusion, one value per sample."""
 
 from fastdiff.kernels.diffusion_loss.op import Losses, diffusion_loss
 

@@ -1,4 +1,4 @@
-"""The gradient of the model's output, in one pass."""
+"""The gradient with respect to the model output, in one pass."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -53,11 +53,11 @@ def diffusion_loss_backward(
     P: tl.constexpr,
     C: tl.constexpr,
 ):
-    """d output = 2 g (output - target) / per_mse, or, where there is no mse, g' d bound / d output / per_vb;
-    d values = g' d bound / d values / per_vb;  g and g' are the gradients of mse and vb, those by way of loss included
+    """d output = 2 g (output - target) / per_mse or, without mse, g' d bound / d output / per_vb;
+    d values = g' d bound / d values / per_vb;  g and g' are the gradients of mse and vb, including those through loss
 
-    All tensors (N, C, pixels) by their strides, the gradients that come in (N,) or None; one program per (sample, tile
-    of P pixels by C channels); fp32 within.
+    All tensors are (N, C, pixels) with any strides; the incoming gradients are (N,) or None. One program per (sample,
+    tile of P pixels by C channels); arithmetic is fp32.
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     p, c, mask = tile_of(tl.program_id(0) % tiles, pixels, CHANNELS, P, C)

@@ -24,7 +24,7 @@ from fastdiff.kernels.gaussian.kernel import (
 def logistic(u):
     """sigmoid(w), sigmoid(-w) and dw / du for w = 2 sqrt(2 / pi) (u + 0.044715 u^3)
 
-    Half of 1 + tanh(w / 2), the distribution function of the normal as the family approximates it, is sigmoid(w), which
+    The model family approximates the normal distribution function by (1 + tanh(w / 2)) / 2 = sigmoid(w). The sigmoid
     keeps its digits in both tails.
     """
     w = 1.5957691216057308 * u * (1.0 + 0.044715 * u * u)
@@ -38,14 +38,15 @@ def logistic(u):
 @triton.jit
 def negative_log_likelihood(x, mean, log_variance):
     """-log of the probability p of 8-bit pixels x in [-1, 1] under N(mean, exp log_variance) (DDPM equation 13), and
-    its derivatives by mean and log variance. Where p is below 1e-12 it counts as that, and the derivatives are 0.
+    its derivatives by mean and log variance. p is at least 1e-12; where it is clamped, the derivatives are 0.
 
-    With a and b the w of the pixel's ends (``logistic``), p = sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) m for
-    m = 1 - e^(b - a); black pixels have no lower end, white ones no upper end. No difference of near numbers is taken.
+    With a and b the w of the pixel's upper and lower end (``logistic``), p = sigmoid(a) - sigmoid(b) =
+    sigmoid(a) sigmoid(-b) m for m = 1 - e^(b - a). Black pixels have no lower end, white ones no upper end. The formula
+    never subtracts nearly equal numbers.
     """
     inverse = exp(-0.5 * log_variance)
     middle, half = inverse * (x - mean), inverse * (1 / 255)
-    # beyond 30, nothing is left of either tail
+    # both tails vanish beyond 30
     upper = tl.clamp(middle + half, -30.0, 30.0, propagate_nan=tl.PropagateNan.ALL)
     lower = tl.clamp(middle - half, -30.0, 30.0, propagate_nan=tl.PropagateNan.ALL)
     below_upper, above_upper, slope_upper = logistic(upper)
@@ -60,7 +61,7 @@ def negative_log_likelihood(x, mean, log_variance):
     m = tl.where(gap < 0.25, series, 1.0 - rest)
     p = tl.where(black, below_upper, tl.where(white, above_lower, below_upper * above_lower * m))
 
-    # log p by a and by b, less what m adds to both: 1 / (e^(a - b) - 1)
+    # derivatives of log p by a and by b, without the term that m adds to both: 1 / (e^(a - b) - 1)
     by_upper = tl.where(white, 0.0, slope_upper * above_upper)
     by_lower = tl.where(black, 0.0, slope_lower * below_lower)
     of_m = tl.where(black | white | (gap > 80.0), 0.0, rest / m)
@@ -75,7 +76,7 @@ def negative_log_likelihood(x, mean, log_variance):
 def bound(x_start, x_t, output, values, row, step, MEAN_TYPE: tl.constexpr, VAR_TYPE: tl.constexpr):
     """The variational bound's term in nats, element by element, and its derivatives by output and values.
 
-    KL = (u - 1 + e^(-u) + d^2 / variance) / 2, for the log u of the variance over the posterior's, d between the means.
+    KL = (u - 1 + e^(-u) + d^2 / variance) / 2, u = log(variance / posterior variance), d the difference of the means.
     """
     coef1, coef2 = tl.load(row + POSTERIOR_MEAN_COEF1), tl.load(row + POSTERIOR_MEAN_COEF2)
     true_variance, true_log_variance = tl.load(row + POSTERIOR_VARIANCE), tl.load(row + POSTERIOR_LOG_VARIANCE)
@@ -86,9 +87,9 @@ def bound(x_start, x_t, output, values, row, step, MEAN_TYPE: tl.constexpr, VAR_
         mean_by_output = 1.0
     else:
         pred_xstart = predict_xstart(x_t, output, a, b, MEAN_TYPE)
-        mean = pred_xstart  # at t = 0, the only t where it counts: coef1 is 1 there, coef2 0
+        mean = pred_xstart  # used only at t = 0, where coef1 is 1 and coef2 is 0
         if MEAN_TYPE == "epsilon":
-            # the near numbers first: their difference is exact, where pred_xstart is rounded to its own size
+            # subtract the nearly equal numbers first: that is exact, but pred_xstart has a rounding error of its size
             d = coef1 * ((x_start - a * x_t) + b * output)
             mean_by_output = -coef1 * b
         else:
@@ -111,7 +112,7 @@ def bound(x_start, x_t, output, values, row, step, MEAN_TYPE: tl.constexpr, VAR_
         log_variance = values if VAR_TYPE == "learned" else u + true_log_variance
         term, by_mean, by_log_variance = negative_log_likelihood(x_start, mean, log_variance)
     else:
-        # u and its ratio e^(-u) go together, for what one is off by cancels in u + e^(-u) wherever u is small
+        # u and the ratio e^(-u) must match: for small u the error of one cancels in u + e^(-u)
         if VAR_TYPE == "learned":
             ratio = exp(-u)
             precision = exp(-values)

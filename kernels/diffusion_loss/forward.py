@@ -1,4 +1,4 @@
-"""The objectives in one pass, and a second launch where a sample is split among programs."""
+"""The objectives in one pass, with a second launch if a sample is split among programs."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -11,14 +11,14 @@ from fastdiff.kernels.gaussian.kernel import WIDTH
 
 @triton.jit
 def quotient(total, by):
-    """total / by of an fp64 sum to 40 bits, for fp32 ``by``: fp64's own division is a call, with a stack of its own."""
+    """fp64 total / fp32 ``by`` to 40 bits. An fp64 division would be a function call with its own stack."""
     inverse = tl.cast(1.0 / by, tl.float64)
-    return total * (inverse * (2.0 - tl.cast(by, tl.float64) * inverse))  # a step of Newton's
+    return total * (inverse * (2.0 - tl.cast(by, tl.float64) * inverse))  # one Newton step
 
 
 @triton.jit
 def write_losses(mse, vb, loss, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE: tl.constexpr, VB: tl.constexpr):
-    """From a sample's sums to its mse, vb and loss."""
+    """Store mse, vb and loss of a sample from its sums."""
     total = 0.0
     if MSE:
         mean = quotient(squares, per_mse).to(tl.float32)
@@ -73,8 +73,9 @@ def diffusion_loss_forward(
 ):
     """mse = sum (output - target)^2 / per_mse,  vb = sum bound / per_vb,  loss = mse + loss_of_vb vb
 
-    All tensors (N, C, pixels) by their strides; one program per (sample, split), which takes per_split tiles of P
-    pixels by C channels; fp32 sums in a thread, fp64 across. Several splits put theirs in ``partial`` (2, N, SPLITS).
+    All tensors are (N, C, pixels) with any strides. One program per (sample, split) sums per_split tiles of P pixels by
+    C channels, in fp32 within a thread and in fp64 across threads. Several splits store theirs in ``partial``
+    (2, N, SPLITS).
     """
     n = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
@@ -113,9 +114,9 @@ def diffusion_loss_forward(
             MSE,
             VB,
         )
-        squares += difference * difference  # 0 beside the mask, where both were read as 0
+        squares += difference * difference  # 0 outside the mask, where both were loaded as 0
         bits += tl.where(mask, bit, 0.0)
-    # the few sums of threads in fp64, which costs nothing and leaves the last digit to the elements' own rounding
+    # the few per-thread sums in fp64: this costs nothing, and only the elements' rounding errors remain
     squares = tl.sum(squares.to(tl.float64))
     bits = tl.sum(bits.to(tl.float64))
     if SPLITS == 1:
@@ -140,7 +141,7 @@ def diffusion_loss_finish(
     SPLITS: tl.constexpr,
     S: tl.constexpr,
 ):
-    """The sums over a sample's splits;  partial: (2, N, SPLITS) fp32; one program per sample."""
+    """Sum over a sample's splits;  partial: (2, N, SPLITS) fp32; one program per sample."""
     n = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, S)
     at = partial + n * SPLITS + split

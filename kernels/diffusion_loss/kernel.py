@@ -15,21 +15,21 @@ from fastdiff.kernels.gaussian.kernel import dense_like, strides
 from fastdiff.kernels.launch import launch, processors, register
 
 FORWARD_TILE = 2048
-"""Elements of a tile: with four a thread, 16 warps, enough to keep a multiprocessor's memory busy alone."""
+"""Elements per tile: four per thread in 16 warps, enough for one program to keep a multiprocessor's memory busy."""
 
 BACKWARD_TILE = 512
 
 ELEMENTS_A_WARP = 128
 
 LEAST_TILES = 8
-"""Tiles a program has to sum at least before a sample is split, which costs a second launch."""
+"""Fewest tiles per program for which a sample is split, because a split costs a second launch."""
 
 MOST_CHANNELS = 16
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a sample is cut: P pixels by C channels a tile."""
+    """How a sample is divided into tiles of P pixels by C channels."""
 
     pixels: int
     channels: int
@@ -38,19 +38,19 @@ class Tiles:
 
     @classmethod
     def of(cls, channels: int, pixels: int, most: int) -> "Tiles":
-        """Tiles of up to ``most`` elements, a pixel's channels in one: channels-last outputs keep them together."""
+        """Tiles of up to ``most`` elements. A tile has all channels of a pixel, adjacent in channels-last outputs."""
         c = min(triton.next_power_of_2(channels), MOST_CHANNELS)
         p = min(most // c, max(32, triton.next_power_of_2(pixels)))
         return cls(p, c, triton.cdiv(pixels, p) * triton.cdiv(channels, c), max(1, p * c // ELEMENTS_A_WARP))
 
 
 def splits_of(samples: int, tiles: int, device: torch.device) -> int:
-    """Programs a sample: one, which needs no second launch, unless that leaves a GPU idle that has much to read."""
+    """Programs per sample: one, without a second launch, unless that leaves processors idle with much to read."""
     return max(1, min(4 * processors(device) // max(1, samples), tiles // LEAST_TILES))
 
 
 def _scales(loss_type: str, var_type: str, steps: int, elements: int) -> dict[str, Any]:
-    """What the sums over a sample's elements are divided by, what vb counts in the loss, and which parts there are."""
+    """Divisors of the sums over a sample's elements, the weight of vb in the loss, and the parts that the loss has."""
     kind = LossType(loss_type)
     weight = steps / 1000 if kind is LossType.RESCALED_MSE else 1.0
     return {
@@ -84,7 +84,7 @@ def diffusion_loss_forward(
     var_type: str,
     loss_type: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, mse and vb, (N,) each, the latter two (0,) where they are no part of the loss."""
+    """loss, mse and vb, (N,) each; mse or vb is (0,) if it is not part of the loss."""
     loss, mse, vb = _losses(model_output, x_start, x_t, noise, t, tables, mean_type, var_type, loss_type)
     inputs = _inputs(model_output, x_start, x_t, noise, t, tables)
     n, channels, pixels = inputs["x_t"].shape
@@ -148,7 +148,7 @@ def diffusion_loss_backward(
     var_type: str,
     loss_type: str,
 ) -> Tensor:
-    """The gradient of model_output, in its dtype."""
+    """The gradient with respect to model_output, in its dtype."""
     grad_output = dense_like(model_output, model_output.dtype)
     flat = grad_output.flatten(2)
     inputs = _inputs(model_output, x_start, x_t, noise, t, tables)

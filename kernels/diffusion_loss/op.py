@@ -1,4 +1,4 @@
-"""The public operation: arguments checked, implementation chosen."""
+"""The public operation: checks the arguments and chooses the implementation."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ if HAS_TRITON:
 
 
 class Losses(NamedTuple):
-    """The objective and its parts, each (N,); a part that it does not have is None."""
+    """The loss and its parts, each (N,); None for a part that the objective does not have."""
 
     loss: Tensor
     mse: Tensor | None
@@ -38,17 +38,17 @@ def diffusion_loss(
     loss_type: LossType | str = LossType.RESCALED_MSE,
     backend: Backend | str = Backend.AUTO,
 ) -> Losses:
-    """The objectives of Nichol & Dhariwal 2021, section 3, sample by sample.
+    """The objectives of Nichol & Dhariwal 2021, section 3, per sample.
 
-    mse is the mean squared error of what the model predicts; vb the variational bound's term at t in bits per dimension
-    (DDPM equation 5: the discretised likelihood at t = 0, else a KL divergence). MSE and RESCALED_MSE: loss = mse, plus
-    vb for a learned variance, which vb alone teaches; RESCALED_MSE weighs vb by T / 1000. KL: loss = vb; RESCALED_KL:
-    loss = T vb.
+    mse is the mean squared error of the model's prediction; vb is the variational bound's term at t in bits per
+    dimension (DDPM equation 5: the discretised likelihood at t = 0, else a KL divergence). MSE and RESCALED_MSE:
+    loss = mse, plus vb if the variance is learned; vb then trains only the variance. RESCALED_MSE weights vb by
+    T / 1000. KL: loss = vb. RESCALED_KL: loss = T vb.
 
-    model_output: (N, C, *spatial), or (N, 2C, *spatial) where the variance is learned; x_start, x_t, noise:
-    (N, C, *spatial); all of any strides. t: (N,) int64 in 0..T-1, on the device, not checked there. tables:
-    (T, len(TABLES)), float64 where x_t is and fp32 otherwise. ValueError where shapes do not fit or the backend cannot
-    run: the kernels have a gradient for model_output alone.
+    model_output: (N, C, *spatial), or (N, 2C, *spatial) if the variance is learned. x_start, x_t, noise:
+    (N, C, *spatial). All may have any strides. t: (N,) int64 in 0..T-1 on the device; its values are not checked.
+    tables: (T, len(TABLES)), float64 if x_t is float64, otherwise fp32. ValueError if shapes do not match or the
+    backend cannot run: the kernels have a gradient only for model_output.
     """
     op = "diffusion_loss"
     mean_type, var_type, loss_type = ModelMeanType(mean_type), ModelVarType(var_type), LossType(loss_type)

@@ -1,4 +1,4 @@
-"""What diffusion_loss means: the original's operations in their order."""
+"""The definition of diffusion_loss: the original operations in their order."""
 
 import math
 
@@ -21,7 +21,7 @@ def diffusion_loss(
     var_type: ModelVarType,
     loss_type: LossType,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The definition, see op.py. Computes in fp32, or in float64 where x_t is float64."""
+    """The definition, see op.py. Computes in fp32, or in float64 if x_t is float64."""
     steps = tables.shape[0]
     at = coefficients(tables, t, x_t.ndim)
     if loss_type.is_vb:
@@ -40,7 +40,7 @@ def diffusion_loss(
     mse = mean_flat(F.mse_loss(output.to(wide), target.to(wide), reduction="none"))
     if not var_type.learned:
         return mse, mse, None
-    # The bound teaches the variance alone: its mean is detached (improved DDPM, section 3.1).
+    # The bound trains only the variance: the mean is detached (improved DDPM, section 3.1).
     frozen = torch.cat([output.detach(), model_output[:, channels:]], dim=1)
     vb = _vb(frozen, x_start, x_t, t, at, mean_type, var_type)
     if loss_type is LossType.RESCALED_MSE:
@@ -81,7 +81,7 @@ def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) ->
 
 
 def approx_standard_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal's distribution function that the family is trained with."""
+    """The tanh approximation of the standard normal distribution function with which the model family is trained."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -1,4 +1,4 @@
-"""What the programs of both passes share: their tiles, and what the objectives are made of there."""
+"""Functions that both passes share: tiles, and the terms of the objectives on a tile."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -48,12 +48,12 @@ def terms(
     MSE: tl.constexpr,
     VB: tl.constexpr,
 ):
-    """One tile's difference from the target, and its bound with the derivatives by output and values."""
+    """output - target on one tile, and the bound with its derivatives by output and values."""
     at = output + n * output_n + c * output_c + p * output_p
     out = load(at, mask)
     nothing = tl.zeros_like(out)
     difference, bits, by_output, by_values = nothing, nothing, nothing, nothing
-    # only what the objective asks for is read
+    # load only what the objective needs
     start, xt = out, out
     if VB or MEAN_TYPE != "epsilon":
         start = load(x_start + n * x_start_n + c * x_start_c + p * x_start_p, mask)

@@ -1,4 +1,4 @@
-"""One step of sampling, from x_t and the model's output to x_{t-1}."""
+"""One sampling step, from x_t and the model output to x_{t-1}."""
 
 from fastdiff.kernels.diffusion_step.op import Step, diffusion_step
 

@@ -1,4 +1,4 @@
-"""diffusion_step in Triton: the pass as a registered operator, and its plan."""
+"""diffusion_step in Triton: the registered operator and its plan."""
 
 import torch
 import triton
@@ -29,7 +29,7 @@ def diffusion_step(
     clip: bool,
     pred_xstart: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x_{t-1} and, empty unless asked for, the predicted x_0."""
+    """x_{t-1} and the predicted x_0, which is empty unless requested."""
     sample, pred = _outputs(
         x, model_output, t, tables, noise, seed, samples, mean_type, var_type, sampler, eta, clip, pred_xstart
     )
@@ -78,7 +78,7 @@ def diffusion_step(
 
 
 def plan(elements: int) -> tuple[int, int]:
-    """Elements and warps of a program: four elements, 16 bytes of x, a thread, and no more than there are."""
+    """Elements and warps per program: four elements, 16 bytes of x, per thread, and no larger than needed."""
     block = min(BLOCK, max(128, triton.next_power_of_2(elements)))
     return block, WARPS * block // BLOCK
 

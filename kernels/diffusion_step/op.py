@@ -1,4 +1,4 @@
-"""The public operation: arguments checked, implementation chosen."""
+"""The public operation: checks the arguments and chooses the implementation."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ if HAS_TRITON:
 
 
 class Step(NamedTuple):
-    """x_{t-1}, and the x_0 predicted on the way to it where that was asked for."""
+    """x_{t-1} and, if requested, the predicted x_0."""
 
     sample: Tensor
     pred_xstart: Tensor | None
@@ -41,24 +41,24 @@ def diffusion_step(
     pred_xstart: bool = False,
     backend: Backend | str = Backend.AUTO,
 ) -> Step:
-    """x_{t-1} from x_t and the model's output: ancestral (DDPM algorithm 2) or DDIM (Song et al. 2021, equation 12).
+    """x_{t-1} from x_t and the model output: ancestral (DDPM algorithm 2) or DDIM (Song et al. 2021, equation 12).
 
-    x: (N, C, *spatial); model_output: the same shape, or (N, 2C, *spatial) where the variance is learned; both of any
-    strides. t: (N,) int64 in 0..T-1, on the device, not checked there. tables: (T, len(TABLES)), float64 where x is and
-    fp32 otherwise. ``clip`` holds the predicted x_0 to [-1, 1]; ``eta`` is DDIM's: 0 is deterministic, 1 has the
-    ancestral noise.
+    x: (N, C, *spatial). model_output: the same shape, or (N, 2C, *spatial) if the variance is learned. Both may have
+    any strides. t: (N,) int64 in 0..T-1 on the device; its values are not checked. tables: (T, len(TABLES)), float64 if
+    x is float64, otherwise fp32. ``clip`` clamps the predicted x_0 to [-1, 1]. ``eta`` is DDIM's: 0 is deterministic, 1
+    has the ancestral noise.
 
-    The noise, which no sample gets at t = 0, is ``noise`` of x's shape, or Philox's (fastdiff.kernels.philox) for
-    ``seed`` in 0..2^64-1, the image numbers ``samples`` (N,) int64 (default 0..N-1), step T - t and the elements in
-    NCHW order: it depends on neither batch nor layout.
+    The noise is ``noise``, of x's shape, or Philox noise (fastdiff.kernels.philox) for ``seed`` in 0..2^64-1, the image
+    numbers ``samples`` (N,) int64 (default 0..N-1), step T - t and the elements in NCHW order. Philox noise depends on
+    neither batch nor layout. At t = 0 no noise is added.
 
-    Returns sample and, if asked for, pred_xstart, of x's shape and the tables' dtype. Nothing waits for the device.
-    ValueError where shapes do not fit, the noise is missing, or the backend cannot run: the kernel has no gradient.
+    Returns sample and, if requested, pred_xstart, with x's shape and the tables' dtype. There is no host sync.
+    ValueError if shapes do not match, the noise is missing, or the backend cannot run: the kernel has no gradient.
     """
     op = "diffusion_step"
     mean_type, var_type, sampler = ModelMeanType(mean_type), ModelVarType(var_type), Sampler(sampler)
     require_process(op, x, model_output, t, tables, var_type)
-    require(eta >= 0, op, "eta must not be negative, as {} is", eta)
+    require(eta >= 0, op, "eta must be at least 0, not {}", eta)
     if sampler is Sampler.DDPM or eta:
         require((noise is None) != (seed is None), op, "give either noise or a seed{}", "")
     if noise is not None:

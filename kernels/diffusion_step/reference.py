@@ -1,4 +1,4 @@
-"""What diffusion_step means: the original's operations in their order."""
+"""The definition of diffusion_step: the original operations in their order."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def diffusion_step(
     clip: bool,
     pred_xstart: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, see op.py. Computes in fp32, or in float64 where x is float64."""
+    """The definition, see op.py. Computes in fp32, or in float64 if x is float64."""
     at = coefficients(tables, t, x.ndim)
     prediction = predict(x, model_output, at, mean_type, var_type, clip)
     if sampler is Sampler.DDPM or eta:
@@ -35,7 +35,7 @@ def diffusion_step(
 def advance(
     p: Prediction, x: Tensor, t: Tensor, at: Coefficients, sampler: Sampler, eta: float, noise: Tensor | None
 ) -> Tensor:
-    """x_{t-1}: drawn from p (DDPM algorithm 2), or by Song et al. 2021, equation 12."""
+    """x_{t-1}, drawn from p (DDPM algorithm 2) or computed by Song et al. 2021, equation 12."""
     if sampler is Sampler.DDPM:
         assert noise is not None
         return p.mean + _unless_first(t, x) * torch.exp(0.5 * p.log_variance) * noise
@@ -50,7 +50,7 @@ def advance(
 
 
 def drawn(x: Tensor, t: Tensor, steps: int, seed: int, samples: Tensor | None) -> Tensor:
-    """The Philox noise of the update at t: step 0 drew x_T, and t = T-1 is step 1. Of x's shape."""
+    """Philox noise of x's shape for the update at t. Step 0 is the noise of x_T, so that t = T-1 is step 1."""
     if samples is None:
         samples = torch.arange(len(x), device=x.device)
     return philox_normal(seed, samples, steps - t, x.shape[1:].numel()).view(x.shape)

@@ -1,4 +1,4 @@
-"""The update in one pass over x_t and the model's output."""
+"""The update in one pass over x_t and the model output."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -66,9 +66,9 @@ def diffusion_step(
 ):
     """DDPM: x_{t-1} = c1 x_0 + c2 x_t + std z;  DDIM: x_{t-1} = sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps + sigma z
 
-    All tensors (N, C, pixels) by their strides; fp32 within. One program per (n, B pixels), which goes over the
-    channels so that sectors of a channels-last output come from L1 after the first; four pixels in a row share a Philox
-    counter. Where the pixels do not divide by four, one program per (n, B elements in NCHW order) instead.
+    All tensors are (N, C, pixels) with any strides; arithmetic is fp32. One program per (n, B pixels) loops over the
+    channels, so that after the first one the sectors of a channels-last output come from L1. Four consecutive pixels
+    share a Philox counter. If the pixels are not a multiple of four, one program per (n, B elements in NCHW order).
     """
     n = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks).to(tl.int64) * B
@@ -128,7 +128,7 @@ def diffusion_step(
             if VAR_TYPE == "learned":
                 new = mean + exp(0.5 * load(at_output + CHANNELS * tl.cast(output_c, tl.int64), mask)) * z
             elif VAR_TYPE == "learned_range":
-                # half the log of sigma^2 over the posterior's variance
+                # log(sigma^2 / posterior variance) / 2
                 half = 0.25 * (load(at_output + CHANNELS * tl.cast(output_c, tl.int64), mask) + 1.0) * log_ratio
                 new = mean + std * exp(half) * z
             else:

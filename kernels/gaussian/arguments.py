@@ -10,9 +10,9 @@ from fastdiff.kernels.gaussian.parameterization import TABLES, ModelVarType
 def require_process(
     op: str, x: Tensor, model_output: Tensor, t: Tensor, tables: Tensor, var_type: ModelVarType
 ) -> None:
-    """ValueError unless the shapes and dtypes of one batch at timesteps t fit together."""
+    """Raise a ValueError unless the shapes and dtypes of one batch at timesteps t match."""
     require(x.ndim >= 3, op, "x must be (N, C, *spatial), not {}", tuple(x.shape))
-    require(x.is_floating_point(), op, "x must be of a floating dtype, not {}", x.dtype)
+    require(x.is_floating_point(), op, "x must have a floating-point dtype, not {}", x.dtype)
     require(t.shape == x.shape[:1], op, "t must be ({},), not {}", len(x), tuple(t.shape))
     require(t.dtype is torch.int64, op, "t must be int64, not {}", t.dtype)
     fits = tables.ndim == 2 and tables.shape[1] == len(TABLES)
@@ -31,7 +31,7 @@ def require_process(
 
 
 def refusal(*tensors: Tensor | None) -> str:
-    """Why the kernels cannot take one of the tensors beside the first one, or nothing."""
+    """The reason why the kernels do not support one of the further inputs, or an empty string."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype is torch.float64:
             return "computes in fp32, fp16 and bf16, not in torch.float64"

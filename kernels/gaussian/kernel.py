@@ -1,4 +1,4 @@
-"""What the kernels of diffusion_step and diffusion_loss share: columns of the tables, x_0, and memory."""
+"""Shared by the kernels of diffusion_step and diffusion_loss: columns of the tables, x_0, and memory."""
 
 import torch
 import triton
@@ -23,7 +23,7 @@ LOG_BETAS = tl.constexpr(TABLES.index("log_betas"))
 
 @triton.jit
 def xstart_coefficients(row, MEAN_TYPE: tl.constexpr):
-    """What predict_xstart needs of the row of the tables that belongs to t."""
+    """The coefficients of predict_xstart from t's row of the tables."""
     if MEAN_TYPE == "epsilon":
         a = tl.load(row + SQRT_RECIP_ALPHAS_CUMPROD)
         b = tl.load(row + SQRT_RECIPM1_ALPHAS_CUMPROD)
@@ -35,7 +35,7 @@ def xstart_coefficients(row, MEAN_TYPE: tl.constexpr):
 
 @triton.jit
 def predict_xstart(x, output, a, b, MEAN_TYPE: tl.constexpr):
-    """The x_0 that the model's output stands for."""
+    """The x_0 that the model output implies."""
     if MEAN_TYPE == "epsilon":
         xstart = a * x - b * output
     elif MEAN_TYPE == "previous_x":
@@ -47,34 +47,34 @@ def predict_xstart(x, output, a, b, MEAN_TYPE: tl.constexpr):
 
 @triton.jit
 def load(pointer, mask):
-    """In fp32, 0 beside the mask."""
+    """Load in fp32, 0 outside the mask."""
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to a rounding for x far from fp32's ends. tl.math.div_rn has a call for those, and the call a stack."""
+    """1 / x to one rounding, for x far from fp32's limits. tl.math.div_rn handles them in a call, which has a stack."""
     r = 1.0 / x
     return tl.fma(tl.fma(-x, r, 1.0), r, r)
 
 
 @triton.jit
 def exp(x):
-    """e^x to about a rounding, which tl.exp, 2 to the rounded power of x log2 e, is not far from 0."""
-    x = tl.clamp(x, -104.0, 89.0, propagate_nan=tl.PropagateNan.ALL)  # 0 and infinity lie within
+    """e^x to about one rounding. Far from 0, tl.exp is less accurate: it is 2 to the power of the rounded x log2 e."""
+    x = tl.clamp(x, -104.0, 89.0, propagate_nan=tl.PropagateNan.ALL)  # the results include 0 and infinity
     k = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - k * 0.693359375) + k * 2.12194440e-4  # x - k ln 2, the first product exact
+    r = (x - k * 0.693359375) + k * 2.12194440e-4  # x - k ln 2; the first product is exact
     p = 4.1665795894e-2 + r * (8.3334519073e-3 + r * (1.3981999507e-3 + r * 1.9875691500e-4))  # Moshier's Cephes
     return (1.0 + (r + r * r * (5.0000001201e-1 + r * (1.6666665459e-1 + r * p)))) * tl.exp2(k)
 
 
 def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Fresh memory of x's shape: channels last where x is dense that way, else contiguous."""
+    """An uninitialised tensor of x's shape: channels_last if x is dense in that layout, else contiguous."""
     if x.movedim(1, -1).is_contiguous():
         return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
-    """The strides of x (N, C, S) as the kernels' arguments."""
+    """The strides of x (N, C, S) as kernel arguments."""
     return dict(zip((f"{name}_n", f"{name}_c", f"{name}_p"), x.stride(), strict=True))

@@ -1,10 +1,10 @@
-"""What a model's output stands for and what it is trained on: a diffusion process's closed choices and its tables."""
+"""The choices of a diffusion process, what the model output means and how it is trained, and its tables."""
 
 from enum import StrEnum
 
 
 class ModelMeanType(StrEnum):
-    """What the first channels of the model's output predict."""
+    """What the first channels of the model output predict."""
 
     PREVIOUS_X = "previous_x"  # the mean of x_{t-1}
     START_X = "start_x"  # x_0
@@ -21,7 +21,7 @@ class ModelVarType(StrEnum):
 
     @property
     def learned(self) -> bool:
-        """Whether half of the model's output channels are for the variance."""
+        """Whether half of the model's output channels predict the variance."""
         return self in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
 
@@ -29,9 +29,9 @@ class LossType(StrEnum):
     """The training objective (Nichol & Dhariwal 2021, section 3)."""
 
     MSE = "mse"  # L_simple, plus L_vlb for a learned variance
-    RESCALED_MSE = "rescaled_mse"  # the same with L_vlb weighed by T / 1000: the hybrid objective
+    RESCALED_MSE = "rescaled_mse"  # the same with L_vlb weighted by T / 1000: the hybrid objective
     KL = "kl"  # L_vlb
-    RESCALED_KL = "rescaled_kl"  # T * L_vlb, an estimate of the whole bound
+    RESCALED_KL = "rescaled_kl"  # T * L_vlb, an estimate of the complete bound
 
     @property
     def is_vb(self) -> bool:

@@ -1,4 +1,4 @@
-"""From a model's output to p(x_{t-1} | x_t), with the original's operations in their order."""
+"""p(x_{t-1} | x_t) from a model output, with the original operations in their order."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,7 +12,7 @@ Coefficients = Mapping[str, Tensor]
 
 
 class Prediction(NamedTuple):
-    """p(x_{t-1} | x_t) = N(mean, variance) and the x_0 that it goes by, each of x's shape."""
+    """p(x_{t-1} | x_t) = N(mean, variance) and the predicted x_0, each of x's shape."""
 
     mean: Tensor
     variance: Tensor
@@ -21,7 +21,7 @@ class Prediction(NamedTuple):
 
 
 def coefficients(tables: Tensor, t: Tensor, ndim: int) -> Coefficients:
-    """Every table at t by its name, as (N, 1, ...) of ``ndim`` dimensions."""
+    """Every table at t by name, as (N, 1, ...) with ``ndim`` dimensions."""
     columns = tables[t].unbind(1)
     return {name: column.view(-1, *[1] * (ndim - 1)) for name, column in zip(TABLES, columns, strict=True)}
 
@@ -35,7 +35,7 @@ def predict(
     clip: bool,
     denoised_fn: Callable[[Tensor], Tensor] | None = None,
 ) -> Prediction:
-    """x: (N, C, ...); model_output: (N, C, ...), or (N, 2C, ...) where the variance is learned.
+    """x: (N, C, ...); model_output: (N, C, ...), or (N, 2C, ...) if the variance is learned.
 
     ``denoised_fn`` is applied to the predicted x_0 before it is clipped to [-1, 1].
     """

@@ -1,4 +1,4 @@
-"""The backward pass in one launch and one for the parameters, or one more where the pixels are split."""
+"""The backward pass: one launch, two if the pixels are split, and one more for the parameters."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -149,7 +149,7 @@ def group_norm_silu_backward(
 ):
     """dx, dscale, dshift, and the sums of dz and of dz * xhat over the pixels, fp32 (N, C).
 
-    Grid: a program for every sample and block of GROUPS groups of DEPTH channels.
+    Grid: one program per sample and block of GROUPS groups of DEPTH channels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
     x += n * x_n
@@ -236,7 +236,7 @@ def group_norm_silu_backward_sums(
 ):
     """Sums of dz and of dz * xhat over the pixels of a split, fp32 (N, splits, C).
 
-    Grid: a program for every sample and block of groups, times splits of the pixels.
+    Grid: one program per sample and block of groups, times the splits of the pixels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
     x += n * x_n
@@ -295,9 +295,9 @@ def group_norm_silu_backward_apply(
     EVEN: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """What the single launch writes, from what ``group_norm_silu_backward_sums`` wrote.
+    """Write the outputs of the single launch from the sums of ``group_norm_silu_backward_sums``.
 
-    The same grid, from the last program to the first: what was read last is still in the cache.
+    The grid is the same but runs in reverse: the values that were read last are still in the cache.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, True)
     splits = tl.num_programs(1)
@@ -356,7 +356,7 @@ def group_norm_silu_backward_parameters(
     BLOCK_SAMPLES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """dweight = sum_n (1 + scale) * sum dz * xhat, dbias = sum_n (1 + scale) * sum dz; a program for some channels."""
+    """dweight = sum_n (1 + scale) * sum dz * xhat, dbias = sum_n (1 + scale) * sum dz. Grid: blocks of channels."""
     c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     dw = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
     db = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)

@@ -1,4 +1,4 @@
-"""The forward pass in one launch, or in two where the pixels are split among programs."""
+"""The forward pass in one launch, or in two if the pixels are split among programs."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -36,11 +36,10 @@ def _moments(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Mean of x less ``first`` in two parts, and sum of squared deviations, of the group over the pixels from start to
-    stop, for every channel.
+    """Mean of x - ``first`` in two parts and sum of squared deviations of the group, for every channel.
 
-    Every element of the tile has statistics of its own over the chunks (Welford 1962), merged at the end (Chan et al.
-    1983): nothing is summed across threads on the way.
+    Both are over the pixels from start to stop. Every element of the tile has its own statistics over the chunks
+    (Welford 1962), which are merged at the end (Chan et al. 1983), so that the loop has no sums across threads.
     """
     p = tl.arange(0, BLOCK_PIXELS)
     mean = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
@@ -69,7 +68,7 @@ def _moments(
 
 @triton.jit
 def _rstd(squares, values, eps, EXACT: tl.constexpr):
-    """rstd from the sum of squared deviations of so many values."""
+    """rstd from ``squares``, the sum of squared deviations of ``values`` values."""
     variance = ratio(squares, values, EXACT)
     if EXACT:
         return tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
@@ -79,10 +78,10 @@ def _rstd(squares, values, eps, EXACT: tl.constexpr):
 
 @triton.jit
 def _activated(from_mean, rstd, w, b, gain, offset, SILU: tl.constexpr, EXACT: tl.constexpr):
-    z = from_mean * (rstd * w)[:, None] + b[:, None]  # not folded into one factor: fewer roundings in a row
+    z = from_mean * (rstd * w)[:, None] + b[:, None]  # separate factors: fewer roundings in sequence
     z = z * gain[:, None] + offset[:, None]
     if SILU:
-        if EXACT:  # one rounding less
+        if EXACT:  # one rounding fewer
             z = z / (1.0 + tl.exp(-z))
         else:
             z *= sigmoid(z, EXACT)
@@ -121,9 +120,9 @@ def group_norm_silu_forward(
     EVEN: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
-    """y, and mean in two parts and rstd fp32 (N, G).
+    """y, and the mean in two parts and rstd, fp32 (N, G).
 
-    Grid: a program for every sample and block of GROUPS groups of DEPTH channels.
+    Grid: one program per sample and block of GROUPS groups of DEPTH channels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
@@ -145,7 +144,7 @@ def group_norm_silu_forward(
         apart = centred(value, high, low, EXACT)
         if not EVEN:
             apart = tl.where(mask, apart, 0.0)
-        if EXACT:  # what rounding has left of the mean
+        if EXACT:  # the rounding error of the mean
             rest = over_groups(tl.sum(apart, 1), GROUPS, DEPTH, BLOCK_CHANNELS)
             low += tl.where(real, ratio(rest, values, EXACT), 0.0)
             apart = centred(value, high, low, EXACT)
@@ -191,9 +190,9 @@ def group_norm_silu_statistics(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Mean of x less its group's first value in two parts, and sum of squared deviations, fp32 (N, splits, G).
+    """Mean of x minus its group's first value in two parts, and sum of squared deviations, fp32 (N, splits, G).
 
-    Grid: a program for every sample and block of groups, times splits of the pixels.
+    Grid: one program per sample and block of groups, times the splits of the pixels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
     x += n * x_n
@@ -246,9 +245,9 @@ def group_norm_silu_apply(
     EVEN: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """What the single launch writes, from what ``group_norm_silu_statistics`` wrote.
+    """Write the outputs of the single launch from the results of ``group_norm_silu_statistics``.
 
-    The same grid, from the last program to the first: what was read last is still in the cache.
+    The grid is the same but runs in reverse: the values that were read last are still in the cache.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, True)
     splits = tl.num_programs(1)

@@ -1,8 +1,8 @@
-"""group_norm_silu written for torch.compile on a CPU, in sums per channel: they run along the memory of channels_last.
+"""group_norm_silu for torch.compile on a CPU, with sums per channel, which follow the memory order of channels_last.
 
-Inductor's own GroupNorm sums over a group's few channels, a fraction of a vector, and keeps what it computes for the
-backward pass in memory in fp32. Here it gets two passes over x forwards and two over x and dy backwards, and nothing of
-x's size is written but the result.
+Inductor's GroupNorm sums over a group's few channels, a fraction of a vector, and saves fp32 intermediates for the
+backward pass. This version makes two passes over x forward and two over x and dy backward, and writes nothing of x's
+size but the result.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from fastdiff.kernels.graph_cache import let_cache
 
 @torch.compiler.allow_in_graph
 def group_norm_silu(*arguments: Any) -> Tensor:
-    """See op.py. To Dynamo one operation: to follow both passes of all norms of a model, it takes ten seconds."""
+    """See op.py. Dynamo sees a single operation: tracing both passes of all norms of a model takes it ten seconds."""
     return GroupNormSiLU.apply(*arguments)
 
 
-# what it does is this file: nothing else of ours may be called while it is traced
+# the version covers only this file, so that the traced code must not call fastdiff's other modules
 let_cache(f"{__name__}.{group_norm_silu.__name__}", version=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 
 
 class GroupNormSiLU(torch.autograd.Function):
-    """Saves x and the statistics; the backward pass computes the rest again."""
+    """Saves x and the statistics; the backward pass recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -65,8 +65,8 @@ class GroupNormSiLU(torch.autograd.Function):
             y = centred * _everywhere(rstd * factor, x) + _everywhere(addend, x)
             s = _sigmoid(y)
             g = g * s * (1 + y * (1 - s))
-        total = g.sum(_space(x))  # (N, C), of dy/dshift
-        along = rstd * (g * centred).sum(_space(x))  # (N, C), of dy/d(scale * weight)
+        total = g.sum(_space(x))  # (N, C), the gradient of the addend
+        along = rstd * (g * centred).sum(_space(x))  # (N, C), the gradient of the factor
         pixels = math.prod(x.shape[2:])
         mean_g = rstd * _mean_of_group(factor * total, ctx.groups) / pixels
         mean_gx = rstd.square() * _mean_of_group(factor * along, ctx.groups) / pixels
@@ -89,9 +89,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, groups: int) -> Tensor:
-    """x less one value of each group, which a norm takes out anyway: rounding its mean costs nothing then.
+    """x minus one value of each group, which a norm cancels: rounding the mean then costs nothing.
 
-    Of x in half precision the mean's rounding in fp32 is far below x's own.
+    Half-precision x does not need it: the mean's fp32 rounding error is far below x's own.
     """
     if x.dtype.itemsize == 2:
         return _wide(x)
@@ -105,7 +105,7 @@ def _space(x: Tensor) -> tuple[int, ...]:
 
 
 def _mean_of_group(values: Tensor, groups: int) -> Tensor:
-    """(N, C) -> (N, C), every channel its group's mean."""
+    """(N, C) -> (N, C): every channel gets its group's mean."""
     n, c = values.shape
     grouped = values.view(n, groups, c // groups)
     return grouped.mean(2, keepdim=True).expand_as(grouped).reshape(n, c)
@@ -114,7 +114,7 @@ def _mean_of_group(values: Tensor, groups: int) -> Tensor:
 def _affine(
     like: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """By what the normalised x is multiplied, and what is added. (N, C) each"""
+    """The factor and the addend of the normalised x, (N, C) each."""
     factor, addend = _wide(weight).expand_as(like), _wide(bias).expand_as(like)
     if scale is not None:
         factor, addend = factor * (1 + _wide(scale)), addend * (1 + _wide(scale))
@@ -122,13 +122,13 @@ def _affine(
 
 
 def _everywhere(values: Tensor, x: Tensor) -> Tensor:
-    """(N, C) -> x's shape, every pixel the same.
+    """(N, C) -> x's shape, with equal values at every pixel.
 
-    By strides, for which Inductor writes the values to memory; what is expanded it computes anew at every pixel.
+    With strides Inductor writes the values to memory; it would recompute an expanded tensor at every pixel.
     """
     return values.contiguous().as_strided(x.shape, (x.shape[1], 1, *[0] * (x.ndim - 2)))
 
 
 def _sigmoid(y: Tensor) -> Tensor:
-    # exp2, not exp: Inductor would write the result of an exp, where it is used twice, to memory
+    # exp2, not exp: Inductor would write the result of an exp that is used twice to memory
     return 1 / (1 + torch.exp2(y * -math.log2(math.e)))

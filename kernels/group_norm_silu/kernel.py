@@ -7,14 +7,14 @@ sample and channel, A = sum dz and B = sum dz * xhat:
     dshift = A,  dscale = weight * B + bias * A,  dbias = sum_n (1 + scale) * A,  dweight = sum_n (1 + scale) * B,
     dx = rstd * (dz * a - (sum_c a * A + xhat * sum_c a * B) / m),  with c over a group's channels and m its values.
 
-Tiles are (channels, pixels) in every layout: strides say what is next to what in memory. A program has whole groups of
-one sample, and its tile a power of two of channels. Either all its pixels are one tile that stays in registers, or it
-walks over them in chunks twice, and finds in the cache what it read first last. Where that would leave processors idle,
-the pixels are split among programs and each of the two walks is a launch of its own. Everything is fp32 and summed in
-an order that only the plan decides: no atomics.
+Tiles are (channels, pixels) in every layout; strides describe the memory order. A program handles complete groups of
+one sample, and the channels of its tile are a power of two. Either all its pixels are one tile that stays in registers,
+or it walks over them twice in chunks, the second time in reverse, because the last chunks are still in the cache. If
+that would leave processors idle, the pixels are split among programs and each of the two walks is a separate launch.
+Arithmetic is fp32, and the plan alone decides the order of sums: there are no atomics.
 
-Where x is fp32 it is taken less the first value of its group before it is summed, and its mean is kept in two parts, an
-fp32 number and what that leaves: at x = 10000 +- 0.1 the number alone would be off by a hundredth of the deviation.
+For fp32 x the first value of its group is subtracted before summation, and the mean is stored in two parts, an fp32
+number and its rounding error: at x = 10000 +- 0.1 the number alone would be off by a hundredth of the deviation.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _dense_strides(x: Tensor) -> list[int]:
-    """Strides of a dense tensor like x: channels last if they are x's smallest steps, else contiguous."""
+    """Strides of a dense tensor like x: channels_last if x's channels have the smallest strides, else contiguous."""
     shape = x.shape
     last = shape[1] > 1 and any(size > 1 for size in shape[2:])
     last = last and all(x.stride(1) < x.stride(i) for i in range(2, x.ndim) if shape[i] > 1)
@@ -48,7 +48,7 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _steps(x: Tensor) -> tuple[int, int, int] | None:
-    """Strides of x as (N, C, pixels), or None where its pixels are not evenly spaced."""
+    """Strides of x as (N, C, pixels), or None if its pixels are not evenly spaced."""
     size = step = 0
     for i in range(x.ndim - 1, 1, -1):
         if x.shape[i] == 1:
@@ -58,7 +58,7 @@ def _steps(x: Tensor) -> tuple[int, int, int] | None:
         elif x.stride(i) != size * step:
             return None
         size *= x.shape[i]
-    # of a single pixel any step is right: this one lets the channels be neighbours
+    # a single pixel may have any stride; this one makes the channels adjacent
     return x.stride(0), x.stride(1), step if size else x.shape[1]
 
 
@@ -77,7 +77,7 @@ def _named(name: str, steps: Sequence[int]) -> dict[str, int]:
 
 
 def _division(x: Tensor, x_c: int, x_p: int, groups: int, tensors: int) -> tuple[plan.Plan, dict[str, Any]]:
-    """The plan, and what every kernel needs to know of it."""
+    """The plan, and the arguments that all kernels take from it."""
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
     chosen = plan.plan(n, channels, pixels, groups, x_c < x_p, x.element_size(), tensors, processors(x.device))
     shared = {
@@ -161,7 +161,7 @@ def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def _gradients(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, parameters: bool
 ) -> Gradients:
-    """dx, dweight, dbias, dscale, dshift to be written; those that nobody wants are empty."""
+    """Uninitialised dx, dweight, dbias, dscale, dshift; those that are not needed are empty."""
     size, none = x.shape[:2], (0,)
     dweight, dbias = (
         torch.empty(t.shape if parameters else none, dtype=t.dtype, device=t.device) for t in (weight, bias)
@@ -185,7 +185,7 @@ def group_norm_silu_backward(
     silu: bool,
     parameters: bool,
 ) -> Gradients:
-    """dx in x's layout, dweight, dbias, dscale, dshift; empty where absent or, without ``parameters``, not wanted."""
+    """dx in x's layout, dweight, dbias, dscale, dshift; empty if absent or, without ``parameters``, not requested."""
     gradients = _gradients(x, weight, bias, scale, shift, parameters)
     dx, dweight, dbias, dscale, dshift = gradients
     (n, channels), groups = x.shape[:2], rstd.shape[1]
@@ -271,7 +271,7 @@ _backward = register(group_norm_silu_backward, _fake_backward)
 
 
 class GroupNormSiLU(torch.autograd.Function):
-    """The two operators as a function and its gradient; the activation is computed again, not saved."""
+    """The two operators as a function and its gradient; the activation is recomputed, not saved."""
 
     @staticmethod
     def forward(
@@ -294,7 +294,7 @@ class GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """dx, dweight, dbias, dscale, dshift in the places of their inputs."""
+        """dx, dweight, dbias, dscale, dshift at the positions of their inputs."""
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
         parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dx, dweight, dbias, dscale, dshift = _backward(

@@ -1,4 +1,4 @@
-"""The public operation: arguments checked, implementation chosen."""
+"""The public operation: checks the arguments and chooses the implementation."""
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ def group_norm_silu(
     Group normalisation (Wu & He 2018) with the conditioning of Nichol & Dhariwal 2021, section 2. Mean and rstd are
     per sample and group, in fp32.
 
-    x: (N, C, *spatial) of any floating dtype, contiguous or channels_last; weight, bias: (C,); scale, shift: (N, C) or
-    None. Returns y of x's shape, dtype and memory format. ValueError where shapes do not fit or the backend cannot run.
+    x: (N, C, *spatial) of any floating-point dtype, contiguous or channels_last; weight, bias: (C,); scale, shift:
+    (N, C) or None. Returns y with x's shape, dtype and memory format. ValueError if shapes do not match or the backend
+    cannot run.
     """
     op = "group_norm_silu"
     require(x.ndim >= 3, op, "x must be (N, C, *spatial), not {}", tuple(x.shape))
-    require(x.is_floating_point(), op, "x must be of a floating dtype, not {}", x.dtype)
+    require(x.is_floating_point(), op, "x must have a floating-point dtype, not {}", x.dtype)
     channels = x.shape[1]
     require(groups > 0, op, "groups must be positive, not {}", groups)
     require(channels % groups == 0, op, "{} channels are not a multiple of {} groups", channels, groups)
@@ -47,13 +48,13 @@ def group_norm_silu(
             fits, op, "{} must be (N, C) = {}, not {}", name, tuple(x.shape[:2]), tuple(getattr(optional, "shape", ()))
         )
     run = choose(op, backend, IMPLEMENTATIONS, x, _refusal(weight, bias, scale, shift))
-    # Autocast would widen the norm and with it everything after: precision is decided here, by x's dtype.
+    # Autocast would run the norm, and with it everything after, in fp32. Here x's dtype decides the precision.
     with without_autocast(x):
         return run(x, weight, bias, groups, eps, scale, shift, silu)
 
 
 def _refusal(*layer: Tensor | None) -> str:
-    """Why no kernel takes these weights and conditions, or nothing."""
+    """The reason why no kernel supports these weights and conditions, or an empty string."""
     for tensor in layer:
         if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"takes weight, bias, scale and shift in fp32, fp16 and bf16, not in {tensor.dtype}"

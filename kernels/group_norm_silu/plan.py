@@ -4,28 +4,28 @@ from dataclasses import dataclass
 from functools import cache
 
 ON_CHIP = {1: 16384, 2: 8192}
-"""Most values, padding included, that a program keeps in registers: of x alone, and of x and dy."""
+"""Largest tile in values, including padding, that a program keeps in registers: of x alone (1), or of x and dy (2)."""
 CHUNK = 4096
-"""Values at a time where a program walks over its pixels twice."""
+"""Values per chunk if a program walks over its pixels twice."""
 CACHE = 40 * 2**20
-"""Bytes that are still in the cache when they are read a second time."""
+"""Bytes that are still cached when they are read a second time."""
 MOST_SPLITS = 64
 PARTIALS = 2048
-"""Partial results, of splits times channels, that a program can hold to put them together."""
+"""Most partial results, splits times channels, that one program can combine."""
 NEVER_SPLIT = 1024
-"""Pixels up to which a second launch would cost more than idle processors do."""
+"""Most pixels for which a second launch would cost more than idle processors."""
 
 # Costs, relative to reading and writing a value once at full speed.
-START = 1024  # of a program, in values
+START = 1024  # starting a program, in values
 CACHED = 1.2  # a second read from the cache
 AGAIN = 1.5  # a second read from memory
-UNALIGNED = 2.0  # no 16 bytes at a time
-FULL_RUN = 64  # bytes that neighbours in memory should have together
+UNALIGNED = 2.0  # accesses of less than 16 bytes
+FULL_RUN = 64  # shortest contiguous run at full speed, in bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one program does: ``groups`` whole groups of one sample, or one of ``splits`` ranges of their pixels."""
+    """The work of one program: ``groups`` complete groups of a sample, or one of ``splits`` ranges of their pixels."""
 
     groups: int
     block_channels: int
@@ -36,16 +36,16 @@ class Plan:
 
     @property
     def on_chip(self) -> bool:
-        """Whether all that a program reads is one tile."""
+        """Whether a program reads only one tile."""
         return self.splits == 1 and self.pixels_per_split <= self.block_pixels
 
     def blocks(self, groups: int) -> int:
-        """Programs to a sample and split."""
+        """Programs per sample and split."""
         return -(-groups // self.groups)
 
 
 def next_power(value: int) -> int:
-    """The smallest power of two that is no smaller."""
+    """The smallest power of two that is at least ``value``."""
     return 1 << (value - 1).bit_length()
 
 
@@ -62,8 +62,8 @@ def plan(
 ) -> Plan:
     """The cheapest division of x (samples, channels, pixels), read alone or, with ``tensors`` = 2, together with dy.
 
-    ``channels_fastest``: neighbours in memory are channels, not pixels. The candidates differ in the groups to a
-    program: more of them pad less up to a power of two and give longer runs where channels are fastest, fewer make
+    ``channels_fastest``: channels, not pixels, are adjacent in memory. The candidates differ in the groups per program:
+    more groups need less padding to a power of two and give longer contiguous runs if channels are fastest; fewer give
     smaller tiles and more programs.
     """
     depth = channels // groups

@@ -1,4 +1,4 @@
-"""group_norm_silu with the best that stock PyTorch offers."""
+"""group_norm_silu with the fastest operations of stock PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,17 @@ def group_norm_silu(
     shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    """See op.py. Everything in fp32 with one rounding at the end, which torch.compile makes one pass.
+    """See op.py. Computes in fp32 with one rounding at the end; torch.compile fuses it into one pass.
 
-    Eagerly on a CPU this is the fastest way too: PyTorch's GroupNorm in bf16 is slower than in fp32.
+    This is also the fastest way in eager mode on a CPU: PyTorch's GroupNorm is slower in bf16 than in fp32.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
-        from fastdiff.kernels.group_norm_silu import inductor  # it imports the compiler, which takes seconds
+        from fastdiff.kernels.group_norm_silu import inductor  # imports the compiler, which takes seconds
 
         return inductor.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
-    if not torch.compiler.is_compiling():  # Inductor's own statistics are steady
+    if not torch.compiler.is_compiling():  # Inductor's statistics are numerically stable
         wide = steady(wide, groups)
     y = torch.group_norm(wide, groups, weight.to(dtype), bias.to(dtype), eps)
     per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))

@@ -1,4 +1,4 @@
-"""What group_norm_silu means: GroupNorm in fp32, then scale and shift, then SiLU, one after the other."""
+"""The definition of group_norm_silu: GroupNorm in fp32, then scale and shift, then SiLU."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ def group_norm_silu(
     shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    """The definition, see op.py. Computes in fp32, or in float64 where x is float64."""
+    """The definition, see op.py. Computes in fp32, or in float64 if x is float64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # not F.group_norm, which refuses a group of one value: its norm is the bias
+    # not F.group_norm, which rejects a group of one value, whose norm is the bias
     y = torch.group_norm(steady(x.to(dtype), groups), groups, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
     per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))
     if scale is not None:
@@ -28,9 +28,9 @@ def group_norm_silu(
 
 
 def steady(x: Tensor, groups: int) -> Tensor:
-    """x as PyTorch can norm it in every layout: less one value of each group, which a norm takes out anyway.
+    """x minus one value of each group, which a norm cancels, so that PyTorch's norm is accurate in every layout.
 
-    For channels_last tensors on a CPU, PyTorch's variance is E[x^2] - E[x]^2: at x = 10000 +- 0.1 it cancels wholly.
+    For channels_last tensors on a CPU, PyTorch's variance is E[x^2] - E[x]^2: at x = 10000 +- 0.1 it loses all digits.
     """
     if x.device.type != "cpu" or x.is_contiguous():
         return x

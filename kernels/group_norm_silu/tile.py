@@ -1,4 +1,4 @@
-"""What the programs of group_norm_silu share: their place in the tensor, its tiles, sums over groups."""
+"""Functions that the programs of group_norm_silu share: their place in the tensor, tiles, and sums over groups."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -12,7 +12,7 @@ MINUS_LOG2_E: tl.constexpr = tl.constexpr(-math.log2(math.e))
 
 @triton.jit
 def place(channels, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, REVERSED: tl.constexpr):
-    """This program's sample, its channels (BLOCK_CHANNELS,), and which of these are real."""
+    """This program's sample, its channels (BLOCK_CHANNELS,), and the mask of those that exist."""
     blocks = tl.cdiv(channels, GROUPS * DEPTH)
     index = tl.program_id(0)
     if REVERSED:
@@ -24,7 +24,7 @@ def place(channels, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNELS: t
 
 @triton.jit
 def over_groups(values, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """For every channel the sum of ``values`` (BLOCK_CHANNELS,) over the channels of its group."""
+    """The sum of ``values`` (BLOCK_CHANNELS,) over the channels of its group, for every channel."""
     PADDED_GROUPS: tl.constexpr = triton.next_power_of_2(GROUPS)
     PADDED_DEPTH: tl.constexpr = triton.next_power_of_2(DEPTH)
     if GROUPS == 1:
@@ -45,7 +45,7 @@ def over_groups(values, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNEL
 
 @triton.jit
 def first_of_group(x, c, real, x_c, DEPTH: tl.constexpr):
-    """For every channel the first value of its group, where x is fp32; 0 where it is not, and needs no such care."""
+    """The first value of its group for every channel if x is fp32; 0 for other dtypes, which do not need it."""
     if x.dtype.element_ty == tl.float32:
         return tl.load(x + (c // DEPTH * DEPTH).to(tl.int64) * x_c, mask=real, other=0.0)
     else:
@@ -54,7 +54,7 @@ def first_of_group(x, c, real, x_c, DEPTH: tl.constexpr):
 
 @triton.jit
 def ratio(a, b, EXACT: tl.constexpr):
-    """a / b; rounded correctly only where x is fp32, because that is a call, which costs registers."""
+    """a / b, correctly rounded only if EXACT (x is fp32), because that is a function call, which costs registers."""
     if EXACT:
         return tl.div_rn(a, b)
     else:
@@ -63,7 +63,7 @@ def ratio(a, b, EXACT: tl.constexpr):
 
 @triton.jit
 def two_parts(first, mean):
-    """``mean`` + ``first`` as an fp32 number and what that leaves (Knuth's two-sum)."""
+    """``mean`` + ``first`` as an fp32 number and its rounding error (Knuth's two-sum)."""
     high = first + mean
     of_mean = high - first
     return high, (first - (high - of_mean)) + (mean - of_mean)
@@ -71,7 +71,7 @@ def two_parts(first, mean):
 
 @triton.jit
 def centred(x, high, low, EXACT: tl.constexpr):
-    """A tile (channels, pixels) of fp32 numbers less the mean of its group in two parts."""
+    """An fp32 tile (channels, pixels) minus the mean of its group in two parts."""
     x -= high[:, None]
     if EXACT:
         x -= low[:, None]
@@ -94,7 +94,7 @@ def layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shi
 
 @triton.jit
 def inside(real, p, stop, EVEN: tl.constexpr):
-    """Mask of a tile (channels, pixels), or of (channels, 1) where the pixels are a whole number of tiles."""
+    """Mask of a tile (channels, pixels), or (channels, 1) if the pixels are a multiple of the tile's."""
     if EVEN:
         return real[:, None]
     else:
@@ -103,7 +103,7 @@ def inside(real, p, stop, EVEN: tl.constexpr):
 
 @triton.jit
 def sigmoid(z, EXACT: tl.constexpr):
-    """1 / (1 + exp(-z)). The square of rsqrt is a few roundings off, and three instructions less than a division."""
+    """1 / (1 + exp(-z)). Squaring rsqrt is a few roundings off but takes three instructions fewer than a division."""
     if EXACT:
         return 1.0 / (1.0 + tl.exp(-z))
     else:
@@ -113,13 +113,13 @@ def sigmoid(z, EXACT: tl.constexpr):
 
 @triton.jit
 def read(x, c, p, x_c, x_p, mask):
-    """A tile (channels, pixels), 0 outside the mask."""
+    """Load a tile (channels, pixels) in fp32, 0 outside the mask."""
     pointers = x + c.to(tl.int64)[:, None] * x_c + p.to(tl.int64)[None, :] * x_p
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def write(y, value, c, p, y_c, y_p, mask):
-    """A tile (channels, pixels) rounded to the dtype of y."""
+    """Store a tile (channels, pixels), rounded to the dtype of y."""
     pointers = y + c.to(tl.int64)[:, None] * y_c + p.to(tl.int64)[None, :] * y_p
     tl.store(pointers, value.to(y.dtype.element_ty), mask=mask)

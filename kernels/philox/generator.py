@@ -1,4 +1,4 @@
-"""The generator in Triton: the twin of pytorch.py, word for word."""
+"""The generator in Triton; pytorch.py draws the same words."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -20,7 +20,7 @@ def draw_words(seed, sample, step, quads):
 def cos_sin(angle):
     """Cosine and sine for angles in [0, 2 pi], each to a rounding or two.
 
-    tl.cos and tl.sin carry a path for huge angles, 28 bytes of stack each, which is never taken here.
+    tl.cos and tl.sin include a path for huge angles, which takes 28 bytes of stack each and is never needed here.
     """
     turns = tl.floor(angle * 0.6366197723675814 + 0.5)  # quarters of a circle
     # pi / 2 in three parts, the first two so short that their products are exact (Cody & Waite 1980)
@@ -36,7 +36,7 @@ def cos_sin(angle):
 
 @triton.jit
 def pair_of_normals(word1, word2):
-    """Box & Muller 1958."""
+    """Two normals from two words (Box & Muller 1958)."""
     u1, u2 = uint_to_uniform_float(word1), uint_to_uniform_float(word2)
     radius = tl.sqrt(-2.0 * tl.log(tl.maximum(u1, 1e-7)))
     cosine, sine = cos_sin(6.283185307179586 * u2)
@@ -45,7 +45,7 @@ def pair_of_normals(word1, word2):
 
 @triton.jit
 def draw_normals(seed, sample, step, quads):
-    """The four normals of the same counters."""
+    """The four normals from the words of the same counters."""
     w0, w1, w2, w3 = draw_words(seed, sample, step, quads)
     z0, z1 = pair_of_normals(w0, w1)
     z2, z3 = pair_of_normals(w2, w3)
@@ -54,8 +54,8 @@ def draw_normals(seed, sample, step, quads):
 
 @triton.jit
 def in_a_row(a0, a1, a2, a3):
-    """(Q,) four times to (4Q,): the four of each quad become neighbours."""
-    pairs = tl.join(tl.join(a0, a2), tl.join(a1, a3))  # (Q, 2, 2), the last index the lower bit of the place
+    """Interleave four (Q,) tensors into (4Q,): the four values of each quad become adjacent."""
+    pairs = tl.join(tl.join(a0, a2), tl.join(a1, a3))  # (Q, 2, 2); the last index is the low bit of the position
     return tl.reshape(pairs, (4 * a0.shape[0],))
 
 

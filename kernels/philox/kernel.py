@@ -8,11 +8,11 @@ from fastdiff.kernels.launch import launch, register
 from fastdiff.kernels.philox import generator
 
 QUADS = 256
-"""Counters a program draws from."""
+"""Counters per program."""
 
 
 def signed(seed: int) -> int:
-    """A seed of 64 bits as the signed number of the same bits, which is what operators and kernels take."""
+    """A 64-bit seed as the signed integer with the same bits, which operators and kernels take."""
     return (seed + 2**63) % 2**64 - 2**63
 
 

@@ -1,4 +1,4 @@
-"""The public operations: arguments checked, implementation chosen."""
+"""The public operations: check the arguments and choose the implementation."""
 
 import math
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ def philox_normal(
 ) -> Tensor:
     """Standard normal numbers fp32 (N, *shape) for the samples (N,) int64, on their device.
 
-    seed: 0 to 2^64 - 1; step: 0 to 2^32 - 1. Neighbouring words make a pair of normals (Box & Muller 1958), with
-    Triton's mapping of words to uniform numbers. The backends' normals are equal to a few roundings.
+    seed: 0 to 2^64 - 1; step: 0 to 2^32 - 1. Two adjacent words give a pair of normals (Box & Muller 1958), with
+    Triton's mapping of words to uniform numbers. The backends' normals agree to a few roundings.
     """
     _check("philox_normal", samples)
     draw = choose("philox_normal", backend, NORMALS, _drawn(samples))
@@ -51,5 +51,5 @@ def _check(op: str, samples: Tensor) -> None:
 
 
 def _drawn(samples: Tensor) -> Tensor:
-    """What the choice of a backend goes by: floating numbers on the samples' device."""
+    """A floating-point tensor on the samples' device, by which a backend is chosen."""
     return samples.new_empty(0, dtype=torch.float32)

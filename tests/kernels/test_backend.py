@@ -76,7 +76,7 @@ def test_triton_without_a_gpu_says_what_to_do(op: str, monkeypatch: pytest.Monke
     if DEVICE.type == "cuda":
         assert torch.isfinite(OPS[op]("triton")).all()
         return
-    with pytest.raises(ValueError, match=f"^{op}: backend triton needs a GPU, and the tensor is on cpu .* use auto"):
+    with pytest.raises(ValueError, match=f"^{op}: backend triton needs a GPU, but the tensor is on cpu .* use auto"):
         OPS[op]("triton")
 
 

@@ -358,7 +358,7 @@ def test_auto_is_torch_on_a_cpu() -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(2, 3)}, r"x must be \(N, C, \*spatial\), not \(2, 3\)"),
-    ({"x": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, "x must be of a floating dtype, not torch.int64"),
+    ({"x": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, "x must have a floating-point dtype, not torch.int64"),
     ({"x": torch.zeros(2, 3, 4, 4).double()}, "tables must be torch.float64 for x in torch.float64, not torch.float32"),
     ({"model_output": torch.zeros(2, 3, 4, 4)}, r"model_output must be \(2, 6, 4, 4\) for a learned variance, not"),
     ({"var_type": "fixed_small"}, r"model_output must be \(2, 3, 4, 4\) for a fixed variance, not \(2, 6, 4, 4\)"),
@@ -371,7 +371,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**64}, r"seed must be in 0\.\.2\^64-1, not 18446744073709551616"),
     ({"seed": -1}, r"seed must be in 0\.\.2\^64-1, not -1"),
     ({"samples": torch.zeros(3, dtype=torch.int64)}, r"samples must be \(2,\) int64, not \(3,\)"),
-    ({"eta": -0.5, "sampler": "ddim"}, "eta must not be negative, as -0.5 is"),
+    ({"eta": -0.5, "sampler": "ddim"}, "eta must be at least 0, not -0.5"),
 ]
 
 
