@@ -1,1 +1,1 @@
-"""What is fast, and by how much: measurements that anyone can repeat."""
+"""Benchmarks that anyone can repeat: what is fast, and by how much."""

@@ -1,4 +1,4 @@
-"""Compiling launches for GPUs that are not at hand, and reading from the result what they would use."""
+"""Compile launches for GPUs that are not available, and read the resources that they use from the result."""
 
 import ast
 import hashlib
@@ -48,7 +48,7 @@ class Compiled:
     registers: int  # per thread
     spills: int  # bytes of stack on CUDA, registers on ROCm
     shared: int  # bytes
-    loads: int  # of global memory, instructions in the text
+    loads: int  # instructions in the text that load global memory
     wide_loads: int  # those of 16 bytes
     stores: int
     wide_stores: int
@@ -57,7 +57,7 @@ class Compiled:
 
 
 def source(launch: Launch) -> ASTSource:
-    """The launch's kernel specialised as a launch would: ones become constants, multiples of 16 are told."""
+    """The launch's kernel, specialised as a launch does: ones become constants, multiples of 16 are declared."""
     kernel = launch.kernel
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -83,7 +83,7 @@ def source(launch: Launch) -> ASTSource:
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel with its compile-time choices: all that a compiler needs, and none of a launch's tensors."""
+    """A kernel with its compile-time choices: all that a compiler needs, without a launch's tensors."""
 
     source: ASTSource
     num_warps: int
@@ -91,24 +91,24 @@ class Program:
 
     @classmethod
     def of(cls, launch: Launch) -> Self:
-        """What the launch runs."""
+        """The program that the launch runs."""
         return cls(source(launch), launch.num_warps, launch.num_stages)
 
     @property
     def name(self) -> str:
-        """The kernel and its warps."""
+        """The kernel's name and its warps."""
         return f"{self.source.name} {self.num_warps}w"
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for programs that are compiled to the same code."""
+        """Equal for programs that compile to the same code."""
         return self.source.hash(), self.num_warps, self.num_stages
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the source and of all that is decided at compile time, whatever the comments say and the line is.
+        """A hash of the source and of all compile-time choices, independent of comments, docstrings and line numbers.
 
-        Triton's own key would change with every line that is added above a kernel.
+        Triton's key changes with every line that is added above a kernel.
         """
         source = self.source
         decided = sorted((str(key), str(value)) for key, value in source.constants.items())
@@ -120,14 +120,14 @@ class Program:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         built = triton.compile(self.source, target=TARGETS[target], options=options)
         found = _read_amd(built) if target.startswith("gfx") else _read_nvidia(built, target)
-        if not found.loads:  # what asks for too much of Blackwell's tensor memory is compiled to a trap, without a word
-            raise ValueError(f"{self.name} for {target} reads nothing: the compiler has given it up")
+        if not found.loads:  # too much of Blackwell's tensor memory silently compiles to a trap
+            raise ValueError(f"{self.name} for {target} reads nothing: the compiler gave up on it")
         return found
 
 
 @cache
 def _texts(function: JITFunction) -> tuple[str, ...]:
-    """The source of a Triton function and of those that it calls, Triton's own left out."""
+    """The source of a Triton function and of the functions that it calls, except Triton's."""
     found: dict[str, str] = {}
     waiting = [function]
     while waiting:
@@ -201,7 +201,7 @@ def _matrix_units(text: str) -> str:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL and so on, by cuobjdump, which comes with Triton."""
+    """REG, STACK, LOCAL and so on, from cuobjdump, which comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

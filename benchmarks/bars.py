@@ -1,4 +1,4 @@
-"""The marks that the kernels are to reach on a GPU, and the worst figure of a run against each."""
+"""The marks that the kernels must reach on a GPU, and the worst figure of a run for each."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,12 +9,12 @@ from fastdiff.benchmarks.roofs import Roofs
 from fastdiff.benchmarks.rows import Row
 
 LARGE = 64 * 2**20
-"""Bytes of a tensor from which on a norm is to run at the speed of memory."""
+"""Bytes of a tensor above which a norm must run at memory speed."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A mark, and the worst figure of a run against it."""
+    """A mark, and the worst figure of a run for it."""
 
     what: str
     mark: float
@@ -23,11 +23,11 @@ class Verdict:
 
     def __str__(self) -> str:
         met = "      " if math.isnan(self.worst) else "met   " if self.worst >= self.mark else "MISSED"
-        return f"{met} {self.what}: {self.worst:.2f}, to be at least {self.mark:.2f} ({self.where})"
+        return f"{met} {self.what}: {self.worst:.2f}, expected at least {self.mark:.2f} ({self.where})"
 
 
 def verdicts(rows: Sequence[Measured], roofs: Roofs) -> list[Verdict]:
-    """Every mark that the rows say something about: shares of the floor, and ratios of a rival's time to ours."""
+    """Verdicts on every mark, from the rows: shares of the floor, and ratios of a rival's time to ours."""
     table = _Table(rows, roofs)
     found: list[Verdict] = []
 
@@ -60,10 +60,10 @@ def verdicts(rows: Sequence[Measured], roofs: Roofs) -> list[Verdict]:
 
 
 def training_verdicts(rows: Sequence[Row], peak_flops: float | None = None) -> list[Verdict]:
-    """The marks of a training step, from the rows of the suite train on a GPU.
+    """Verdicts on the marks of a training step, from the rows of the suite train on a GPU.
 
-    Its model FLOPs utilisation is that of the device's ``peak_flops`` a second; where they are not known, it is the
-    share of the limit that was measured.
+    The model FLOPs utilisation refers to the device's ``peak_flops`` per second. If they are unknown, the share of the
+    measured limit takes its place.
     """
     timed = {row.candidate: row for row in rows}
     ours = [timed[name] for name in ("+ Triton kernels", "trainer") if name in timed]
@@ -86,7 +86,7 @@ def _worst(figures: Sequence[tuple[float, str]]) -> tuple[float, str]:
 
 
 class _Table:
-    """The rows of a run, to look up what was timed on the same problem."""
+    """The rows of a run, with lookups of what was timed on the same problem."""
 
     def __init__(self, rows: Sequence[Measured], roofs: Roofs) -> None:
         self._rows = list(rows)
@@ -99,7 +99,7 @@ class _Table:
         return [(_or_zero(self._roofs.floor(*r.problem.cost(r.direction)) / r.median), _where(r)) for r in rows]
 
     def ratios(self, rows: Iterable[Measured], *rivals: str) -> list[tuple[float, str]]:
-        """The time of the best rival whose name begins so, to ours."""
+        """The time of the fastest rival whose name starts with one of ``rivals``, divided by ours."""
         found = []
         for row in rows:
             theirs = [
@@ -119,7 +119,7 @@ class _Table:
 
 
 def _or_zero(figure: float) -> float:
-    """What has no time, because it was wrong or did not run, is as bad as can be."""
+    """0, the worst figure, for NaN: a candidate that was wrong or did not run has no time."""
     return 0.0 if math.isnan(figure) else figure
 
 

@@ -1,4 +1,4 @@
-"""The ladder as a picture: what each change buys, the peers beside it, and how far the device would go."""
+"""The ladder as a chart: the gain of each change, the peers, and the limit of the device."""
 
 import math
 import textwrap
@@ -23,11 +23,11 @@ PANELS = {"unet": "UNet, forward", "train": "training step", "sample": "sampling
 _OURS, _PLAIN, _PEER, _QUIET = "#2a6f97", "#a9b4bd", "#dd8a3c", "#6b7278"
 _ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _FARTHEST = 1.8
-"""Times the longest bar: a limit beyond it is told at the edge, not drawn, for the bars would be too short to read."""
+"""Multiple of the longest bar beyond which a limit is printed at the edge: drawn, it would make the bars too short."""
 
 
 def check_chart(path: Path) -> None:
-    """ValueError where no chart could be written; to be called before anything is measured."""
+    """Raise a ValueError if no chart can be written. Call it before anything is measured."""
     refuse_without_matplotlib("chart")
     if path.suffix.lower() != ".png":
         raise ValueError(f"chart {path} must end in .png")
@@ -39,9 +39,9 @@ def check_chart(path: Path) -> None:
 def draw_ladder(rows: Sequence[Row], path: Path) -> None:
     """Draw the rows of PANELS' suites, ``Row.as_dict() | environment(device)``, as a PNG file.
 
-    One panel a suite, all with the same rungs at the left; the bars are how many times as fast as the plain path, from
-    p20 to p80. A row that is neither the first of its suite nor has a gain over a rung below is a peer. Several
-    workloads stand below each other. ValueError where there is nothing to draw; OSError where it cannot be written.
+    Each suite has one panel, all with the same rungs at the left. A bar is the speedup over the plain path, with
+    whiskers from p20 to p80. A row that is not the first of its suite and has no gain over a rung below is a peer.
+    Several workloads are stacked. ValueError if there is nothing to draw; OSError if the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def draw_ladder(rows: Sequence[Row], path: Path) -> None:
     about = rows[-1]
     where = ", ".join(str(about[name]) for name in ("machine", "gpu") if about[name] != "none")
     notes = [
-        f"Times as fast as the plain path, median and p20 to p80 of {_rounds(rows)} rounds; grey: over the rung above."
+        f"Speedup over the plain path, median and p20 to p80 of {_rounds(rows)} rounds; grey: over the rung above."
     ]
     drawn = [row for block in blocks for panel in block.values() for row in panel.values()]
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in drawn))  # a file may hold several runs
@@ -80,7 +80,7 @@ def draw_ladder(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw_block(part: "SubFigure", block: Mapping[str, Panel], rungs: Sequence[str], columns: int) -> bool:
-    """One panel a suite, the rungs at the left; whether one of them draws a limit."""
+    """Draw one panel per suite, with the rungs at the left. Returns whether a panel draws a limit."""
     all_axes = part.subplots(1, columns, sharey=True, squeeze=False)[0]
     workloads = {suite: str(next(iter(panel.values()))["workload"]) for suite, panel in block.items()}
     common = min(workloads.values(), key=len)  # "..., batch 16" of "..., batch 16, 10 DDIM steps"
@@ -93,7 +93,7 @@ def _draw_block(part: "SubFigure", block: Mapping[str, Panel], rungs: Sequence[s
     for axes in all_axes[len(block) :]:
         axes.set_axis_off()
     all_axes[0].set_yticks(range(len(rungs)), rungs, fontsize=8.5)
-    all_axes[0].set_ylim(len(rungs) + 0.1, -0.6)  # the first on top, and below the last a line for the limit
+    all_axes[0].set_ylim(len(rungs) + 0.1, -0.6)  # the first rung on top, and below the last one room for the limit
     return limited
 
 
@@ -119,7 +119,7 @@ def _draw_panel(axes: "Axes", panel: Panel, rungs: Sequence[str]) -> bool:
             words = f"{gain - 1:+.0%}".replace("-", "−")
             axes.annotate(words, (1, 0.5), (3, 0), xycoords=label, fontsize=7.5, color=_QUIET, **beside)
     ours = [row for name, row in timed.items() if not _is_peer(name, panel) and _number(row, "share_of_limit") > 0]
-    # of the rungs' limits the farthest, that of their lowest precision
+    # the farthest of the rungs' limits, that of the lowest precision
     limit = max((_number(row, "speedup") / _number(row, "share_of_limit") for row in ours), default=math.nan)
     near = limit <= _FARTHEST * longest
     if near:
@@ -139,15 +139,15 @@ def _draw_panel(axes: "Axes", panel: Panel, rungs: Sequence[str]) -> bool:
 
 
 def _is_peer(name: str, panel: Panel) -> bool:
-    """Neither the first nor a rung above another; what has no time is not drawn."""
+    """Whether the row has a time, is not the first, and has no gain over a rung below."""
     row = panel[name]
     return name != next(iter(panel)) and _number(row, "speedup") > 0 and math.isnan(_number(row, "gain"))
 
 
 def _blocks(rows: Sequence[Row]) -> list[dict[str, Panel]]:
-    """The suites of each workload, as suite, then candidate; those without a single time are left out.
+    """For each workload the suites, and for each suite the candidates. Suites without any time are left out.
 
-    A suite's workload may say more: "..., batch 16, 10 DDIM steps" belongs to "..., batch 16".
+    A suite's workload may be more specific: "..., batch 16, 10 DDIM steps" belongs to "..., batch 16".
     """
     panels: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
@@ -163,13 +163,13 @@ def _blocks(rows: Sequence[Row]) -> list[dict[str, Panel]]:
 
 
 def _rounds(rows: Sequence[Row]) -> str:
-    """How many rounds the drawn ones had."""
+    """The number of rounds of the drawn rows, or its range."""
     counts = {int(str(row["rounds"])) for row in rows if row["suite"] in PANELS} - {0}
     return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
-    """The names of all, each before the one that it precedes in its own list."""
+    """The names of all lists, each before the name that follows it in its list."""
     merged: list[str] = []
     for names in lists:
         place = len(merged)

@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts: whichever way it ends, they end before it, and before their folder is removed."""
+"""Child processes of a benchmark. They always end before the benchmark does, and before their folder is removed."""
 
 import contextlib
 import signal
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from typing import IO
 
 PATIENCE = 35.0
-"""Seconds between SIGTERM and the end by force: torchrun gives its workers 30 of them, and nobody else knows them."""
+"""Seconds between SIGTERM and SIGKILL: torchrun gives its workers 30 s, and no other process knows the workers."""
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextmanager
 def child(command: Sequence[str], output: IO[str], env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has ended, with what it started itself, when this is left; it writes to ``output`` alone.
+    """Run a process that writes only to ``output``. It and the processes it started have ended when the context exits.
 
-    It has a session of its own, so that Ctrl-C reaches it only from here, once.
+    It runs in a new session, so that Ctrl-C reaches it only from here, once.
     """
     process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
     try:
@@ -40,7 +40,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """No second signal while the first one's work is done."""
+    """Ignore further signals while the first one is handled."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

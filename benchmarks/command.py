@@ -1,4 +1,4 @@
-"""The suites one after the other, their rows printed and kept as soon as they are there."""
+"""Run the suites one after the other; print and save their rows as soon as they are measured."""
 
 import gc
 import itertools
@@ -23,12 +23,12 @@ MODEL_SUITES = ("unet", "train", "sample", "step")
 SUITES = ("kernels", *MODEL_SUITES, "data", "growth")
 
 ROUNDS = {"cpu": {True: 3, False: 25}, "cuda": {True: 10, False: 40}}
-"""By device, and whether it is to be quick."""
+"""By device, and by whether the run is quick."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: the ladder, or with ``asked`` only the arithmetic of ``ours`` beside the plain path."""
+    """What to measure: the ladder or, if ``asked``, only the arithmetic of ``ours`` and the plain path."""
 
     suites: Sequence[str]
     workloads: Sequence[Workload]  # the same model, in several batch sizes
@@ -39,16 +39,16 @@ class Request:
 
     @property
     def device(self) -> torch.device:
-        """Where it is measured."""
+        """The device to measure on."""
         return self.workloads[0].device
 
 
 def run(
     request: Request, console: Console, csv: Path | None = None, chart: Path | None = None, compare: Path | None = None
 ) -> bool:
-    """Measure, print, keep; False where one of ours was wrong or broken.
+    """Measure, print and save. Returns False if one of our candidates was wrong or failed, or a file was not written.
 
-    ValueError or OSError before anything is measured where one of the files is not as it must be.
+    ValueError or OSError, before anything is measured, if one of the files cannot be used.
     """
     about = environment(request.device)
     if csv is not None:
@@ -57,7 +57,7 @@ def run(
         if not set(PANELS) & set(request.suites):
             raise ValueError(f"chart shows {', '.join(PANELS)}: measure one of them, or leave --chart out")
         if csv is not None and csv.resolve() == chart.resolve():
-            raise ValueError(f"chart {chart} is the file of --csv, too: name another one")
+            raise ValueError(f"chart {chart} is also the file of --csv: name another one")
         check_chart(chart)
     old = None if compare is None else read_measured(compare)
     rows: list[dict[str, object]] = []
@@ -72,15 +72,15 @@ def run(
         values = [row.as_dict() | about for row in measured]
         rows += values
         unsaved += values
-        refusal = _append(csv, unsaved)  # before they are printed, which may be the end
+        refusal = _append(csv, unsaved)  # before printing, which may fail
         print_rows(measured, console)
         if refusal:
-            said(f"warning: {refusal}")  # what is not there yet is added with the next ones
+            said(f"warning: {refusal}")  # unsaved rows are added with the next ones
         good = good and not any(row.failed for row in measured)
     said(", ".join(f"{key} {value}" for key, value in about.items()))
     if csv is not None:
         refusal = _append(csv, unsaved)
-        said(f"error: {refusal}: {len(unsaved)} rows are not kept" if refusal else f"rows added to {csv}")
+        said(f"error: {refusal}: {len(unsaved)} rows are not saved" if refusal else f"rows added to {csv}")
         good = good and not refusal
     if old is not None:
         print_comparison(old, rows, console)
@@ -95,7 +95,7 @@ def run(
 
 
 def _append(csv: Path | None, unsaved: list[Mapping[str, object]]) -> str:
-    """Move the rows to the file, where there is one; why that cannot be done now, or nothing."""
+    """Move the rows to the file, if there is one. Returns the reason if that fails, else an empty string."""
     try:
         if csv is not None and unsaved:
             append_rows(csv, unsaved)
@@ -106,14 +106,14 @@ def _append(csv: Path | None, unsaved: list[Mapping[str, object]]) -> str:
 
 
 def _tables(request: Request, console: Console) -> Iterator[list[Row]]:
-    """The rows of each table, as they come."""
+    """The rows of each table, as soon as they are measured."""
     rounds = request.rounds or ROUNDS[request.device.type][request.quick]
     suites = [suite for suite in MODEL_SUITES if suite in request.suites]
     if "kernels" in request.suites:
         yield from _kernels(request, rounds, console)
     for workload in request.workloads if suites else ():
         yield from _models(request, suites, workload, rounds, console)
-        gc.collect()  # the memory of the models is that of the next ones
+        gc.collect()  # frees the models' memory for the next ones
     if "data" in request.suites:
         yield from _grouped(_or_failed("data", _data(request)))
     if "growth" in request.suites:
@@ -131,7 +131,7 @@ def _data(request: Request) -> Iterator[Row]:
 
 
 def _or_failed(suite: str, rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows, and where a full disk or the like ends them one that says so: what else was measured is not lost."""
+    """The rows. If an OSError such as a full disk ends them, a failed row says so, and the other rows are not lost."""
     try:
         yield from rows
     except OSError as error:

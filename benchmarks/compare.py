@@ -1,4 +1,4 @@
-"""What moved since another run, by more than its noise."""
+"""Compare two runs: which figures moved by more than the noise."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,21 +15,22 @@ Rows = Sequence[Mapping[str, object]]
 Key = tuple[str, str, str]
 
 LEAST = 0.02
-"""Medians that are closer say nothing: a process is faster or slower than the next by as much, by where its memory
-lies, and the rounds within one do not show it."""
+"""Least relative difference of medians that counts. Two processes differ by up to this much because of where their
+memory lies, which the rounds within one process do not show."""
 
 ENOUGH = 5
-"""Rounds from which a spread is known; with fewer only a factor of GROSS is told."""
+"""Rounds from which a spread is known; with fewer only a factor of GROSS is reported."""
 
 GROSS = 1.5
 
 WIDTHS = 20
-"""Medians of n rounds are apart where that is more than so many times the width from p20 to p80, over n. Of two runs of
-the same, whatever their noise, less than one row in a hundred then seems to have moved, from ENOUGH rounds on: found by
-drawing from one Gaussian. Over n, not its root, since the width of a few rounds may be small by chance."""
+"""Medians of n rounds differ if their distance exceeds this many times the width from p20 to p80, divided by n. Between
+two equal runs, whatever their noise, fewer than one row in a hundred then seems to have moved, from ENOUGH rounds on;
+this was found by drawing from a Gaussian. The divisor is n, not its root, because the width of a few rounds may be
+small by chance."""
 
 LEAST_COUNT = 0.01
-"""The same of memory and operations, which are counted: an allocator rounds, and a file has four digits."""
+"""LEAST for memory and operations, which are counted: an allocator rounds, and a file has four digits."""
 
 KEY = ("suite", "workload", "candidate")
 ENVIRONMENT = ("machine", "gpu", "torch", "triton", "commit")
@@ -40,7 +41,7 @@ _UNITS = {"speedup": "×", "median_s": " s", "peak_gib": " GiB", "gflop": " GFLO
 
 @dataclass(frozen=True)
 class Change:
-    """A figure of one candidate on one workload that is not what it was; NaN is one that was not measured."""
+    """A changed figure of one candidate on one workload; NaN if it was not measured."""
 
     suite: str
     workload: str
@@ -62,9 +63,9 @@ class Change:
 
 
 def read_measured(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that ``fastdiff benchmark --csv`` wrote; ValueError where it is no such file.
+    """The rows of a file that ``fastdiff benchmark --csv`` wrote; ValueError if it is not such a file.
 
-    To be called before anything is measured: the run may add its own rows to the same file.
+    Call it before anything is measured, because the run may add its rows to the same file.
     """
     rows = read_rows(path, "compare")
     figures = (*_SPEEDUP, *_SECONDS, *_COUNTED, "rounds")
@@ -78,11 +79,11 @@ def read_measured(path: Path) -> list[dict[str, str]]:
 
 
 def moved(old: Rows, new: Rows) -> list[Change]:
-    """What is in both and differs by more than the noise; of several rows of one candidate the last one counts.
+    """Figures of both runs that differ by more than the noise. The last of several rows of one candidate counts.
 
-    A time is compared as how many times as fast as another candidate of the same rounds, where that is the same one:
-    the machine's pace is not in that. It has moved where the medians are LEAST and WIDTHS apart and neither interval
-    from p20 to p80 reaches the other. That candidate itself has only its seconds, which move with the machine, too.
+    A time is compared as the speedup over another candidate of the same rounds, if both runs have the same one: this
+    cancels the machine's speed. It has moved if the medians are LEAST and WIDTHS apart and the intervals from p20 to
+    p80 do not overlap. The baseline candidate itself has only seconds, which also move with the machine.
     """
     before, now = _latest(old), _latest(new)
     found = []
@@ -112,7 +113,7 @@ def moved(old: Rows, new: Rows) -> list[Change]:
 
 
 def _few(*rows: Mapping[str, object]) -> bool:
-    """Whether all of these were timed, but one in so few rounds that its spread is not known."""
+    """Whether all rows were timed, but one of them in too few rounds to know its spread."""
     return 0 < min(_number(row, "rounds") for row in rows) < ENOUGH
 
 
@@ -126,7 +127,7 @@ def _apart(a: Mapping[str, object], b: Mapping[str, object], figures: tuple[str,
 
 
 def print_comparison(old: Rows, new: Rows, console: "Console") -> None:
-    """Say in what two runs differ: where and with what they ran, which rows they have, and what moved."""
+    """Print how two runs differ: their environments, their rows, and the figures that moved."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -144,18 +145,18 @@ def print_comparison(old: Rows, new: Rows, console: "Console") -> None:
             say(f"{name}: {was} before, {is_now} now")
             differ.append(name)
     if {"machine", "gpu"} & set(differ):
-        say("warning: that is another machine, and its times say nothing about the code")
+        say("warning: the machines differ, so the times say nothing about the code")
     for when, rows, others in (("before", before, now), ("now", now, before)):
         alone = [key for key in rows if key not in others]
         if alone:
             say(f"rows only {when}: {len(alone)} ({_names(alone, {key[0] for key in others})})")
     unclear = sum(_few(before[key], now[key]) for key in both)
     if unclear:
-        named = f"fewer than {ENOUGH}, and only a factor of {GROSS} is named"
+        named = f"fewer than {ENOUGH}, so only a factor of {GROSS} is reported"
         say(f"too few rounds to tell: {unclear} of {len(both)} rows have {named}")
     changes = moved(old, new)
     if not both:
-        say("nothing to compare: no row is in both")
+        say("nothing to compare: no row is in both runs")
     elif not changes:
         say(f"nothing moved by more than the noise, of {len(both)} rows")
     else:
@@ -177,7 +178,7 @@ def _latest(rows: Rows) -> dict[Key, Mapping[str, object]]:
 
 
 def _names(keys: Sequence[Key], suites: set[str]) -> str:
-    """The rows by table; the name alone of a suite that the other run does not have at all."""
+    """The rows by table; only the name of a suite that the other run does not have."""
     tables: dict[tuple[str, ...], list[str]] = {}
     for suite, workload, candidate in keys:
         tables.setdefault((suite, workload) if suite in suites else (suite,), []).append(candidate)

@@ -1,4 +1,4 @@
-"""Every launch in use: what the presets' models make the kernels do, forward and backward, recorded without a GPU.
+"""Every launch in use: the kernel launches of the presets' models, forward and backward, recorded without a GPU.
 
 ``python -m fastdiff.benchmarks.configurations`` compiles them all and prints the registers and the memory they need.
 """
@@ -31,20 +31,20 @@ from fastdiff.kernels.launch import recording
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 COLUMNS = "registers", "spills", "shared", "loads", "stores"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes that one program may have."""
+"""Bytes of shared memory that one program may use."""
 MATRIX_UNITS_OF = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 MAY_SPILL = {"group_norm_silu": 16}
-"""Bytes a thread that an operation's kernels may put aside. Of the norm's, ptxas parks one to four registers before a
-loop and takes them back behind it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
+"""Bytes per thread that an operation's kernels may spill. In the norm's, ptxas saves one to four registers before a
+loop and restores them after it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
 SHARE = 8
-"""Programs of the table that a run of the tests compiles again: some 7 s of one core."""
+"""Programs of the table that a test run compiles again: about 7 s of one core."""
 UPDATE = "python -m fastdiff.benchmarks.configurations --update"
 BATCHES = [1, 2, 4, 8, 16, 64]  # from sampling one image to training
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A program that is in use, the first workload that runs it, and the targets where dispatch chooses it."""
+    """A program in use, the first workload that runs it, and the targets for which dispatch chooses it."""
 
     workload: str
     program: Program
@@ -52,8 +52,8 @@ class Configuration:
 
 
 def configurations(thorough: bool) -> list[Configuration]:
-    """Those of all four operations, each program once: in bf16 and channels_last, or ``thorough``, in every dtype and
-    layout.
+    """The configurations of all four operations, each program once: in bf16 and channels_last or, if ``thorough``, in
+    every dtype and layout.
     """
     found: dict[object, Configuration] = {}
     for workload, run, targets in _workloads(thorough):
@@ -77,7 +77,7 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
         yield f"norm {label}", partial(_norm, shape, n, dtype, LAYOUTS[layout]), tuple(TARGETS)
     for dtype, n, attended in itertools.product(dtypes, BATCHES, attentions):
         d = attended.channels // attended.heads
-        if d <= 256 and dtype is not torch.float32:  # dispatch takes SDPA for the others
+        if d <= 256 and dtype is not torch.float32:  # dispatch chooses SDPA for the others
             label = f"T{attended.tokens} H{attended.heads} d{d} N{n} {_short(dtype)}"
             for warpgroups, targets in ((True, ("sm_90", "sm_100")), (False, ("sm_80", "gfx942"))):
                 yield f"attention {label}", partial(_attention, attended, n, dtype, warpgroups), targets
@@ -140,8 +140,8 @@ Job = tuple[Configuration, str]
 
 
 def compile_all(jobs: list[Job]) -> Iterator[tuple[Configuration, Compiled]]:
-    """Each of the jobs in turn, compiled on all cores."""
-    # forked, because launches hold kernels and tensors that no other way of starting a process could pass on
+    """Compile the jobs on all cores, and yield them in order."""
+    # forked, because launches hold kernels and tensors that other start methods cannot pass on
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         _jobs[:] = jobs
         for (configuration, _), compiled in zip(jobs, pool.map(_compile, range(len(jobs)), chunksize=4), strict=True):
@@ -157,26 +157,26 @@ def _compile(index: int) -> Compiled:
 
 
 def faults(configuration: Configuration, built: Compiled) -> list[str]:
-    """What is wrong with a compiled configuration, or why it is named as an exception."""
+    """What is wrong with a compiled configuration, apart from the exceptions of MAY_SPILL."""
     found = []
     kernel = configuration.program.source.name
     if built.spills > max((size for op, size in MAY_SPILL.items() if kernel.startswith(op)), default=0):
         found.append(f"spills {built.spills} bytes")
     if built.shared > SHARED_LIMIT[built.target]:
-        found.append(f"needs {built.shared} bytes of shared memory of {SHARED_LIMIT[built.target]}")
+        found.append(f"needs {built.shared} bytes of shared memory, more than {SHARED_LIMIT[built.target]}")
     long = configuration.workload.startswith("attention") and not configuration.workload.startswith("attention T16 ")
     if long and built.matrix_units != MATRIX_UNITS_OF[built.target]:
-        found.append(f"multiplies matrices by {built.matrix_units or 'nothing'}, not {MATRIX_UNITS_OF[built.target]}")
+        found.append(f"multiplies matrices with {built.matrix_units or 'nothing'}, not {MATRIX_UNITS_OF[built.target]}")
     return found
 
 
 def known_by(jobs: list[Job]) -> dict[Key, Job]:
-    """The jobs by the keys under which the table has them."""
+    """The jobs by their keys in the table."""
     return {Key(c.program.fingerprint, target, triton.__version__): (c, target) for c, target in jobs}
 
 
 def figures(configuration: Configuration, built: Compiled) -> Figures:
-    """What the table says of a compiled configuration."""
+    """The figures of a compiled configuration in the table."""
     numbers = {f.name: getattr(built, f.name) for f in fields(Figures) if f.name not in ("kernel", "workload")}
     return Figures(configuration.program.name, configuration.workload, **numbers)
 
@@ -184,9 +184,9 @@ def figures(configuration: Configuration, built: Compiled) -> Figures:
 def show(
     compiled: Iterable[tuple[Configuration, Compiled]], kept: Mapping[Key, Figures]
 ) -> tuple[dict[Key, Figures], int]:
-    """Print what each program needs and what is wrong with it; its figures, and how many are wrong.
+    """Print what each program needs and its faults. Returns the figures, and the number of programs with a fault.
 
-    A program whose figures are not those of the table is wrong, too.
+    A program whose figures differ from the table's also has a fault.
     """
     layout = "{:39} {:48} {:7} {:>9} {:>6} {:>7} {:>8} {:>8}  {} {}"
     print(layout.format("kernel", "workload", "target", *COLUMNS, "matrix units", ""))
@@ -206,10 +206,10 @@ def show(
 
 
 def check(jobs: list[Job]) -> bool:
-    """Hold the table to the programs in use: what it has not is compiled, and a share of the rest, other ones each day.
+    """Check the table against the programs in use: compile a share of the missing ones and of the rest, new ones daily.
 
-    False where a program is wrong, or the table has not all of this Triton release, or more than is in use. A release
-    that it knows nothing of is held by the share alone.
+    Returns False if a program has a fault, or if the table lacks programs of this Triton release or has unused ones. A
+    release without any entry is checked by the share alone.
     """
     table, wanted = read(), known_by(jobs)
     kept = {key: figures for key, figures in table.items() if key.triton == triton.__version__}
@@ -217,7 +217,7 @@ def check(jobs: list[Job]) -> bool:
     chosen = share_of_today(missing, SHARE) + share_of_today(sorted(set(wanted) & set(kept)), SHARE)
     _, wrong = show(compile_all([wanted[key] for key in chosen]), kept)
     if not kept:
-        print(f"{TABLE.name} has nothing of Triton {triton.__version__}: only these were compiled")
+        print(f"{TABLE.name} has no programs of Triton {triton.__version__}: only these were compiled")
         return not wrong
     if missing or unused:
         print(f"{TABLE.name} lacks {len(missing)} programs and has {len(unused)} that are not in use: run {UPDATE}")
@@ -225,7 +225,7 @@ def check(jobs: list[Job]) -> bool:
 
 
 def update(jobs: list[Job]) -> bool:
-    """Bring the table up to date: only what it lacks is compiled. False, and nothing is written, where one is wrong."""
+    """Update the table, compiling only what it lacks. If a program has a fault, write nothing and return False."""
     table, wanted = read(), known_by(jobs)
     kept = {key: table[key] for key in wanted if key in table}
     found, wrong = show(compile_all([job for key, job in wanted.items() if key not in kept]), kept)
@@ -235,13 +235,13 @@ def update(jobs: list[Job]) -> bool:
 
 
 def main() -> None:
-    """Print what every configuration in use needs on every target; exit status 1 where one has a fault."""
+    """Print what every configuration in use needs on every target; exit status 1 if one has a fault."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("targets", nargs="*", default=[], metavar="TARGET", help="default: all")
     parser.add_argument("--thorough", action="store_true", help="every dtype and layout, not only the default ones")
     table = parser.add_mutually_exclusive_group()
-    table.add_argument("--check", action="store_true", help=f"hold {TABLE.name} to them, in less than a minute")
-    table.add_argument("--update", action="store_true", help=f"bring {TABLE.name} up to date")
+    table.add_argument("--check", action="store_true", help=f"check {TABLE.name} against them, in less than a minute")
+    table.add_argument("--update", action="store_true", help=f"update {TABLE.name} to match them")
     arguments = parser.parse_args()
     targets = arguments.targets or list(TARGETS)
     if unknown := [target for target in targets if target not in TARGETS]:

@@ -1,4 +1,4 @@
-"""The data: a folder opened for the first time and again, batches from it, the wait before the first update."""
+"""The suite data: opening a folder for the first time and again, batches from it, the wait before the first update."""
 
 import math
 import multiprocessing
@@ -30,22 +30,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 STORED, WANTED = 64, 32
-"""Pixels of the files, and of the images that are made of them."""
+"""Sizes in pixels of the files, and of the images made from them."""
 
 DISTINCT = 256
-"""So many images are drawn; the further files hold the same ones again, which neither the cache nor a reader sees."""
+"""Number of distinct images. Further files repeat them, which makes no difference to the cache or a reader."""
 
 BATCH = 64
 PEER = "as improved-diffusion: DataLoader, decode every time"
 
 _TURN_SECONDS = 0.4
 _QUIET_SECONDS = 0.2
-"""After a turn, so that what prefetches comes to rest before the next one's clock starts."""
+"""Pause after a turn, so that prefetching has ended before the next turn is timed."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured: numbers of files, that of them at which the peer and a start are timed, and how often."""
+    """How much is measured: the numbers of files, the one at which the peer and the start are timed, and how often."""
 
     files: tuple[int, ...]
     compared_at: int
@@ -58,11 +58,11 @@ FULL = Extent((1_000, 10_000, 100_000), 10_000, rounds=11, starts=5)
 
 
 def measure_data(quick: bool, folder: Path, device: torch.device, rounds: int | None = None) -> Iterator[Row]:
-    """Rows of the suite data, on PNG files of 64 pixels that are brought to 32, in ``folder``, which is empty.
+    """Rows of the suite data, on 64-pixel PNG files that are resized to 32, in ``folder``, which must be empty.
 
-    The files were written just before, so that they come from memory and what is timed is work, not a disk. Opening
-    happens in a new process, whose peak memory the row tells. Batches are counted on the CPU, as fp32 in [-1, 1]; only
-    the start-up is that of ``device``.
+    The files have just been written: they are read from memory, and the timings show work, not a disk. A new process
+    opens the folder; the row has its peak memory. Batches are measured on the CPU, as fp32 in [-1, 1]. Only the
+    start-up uses ``device``.
     """
     extent = QUICK if quick else FULL
     if rounds:
@@ -75,7 +75,7 @@ def measure_data(quick: bool, folder: Path, device: torch.device, rounds: int | 
         cold = _in_new_process(_open, config, 1)
         warm, stream = _in_new_process(_open_and_draw, config, extent, files == extent.compared_at)
         for name, found in (("cold", cold), ("warm", warm)):
-            # Cold it is once: a ratio to one measurement would have the spread of the other alone.
+            # The cold time is measured once: a ratio to it would only have the spread of the other time.
             timing = Timing(name, found.seconds, [math.nan] * len(found.seconds))
             opened[name].append(timing.median)
             remark = f"memory grew by {found.grown_gib:.3f} GiB"
@@ -91,7 +91,7 @@ def measure_data(quick: bool, folder: Path, device: torch.device, rounds: int | 
 
 
 def write_images(folder: Path, count: int) -> None:
-    """``count`` PNG files of smooth colours with a little noise, about as long as those of photographs."""
+    """Write ``count`` PNG files of smooth colours with a little noise, about as large as those of photographs."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     drawn = folder / "drawn.png"
@@ -109,7 +109,7 @@ def write_images(folder: Path, count: int) -> None:
 
 @dataclass(frozen=True)
 class _Opened:
-    """The seconds of each time, the peak memory of the process, and by how much that is above what it began with."""
+    """The seconds of each opening, the peak memory of the process, and its growth from the start."""
 
     seconds: list[float]
     peak_gib: float
@@ -128,7 +128,7 @@ def _open(config: DataConfig, rounds: int) -> _Opened:
 
 
 def _open_and_draw(config: DataConfig, extent: Extent, compared: bool) -> tuple[_Opened, list[Row]]:
-    """Opening with a warm cache, and the rows of batches, the peer's first where there is to be one."""
+    """Opening with a warm cache, and the rows of batches, the peer's first if ``compared``."""
     torch.set_num_threads(1)  # as the peer's worker has
     before = _memory_gib("VmRSS")
     opened = _open(config, extent.rounds)
@@ -145,12 +145,12 @@ def _open_and_draw(config: DataConfig, extent: Extent, compared: bool) -> tuple[
 
 
 def _taking_turns(streams: Mapping[str, Iterator[Tensor]], rounds: int) -> list[Timing]:
-    """The seconds that a batch of each stream takes: the mean of a turn, of which each has so many."""
+    """The seconds per batch of each stream: the mean of a turn, for ``rounds`` turns of each."""
     seconds: dict[str, list[float]] = {name: [] for name in streams}
     for _ in range(rounds):
         for name, stream in streams.items():
             for _ in range(AHEAD):
-                next(stream)  # they were ready while the others had their turn
+                next(stream)  # these became ready during the other turns
             taken, began = 0, time.perf_counter()
             while (elapsed := time.perf_counter() - began) < _TURN_SECONDS:
                 next(stream)
@@ -170,13 +170,13 @@ class _Files(torch.utils.data.Dataset[NDArray[np.float32]]):
 
     def __getitem__(self, index: int) -> NDArray[np.float32]:
         with Image.open(self._paths[index]) as image:
-            pixels = resize_and_crop(image.convert("RGB"), WANTED)  # the original's operations, one for one
+            pixels = resize_and_crop(image.convert("RGB"), WANTED)  # the original operations, one for one
         return (pixels.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)
 
 
 def _decoded_every_time(folder: Path) -> Iterator[Tensor]:
-    """Batches as improved-diffusion makes them: one worker, which decodes each image whenever it is drawn."""
-    # The worker of a process that was spawned would be spawned too, and import PyTorch anew in every epoch.
+    """Batches as improved-diffusion makes them: one worker, which decodes each image every time it is drawn."""
+    # The worker of a spawned process would be spawned, too, and import PyTorch again in every epoch.
     start = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     loader = torch.utils.data.DataLoader(
         _Files(folder), BATCH, shuffle=True, num_workers=1, drop_last=True, multiprocessing_context=start
@@ -196,15 +196,13 @@ def _in_new_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
                     process.terminate()
                 raise
     except BrokenProcessPool:
-        raise ChildProcessError(
-            "the process that reads the images was killed: perhaps it had too little memory"
-        ) from None
+        raise ChildProcessError("the process that reads the images was killed: it may have run out of memory") from None
 
 
 def _memory_gib(field: str) -> float:
-    """GiB in memory of this process, now (VmRSS) or at most (VmHWM); NaN where the system does not say.
+    """Memory of this process in GiB, now (VmRSS) or at its peak (VmHWM); NaN if the system does not report it.
 
-    What getrusage calls the most begins, in a new process, with that of the process that started it.
+    getrusage is no substitute: in a new process its peak starts at that of the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,6 +1,6 @@
 """The parts of gpu_check.sh that measure: ``python -m fastdiff.benchmarks.gpu_check bars --csv rows.csv``.
 
-Runs where only PyTorch, Triton and numpy are installed, and stops asking for more when its seconds are over.
+Needs only PyTorch, Triton and numpy, and starts nothing more when its seconds are over.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from fastdiff.presets import preset_named
 
 
 def bars(device: torch.device, csv: Path, deadline: float) -> None:
-    """Every kernel beside what else computes the same, then the marks that were set."""
+    """Time every kernel and its alternatives, then print the verdicts on the marks."""
     about = environment(device)
     on_gpu = device.type == "cuda"
     roofs = measure_roofs(device, torch.bfloat16 if on_gpu else torch.float32)  # the problems' dtype
@@ -39,19 +39,19 @@ def bars(device: torch.device, csv: Path, deadline: float) -> None:
         _keep([one.row(roofs) for one in measured], csv, about)
         found += measured
         if time.monotonic() > deadline:
-            print("the time is over: what follows was not measured")
+            print("time is up: the rest was not measured")
             break
     for verdict in verdicts(found, roofs):
         print(verdict)
 
 
 RESERVE = 120
-"""Seconds for the last rung that is begun, which is compiled, for the rounds and for the ceilings after them."""
+"""Seconds for compiling the last rung that is started, for the rounds, and for the ceilings after them."""
 
 
 def model(device: torch.device, csv: Path, deadline: float) -> None:
-    """The training step of a released model, fused, compiled and the Trainer's, and the marks that were set."""
-    # they want Pillow and safetensors, which the other parts do not
+    """Time the training step of a released model, fused, compiled and the Trainer's, then print the verdicts."""
+    # these need Pillow and safetensors, unlike the other parts
     from fastdiff.benchmarks.ladder import Models, ladder
     from fastdiff.benchmarks.suites import Ceilings, measure
     from fastdiff.benchmarks.workload import Workload
@@ -99,11 +99,11 @@ ATTENTION_VARIANTS: Variants = {
     "one tile up to 64 tokens": {"AT_ONCE_UP_TO": 64},
     "never all keys at once": {"ALL_KEYS_UP_TO": 0},
 }
-"""What the plans' constants and tiles are replaced with, by name."""
+"""Replacements of the plans' constants and tiles, by name."""
 
 
 def tune(device: torch.device, csv: Path, deadline: float) -> None:
-    """Other divisions of the work than the plans choose: what wins belongs into the plans."""
+    """Time other divisions of the work than the plans choose; a faster one belongs in the plans."""
     if device.type != "cuda":
         print("nothing to tune without a GPU")
         return
@@ -114,7 +114,7 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
         ours = replace(problem, candidates={"triton": problem.candidates["triton"]})
         for direction, (variant, changes) in itertools.product(problem.directions, variants.items()):
             if time.monotonic() > deadline:
-                print("the time is over: what follows was not measured")
+                print("time is up: the rest was not measured")
                 return
             plan = import_module(f"fastdiff.kernels.{problem.op}.plan")
             with patch.multiple(plan, **changes) if changes else nullcontext():
@@ -126,7 +126,7 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
 
 PARTS = {"bars": bars, "tune": tune, "model": model}
 ELSEWHERE = {"sample": "fastdiff.benchmarks.sampling", "train": "fastdiff.benchmarks.updates"}
-"""Parts that want Pillow and safetensors besides, by their modules."""
+"""Parts that also need Pillow and safetensors, with their modules."""
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in parts of under eight minutes, the most important first:
+# Everything that needs a GPU, in parts of under eight minutes, the most important first:
 #
 #   benchmarks/gpu_check.sh [correct|sanitize|bars|tune|model|sample|train] ...     (without a part: all of them)
 #
-# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest, for model, sample and train Pillow and safetensors
-# too; pytest-xdist and Liger are used where present. sample is the one part that may need more than one run: it goes on.
-# Rows are written as they come, to $OUT (default: gpu_check), so that a run that is cut off keeps what it had. Without
-# a GPU the kernels are interpreted and the figures are those of a small CPU run: good to see that the script works.
+# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest; model, sample and train also need Pillow and
+# safetensors. pytest-xdist and Liger are used if present. Only sample may need more than one run: it resumes. Rows are
+# written to $OUT (default: gpu_check) as soon as they are measured, so that an interrupted run keeps them. Without a
+# GPU the kernels are interpreted and the figures are those of a small CPU run, which only shows that the script works.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=$(realpath -m "${OUT:-gpu_check}")
@@ -16,11 +16,11 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 failed=0
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "no GPU: the kernels are interpreted, and no figure says anything about a GPU"
+    echo "no GPU: the kernels are interpreted, and the figures say nothing about a GPU"
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 fi
 
-# The tests' own settings without the plugins that a bare machine lacks
+# The tests' settings without the plugins that a bare machine lacks
 cat >"$OUT/pytest.ini" <<'INI'
 [pytest]
 addopts = --import-mode=importlib
@@ -64,7 +64,7 @@ for name in "${@:-correct sanitize bars tune model sample train}"; do
                 ;;
             sanitize)
                 if command -v compute-sanitizer >/dev/null; then
-                    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor its own allocation, so that its end is seen
+                    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # one allocation per tensor, to see accesses beyond its end
                     for tool in memcheck racecheck; do
                         part "sanitize_$tool" 230 compute-sanitizer --tool "$tool" --error-exitcode 9 \
                             "$PYTHON" -m pytest -q -c "$OUT/pytest.ini" --rootdir "$PWD" --confcutdir tests/kernels \
@@ -72,7 +72,7 @@ for name in "${@:-correct sanitize bars tune model sample train}"; do
                     done
                     unset PYTORCH_NO_CUDA_MEMORY_CACHING
                 else
-                    echo "== sanitize: left out, there is no compute-sanitizer here"
+                    echo "== sanitize: skipped, compute-sanitizer is not installed"
                 fi
                 ;;
             bars | tune | model | sample | train)

@@ -1,4 +1,4 @@
-"""How the cost grows: with the batch, the side of the images and the channels; and what a second process does to it."""
+"""How the cost grows with the batch, the image size and the channels, and how a second process changes it."""
 
 import gc
 import json
@@ -32,24 +32,24 @@ from fastdiff.runtime.memory import out_of_memory
 from fastdiff.training.update import Updater
 
 PATIENCE = 4.0
-"""Seconds of a step beyond which no larger size is tried."""
+"""Seconds per step beyond which no larger size is tried."""
 
 SMALL_BATCH = {"cpu": 2, "cuda": 16}
-"""Of the axes that do not vary it, where the workload's own is larger: a GPU would only wait for launches with less."""
+"""Largest batch on the axes that do not vary it. With a smaller one a GPU would only wait for launches."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What is varied, and the power of it that the cost goes with, about: by it the next size is foreseen."""
+    """What is varied, and the approximate power with which the cost grows, to predict the cost of the next size."""
 
     name: str
-    label: str  # of a candidate, with the size in its braces
+    label: str  # of a candidate; the size replaces the braces
     power: int
     full: tuple[int, ...]
     quick: tuple[int, ...]
 
     def at(self, workload: Workload, size: int) -> Workload:
-        """The workload with this size; ValueError where there is no such model."""
+        """The workload with this size; ValueError if there is no such model."""
         if self.name == "batch":
             return replace(workload, batch_size=size)
         model, small = workload.model, _small(workload)
@@ -57,7 +57,7 @@ class Axis:
         return replace(workload, model=model, batch_size=small)
 
     def fixed(self, workload: Workload) -> str:
-        """What stays as it is."""
+        """The sizes that do not vary, as text."""
         model = workload.model
         values = {"side": model.image_size, "channels": model.num_channels, "batch": _small(workload)}
         said = [axis.label.format(values[axis.name]) for axis in AXES if axis.name != self.name]
@@ -76,9 +76,9 @@ JobOf = Callable[[Models, Workload, RuntimeConfig, ExitStack], Job]
 def measure_growth(workload: Workload, ours: RuntimeConfig, quick: bool, rounds: int | None = None) -> Iterator[Row]:
     """Rows of the suite growth: a forward pass and a training step by each of AXES, then training by processes.
 
-    It is the path that a user gets, but eager unless ``ours`` says compile on: every size would be compiled anew, for a
-    minute or more each. Larger batches are tried until the memory or PATIENCE is at its end, which the remark of the
-    last row says, besides the fitted power. With another side the model has the widths that --image-size gives it.
+    The path is a user's, but eager unless ``ours`` has compile on: every size would be compiled again, for a minute or
+    more each. Larger batches are tried until memory or PATIENCE runs out. The remark of the last row has the reason and
+    the fitted power. With another image size the model has the widths that --image-size selects.
     """
     compiled = Compile.ON if ours.compile is Compile.ON else Compile.OFF
     precision = Runtime.resolve(replace(ours, device=str(workload.device))).precision
@@ -101,7 +101,7 @@ class _Series:
     rounds: int
 
     def measured(self, workload: Workload, quick: bool) -> list[Row]:
-        """A row for each size; the last one says the fitted power, and why no larger size was measured."""
+        """A row for each size. The last one has the fitted power, and the reason why no larger size was measured."""
         axis, about = self.axis, f"{self.kind} by {self.axis.name}: {self.axis.fixed(workload)}"
         rows: dict[int, Row] = {}
         left_out: list[Row] = []
@@ -117,10 +117,10 @@ class _Series:
             if reason := self._too_much(rows, size):
                 break
             try:
-                if models is None or models.workload.model != at.model:  # each is checked with its first batch
+                if models is None or models.workload.model != at.model:  # each model is checked with its first batch
                     models = Models(at)
                 rows[size] = self._measured(blank, models, at)
-            except Exception as error:  # whatever keeps it from running or being right is its remark
+            except Exception as error:  # any failure or wrong result becomes its remark
                 if out_of_memory(error):
                     reason = f"{axis.label.format(size)}: out of memory"
                 else:
@@ -141,9 +141,9 @@ class _Series:
         work = Work.of(workload.model, workload.batch_size, training=self.job_of is _training)
         with ExitStack() as stack:
             if self.config.compile is Compile.ON:
-                torch._dynamo.reset()  # it compiles one model for so many sizes only
+                torch._dynamo.reset()  # it compiles a model for a limited number of sizes
             job = self.job_of(models, workload, self.config, stack)
-            Runtime.resolve(self.config)  # sets PyTorch's switches, which the check has turned
+            Runtime.resolve(self.config)  # sets PyTorch's switches again, which the check changed
             job.run()
             peak = peak_bytes(job.run, device) + sum(tensor.nbytes for tensor in job.tensors())
             seconds = seconds_of(job.run, 1, device, warmup=0)
@@ -160,20 +160,20 @@ class _Series:
         )
 
     def _too_much(self, rows: Mapping[int, Row], size: int) -> str:
-        """Why this size is not tried after the last one, if so."""
+        """The reason not to try this size after the last one, or an empty string."""
         if not rows or (timing := rows[max(rows)].timing) is None:
             return ""
         larger = (size / max(rows)) ** self.axis.power
         if (seconds := timing.median * larger) > PATIENCE:
             return f"{self.axis.label.format(size)} would take about {seconds:.0f} s"
-        # On a GPU it is tried: nothing else is lost where its memory ends.
+        # On a GPU it is tried: running out of its memory does no other harm.
         if self.config.device == "cpu" and (gib := rows[max(rows)].peak_gib * larger) > available_memory() / 2**30:
             return f"{self.axis.label.format(size)} would need about {gib:.0f} GiB of memory"
         return ""
 
 
 def _alone(name: str, seconds: list[float]) -> Timing:
-    """The sizes do not take turns: none is so many times as fast as another."""
+    """A timing without a speedup, because the sizes do not take turns."""
     return Timing(name, seconds, [math.nan] * len(seconds))
 
 
@@ -182,7 +182,7 @@ def _small(workload: Workload) -> int:
 
 
 def _power(axis: str, rows: Mapping[int, Row]) -> str:
-    """The fitted growth in words, where there is any."""
+    """The fitted growth as text; empty for fewer than two sizes."""
     seconds = {size: row.timing.median for size, row in rows.items() if row.timing}
     return f"time ~ {axis}^{slope(list(seconds), list(seconds.values())):.2f}" if len(seconds) > 1 else ""
 
@@ -193,7 +193,7 @@ def _forward(models: Models, workload: Workload, config: RuntimeConfig, stack: E
 
 
 def _training(models: Models, workload: Workload, config: RuntimeConfig, stack: ExitStack) -> Job:
-    """The Trainer's own update of the batches that it is fed."""
+    """The Trainer's update, with batches as in a run."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     training = TrainConfig(batch_size=workload.batch_size)
     trainer = build_trainer(workload.model, workload.diffusion, training, config, folder)
@@ -211,16 +211,17 @@ def _training(models: Models, workload: Workload, config: RuntimeConfig, stack: 
 
 
 def _free() -> None:
-    """Give back what the size before held, which an error keeps alive, too."""
+    """Free the memory of the previous size, which an error may also keep alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _processes(workload: Workload, config: RuntimeConfig, quick: bool) -> list[Row]:
-    """The trainer's own images/s in one process and in two, as torchrun starts them, on a few drawn images.
+    """The trainer's images/s in one process and in two, started by torchrun, on a few generated images.
 
-    On a CPU the processes share its cores, on GPUs each has one: as many as there are. The batch stays as large.
+    On a CPU the processes share the cores; on GPUs each process has one, if there are enough. The total batch size is
+    the same.
     """
     on_cpu = workload.device.type == "cpu"
     workload = replace(workload, batch_size=max(2, workload.batch_size // 2 * 2))
@@ -245,10 +246,10 @@ def _processes(workload: Workload, config: RuntimeConfig, quick: bool) -> list[R
 
 
 def _train(workload: Workload, config: RuntimeConfig, processes: int, quick: bool) -> tuple[list[float], float]:
-    """Seconds of an update, by line of the log, and peak GiB; ChildProcessError with the run's last words."""
+    """Seconds per update for each line of the log, and peak GiB; ChildProcessError with the run's error message."""
     interval, lines = (1, 3) if quick else (5, 5)
     flags = workload.model.to_dict() | workload.diffusion.to_dict() | config.to_dict()
-    del flags["num_classes"]  # which the data tells
+    del flags["num_classes"]  # the data determines it
     environment = dict(os.environ)
     if workload.device.type == "cpu":
         environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
@@ -269,7 +270,7 @@ def _train(workload: Workload, config: RuntimeConfig, processes: int, quick: boo
             said.seek(0)
             errors = [line.strip() for line in said if "error: " in line]
         if status:
-            raise ChildProcessError((errors or ["fastdiff train ended without a word"])[0])
+            raise ChildProcessError((errors or ["fastdiff train failed without an error message"])[0])
         with (run_dir / "progress.jsonl").open(encoding="utf-8") as file:
-            _, *seen = [json.loads(line) for line in file]  # in the first interval everything is new
+            _, *seen = [json.loads(line) for line in file]  # the first interval includes the warm-up
     return [workload.batch_size / line["images_per_s"] for line in seen], max(line["memory_gib"] for line in seen)

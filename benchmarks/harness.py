@@ -1,4 +1,4 @@
-"""Timing that a sceptic can repeat: candidates in turn in one process, medians, and a row that says where it was."""
+"""Timing that a sceptic can repeat: candidates take turns in one process, medians, and the environment in every row."""
 
 import itertools
 import json
@@ -24,14 +24,14 @@ from torch.profiler import ProfilerActivity, profile
 from fastdiff import __version__
 
 HEAD_START = 500_000
-"""GPU cycles, a quarter of a millisecond, in which the host can hand over what is timed before the clock starts."""
+"""GPU cycles, a quarter of a millisecond, in which the host can queue the timed work before the clock starts."""
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of one candidate's rounds, and of the first candidate's beside them."""
+    """The seconds of a candidate's rounds, and those of the baseline in the same rounds."""
 
     name: str
     seconds: Sequence[float]
@@ -39,7 +39,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds of a typical round."""
+        """Median seconds of a round."""
         return statistics.median(self.seconds)
 
     def quantile(self, share: float) -> float:
@@ -47,18 +47,18 @@ class Timing:
         return _quantile(self.seconds, share)
 
     def speedup(self, share: float = 0.5) -> float:
-        """How many times as fast as the first candidate, round by round; the median, or another quantile."""
+        """The speedup over the baseline, round by round: the median, or another quantile."""
         return _quantile([base / own for own, base in zip(self.seconds, self.baseline, strict=True)], share)
 
     def speedup_over(self, other: "Timing") -> float:
-        """The same over another candidate: by what both are to the first one, or, without that, round by round."""
+        """The speedup over another candidate: from both speedups over the baseline or, without one, round by round."""
         quotient = self.speedup() / other.speedup()
         if math.isnan(quotient):
             return statistics.median(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
         return quotient
 
     def divided(self, parts: int) -> Self:
-        """The time of each of so many equal parts of a round."""
+        """The time of each of ``parts`` equal parts of a round."""
         seconds, baseline = ([value / parts for value in values] for values in (self.seconds, self.baseline))
         return replace(self, seconds=seconds, baseline=baseline)
 
@@ -73,9 +73,10 @@ def interleaved(
 ) -> list[Timing]:
     """Time the candidates in turn, round by round, so that a machine that slows down slows all of them.
 
-    They are compared with the first one, or with ``baseline``, and with nothing where that is not among them. It runs
-    before and after each of the others, P A P B P, and a run is compared with the mean of the two beside it. What a
-    candidate raises is raised; with ``errors`` it is put there, the candidate has no time, and the others go on.
+    The baseline is the first candidate, or ``baseline``; if that is not a candidate, there is none. The baseline P runs
+    before and after each of the others, P A P B P, and each run is compared with the mean of its two neighbours. An
+    exception in a candidate is raised or, with ``errors``, stored there: the candidate has no time, and the others
+    continue.
     """
     base = next(iter(candidates), "") if baseline is None else baseline
     others = [name for name in candidates if name != base]
@@ -90,7 +91,7 @@ def interleaved(
         except Exception as error:
             if errors is None:
                 raise
-            errors[name] = error.with_traceback(None)  # which would hold the memory that it failed with
+            errors[name] = error.with_traceback(None)  # the traceback would keep its memory alive
             del seconds[name]
 
     for name in [name for name in candidates for _ in range(warmup)]:
@@ -109,15 +110,15 @@ def interleaved(
 
 
 def seconds_of(run: Callable[[], object], rounds: int, device: torch.device, warmup: int = 2) -> list[float]:
-    """The seconds of so many rounds of one candidate."""
+    """The seconds of ``rounds`` rounds of one candidate."""
     return list(interleaved({"": run}, rounds, warmup, device)[0].seconds)
 
 
 def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On a GPU, ``run`` captured as a CUDA graph, so that what launching costs the host is not timed; else itself.
+    """On a GPU, ``run`` captured as a CUDA graph, so that the host's launch overhead is not timed; else ``run`` itself.
 
-    ``run`` has been called before, so that nothing is compiled during the capture, and within ``side_stream``: no graph
-    can be captured on the default stream, and a backward pass runs on the stream of its forward pass.
+    ``run`` must have been called before, so that the capture compiles nothing, and within ``side_stream``: no graph can
+    be captured on the default stream, and a backward pass runs on the stream of its forward pass.
     """
     if device.type != "cuda":
         return run
@@ -128,15 +129,15 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[object]:
-    """A stream on which CUDA graphs can be captured; nothing on a CPU."""
+    """A stream on which CUDA graphs can be captured; an empty context on a CPU."""
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that one call holds at a time, beside those that were there before it.
+    """Peak bytes of tensors that one call holds, in addition to those that existed before it.
 
-    What a library allocates for itself is seen on a GPU only where it asks PyTorch for it, on a CPU not at all; nor
-    are, on a CPU, what other threads than PyTorch's own allocate and that a call frees what was there before it.
+    A library's own allocations are seen on a GPU only if they go through PyTorch, and on a CPU never. On a CPU,
+    allocations of other threads than PyTorch's are not seen either, nor are frees of tensors from before the call.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -157,7 +158,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler's library says there when it begins and ends, and what it did not see the beginning of."""
+    """Silence stderr, to which the profiler's library logs its start, its end, and events whose start it missed."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -185,7 +186,7 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Where and with what a row was measured."""
+    """The machine, versions, commit and date of a row."""
     threads = torch.get_num_threads()
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -198,7 +199,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
-    """Of the values in order the one at ``share`` of the way; the median between two."""
+    """The value at ``share`` of the sorted values; a median may lie between two."""
     return statistics.median(values) if share == 0.5 else sorted(values)[round(share * (len(values) - 1))]
 
 
@@ -219,7 +220,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of this checkout, and not of another one that the package is installed in; or the version."""
+    """The commit of this checkout, not of another one in which the package is installed; else the version."""
     checkout = RESULTS.parents[1]
     if _git("rev-parse", "--show-toplevel") == str(checkout) and (found := _git("describe", "--always", "--dirty")):
         return found
@@ -227,9 +228,9 @@ def _commit() -> str:
 
 
 def _git(*words: str) -> str:
-    """What git says here, or nothing."""
+    """The output of git in this checkout, or an empty string."""
     try:
         run = subprocess.run(["git", *words], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return ""
     return run.stdout.strip() if run.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""What a candidate does in a round: a forward pass, a training step, a batch of samples, one step of them."""
+"""What a candidate does in a round: a forward pass, a training step, a batch of samples, or one sampling step."""
 
 import math
 import tempfile
@@ -22,23 +22,23 @@ from fastdiff.training.update import Updater, learning_rate
 
 SAMPLING_STEPS = 10
 IMAGES = 4
-"""Times TOLERANCE that images may be off by: the first step of many divides the model's errors by little. In bf16 right
-ones were off by up to 0.04."""
+"""Factor on TOLERANCE for images: the first of many steps divides the model's errors by a small number. In bf16 correct
+images were off by up to 0.04."""
 
 LOSSES = 0.1
-"""The same of losses, of which the output of a model that has learnt nothing is a small part."""
+"""Factor on TOLERANCE for losses, of which the output of an untrained model is a small part."""
 
 LEARNING_RATE = 1e-4
 EMA_RATE = 0.9999
 SCALINGS = 20
-"""Updates that fp16 may skip at most until its loss scale is found."""
+"""Most updates that fp16 may skip until its loss scale is found."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What a candidate does in a round, and the tensors that it holds between rounds.
 
-    ``check`` is called after the first round: ValueError where what that came to is wrong.
+    ``check`` is called after the first round: ValueError if its result is wrong.
     """
 
     run: Callable[[], object]
@@ -47,7 +47,7 @@ class Job:
 
 
 def job_of(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
-    """A rung made ready for a suite, until ``stack`` is closed; ValueError where it is not the plain path's model."""
+    """Prepare a rung for a suite, until ``stack`` is closed; ValueError if its model differs from the plain path's."""
     workload = models.workload
     match suite:
         case "train" if rung.trainer:
@@ -64,11 +64,11 @@ def job_of(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
 
 
 def peer_job(suite: str, workload: Workload, module: nn.Module, call: Callable[..., Tensor]) -> Job:
-    """A peer's module in the place of the plain path's."""
+    """The job of a peer's module, in place of the plain path's."""
     match suite:
         case "train":
             updates = Updates(workload, module.train(), call, Kernels.REFERENCE, fused=False)
-            updates()  # the moments come to be in the first one
+            updates()  # the first update creates the moments
             return Job(updates, updates.tensors)
         case "sample":
             module.eval()
@@ -78,7 +78,7 @@ def peer_job(suite: str, workload: Workload, module: nn.Module, call: Callable[.
 
 
 def forward(workload: Workload, module: nn.Module, call: Callable[..., Tensor]) -> Job:
-    """One pass without gradients."""
+    """One forward pass without gradients."""
     x, t, conditions = inputs(workload)
     timesteps = t.float()
 
@@ -90,10 +90,10 @@ def forward(workload: Workload, module: nn.Module, call: Callable[..., Tensor]) 
 
 
 class Updates:
-    """Updates: timesteps and noise drawn, q_sample, loss, gradients, AdamW, an average of the weights.
+    """Training updates: draw timesteps and noise, q_sample, loss, gradients, AdamW, an EMA of the weights.
 
-    ``fused`` is AdamW in one kernel and the averages in one call; without it they are PyTorch's default and, as in
-    improved-diffusion, parameter by parameter.
+    ``fused`` runs AdamW in one kernel and the EMA in one call. Without it AdamW is PyTorch's default, and the EMA runs
+    parameter by parameter, as in improved-diffusion.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class Updates:
         self.average = EMA(self.parameters, EMA_RATE, warmup=False)
 
     def __call__(self, t: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """One update; the losses (N,). ``t`` (N,) and ``noise`` (N, 3, H, W) are drawn where they are not given."""
+        """Run one update and return the losses (N,). ``t`` (N,) and ``noise`` (N, 3, H, W) are drawn if not given."""
         x = self._x
         if t is None:
             t = torch.randint(self._diffusion.num_timesteps, (len(x),), device=x.device)
         if noise is not None:
-            noise = torch.empty_like(x).copy_(noise)  # in the layout of one that is drawn
+            noise = torch.empty_like(x).copy_(noise)  # in the layout of drawn noise
         losses = self._diffusion.training_losses(self._call, x, t, self._conditions, noise)["loss"]
         losses.mean().backward()
         self._optimizer.step()
@@ -132,7 +132,7 @@ class Updates:
         return losses.detach()
 
     def tensors(self) -> list[Tensor]:
-        """Weights, their average and the optimizer's moments."""
+        """Weights, their EMA and the optimizer's moments."""
         return [*self.parameters, *self.average.tensors(), *_moments(self._optimizer)]
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class Updates:
 
 
 def _updated(models: Models, candidate: Candidate, fused: bool) -> Job:
-    """Updates, of which the first is checked; without dropout, which no two draw alike."""
+    """Updates, the first of which is checked, without dropout, which is random."""
     workload, runtime, module = models.workload, candidate.runtime, candidate.module
     updates = Updates(workload, module, candidate.call, runtime.kernels, fused, runtime.memory_format)
     x, t, conditions = inputs(workload)
@@ -160,7 +160,7 @@ def _updated(models: Models, candidate: Candidate, fused: bool) -> Job:
     module.train()
     require_close(losses[0], expected, LOSSES * TOLERANCE[runtime.precision], "differs from the plain path", "loss")
     if workload.model.dropout:
-        updates()  # compiled once more, before the memory is counted
+        updates()  # compiles again, before the memory is counted
     return Job(updates, updates.tensors)
 
 
@@ -173,9 +173,9 @@ def _zero(averages: Iterable[EMA]) -> None:
 def _check_update(
     update: Callable[[], object], parameters: Sequence[Tensor], averages: Sequence[EMA], lr: float
 ) -> None:
-    """The first update; ValueError where it is none.
+    """Run the first update; ValueError if it is wrong.
 
-    AdamW's first moves nearly every weight by ``lr``, and an average that was zero becomes (1 - rate) * weight.
+    AdamW's first update moves nearly every weight by ``lr``, and an EMA that was zero becomes (1 - rate) * weight.
     """
     before = [p.detach().clone() for p in parameters]
     _zero(averages)
@@ -188,12 +188,12 @@ def _check_update(
         for average in averages:
             rate = min(average.rate, average.updates / (9 + average.updates)) if average.warmup else average.rate
             for own, p in zip(average.tensors(), parameters, strict=True):
-                require_close(own, (1 - rate) * p, 1e-5, "is no moving average", "weights")
+                require_close(own, (1 - rate) * p, 1e-5, "differs from the moving average", "weights")
                 own.copy_(p)
 
 
 def _trained(models: Models, rung: Rung, stack: ExitStack) -> Job:
-    """The Trainer's own update of batches on their way as in a run: with its guards, sums and loss scale."""
+    """The Trainer's update, with batches loaded as in a run, and with its guards, sums and loss scale."""
     workload = models.workload
     training = TrainConfig(batch_size=workload.batch_size)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -226,9 +226,9 @@ def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class Drawing:
-    """Draws a batch, in SAMPLING_STEPS steps of DDIM: noise, steps, pixels, and the wait until the host has them.
+    """Samples a batch in SAMPLING_STEPS DDIM steps: noise, steps, pixels, and the wait until the host has them.
 
-    ``graphs`` are CUDA graphs of the steps, which the first batch captures.
+    With ``graphs`` the first batch captures CUDA graphs of the steps.
     """
 
     def __init__(self, workload: Workload, call: Callable[..., Tensor], kernels: Kernels, graphs: bool) -> None:
@@ -240,7 +240,7 @@ class Drawing:
         self._loop = Loop(call, self._diffusion, SampleConfig(sampler=Sampler.DDIM), graphs=graphs)
 
     def __call__(self) -> Tensor:
-        """One batch, uint8 (N, H, W, 3), of the same noise every time."""
+        """One batch, uint8 (N, H, W, 3), from the same noise every time."""
         loop = self._loop
         loop.begin(self._noise.of_start(self._shape, self._diffusion.kernels), self._noise, self._conditions)
         while loop.left:
@@ -249,12 +249,12 @@ class Drawing:
 
     @property
     def images(self) -> Tensor:
-        """The last batch (N, 3, H, W), before it became pixels."""
+        """The last batch (N, 3, H, W), before its conversion to pixels."""
         return self._loop.x
 
 
 def _check_images(models: Models, candidate: Candidate, drawing: Drawing) -> None:
-    """ValueError where the images are not those that the plain path draws from the same noise."""
+    """Raise a ValueError if the images differ from those that the plain path draws from the same noise."""
 
     def drawn(plain: Candidate) -> Tensor:
         theirs = Drawing(models.workload, plain.call, plain.runtime.kernels, graphs=False)
@@ -266,7 +266,7 @@ def _check_images(models: Models, candidate: Candidate, drawing: Drawing) -> Non
 
 
 def sampling_steps(workload: Workload) -> int:
-    """The steps in which Drawing draws."""
+    """The number of steps of ``Drawing``."""
     return min(SAMPLING_STEPS, workload.diffusion.diffusion_steps)
 
 
@@ -298,7 +298,7 @@ def stepping(models: Models, candidate: Candidate) -> Job:
     loop = loop_of(candidate, graphs=True)
 
     def check() -> None:
-        tolerance, moved = TOLERANCE[candidate.runtime.precision], loop.x - x  # by little, in one step of thousands
+        tolerance, moved = TOLERANCE[candidate.runtime.precision], loop.x - x  # a small change: one step of thousands
         require_close(moved, models.plain("step", stepped) - x, tolerance, "differs from the plain path", "step")
 
     return Job(lambda: advance(loop), candidate.module.parameters, check)

@@ -1,4 +1,4 @@
-"""The fused operations one by one: checked against float64 first, then timed beside what else computes the same."""
+"""The fused operations one by one: checked against float64, then timed together with their alternatives."""
 
 import itertools
 import math
@@ -19,15 +19,15 @@ from fastdiff.kernels import Backend
 from fastdiff.runtime.memory import out_of_memory
 
 CACHE_BYTES = 120 * 2**20
-"""Inputs take turns until they are larger than this, twice the L2 cache of an H100: what a training step finds there
-is not what it needs."""
+"""Total size of the inputs that take turns, twice the L2 cache of an H100: a training step does not find its inputs in
+the cache either."""
 
 MAX_SETS = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One candidate on one problem: its time, or why it has none."""
+    """One candidate on one problem: its time, or the reason why it has none."""
 
     problem: Problem
     direction: str
@@ -38,12 +38,12 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Seconds of a typical call; not a number where there is none."""
+        """Median seconds of a call; NaN if there is no time."""
         return self.timing.median if self.timing else math.nan
 
     @property
     def remark(self) -> str:
-        """Why it has no time."""
+        """The reason why it has no time."""
         reason = self.reason
         if reason is None:
             return ""
@@ -52,7 +52,7 @@ class Measured:
         return f"{type(reason).__name__}: {' '.join(str(reason).splitlines()[:1])[:100]}"
 
     def row(self, roofs: Roofs) -> Row:
-        """As every suite's; one of ours that has no time is a failure, unless it is only too large."""
+        """The row of this result. One of our candidates without a time has failed, unless it ran out of memory."""
         problem, reason = self.problem, self.reason
         n_bytes, flops = problem.cost(self.direction)
         dtype = str(problem.dtype).removeprefix("torch.")
@@ -72,14 +72,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a problem's results are in float64, and how far off a candidate may be."""
+    """A problem's results in float64, and the largest error that a candidate may have."""
 
     results: Sequence[Tensor]
     error: float
 
     @classmethod
     def of(cls, problem: Problem, inputs: Inputs, direction: str) -> Self:
-        """Twice the reference's own error in the problem's dtype, and a rounding."""
+        """The error allowed is twice the reference's error in the problem's dtype, plus one rounding."""
         truth = _results(problem.reference, problem.widened(inputs), direction)
         own = _error(_results(problem.reference, inputs, direction), truth)
         return cls(truth, 2 * own + torch.finfo(problem.dtype).eps)
@@ -88,7 +88,7 @@ class Expected:
 def checked(
     problem: Problem, direction: str, name: str, inputs: Sequence[Inputs], expected: Expected
 ) -> Callable[[], object]:
-    """A call of the candidate on each of the inputs; ValueError where what it computes from the first is wrong."""
+    """A call of the candidate on each of the inputs; ValueError if its result for the first one is wrong."""
     candidate = problem.candidates[name]
     error = _error(_results(candidate, inputs[0], direction), expected.results)
     if not error <= expected.error:
@@ -97,11 +97,11 @@ def checked(
 
 
 def measure(problem: Problem, direction: str, rounds: int, device: torch.device) -> Iterator[Measured]:
-    """Time the problem's candidates in one direction, "forward" or "backward"; those that are wrong are not timed.
+    """Time the problem's candidates in one direction, "forward" or "backward"; wrong ones are not timed.
 
-    The reference comes first: it is what the others are compared with.
+    The reference comes first, because the others are compared with it.
     """
-    # a compiled candidate would otherwise become an eager one after eight shapes
+    # otherwise a compiled candidate would run eagerly after eight shapes
     torch._dynamo.reset()
     n_bytes, _ = problem.cost(direction)
     sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / n_bytes)))
@@ -109,7 +109,7 @@ def measure(problem: Problem, direction: str, rounds: int, device: torch.device)
     try:
         inputs = [problem.inputs(seed, device) for seed in range(sets)]
         expected = Expected.of(problem, inputs[0], direction)
-    except Exception as reason:  # without what is right nobody can be checked
+    except Exception as reason:  # without the expected result no candidate can be checked
         yield from (Measured(problem, direction, name, None, reason=reason) for name in names)
         return
     ready: dict[str, Callable[[], object]] = {}
@@ -120,7 +120,7 @@ def measure(problem: Problem, direction: str, rounds: int, device: torch.device)
             run = checked(problem, direction, name, inputs, expected)
             peaks[name] = _peak_gib(problem.candidates[name], inputs[0], direction, device)
             ready[name] = graphed(run, device)
-        except Exception as reason:  # whatever keeps a candidate from running or being right is its remark
+        except Exception as reason:  # any failure or wrong result becomes its remark
             reasons[name] = reason.with_traceback(None)
     timings = {t.name: t.divided(sets) for t in interleaved(ready, rounds, 2, device, names[0], reasons)}
     for name in names:
@@ -129,7 +129,7 @@ def measure(problem: Problem, direction: str, rounds: int, device: torch.device)
 
 def measure_all(problems: Iterable[Problem], rounds: int, device: torch.device) -> Iterator[list[Measured]]:
     """The rows of each problem, direction by direction."""
-    # the default would let a compiled backward pass overwrite what its second call needs
+    # by default a compiled backward pass may overwrite what its second call needs
     with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
         for problem, direction in itertools.product(problems, ("forward", "backward")):
             if direction in problem.directions:
@@ -137,9 +137,9 @@ def measure_all(problems: Iterable[Problem], rounds: int, device: torch.device) 
 
 
 def _over_all_sets(candidate: Forward, inputs: Sequence[Inputs], direction: str) -> Callable[[], object]:
-    """One call for each set of inputs; of a backward pass, without the forward pass before it.
+    """One call for each set of inputs; a backward pass without its forward pass.
 
-    The results of all are kept until the last: written to the same memory, they would never leave the cache.
+    All results are kept until the last call: written to the same memory, they would never leave the cache.
     """
     if direction == "forward":
 
@@ -178,11 +178,11 @@ def _leaves_and_gradient(tensors: Inputs) -> tuple[list[Tensor], Tensor]:
 
 
 def _peak_gib(candidate: Forward, tensors: Inputs, direction: str, device: torch.device) -> float:
-    """Of one call with its inputs; of a backward pass, with the forward pass before it."""
+    """Peak memory of one call with its inputs; of a backward pass, including its forward pass."""
     held = sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
     return (held + peak_bytes(lambda: _results(candidate, tensors, direction), device)) / 2**30
 
 
 def _error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest over the tensors of ||found - truth|| / ||truth||; NaN where one is, which Python's max may lose."""
+    """The largest ||found - truth|| / ||truth|| of the tensors; NaN if one is NaN, which Python's max may lose."""
     return float(torch.stack([(f.double() - t).norm() / t.norm() for f, t in zip(found, truth, strict=True)]).max())

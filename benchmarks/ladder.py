@@ -1,4 +1,4 @@
-"""From improved-diffusion's own operations to what a user gets, one change at a time, each checked first."""
+"""From improved-diffusion's operations to what a user gets, one change at a time, each checked before it is timed."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,20 +20,20 @@ PLAIN = RuntimeConfig(
     precision=Precision.FP32,
     memory_format=MemoryFormat.CONTIGUOUS,
 )
-"""improved-diffusion's own operations in their order: what every speed-up is quoted against."""
+"""improved-diffusion's operations in their order: the baseline of every speedup."""
 
 ONE_PARAMETER = 4
-"""Times TOLERANCE that one parameter's gradient may be off by: fewer errors average out. In bf16 right ones were off by
-up to 0.08, and a layer that gets none is by 0.7 and more."""
+"""Factor on TOLERANCE for the gradient of one parameter, in which fewer errors average out. In bf16 correct gradients
+were off by up to 0.08; that of a layer without a gradient is off by 0.7 or more."""
 
 ROUNDING = 1e-3
-"""Of the whole gradient's norm: a parameter whose gradient is less, as of a bias before a norm, may be off by more."""
+"""Fraction of the total gradient norm. A smaller gradient, such as that of a bias before a norm, may be off by more."""
 
 TF32 = "+ tf32"
-"""The rung whose arithmetic is PyTorch's default on a GPU, and so the peers'."""
+"""The rung with PyTorch's default arithmetic on a GPU, which is also the peers'."""
 
 LONG = 10**6
-"""Calls of the model in a job that is long enough to compile it."""
+"""Model calls of a job that is long enough to compile the model."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Rung:
 
     name: str
     config: RuntimeConfig
-    fused: bool = False  # the optimizer in one kernel, the averages in one call
+    fused: bool = False  # the optimizer in one kernel, the EMAs in one call
     graphs: bool = False  # CUDA graphs of the sampling steps
-    trainer: bool = False  # the Trainer's own update, with its guards
+    trainer: bool = False  # the Trainer's update, with its guards
 
 
 def ladder(suite: str, device: torch.device) -> list[Rung]:
-    """The rungs of a suite on this device, the plain path first; what the device cannot do is left out."""
+    """The rungs of a suite on this device, the plain path first; unsupported rungs are left out."""
     on_gpu, training = device.type == "cuda", suite == "train"
     compiles = Runtime.resolve(RuntimeConfig(device=str(device))).compiles(LONG)
     changes: list[tuple[bool, str, dict[str, Any], dict[str, bool]]] = [
@@ -70,13 +70,13 @@ def ladder(suite: str, device: torch.device) -> list[Rung]:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Whether the device rounds fp32 to TF32, which PyTorch's convolutions do unless told otherwise."""
+    """Whether the device can round fp32 to TF32, as PyTorch's convolutions do by default."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def as_asked(suite: str, config: RuntimeConfig, device: torch.device) -> list[Rung]:
-    """The plain path, in TF32 too where the peers use it, and beside it one arithmetic as a user gets it."""
+    """The plain path, also in TF32 if the peers use it, and the requested arithmetic as a user gets it."""
     runtime = Runtime.resolve(replace(config, device=str(device)))
     compiled = runtime.compiles(LONG)
     how = "compiled" if compiled else "eager"
@@ -90,7 +90,7 @@ def as_asked(suite: str, config: RuntimeConfig, device: torch.device) -> list[Ru
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model ready to be called: the module whose parameters it uses, and the function, prepared by its runtime."""
+    """A model ready to be called: the module with its parameters, and the function that its runtime prepared."""
 
     module: nn.Module
     call: Callable[..., Tensor]
@@ -98,7 +98,7 @@ class Candidate:
 
 
 class Models:
-    """A workload's model in every arithmetic that is asked for, all with the same weights, checked one by one."""
+    """A workload's model in every requested arithmetic, all with the same weights, each checked."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -109,15 +109,15 @@ class Models:
         self._results: dict[str, Tensor] = {}
 
     def plain(self, what: str, compute: Callable[[Candidate], Tensor]) -> Tensor:
-        """What the plain path comes to in a job, computed once and kept as ``what``."""
+        """The plain path's result in a job, computed once and cached as ``what``."""
         if what not in self._results:
             self._results[what] = compute(self.inference(replace(PLAIN, device=str(self.workload.device))))
         return self._results[what]
 
     def inference(self, config: RuntimeConfig) -> Candidate:
-        """The model as the engine calls it, its weights cast once; ValueError where it is not the plain path's.
+        """The model as the engine calls it, its weights cast once; ValueError if its output is not the plain path's.
 
-        The same again for the same ``config``: the suites share what was compiled.
+        It is cached by ``config``, so that the suites share compiled models.
         """
         if config not in self._inference:
             runtime = Runtime.resolve(config)
@@ -129,13 +129,13 @@ class Models:
         return self._inference[config]
 
     def training(self, config: RuntimeConfig) -> Candidate:
-        """The model as it is trained; ValueError where its output or gradients are not the plain path's."""
+        """The model as it is trained; ValueError if its output or gradients are not the plain path's."""
         runtime = Runtime.resolve(config)
         module = self._module(runtime).train()
         return self.checked(Candidate(module, runtime.prepare(module, LONG), runtime))
 
     def checked(self, candidate: Candidate) -> Candidate:
-        """The candidate with the common weights; ValueError where its output or gradients are not the plain path's."""
+        """The candidate with the common weights; ValueError if its output or gradients are not the plain path's."""
         candidate.module.load_state_dict(self._initial)
         tolerance, verdict = TOLERANCE[candidate.runtime.precision], "differs from the plain path"
         found, expected = self._gradients(candidate), self._expected_gradients
@@ -173,9 +173,9 @@ class Models:
             return candidate.call(x, t.float(), **conditions).float()
 
     def _gradients(self, candidate: Candidate) -> tuple[Tensor, Sequence[Tensor]]:
-        """The output and the gradients of its squares, without dropout, which no two draw alike."""
+        """The output and the gradients of its sum of squares, without dropout, which is random."""
         x, t, conditions = inputs(self.workload)
-        x = x.contiguous(memory_format=torch.channels_last)  # as batches come: in another one it is compiled once more
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of batches: another one is compiled again
         candidate.module.train(not self.workload.model.dropout)
         output = candidate.call(x, t.float(), **conditions)
         loss = output.float().square().sum() / len(x)

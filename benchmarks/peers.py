@@ -1,4 +1,4 @@
-"""What others offer for the same work, as it comes: eager, contiguous, fp32 as PyTorch has it, their own module."""
+"""Other libraries' models for the same work, as they come: eager, contiguous, PyTorch's default fp32, their modules."""
 
 import importlib
 import sys
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from fastdiff.benchmarks.workload import Workload
 
 UNUSED = ("accelerate", "ema_pytorch", "pytorch_fid", "scipy", "torchvision", "tqdm")
-"""What denoising-diffusion-pytorch imports for its trainer and metrics, and its Unet does not need."""
+"""Packages that denoising-diffusion-pytorch imports for its trainer and metrics; its Unet does not need them."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer's module, and the function that predicts with it as ours does."""
+    """A peer's module, and a function that predicts with it as our model does."""
 
     module: nn.Module
     call: Callable[[Tensor, Tensor], Tensor]
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that are learned."""
+        """The number of learned parameters."""
         return sum(p.numel() for p in self.module.parameters())
 
 
 def diffusers_unet(workload: Workload) -> Peer:
-    """UNet2DModel with the same widths, blocks and attention; with scale and shift its middle one has no norm."""
+    """UNet2DModel with the same widths, blocks and attention; with scale and shift its middle attention has no norm."""
     from diffusers import UNet2DModel
 
     model = workload.model
@@ -57,7 +57,7 @@ def diffusers_unet(workload: Workload) -> Peer:
 
 
 def lucidrains_unet(workload: Workload) -> Peer:
-    """denoising-diffusion-pytorch's Unet of the same width and levels: its own blocks, two a level."""
+    """denoising-diffusion-pytorch's Unet with the same width and levels, and with its blocks, two per level."""
     model = workload.model
     unet = _lucidrains()(
         dim=model.num_channels,
@@ -77,11 +77,11 @@ PEERS: dict[str, tuple[tuple[str, ...], Callable[[Workload], Peer], str]] = {
         "pip install --no-deps denoising-diffusion-pytorch einops",
     ),
 }
-"""By the name in the tables: the packages that are needed, what builds it, and how it is installed."""
+"""By the name in the tables: the required packages, the builder, and the install command."""
 
 
 def peers(workload: Workload) -> dict[str, Callable[[Workload], Peer]]:
-    """What builds each peer that is installed; none for a model with conditions, which they take in other ways."""
+    """The builders of the installed peers; none for a conditional model, because peers take conditions differently."""
     if workload.model.class_cond or workload.model.small_size:
         return {}
     return {name: build for name, (packages, build, _) in PEERS.items() if all(map(find_spec, packages))}
@@ -90,21 +90,21 @@ def peers(workload: Workload) -> dict[str, Callable[[Workload], Peer]]:
 def missing() -> list[str]:
     """A line for each peer that is not installed."""
     return [
-        f"{name} is not installed, and so not compared with: {command}"
+        f"{name} is not installed and therefore left out: {command}"
         for name, (packages, _, command) in PEERS.items()
         if not all(map(find_spec, packages))
     ]
 
 
 def _lucidrains() -> Callable[..., Any]:
-    """The class Unet, though what the package imports besides may be missing or broken."""
+    """The class Unet, even if other imports of the package are missing or broken."""
     package = "denoising_diffusion_pytorch"
     try:
         return _unet_of(package)
-    except Exception:  # a torchvision of another torch fails in ways of its own
+    except Exception:  # a torchvision built for another torch fails in various ways
         with standing_in(name for name in UNUSED if not _can_import(name)):
             found = _unet_of(package)
-        # nobody else shall find the package with holes in it
+        # other code must not find the incomplete package
         for name in [n for n in sys.modules if n.partition(".")[0] == package]:
             del sys.modules[name]
         return found
@@ -125,7 +125,7 @@ def _can_import(name: str) -> bool:
 
 @contextmanager
 def standing_in(packages: Iterable[str]) -> Iterator[None]:
-    """While this lasts, the packages and all below them are empty modules, whose every name is an empty class."""
+    """Within this context the packages and their submodules are empty modules, whose every name is an empty class."""
     finder = _StandIns(frozenset(packages))
     sys.meta_path.insert(0, finder)
     try:

@@ -1,4 +1,4 @@
-"""What the fused operations are timed on: shapes of the released models, and everything else that computes the same."""
+"""The problems on which the fused operations are timed: shapes of the released models, and the alternatives."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Inputs = dict[str, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One operation at one shape, with what is to be compared."""
+    """One operation at one shape, with the candidates to compare."""
 
     op: str
     shape: str
@@ -45,7 +45,7 @@ class Problem:
 
     @staticmethod
     def widened(inputs: Inputs) -> Inputs:
-        """The same numbers in float64, for the truth."""
+        """The same numbers in float64, for the true results."""
 
         def wide(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or not tensor.is_floating_point():
@@ -56,7 +56,7 @@ class Problem:
 
 
 def problems(device: torch.device, autotune: bool = False) -> Iterator[Problem]:
-    """The published comparisons: on a GPU at training sizes in bf16, on a CPU small ones.
+    """The published comparisons in bf16: at training sizes on a GPU, at small sizes on a CPU.
 
     ``autotune`` adds torch.compile's max-autotune, which takes minutes.
     """
@@ -151,7 +151,7 @@ def norm_problem(
 
 
 def _aten_norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """In x's own precision throughout, as most would write it."""
+    """In x's precision throughout, as it is usually written."""
     y = F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype))
     return F.silu(y * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
@@ -164,7 +164,7 @@ def _liger_norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: T
 
 
 def attention_problem(n: int, tokens: int, heads: int, d: int, dtype: torch.dtype, on_gpu: bool) -> Problem:
-    """Attention on packed qkv; the baselines split it and, in the backward pass, put the gradient together."""
+    """Attention on packed qkv; the baselines split it and, in the backward pass, concatenate its gradient."""
 
     def inputs(seed: int, device: torch.device) -> Inputs:
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """The table of compiled programs, results/programs.csv: what every launch in use needs on every target.
 
-A program is known by its fingerprint, a hash of its source and of all that is decided when it is compiled; its figures
-belong to one release of Triton. What did not change need not be compiled again to know that it does not spill.
+A program is identified by its fingerprint, a hash of its source and of all compile-time choices. Its figures belong to
+one release of Triton. An unchanged program need not be compiled again to know that it does not spill.
 """
 
 import csv
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What the figures of a compiled program are a function of."""
+    """What determines the figures of a compiled program."""
 
     fingerprint: str
     target: str
@@ -46,7 +46,7 @@ class Figures:
 
 
 def read(path: Path = TABLE) -> dict[Key, Figures]:
-    """The table; empty where there is none."""
+    """The table; empty if there is no file."""
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
@@ -54,7 +54,7 @@ def read(path: Path = TABLE) -> dict[Key, Figures]:
 
 
 def write(table: Mapping[Key, Figures], path: Path = TABLE) -> None:
-    """Write the table, by kernel, workload and target."""
+    """Write the table, sorted by kernel, workload and target."""
     rows = [asdict(key) | asdict(figures) for key, figures in table.items()]
     rows.sort(key=lambda row: (row["kernel"], row["workload"], row["target"], row["fingerprint"]))
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -64,7 +64,7 @@ def write(table: Mapping[Key, Figures], path: Path = TABLE) -> None:
 
 
 def share_of_today(items: Sequence[T], size: int, day: int | None = None) -> list[T]:
-    """About ``size`` of the items, others every day, until all of them were chosen."""
+    """About ``size`` of the items, different ones every day, until all of them have been chosen."""
     parts = max(len(items) // size, 1)
     return list(items[(datetime.date.today().toordinal() if day is None else day) % parts :: parts])
 
@@ -74,7 +74,7 @@ def _made(kind: type[T], row: Mapping[str, str]) -> T:
 
 
 def differences(found: Figures, kept: Figures) -> Iterable[str]:
-    """In words, which figures are not those of the table."""
+    """The figures that differ from the table's, as text."""
     for field in fields(Figures):
         one, other = getattr(kept, field.name), getattr(found, field.name)
         if field.name != "workload" and one != other:

@@ -1,4 +1,4 @@
-"""How fast this very device copies memory, multiplies matrices and convolves: what all other figures are shares of."""
+"""How fast this device copies memory, multiplies matrices and convolves: the rates behind every share of the limit."""
 
 import math
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from fastdiff.benchmarks.harness import seconds_of
 from fastdiff.benchmarks.work import Convolution, Work
 
 SHAPES = 4
-"""So many of a model's convolutions are tried, those with the most operations first."""
+"""Number of a model's convolutions that are tried, those with the most operations first."""
 
 ENOUGH = {"cpu": 10e9, "cuda": 1e12}
-"""Operations of a convolution that is large enough to be done at the device's rate, whatever the model's batch."""
+"""Operations of a convolution that is large enough to reach the device's rate, whatever the model's batch."""
 
 SIDE = {"cpu": 1024, "cuda": 8192}
-"""Rows and columns of the matrices that are multiplied."""
+"""Rows and columns of the multiplied matrices."""
 
 FILLING = {"cpu": 2**27, "cuda": 2**30}
-"""Bytes of the tensors that are copied, and at most of a convolution's larger one."""
+"""Bytes of the copied tensors, and the limit for a convolution's larger tensor."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,29 @@ class Roofs:
     bytes_per_s: float  # read plus written, by a large copy
     flops_per_s: float  # of a large matrix product
     conv_flops_per_s: float = math.nan  # of the fastest 3x3 convolution of the model in a large batch, forward
-    conv_training_flops_per_s: float = math.nan  # of one with its backward pass
+    conv_training_flops_per_s: float = math.nan  # of the same one with its backward pass
 
     def floor(self, n_bytes: float, matmul_flops: float, conv_flops: float = 0) -> float:
-        """The seconds below which nothing runs that moves and computes so much."""
+        """The least seconds in which the device can move and compute this much."""
         computing = matmul_flops / self.flops_per_s + (conv_flops / self.conv_flops_per_s if conv_flops else 0)
         moving = n_bytes / self.bytes_per_s
-        return moving if moving > computing else computing  # unlike max, not a number where a rate is missing
+        return moving if moving > computing else computing  # unlike max, NaN if a rate is missing
 
     def limit(self, work: Work, dtype: torch.dtype) -> float:
-        """The same of a model's passes in ``dtype``: those of training, too, at the rate of the forward convolutions.
+        """The floor of a model's passes in ``dtype``, for training, too, at the rate of the forward convolutions.
 
-        A backward pass is made of convolutions as large; where the libraries are slower at them, the machine is not.
+        A backward pass consists of equally large convolutions. If the libraries are slower at them, the device is not.
         """
         return self.floor(work.n_bytes(dtype), work.matmul_flops, work.conv_flops)
 
     def or_better(self, other: "Roofs") -> "Roofs":
-        """Of each rate the higher one, of two measurements of the same device."""
+        """The higher value of each rate, from two measurements of the same device."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Roofs(*(b if math.isnan(a) or b > a else a for a, b in pairs))
 
     def __str__(self) -> str:
         if math.isnan(self.bytes_per_s):
-            return "out of memory, so that no share of the limit is known"
+            return "out of memory, so the share of the limit is unknown"
         said = f"copy {self.bytes_per_s / 1e9:.0f} GB/s, matrix product {_rate(self.flops_per_s)}"
         if math.isnan(self.conv_flops_per_s):
             return said
@@ -67,12 +67,12 @@ def measure_roofs(
     rounds: int = 10,
     convolutions: Mapping[Convolution, int] = MappingProxyType({}),
 ) -> Roofs:
-    """Copy, multiply and convolve what fills the device; random numbers, since zeros multiply faster.
+    """Copy, multiply and convolve tensors that fill the device; random numbers, because zeros multiply faster.
 
-    Of the rounds the fastest counts: a ceiling that the machine's other work lowers is none.
+    The fastest round counts: the machine's other work must not lower a ceiling.
 
-    ``convolutions`` are those of a model's forward pass, with how often each takes place: the fastest of the SHAPES
-    that have the most operations in it, in a batch of ENOUGH, is what this device can do with a 3x3 convolution.
+    ``convolutions`` are those of a model's forward pass, with their counts. The fastest of the SHAPES with the most
+    operations in it, in a batch of ENOUGH operations, is the device's rate for a 3x3 convolution.
     """
     size, n_bytes = SIDE[device.type], FILLING[device.type]
     source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
@@ -88,10 +88,10 @@ def measure_roofs(
 def _convolution_rates(
     device: torch.device, dtype: torch.dtype, rounds: int, convolutions: Mapping[Convolution, int]
 ) -> tuple[float, float]:
-    """The best rate forward, and that of the same convolution forward and backward."""
+    """The best forward rate, and the rate of the same convolution forward and backward."""
     heaviest = sorted(convolutions, key=lambda c: c.flops * convolutions[c], reverse=True)[:SHAPES]
     if device.type == "cpu":
-        rounds = min(rounds, 3)  # of a tenth of a second and more
+        rounds = min(rounds, 3)  # each takes a tenth of a second or more
     large = [_enlarged(shape, device, dtype) for shape in heaviest]
     rates = [(_convolution_rate(shape, device, dtype, rounds, training=False), i) for i, shape in enumerate(large)]
     if not rates:
@@ -101,7 +101,7 @@ def _convolution_rates(
 
 
 def _enlarged(shape: Convolution, device: torch.device, dtype: torch.dtype) -> Convolution:
-    """The convolution of as many images as are ENOUGH, or as fill the device."""
+    """The convolution with enough images for ENOUGH operations, or with as many as FILLING allows."""
     one = replace(shape, batch_size=1)
     image_bytes = max(shape.channels_in, shape.channels_out) * shape.size**2 * dtype.itemsize
     enough = min(math.ceil(ENOUGH[device.type] / one.flops), FILLING[device.type] // image_bytes)

@@ -1,4 +1,4 @@
-"""What every suite gives: a row for each candidate, the same in the table, in the CSV file and in a comparison."""
+"""The result of every suite: one row per candidate, the same in the table, in the CSV file and in a comparison."""
 
 import contextlib
 import csv
@@ -16,10 +16,10 @@ from fastdiff.checkpoint import refuse_unwritable
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate on one workload: its time and what it came to, or the remark why it has none.
+    """One candidate on one workload: its time and figures, or a remark that says why it has none.
 
-    ``limit_s`` are the seconds below which this device does not do it, by the rates that were measured in the same run:
-    a training step's share of it is its model FLOPs utilisation, with what was measured in the place of a data sheet's.
+    ``limit_s`` is the least time in seconds on this device, by the rates measured in the same run. A training step's
+    share of it is its model FLOPs utilisation, with measured rates in place of a data sheet's.
     """
 
     suite: str
@@ -27,14 +27,14 @@ class Row:
     candidate: str
     timing: Timing | None
     before: Timing | None = None  # of the rung below, in the same rounds
-    images: int = 0  # that a call processes
+    images: int = 0  # per call
     flops: float = math.nan
     n_bytes: float = math.nan
     limit_s: float = math.nan
     peak_gib: float = math.nan
     remark: str = ""
-    failed: bool = False  # one of ours, and wrong or broken: the command's exit status says so
-    against: str = ""  # the candidate that the speedup is over, where there is one
+    failed: bool = False  # one of our candidates was wrong or failed; decides the command's exit status
+    against: str = ""  # the baseline of the speedup, if there is one
 
     def as_dict(self) -> dict[str, object]:
         """The columns of a CSV row."""
@@ -61,23 +61,23 @@ class Row:
 
 
 def with_against(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one table, each with the name of the candidate whose own rounds are its baseline."""
+    """The rows of one table, each with the name of the candidate that is its baseline."""
     timed = [(row.candidate, row.timing) for row in rows if row.timing]
     first = next((name for name, timing in timed if list(timing.seconds) == list(timing.baseline)), "")
     return [replace(row, against=first if row.timing and not math.isnan(row.timing.speedup()) else "") for row in rows]
 
 
 def refuse_unwritable_file(option: str, path: Path) -> None:
-    """ValueError, naming the option, where nothing can be written to ``path``; missing folders are made.
+    """Raise a ValueError that names the option if ``path`` cannot be written. Creates missing folders.
 
-    What is there already stays as it is.
+    An existing file stays unchanged.
     """
     if os.path.islink(path) and not os.path.exists(path):
-        raise ValueError(f"{option} {path} is a link to nothing: name another file, or delete it")
+        raise ValueError(f"{option} {path} is a broken link: name another file, or delete it")
     if os.path.isdir(path):
         raise ValueError(f"{option} {path} is a folder: name a file")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{option} {path} is no regular file: name another one")
+        raise ValueError(f"{option} {path} is not a regular file: name another one")
     try:
         refuse_unwritable(option, path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,18 +90,21 @@ def refuse_unwritable_file(option: str, path: Path) -> None:
 
 
 def require_columns(path: Path, columns: Sequence[str]) -> None:
-    """ValueError where no row with these columns can be added to a CSV file; its folder is made. Empty is as new."""
+    """Raise a ValueError if rows with these columns cannot be added to a CSV file. An empty file counts as new.
+
+    Creates the file's folder.
+    """
     refuse_unwritable_file("csv", path)
     if path.exists() and path.stat().st_size:
         header, _ = _read("csv", path)
         if header != list(columns):
-            raise ValueError(f"csv {path} has other columns: move it away or name another file")
+            raise ValueError(f"csv {path} has different columns: move it away or name another file")
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Add rows to a CSV file, with a header if it is new: all of them, or OSError and none.
+    """Add all rows to a CSV file, with a header if it is new; on an OSError none is added.
 
-    ValueError where its columns are others.
+    ValueError if its columns are different.
     """
     require_columns(path, list(rows[0]))
     size = path.stat().st_size if path.exists() else 0
@@ -120,7 +123,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def read_rows(path: Path, option: str = "csv") -> list[dict[str, str]]:
-    """The rows of a CSV file, as text; ValueError, naming the option, where it is not there or not whole."""
+    """The rows of a CSV file, as text; ValueError, naming the option, if it does not exist or is damaged."""
     header, rows = _read(option, path)
     return [dict(zip(header, row, strict=True)) for row in rows]
 
@@ -128,10 +131,10 @@ def read_rows(path: Path, option: str = "csv") -> list[dict[str, str]]:
 def _read(option: str, path: Path) -> tuple[list[str], list[list[str]]]:
     """The header and the rows."""
     if not os.path.isfile(path):
-        what = "is no file" if os.path.exists(path) else "is not there"
+        what = "is not a file" if os.path.exists(path) else "does not exist"
         raise ValueError(f"{option} {path} {what}: name one that fastdiff benchmark --csv wrote")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a spreadsheet adds the mark
+        text = path.read_text(encoding="utf-8-sig")  # a spreadsheet adds a byte order mark
         header, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{option} {path} is not a CSV file in UTF-8: name another file") from None

@@ -1,6 +1,6 @@
-"""A sampling step: the engine's CUDA graph beside a model compiled by max-autotune and the step's single operations.
+"""A sampling step: the engine's CUDA graph against a model compiled by max-autotune with the step's single operations.
 
-A run goes on where an earlier one, of the same machine and commit, was out of time.
+A run resumes an earlier one of the same machine and commit that ran out of time.
 """
 
 import csv
@@ -33,11 +33,11 @@ from fastdiff.sampling import Loop
 
 PRESETS = ("imagenet64_uncond", "cifar10_uncond", "fork_128")
 MARKS = {1: 1.6, 16: 1.6, 256: 1.0}
-"""For each batch size how many times as fast as the faster of the compiled rivals."""
+"""For each batch size, the required speedup over the faster of the compiled rivals."""
 
 IMAGE_STEPS = 250
 STEPS = 20
-"""Steps that are timed, watched and profiled at a time."""
+"""Steps that are timed, checked for waits and profiled at a time."""
 
 CHECKED_STEPS = 4
 MAX_LEVELS_OFF = 2
@@ -55,12 +55,12 @@ COLUMNS = (
     "levels_off",
     "build_s",
 )
-"""Launches are a step's, counted on the host."""
+"""Launches are per step, counted on the host."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """The kernels, and whose steps: the engine's, or p_sample's on a model compiled in a ``mode`` of torch.compile."""
+    """Kernels and steps: the engine's steps, or p_sample's on a model compiled in a ``mode`` of torch.compile."""
 
     name: str
     kernels: Kernels
@@ -78,19 +78,19 @@ ON_CPU = (Way("not compiled", Kernels.TORCH, "none"),)
 
 @dataclass(frozen=True)
 class Contender:
-    """A way made ready: compiled, captured, and found right."""
+    """A prepared way: compiled, captured and checked."""
 
     output: Tensor  # the model's
     step: Callable[[], None]
-    levels_off: float  # of a graph's images from those of the same steps without it
-    seconds: float  # that all this took
-    peak_gib: float  # of the steps, weights included; on a CPU of the whole process
+    levels_off: float  # between a graph's images and those of the same steps without it
+    seconds: float  # of the preparation
+    peak_gib: float  # of the steps, weights included; on a CPU of the complete process
 
 
 def sample(device: torch.device, path: Path, deadline: float) -> None:
-    """Rows for the released models of 64, 32 and 128 pixels, from one image at a time to many, and the marks.
+    """Rows for the released models of 64, 32 and 128 pixels, from one image at a time to many, and the verdicts.
 
-    Nothing more is begun when the longest that there was so far would end after ``deadline``.
+    Nothing more is started if the longest measurement so far would end after ``deadline``.
     """
     on_gpu = device.type == "cuda"
     about = environment(device)
@@ -104,7 +104,7 @@ def sample(device: torch.device, path: Path, deadline: float) -> None:
         print(row)
         longest, began = max(longest, time.monotonic() - began), time.monotonic()
         if began + longest > deadline:
-            print("the time is over: what follows was not measured; the same command goes on with it")
+            print("time is up: the rest was not measured; run the same command again to resume")
             break
     for verdict in verdicts(_rows(path, about)):
         print(verdict)
@@ -122,7 +122,7 @@ def _measure_all(
 
 
 def measure(workload: Workload, rivals: Sequence[Way]) -> Iterator[dict[str, object]]:
-    """A row for ours, then one for each rival as soon as it is known; what is wrong or does not run gets no time."""
+    """A row for ours, then one for each rival as soon as it is measured; a wrong or failing one has no time."""
     # a model compiled for another batch size counts towards Dynamo's limit of eight
     torch._dynamo.reset()
     about = {"image_size": workload.model.image_size, "batch_size": workload.batch_size}
@@ -130,7 +130,7 @@ def measure(workload: Workload, rivals: Sequence[Way]) -> Iterator[dict[str, obj
     for way in (OURS, *rivals):
         figures, contender = _tried(way, workload, ours)
         ours = ours or contender
-        del contender  # the memory of a rival is the next one's
+        del contender  # frees a rival's memory for the next one
         gc.collect()
         yield {**about, "candidate": way.name, **figures}
         if ours is None:
@@ -141,7 +141,7 @@ def _tried(way: Way, workload: Workload, ours: Contender | None) -> tuple[dict[s
     try:
         contender = _contender(way, workload, ours)
         return _figures(contender, ours or contender, workload), contender
-    except Exception as reason:  # whatever keeps a way from running or being right is its remark
+    except Exception as reason:  # any failure or wrong result becomes its remark
         remark = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
         return {**dict.fromkeys(COLUMNS, math.nan), "remark": remark}, None
 
@@ -177,7 +177,7 @@ def _figures(contender: Contender, ours: Contender, workload: Workload) -> dict[
 
 
 def _contender(way: Way, workload: Workload, ours: Contender | None) -> Contender:
-    """ValueError where the model differs from ours, or a graph's images from those without it."""
+    """Prepare a way; ValueError if the model differs from ours, or a graph's images from those without it."""
     device, on_gpu, began = workload.device, workload.device.type == "cuda", time.monotonic()
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     compiled = Compile.ON if on_gpu and way.mode is None else Compile.OFF
@@ -192,7 +192,7 @@ def _contender(way: Way, workload: Workload, ours: Contender | None) -> Contende
         call = runtime.prepare(module, calls=0)
     x, t, conditions = inputs(workload)
     with torch.no_grad():
-        output = call(x, t.float(), **conditions).clone()  # a captured model's next call writes over what it returned
+        output = call(x, t.float(), **conditions).clone()  # a captured model's next call overwrites its output
     if ours is not None:
         require_close(output, ours.output, TOLERANCE[runtime.precision], f"{way.name} differs from {OURS.name}")
     batch = _Batch(workload)
@@ -203,7 +203,7 @@ def _contender(way: Way, workload: Workload, ours: Contender | None) -> Contende
     step = batch.by_engine(call, diffusion) if way.mode is None else batch.by_operations(call, diffusion)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(3):  # a graph is captured at the second, whose replay allocates nothing
+    for _ in range(3):  # the second step captures a graph, whose replay allocates nothing
         step()
     if not on_gpu:
         return Contender(output, step, off, time.monotonic() - began, peak_memory_gib(device))
@@ -213,7 +213,7 @@ def _contender(way: Way, workload: Workload, ours: Contender | None) -> Contende
 
 
 class _Batch:
-    """The images that a workload draws, and who takes them how far."""
+    """The images that a workload draws, and the ways to step them."""
 
     def __init__(self, workload: Workload) -> None:
         self._process = workload.diffusion
@@ -222,7 +222,7 @@ class _Batch:
         _, _, self._conditions = inputs(workload)
 
     def by_engine(self, call: Callable[..., Tensor], diffusion: GaussianDiffusion) -> Callable[[], None]:
-        """A step of the engine's loop, which begins anew after the last one."""
+        """A step of the engine's loop, which starts again after the last step."""
         loop = Loop(call, diffusion, SampleConfig(sampler=Sampler.DDPM), graphs=True)
         start = self._noise.of_start(self._shape, diffusion.kernels)
 
@@ -234,7 +234,7 @@ class _Batch:
         return step
 
     def by_operations(self, call: Callable[..., Tensor], diffusion: GaussianDiffusion) -> Callable[[], None]:
-        """A step of p_sample, with fresh noise from the device's own generator, which is cheaper than Philox's."""
+        """A step of p_sample, with fresh noise from the device's generator, which is cheaper than Philox's."""
         x = self._noise.of_start(self._shape, diffusion.kernels)
         timesteps = torch.arange(diffusion.num_timesteps, device=x.device).flip(0)[:, None].expand(-1, len(x))
         rounds = itertools.cycle(timesteps.unbind())
@@ -248,7 +248,7 @@ class _Batch:
         return step
 
     def levels_off(self, call: Callable[..., Tensor], kernels: Kernels) -> int:
-        """How far images of the engine's loop are from those of the same loop without a graph, of 255."""
+        """The largest difference, of 255, between images of the engine's loop with and without a graph."""
         few = build_diffusion(replace(self._process, timestep_respacing=str(CHECKED_STEPS)), kernels)
         start = self._noise.of_start(self._shape, few.kernels)
         images = []
@@ -262,7 +262,7 @@ class _Batch:
 
 
 def _waits(step: Callable[[], None]) -> str:
-    """What in some steps waited for the device; nothing if nothing did."""
+    """What waited for the device in some steps, or an empty string."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(STEPS):
@@ -275,7 +275,7 @@ def _waits(step: Callable[[], None]) -> str:
 
 
 def _profiled(step: Callable[[], None]) -> dict[str, int]:
-    """How often each event took place on the host in STEPS steps."""
+    """How often each event occurred on the host in STEPS steps."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         for _ in range(STEPS):
             step()
@@ -284,14 +284,14 @@ def _profiled(step: Callable[[], None]) -> dict[str, int]:
 
 
 def launches(counts: Mapping[str, int]) -> tuple[int, int]:
-    """Of the calls of CUDA's or HIP's, those that launch a graph, and those that launch, copy or fill without one."""
+    """The numbers of CUDA or HIP calls that launch a graph, and that launch, copy or fill without one."""
     asked = {name: n for name, n in counts.items() if re.fullmatch(r"(cu|hip)\w*(Launch|Memcpy|Memset)\w*", name)}
     graphs = sum(n for name, n in asked.items() if "GraphLaunch" in name)
     return graphs, sum(asked.values()) - graphs
 
 
 def verdicts(rows: Sequence[Mapping[str, str]]) -> list[Verdict]:
-    """The marks: how many times as fast as what max-autotune makes, one launch a step, no wait."""
+    """Verdicts on the marks: the speedup over max-autotune, one launch per step, no wait."""
     found = []
     ours = [row for row in rows if row["candidate"] == OURS.name]
     for size, mark in MARKS.items():
@@ -326,7 +326,7 @@ def _worst(figures: Sequence[tuple[float, str]]) -> tuple[float, str]:
 
 
 def _rows(path: Path, about: Mapping[str, str]) -> list[dict[str, str]]:
-    """What the file holds of this machine and commit."""
+    """The file's rows of this machine and commit."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The shapes that the released models give the fused operations: read off the models themselves, not listed by hand."""
+"""The shapes of the fused operations in the released models, found from the models themselves, not listed by hand."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -67,7 +67,7 @@ def shapes_of(config: ModelConfig) -> tuple[frozenset[NormShape], frozenset[Atte
 
 
 def preset_shapes() -> tuple[list[NormShape], list[AttentionShape]]:
-    """Those of all presets together, in order."""
+    """The shapes of all presets together, sorted."""
     norms: set[NormShape] = set()
     attentions: set[AttentionShape] = set()
     for preset in PRESETS.values():

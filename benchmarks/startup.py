@@ -1,4 +1,4 @@
-"""How long a user waits for ``fastdiff train``: from the command to the first update, and what that time goes into."""
+"""How long a user waits for ``fastdiff train``: from the command to the first update, and how that time is spent."""
 
 import os
 import sys
@@ -26,14 +26,14 @@ _STAGES = (
     ("building the model", "log.txt", "  run: "),
     ("first update", "progress.jsonl", "\n"),
 )
-"""What a run does, and the file of its folder with the text by which one sees that it is done."""
+"""The stages of a run, each with the file of the run folder and the text in it that show that the stage is done."""
 
 
 def measure_startup(images: Path, scratch: Path, rounds: int, device: torch.device, compiled: bool) -> list[Row]:
     """From the start of ``fastdiff train --steps 1`` on this folder to its update, with a cold cache and a warm one.
 
-    The model is the small default one, and eager, as --compile auto has it for one step. With ``compiled``, and where
-    PyTorch can compile, the same with --compile on: once with a compiler whose cache is empty, then with a warm one.
+    The model is the small default one, and eager, as --compile auto selects for one step. With ``compiled``, and if
+    PyTorch can compile, the same follows with --compile on: once with an empty compiler cache, then with a warm one.
     ``scratch`` holds the caches and the run folders.
     """
     workload = f"start-up, {sum(1 for _ in images.iterdir()):,} files: {_SAID}"
@@ -55,7 +55,7 @@ class _Start:
         }
 
     def measured(self, workload: str, compile: str, label: str, rounds: int) -> list[Row]:
-        """Once with what is cold, then so often with what is warm; one row without a time where a run fails."""
+        """One run with a cold cache, then ``rounds`` with a warm one; one row without a time if a run fails."""
         try:
             cold = self._reached(compile, "cold")
             warm = [self._reached(compile, f"warm {i}") for i in range(rounds)]
@@ -72,7 +72,7 @@ class _Start:
         return rows
 
     def _reached(self, compile: str, name: str) -> list[float]:
-        """The seconds until each of the stages was done; ChildProcessError with the run's last words where it ended."""
+        """The seconds until each stage was done; ChildProcessError with the run's last line if it ended early."""
         run_dir = self._scratch / f"compile {compile}, {name}"
         reached: list[float] = []
         with tempfile.TemporaryFile("w+", errors="replace") as said:
@@ -90,5 +90,5 @@ class _Start:
                         raise ChildProcessError(f"fastdiff train ended before its first update: {last}")
                     else:
                         time.sleep(_POLL_SECONDS)
-                process.kill()  # what it would save is of no use
+                process.kill()  # its checkpoint is not needed
         return reached

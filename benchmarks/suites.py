@@ -1,4 +1,4 @@
-"""The suites that measure a model: every candidate checked, its memory counted, then all of them timed in turn."""
+"""The suites that measure a model: check every candidate, count its memory, then time all of them in turn."""
 
 import math
 import time
@@ -27,15 +27,14 @@ DTYPES = {
     Precision.BF16: torch.bfloat16,
     Precision.FP16: torch.float16,
 }
-"""Of the numbers that convolutions and matrix products read and write."""
+"""The dtypes that convolutions and matrix products read and write."""
 
 HONEST = 1 / 1.1
-"""Of diffusers' speed: a plain path that is slower by more than 10% would flatter every ratio that is quoted against
-it."""
+"""Fraction of diffusers' speed: a plain path that is slower by more than 10% would inflate every speedup over it."""
 
 
 def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dict[Precision, Roofs]:
-    """What this device can do at most, in each precision that is used, with the convolutions of this very model."""
+    """The highest rates of this device in each precision that is used, with the convolutions of this model."""
     convolutions = Work.of(workload.model, workload.batch_size, training=False).convolutions
     found = {}
     for precision in dict.fromkeys(rung.config.precision for rung in rungs):
@@ -50,9 +49,9 @@ def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dic
 
 
 class Ceilings:
-    """``ceilings``, measured at once and anew at every call, for a machine that others use may be slow for a while.
+    """``ceilings``, measured at once and again at every call, because a shared machine may be slow for a while.
 
-    The best so far counts, ``best``, so that of several suites the last has the highest ceilings.
+    ``best`` holds the best so far, so that the last of several suites has the highest ceilings.
     """
 
     def __init__(self, workload: Workload, rungs: Iterable[Rung]) -> None:
@@ -60,7 +59,7 @@ class Ceilings:
         self.best = ceilings(workload, self._rungs)
 
     def __call__(self) -> Mapping[Precision, Roofs]:
-        # with all candidates in a GPU's memory there may be no room for its libraries
+        # with all candidates in a GPU's memory there may be no room for the libraries' own
         with suppress(RuntimeError):
             for precision, found in ceilings(self._workload, self._rungs).items():
                 self.best[precision] = found.or_better(self.best[precision])
@@ -68,7 +67,7 @@ class Ceilings:
 
 
 Measuring = Callable[[], Mapping[Precision, Roofs]]
-"""``Ceilings``, or what stands for them."""
+"""``Ceilings``, or a substitute."""
 
 
 def measure(
@@ -80,10 +79,10 @@ def measure(
     with_peers: bool = True,
     deadline: float = math.inf,
 ) -> list[Row]:
-    """A row for each rung of "unet", "train" or "sample", then one for each peer; what is wrong or fails has no time.
+    """A row for each rung of "unet", "train" or "sample", then one for each peer; a wrong or failing one has no time.
 
-    The first rung is what the others are compared with, and each has its gain over the last one before it. ``roofs``
-    is called when all were timed. After ``deadline``, of time.monotonic(), no other is begun.
+    The first rung is the baseline of the others, and each has its gain over the last one before it. ``roofs`` is called
+    after all were timed. After ``deadline``, of time.monotonic(), no further rung is started.
     """
     workload, training = models.workload, suite == "train"
     table = _Table(suite, workload, roofs)
@@ -92,7 +91,7 @@ def measure(
         work = Work.of(workload.model, workload.batch_size, training)
         for rung in rungs:
             if time.monotonic() > deadline:
-                table.leave_out(rung.name, "the time was over before it was built")
+                table.leave_out(rung.name, "time was up before it was built")
                 continue
             build = partial(job_of, suite, models, rung, stack)
             table.enter(rung.name, rung.config.precision, work, build, rung.trainer)
@@ -102,7 +101,7 @@ def measure(
 
 
 def measure_step(models: Models, rung: Rung, roofs: Measuring, rounds: int) -> list[Row]:
-    """What an ancestral step with its noise costs over the model's call alone, both as the engine runs them.
+    """The cost of an ancestral step with its noise over the model call alone, both as the engine runs them.
 
     On a GPU both are CUDA graphs.
     """
@@ -128,9 +127,9 @@ def measure_step(models: Models, rung: Rung, roofs: Measuring, rounds: int) -> l
 
 
 def against_diffusers(rows: Sequence[Row]) -> list[str]:
-    """What the plain path is worth as the one to compare with, where diffusers was timed beside it.
+    """The quality of the plain path as a baseline, if diffusers was timed as well.
 
-    On a GPU it is the plain path in TF32, as diffusers is.
+    On a GPU this is the plain path in TF32, as diffusers runs.
     """
     timings = {row.candidate: row.timing for row in rows}
     tf32 = TF32 in timings
@@ -140,12 +139,12 @@ def against_diffusers(rows: Sequence[Row]) -> list[str]:
     speed = plain.speedup_over(theirs)
     said = [f"plain path{' in tf32' * tf32}: {speed:.2f} times as fast as diffusers' eager model"]
     if speed < HONEST:
-        said.append("warning: the plain path is slow here, and every ratio to it flatters")
+        said.append("warning: the plain path is slow here, so every speedup over it is inflated")
     return said
 
 
 class _Table:
-    """The rows of one suite on one workload, as they come to be."""
+    """Collects the rows of one suite on one workload."""
 
     def __init__(self, suite: str, workload: Workload, roofs: Measuring) -> None:
         self._workload = workload
@@ -167,21 +166,21 @@ class _Table:
         deterministic: bool = False,
         graph: bool = False,
     ) -> None:
-        """One of ours, made ready and its memory counted; with ``graph`` it becomes a CUDA graph on a GPU."""
+        """Prepare one of our candidates and count its memory; with ``graph`` it becomes a CUDA graph on a GPU."""
         row = self._of(name, precision, work)
         beside = self._allocated()
         try:
             self._ready(row, build(), precision, deterministic, graph)
-        except Exception as reason:  # whatever keeps it from running or being right is its remark
+        except Exception as reason:  # any failure or wrong result becomes its remark
             self._rows.append(self._without_time(row, reason, beside))
 
     def enter_peer(self, name: str, build: Callable[[Workload], Peer], our_parameters: int, ours: Work) -> None:
-        """One that is compared with as it comes, in PyTorch's default arithmetic."""
+        """Prepare a peer as it comes, in PyTorch's default arithmetic, and count its memory."""
         suite, workload, row = self._blank.suite, self._workload, replace(self._blank, candidate=name)
         beside = self._allocated()
         try:
             peer = build(workload)
-            with torch.device("meta"):  # what is computed a second time is not counted, nor is it of ours
+            with torch.device("meta"):  # recomputation is not counted, as for our models
                 model = replace(workload.model, use_checkpoint=False)
                 counted = build(replace(workload, model=model, device=torch.device("meta")))
             work = Work.of_module(counted.module, counted.call, workload.model, workload.batch_size, suite == "train")
@@ -196,7 +195,7 @@ class _Table:
             self._rows.append(self._without_time(row, reason, beside))
 
     def leave_out(self, name: str, remark: str) -> None:
-        """A row without a time, which is nobody's fault."""
+        """Add a row without a time that is not a failure."""
         self._rows.append(replace(self._blank, candidate=name, remark=remark))
 
     def _of(self, name: str, precision: Precision, work: Work) -> Row:
@@ -217,20 +216,23 @@ class _Table:
         self._rows.append(replace(row, peak_gib=peak / 2**30))
 
     def _allocated(self) -> int:
-        """Bytes of the GPU's memory that are taken."""
+        """Allocated bytes of the GPU's memory; 0 on a CPU."""
         device = self._workload.device
         return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
     def _without_time(self, row: Row, reason: Exception, beside: int) -> Row:
-        """Its remark; what is only too large, with ``beside`` bytes of others there, has not failed, nor has a peer."""
+        """The row with a remark; ``beside`` bytes were held by other candidates.
+
+        Running out of memory is not a failure, nor is an error of a peer.
+        """
         full = out_of_memory(reason)
         said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
         if full:
-            said = "out of memory" + f", beside {beside / 2**30:.1f} GiB of other candidates" * bool(beside)
+            said = "out of memory" + f", with {beside / 2**30:.1f} GiB held by other candidates" * bool(beside)
         return replace(row, peak_gib=math.nan, remark=said, failed=not full and row.candidate not in PEERS)
 
     def timed(self, rounds: int) -> list[Row]:
-        """All that is ready, in turn; one that fails meanwhile has no time, and the others go on."""
+        """Time all prepared candidates in turn; one that fails has no time, and the others continue."""
         device, allocated = self._workload.device, self._allocated()
         errors: dict[str, Exception] = {}
         first = self._rows[0].candidate
@@ -257,14 +259,14 @@ def _size(parameters: int, flops: float) -> str:
 
 
 def _never_eager() -> AbstractContextManager[object]:
-    """Past Dynamo's limit of recompilations a compiled candidate is an error, not an eager one of that name."""
+    """Beyond Dynamo's recompilation limit a compiled candidate is an error, instead of an eager one of that name."""
     return torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 
 
 def _in_arithmetic(
     run: Callable[[], object], device: torch.device, precision: Precision | None, deterministic: bool
 ) -> Callable[[], object]:
-    """The call with PyTorch's own switches as its runtime and, ``deterministic``, as the Trainer sets them."""
+    """The call with PyTorch's switches set as its runtime and, if ``deterministic``, as the Trainer sets them."""
     if device.type != "cuda":
         return run
 
@@ -276,7 +278,7 @@ def _in_arithmetic(
 
 
 def _set_arithmetic(device: torch.device, precision: Precision | None, deterministic: bool = False) -> None:
-    """PyTorch's switches; those that it has by itself where ``precision`` is None."""
+    """Set PyTorch's switches; to their defaults if ``precision`` is None."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision is Precision.TF32 else "highest")
         torch.backends.cudnn.allow_tf32 = precision in (Precision.TF32, None)

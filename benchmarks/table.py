@@ -1,6 +1,6 @@
 """Rows as a table: for the terminal, of at most 100 columns or as many as it has, and for a document.
 
-``python -m fastdiff.benchmarks.table rows.csv`` prints what a CSV file holds as Markdown, for docs/performance.md.
+``python -m fastdiff.benchmarks.table rows.csv`` prints a CSV file as Markdown, for docs/performance.md.
 """
 
 import itertools
@@ -21,17 +21,17 @@ Values = Mapping[str, object]
 """The columns of a CSV row."""
 
 EXPENDABLE = ("GiB", "p20 to p80", "of limit", "images/s", "× before")
-"""Columns that a narrow terminal goes without, the first of them first."""
+"""Columns that are left out on a narrow terminal, in this order."""
 
 NAME_WIDTH = 20
 """Characters of a candidate's name that stay on one line before a column is left out."""
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (0.0, "us"))
-"""From so many seconds on."""
+"""Each with the seconds from which it is used."""
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """The rows of one suite and workload; columns without a figure are left out, and remarks stand below."""
+    """Print the rows of one suite and workload. Columns without a figure are left out, and remarks follow the table."""
     names = [row.candidate for row in rows]
     columns = _columns([row.as_dict() for row in rows])
     unbounded = console.options.update(max_width=1000)
@@ -57,7 +57,7 @@ def _table(names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
 
 
 def markdown(rows: Sequence[Values]) -> str:
-    """The same as sections of a document, one for each suite and workload."""
+    """The rows as sections of a document, one for each suite and workload."""
     sections = []
     for (suite, workload), group in itertools.groupby(rows, lambda row: (row["suite"], row["workload"])):
         values = list(group)
@@ -76,7 +76,7 @@ def markdown(rows: Sequence[Values]) -> str:
 
 
 def _columns(values: Sequence[Values]) -> dict[str, list[str]]:
-    """The cells below each title that has any."""
+    """The cells of each column that has any, by title."""
     fastest = min((s for v in values if not math.isnan(s := _number(v["median_s"]))), default=math.nan)
     least, unit = next((found for found in UNITS if fastest >= found[0]), UNITS[0])
     scale = least or 1e-6
@@ -103,7 +103,7 @@ def _spread(values: Values, scale: float) -> str:
 
 
 def _figure(number: float) -> str:
-    """Three digits at least."""
+    """At least three significant digits."""
     if math.isnan(number):
         return ""
     return f"{number:,.0f}" if number >= 1000 else f"{number:#.3g}".rstrip(".")

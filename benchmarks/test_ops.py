@@ -1,4 +1,4 @@
-"""The fused operations under pytest-benchmark: ``pytest benchmarks``, on the GPU where there is one."""
+"""The fused operations under pytest-benchmark: ``pytest benchmarks``, on the GPU if there is one."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def cases() -> list[object]:
 
 @pytest.mark.parametrize(("problem", "direction", "name"), cases())
 def test_speed(benchmark: BenchmarkFixture, problem: Problem, direction: str, name: str) -> None:
-    """Right first: a wrong candidate fails here and gets no time."""
+    """The candidate is checked first: a wrong one fails here and is not timed."""
     inputs = [problem.inputs(0, DEVICE)]
     run = checked(problem, direction, name, inputs, Expected.of(problem, inputs[0], direction))
 

@@ -1,4 +1,4 @@
-"""The trainer's own updates under DDP: whether they wait for the device, and how fast they are."""
+"""The trainer's updates under DDP: whether they wait for the device, and how fast they are."""
 
 import tempfile
 import time
@@ -42,7 +42,7 @@ WAYS = (("bf16", "auto"), ("fp16", "auto"), ("bf16", "torch"))
 def train(device: torch.device, csv: Path, deadline: float) -> None:
     """A row for each of WAYS: a released model trained by the Trainer's updater, compiled on a GPU, in a group of one.
 
-    On a GPU the timed updates run with torch.cuda.set_sync_debug_mode("error"): the row says so where one waited.
+    On a GPU the timed updates run with torch.cuda.set_sync_debug_mode("error"): the row says so if one waited.
     """
     on_gpu = device.type == "cuda"
     name, batch_size, updates = ("imagenet64_uncond", 64, 20) if on_gpu else ("cifar10_uncond", 1, 2)
@@ -56,7 +56,7 @@ def train(device: torch.device, csv: Path, deadline: float) -> None:
         dist.init_process_group("nccl" if on_gpu else "gloo", init_method=meeting, rank=0, world_size=1)
         for precision, kernels in WAYS:
             if time.monotonic() > deadline:
-                print("the time is over: what follows was not measured")
+                print("time is up: the rest was not measured")
                 break
             torch._dynamo.reset()
             on = RuntimeConfig(str(device), Precision(precision), compiled, Kernels(kernels))
@@ -83,7 +83,7 @@ def train(device: torch.device, csv: Path, deadline: float) -> None:
 def build_trainer(
     model: ModelConfig, process: DiffusionConfig, training: TrainConfig, on: RuntimeConfig, folder: Path
 ) -> Trainer:
-    """The Trainer of a run on noise, of which nothing is written to ``folder``."""
+    """The Trainer of a run on random images, which writes nothing to ``folder``."""
     size, images = model.image_size, max(256, training.batch_size)
     classes = model.num_classes if model.class_cond else 0
     pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
@@ -95,23 +95,23 @@ def build_trainer(
 
 
 def stream(trainer: Trainer) -> Generator[tuple[Tensor, Tensor | None], None, None]:
-    """Batches as the trainer's own, uint8 (B, H, W, 3), with their labels (B,)."""
+    """Batches like the trainer's, uint8 (B, H, W, 3), with their labels (B,)."""
     config, pin = trainer.config, trainer.device.type == "cuda"
     data = batches(trainer.dataset, config.data, config.train.batch_size, config.train.seed, 0, pin=pin)
     return prefetch_to_device(data, trainer.device)
 
 
 def _timed(trainer: Trainer, updates: int) -> tuple[float, str]:
-    """Seconds an update, and what is to be said of them."""
+    """Seconds per update, and the remark of the row."""
     on_gpu = trainer.device.type == "cuda"
-    # what several processes would call; parallelise() leaves a single one alone
+    # as several processes do; parallelise() does not wrap the model of a single one
     module = DistributedDataParallel(trainer.model, gradient_as_bucket_view=True)
     forward = trainer.runtime.prepare(module, trainer.model_calls)
     update = Updater(trainer.config, trainer.state, trainer.diffusion, module, forward, trainer.world)
     data = stream(trainer)
     remark, began = "no wait for the device" if on_gpu else "", time.perf_counter()
     try:
-        for _ in range(5 if on_gpu else 1):  # compiled, and two buffers of data filled
+        for _ in range(5 if on_gpu else 1):  # compiles, and fills two buffers of data
             update(*next(data))
         if on_gpu:
             torch.cuda.synchronize()

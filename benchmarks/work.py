@@ -1,4 +1,4 @@
-"""What a model's passes come to on paper: operations of convolutions and of matrix products, and numbers to move."""
+"""The work of a model's passes on paper: operations of convolutions and of matrix products, and numbers to move."""
 
 import dataclasses
 from collections import Counter
@@ -18,8 +18,8 @@ from fastdiff.models import build_model
 CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 
 BYTES_OF_UPDATE = 4 * (4 + 3) + 4 * (2 + 1)
-"""Of each parameter: AdamW reads it, its gradient and two moments and writes all but the gradient; an average is read
-and written beside the parameter that is read once more. All in fp32."""
+"""Per parameter, all in fp32: AdamW reads it, its gradient and two moments and writes all but the gradient; an EMA is
+read and written, and the parameter is read once more."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Convolution:
 
     @property
     def flops(self) -> int:
-        """Of the forward pass, two for each multiply-add."""
+        """Operations of the forward pass, two for each multiply-add."""
         return 2 * 9 * self.batch_size * self.size**2 * self.channels_in * self.channels_out
 
 
@@ -41,9 +41,9 @@ class Convolution:
 class Work:
     """Floating-point operations, two for each multiply-add, and numbers moved.
 
-    Every convolution and matrix product reads its inputs and writes its outputs once, in the precision that it computes
-    in; all else could be fused into them, and is not counted. ``fp32_bytes`` are what is
-    moved besides in fp32, whatever the precision: by an update of the weights, or a sampling step.
+    Every convolution and matrix product reads its inputs and writes its outputs once, in the precision of its
+    computation. Everything else could be fused into them and is not counted. ``fp32_bytes`` are moved in addition, in
+    fp32 whatever the precision, by an update of the weights or a sampling step.
     """
 
     conv_flops: float
@@ -51,17 +51,17 @@ class Work:
     numbers: float
     fp32_bytes: float = 0
     convolutions: Mapping[Convolution, int] = field(default_factory=dict)
-    """The 3x3 convolutions of the forward pass, and how often each takes place."""
+    """The 3x3 convolutions of the forward pass, with their counts."""
 
     @classmethod
     @cache
     def of(cls, config: ModelConfig, batch_size: int, training: bool) -> Self:
-        """One forward pass of our model; ``training`` an update: with its backward pass, AdamW and one average.
+        """One forward pass of our model or, if ``training``, an update: with its backward pass, AdamW and one EMA.
 
-        What use_checkpoint computes a second time is not in it.
+        The recomputation of use_checkpoint is not counted.
         """
         with torch.device("meta"):
-            # the reference: its attention is made of the plain matrix products that are counted
+            # the reference, whose attention consists of plain matrix products, which are counted
             model = build_model(dataclasses.replace(config, use_checkpoint=False), Kernels.REFERENCE)
         return cls.of_module(model, model, config, batch_size, training)
 
@@ -69,7 +69,7 @@ class Work:
     def of_module(
         cls, module: nn.Module, call: Callable[..., Tensor], config: ModelConfig, batch_size: int, training: bool
     ) -> Self:
-        """The same of any module on the device meta that is called as our model of ``config`` would be."""
+        """The work of any module on the meta device that is called like our model of ``config``."""
         with torch.device("meta"):
             x, t = torch.empty(batch_size, 3, config.image_size, config.image_size), torch.ones(batch_size)
             conditions = {}
@@ -87,15 +87,15 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """Of convolutions and matrix products together."""
+        """Operations of convolutions and matrix products together."""
         return self.conv_flops + self.matmul_flops
 
     def n_bytes(self, dtype: torch.dtype) -> float:
-        """The bytes moved where it is computed in ``dtype``."""
+        """The bytes moved by a computation in ``dtype``."""
         return self.numbers * dtype.itemsize + self.fp32_bytes
 
     def times(self, count: int) -> Self:
-        """So many of it, one after the other."""
+        """The work of ``count`` repetitions."""
         return dataclasses.replace(
             self,
             conv_flops=self.conv_flops * count,
@@ -106,7 +106,7 @@ class Work:
 
 
 class _Count(TorchDispatchMode):
-    """Sums over the operations that PyTorch's FlopCounterMode counts, by its own formulas."""
+    """Sums over the operations that PyTorch's FlopCounterMode counts, by its formulas."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model, process and batch that are measured, what they are fed, and the check that comes before any time."""
+"""The model, process and batch that are measured, their inputs, and the check before any timing."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from fastdiff.config import DiffusionConfig, ModelConfig, Precision
 
 TOLERANCE = {Precision.FP32: 1e-4, Precision.TF32: 1e-2, Precision.BF16: 5e-2, Precision.FP16: 1e-2}
-"""Largest relative error of a candidate's output against the plain path's, beyond which no speed is told."""
+"""Largest relative error of a candidate's output against the plain path's, beyond which no time is reported."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The model, process and batch that a suite runs; ``name`` is the preset's, if it is one."""
+    """The model, process and batch that a suite runs; ``name`` is the preset's, if there is one."""
 
     model: ModelConfig
     diffusion: DiffusionConfig
@@ -45,16 +45,16 @@ def inputs(workload: Workload) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def randomised(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Small random numbers for what begins as zero, so that a comparison of outputs compares the whole model."""
+    """Small random numbers for zero-initialised weights, so that comparing outputs covers the complete model."""
     return {k: torch.randn_like(v) * 0.02 if not v.any() else v for k, v in state.items()}
 
 
 def require_close(
     found: Tensor, expected: Tensor, tolerance: float, verdict: str, what: str = "output", floor: Tensor | float = 0.0
 ) -> None:
-    """ValueError where the relative error is larger than ``tolerance``: what is wrong is not timed.
+    """Raise a ValueError if the relative error exceeds ``tolerance``: a wrong result is not timed.
 
-    ``floor`` is added to the norm that it is relative to, for what is nothing but rounding errors.
+    ``floor`` is added to the norm of ``expected``, for values that are only rounding errors.
     """
     error = float((found - expected).norm() / (expected.norm() + floor))
     if not error <= tolerance:

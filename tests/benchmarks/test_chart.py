@@ -163,7 +163,7 @@ def test_nothing_to_draw(rows: list[dict[str, object]], tmp_path: Path) -> None:
         ("folder.png", r"folder\.png is a folder: name a file"),
         ("old.png", r"old\.png exists: name another file"),
         ("old.png/a.png", r"\S*old\.png cannot be written: .* is not a folder"),
-        ("none.png", r"none\.png is a link to nothing: name another file, or delete it"),
+        ("none.png", r"none\.png is a broken link: name another file, or delete it"),
     ],
 )
 def test_a_chart_that_cannot_be_written(name: str, remedy: str, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_few_rounds_say_nothing_but_what_is_gross(rounds: int) -> None:
     assert moved(old, [plain(), near]) == []
     (change,) = moved(old, [plain(), far])
     assert str(change) == "83.3% faster; perhaps the machine; few rounds"
-    told = "too few rounds to tell: 1 of 2 rows have fewer than 5, and only a factor of 1.5 is named"
+    told = "too few rounds to tell: 1 of 2 rows have fewer than 5, so only a factor of 1.5 is reported"
     assert (
         " ".join(printed(old, [plain(), near]).splitlines())
         == f"{told} nothing moved by more than the noise, of 2 rows"
@@ -183,14 +183,14 @@ def test_the_table_names_the_row_and_both_figures() -> None:
 
 def test_another_machine_is_warned_of_once() -> None:
     said = printed([plain()], [plain(gpu="a GPU", machine="another")])
-    assert said.count("warning: that is another machine") == 1
+    assert said.count("warning: the machines differ, so the times say nothing about the code") == 1
     assert "gpu: none before, a GPU now" in said
     assert "warning" not in printed([plain()], [plain(commit="7654321")])
 
 
 def test_nothing_moved_and_nothing_to_compare() -> None:
     assert printed([plain()], [plain()]) == "nothing moved by more than the noise, of 1 rows\n"
-    assert printed([], []) == "nothing to compare: no row is in both\n"
+    assert printed([], []) == "nothing to compare: no row is in both runs\n"
     assert "nothing to compare" in printed([], [plain()])
 
 
@@ -224,7 +224,7 @@ def test_other_files_are_refused(text: str | bytes, words: str, tmp_path: Path) 
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    for name, what in (("none.csv", "is not there"), ("", "is no file")):
+    for name, what in (("none.csv", "does not exist"), ("", "is not a file")):
         with pytest.raises(ValueError, match=rf"^compare \S+ {what}: name one that fastdiff benchmark --csv wrote$"):
             read_measured(tmp_path / name)
 

@@ -48,7 +48,7 @@ def test_the_training_step_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(float(row["median_s"]) > 0 for row in rows)
     assert "training step against torch's kernels, compiled: nan" in capsys.readouterr().out
     gpu_check.model(CPU, tmp_path / "late.csv", 0)
-    assert [row["remark"] for row in rows_of(tmp_path / "late.csv")] == ["the time was over before it was built"]
+    assert [row["remark"] for row in rows_of(tmp_path / "late.csv")] == ["time was up before it was built"]
 
 
 def test_the_updates_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_each_that_is_missing_has_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "einops" else name)
     assert list(peers(WORKLOAD)) == ["diffusers"]
     assert missing() == [
-        "denoising-diffusion-pytorch is not installed, and so not compared with: pip install --no-deps "
+        "denoising-diffusion-pytorch is not installed and therefore left out: pip install --no-deps "
         "denoising-diffusion-pytorch einops"
     ]
 

@@ -49,7 +49,7 @@ def test_what_is_no_file_is_refused_before(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"a,c\n", "has other columns: move it away or name another file"),
+        (b"a,c\n", "has different columns: move it away or name another file"),
         (b"a,b\n1,2\n1", "is damaged in its row 2"),
         (b"a,b\n1,2", "is damaged in its row 1"),
         (b"\xff\xfea\x00", "is not a CSV file in UTF-8"),

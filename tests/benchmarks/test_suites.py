@@ -185,7 +185,7 @@ def test_an_average_that_stands_still_is_not_timed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(EMA, "update", lambda ema: setattr(ema, "updates", ema.updates + 1))
     rows = on_torch_kernels("train")
     assert {name for name, row in rows.items() if row.timing} == {"plain", "+ channels_last", "+ torch kernels"}
-    assert all("no moving average" in rows[name].remark for name in ("+ fused optimizer", "trainer"))
+    assert all("differs from the moving average" in rows[name].remark for name in ("+ fused optimizer", "trainer"))
 
 
 @pytest.mark.usefixtures("alone")
@@ -221,7 +221,7 @@ def test_one_that_fails_in_a_timed_round_is_dropped(
 def test_on_a_gpu_it_says_what_else_was_there() -> None:
     table = suites._Table("unet", WORKLOAD, ROOFS)
     row = table._without_time(Row("unet", "", "plain", None), torch.OutOfMemoryError("a lot"), 3 * 2**29)
-    assert (row.remark, row.failed) == ("out of memory, beside 1.5 GiB of other candidates", False)
+    assert (row.remark, row.failed) == ("out of memory, with 1.5 GiB held by other candidates", False)
     assert table._without_time(row, MemoryError(), 0).remark == "out of memory"
 
 
@@ -244,7 +244,7 @@ def test_a_candidate_past_dynamos_limit_is_not_timed_as_compiled(monkeypatch: py
 def test_after_the_deadline_nothing_is_begun() -> None:
     plain, *others = measure("unet", Models(WORKLOAD), ladder("unet", CPU), known, rounds=1, deadline=-1)
     for row in (plain, *others):
-        assert (row.timing, row.failed, row.remark) == (None, False, "the time was over before it was built")
+        assert (row.timing, row.failed, row.remark) == (None, False, "time was up before it was built")
 
 
 def test_peers_compute_as_pytorch_does_by_itself() -> None:

@@ -96,12 +96,14 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("untimed")
 def test_files_are_looked_at_before_anything_is_timed(cli: Cli) -> None:
     Path("rows.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--csv", "rows.csv"), r"^error: csv rows\.csv has other columns: ")
+    refused(
+        cli("benchmark", "unet", *QUICK, *ONCE, "--csv", "rows.csv"), r"^error: csv rows\.csv has different columns: "
+    )
     refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "rows.csv"), "rows.csv holds no rows")
-    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "none.csv"), "none.csv is not there: name")
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, "--compare", "none.csv"), "none.csv does not exist: name")
     refused(cli("benchmark", "unet", *QUICK, *ONCE, "--chart", "chart.jpg"), "must end in .png")
     same = ["--csv", "a.png", "--chart", "./a.png"]
-    refused(cli("benchmark", "unet", *QUICK, *ONCE, *same), "a.png is the file of --csv, too: name another one")
+    refused(cli("benchmark", "unet", *QUICK, *ONCE, *same), "a.png is also the file of --csv: name another one")
     for path in ("/proc/a", "rows.csv/a"):
         refused(cli("benchmark", "unet", *QUICK, *ONCE, "--csv", f"{path}.csv"), "^error: csv .* cannot be written")
         refused(cli("benchmark", "unet", *QUICK, *ONCE, "--chart", f"{path}.png"), "^error: chart .* cannot be written")
@@ -174,7 +176,7 @@ def test_rows_that_cannot_be_kept_now_are_kept_with_the_next(cli: Cli, monkeypat
     errors += [OSError("csv rows.csv cannot be written: it is gone")] * 9
     result = cli("benchmark", "growth", *QUICK, *ONCE, "--csv", "rows.csv")
     assert result.status == 1
-    assert "error: csv rows.csv cannot be written: it is gone: 3 rows are not kept" in result.out
+    assert "error: csv rows.csv cannot be written: it is gone: 3 rows are not saved" in result.out
 
 
 @pytest.mark.slow
