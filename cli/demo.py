@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.options import DebugFlag, path_option
-from fastdiff.cli.sample import Choices, run_sampling
+from fastdiff.cli.sample import sample
 from fastdiff.cli.train import run_training
 
 IMAGES, SIZE = 2000, 16
@@ -59,8 +59,11 @@ def demo(
     if status:
         raise typer.Exit(status)
     out = run_dir / "samples.npz"
-    if status := run_sampling(_SAMPLE, Choices(run_dir, out)):
-        raise typer.Exit(status)
+    try:
+        sample(checkpoint=run_dir, out=out, **_SAMPLE)
+    except typer.Exit as ended:
+        if ended.exit_code:
+            raise
     typer.echo(f"\nThe picture: {out.with_suffix('.png').resolve()}")
     typer.echo(f"Each column is one of {', '.join(SHAPES)}; {time.perf_counter() - began:.0f} s in all. Beside it:")
     for name, what in _MADE.items():

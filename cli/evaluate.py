@@ -19,7 +19,6 @@ from fastdiff.cli.options import (
     path_option,
     with_flags,
 )
-from fastdiff.cli.sample import Choices
 from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, NllConfig, RuntimeConfig
 
 if TYPE_CHECKING:
@@ -62,19 +61,6 @@ def nll(
     A checkpoint stores its model. The model and diffusion flags are for bare state dicts (.pt), which reveal the
     architecture, but not the number of heads or the noise schedule.
     """
-    choices = Choices(
-        checkpoint=checkpoint,
-        out=out_dir,
-        ema_rate=ema_rate,
-        overwrite=overwrite,
-        timeout=timeout,
-        preset=preset,
-    )
-    raise typer.Exit(run_nll(flags, choices, plot))
-
-
-def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
-    """Run the evaluation of ``flags`` and ``choices``, whose ``out`` is a folder; return the exit status."""
     config = NllConfig.from_flags(flags)
     if not config.data_dir:
         raise ValueError("no data: name a folder of images with --data-dir")
@@ -87,14 +73,14 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
     from fastdiff.runtime.distributed import World
     from fastdiff.runtime.signals import StopRequest
 
-    world = World.join(choices.timeout)
+    world = World.join(timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
-        files = NllFiles(choices.out, plot, choices.overwrite)
+        files = NllFiles(out_dir, plot, overwrite)
         world.from_main(files.check)
         machine = RuntimeConfig.from_flags(flags | {"precision": config.precision})
         runtime = world.on_all(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
-        path = world.from_main(lambda: find_with_rate(choices.checkpoint, choices.ema_rate))
-        loaded = world.on_all(lambda: load_for(runtime, path, flags, choices.preset))
+        path = world.from_main(lambda: find_with_rate(checkpoint, ema_rate))
+        loaded = world.on_all(lambda: load_for(runtime, path, flags, preset))
         with Display(silent=not world.main or not to_terminal) as display:
             display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
             with warnings.catch_warnings(action="ignore"):  # they are about training on these images
@@ -131,7 +117,7 @@ def run_nll(flags: Flags, choices: Choices, plot: Path | None = None) -> int:
                     display.line(f"wrote {files.out_dir}{'' if plot is None else f' and {plot}'}")
                     status = 0
     world.leave()
-    return status
+    raise typer.Exit(status)
 
 
 def _about(

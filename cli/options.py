@@ -68,7 +68,7 @@ def with_flags(*configs: type[Config]) -> Callable[[Callable[..., None]], Callab
 
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
-            flags = {name: values.pop(name) for name in derived}
+            flags = {name: values.pop(name, None) for name in derived}
             command(flags={name: value for name, value in flags.items() if value is not None}, **values)
 
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "flags"]

@@ -1,6 +1,5 @@
 """``fastdiff sample``: a checkpoint in, images out."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,26 +25,6 @@ if TYPE_CHECKING:
 
     from fastdiff.checkpoint import Checkpoint
     from fastdiff.runtime.device import Runtime
-    from fastdiff.sampling import Plan
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The options of ``fastdiff sample`` that are not fields of a configuration."""
-
-    checkpoint: Path | None
-    out: Path
-    classes: str | None = None
-    indices: str | None = None
-    ema_rate: str | None = None
-    base_samples: Path | None = None
-    super_res: Path | None = None
-    interpolate: tuple[str, str] | None = None
-    png_dir: Path | None = None
-    trajectory: Path | None = None
-    overwrite: bool = False
-    timeout: int = 600
-    preset: str | None = None
 
 
 @with_flags(SampleConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
@@ -95,48 +74,42 @@ def sample(
     A checkpoint stores its model. The model and diffusion flags are for bare state dicts (.pt), which reveal the
     architecture, but not the number of heads or the noise schedule.
     """
-    choices = Choices(
-        checkpoint=checkpoint,
-        out=out,
-        classes=class_,
-        indices=indices,
-        ema_rate=ema_rate,
-        base_samples=base_samples,
-        super_res=super_res,
-        interpolate=interpolate,
-        png_dir=png_dir,
-        trajectory=trajectory,
-        overwrite=overwrite,
-        timeout=timeout,
-        preset=preset,
-    )
-    raise typer.Exit(run_sampling(with_preset(flags, preset, ModelConfig, DiffusionConfig), choices))
-
-
-def run_sampling(flags: Flags, choices: Choices) -> int:
-    """Run the job of ``flags`` and ``choices``; return the exit status."""
+    flags = with_preset(flags, preset, ModelConfig, DiffusionConfig)
     config = SampleConfig.from_flags(flags)
-    if choices.indices is not None and "num_samples" in flags:
+    if indices is not None and "num_samples" in flags:
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
     to_terminal = "stdout" in log_formats()
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
-    from fastdiff.sampling import Job, SampleFiles, settings_of
+    from fastdiff.sampling import Job, Plan, SampleFiles, settings_of, split_classes
 
-    world = World.join(choices.timeout)
+    world = World.join(timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         local_rank = world.local_rank if world.size > 1 else None
         runtime = world.on_all(lambda: Runtime.resolve(RuntimeConfig.from_flags(flags), local_rank))
-        paths = world.from_main(lambda: _paths(choices))
-        plan = world.on_all(lambda: _plan(paths, flags, config, choices, runtime))
-        indices = world.on_all(lambda: _indices(choices.indices, plan.config.num_samples))
+        paths = world.from_main(lambda: _paths(checkpoint, super_res, ema_rate))
+
+        def planned() -> Plan:
+            loaded = load_for(runtime, paths[0], flags, preset)
+            return Plan.of(
+                loaded,
+                config,
+                num_samples=flags.get("num_samples"),
+                base_samples=base_samples,
+                super_res=None if paths[1] is None else _load_super_res(paths[1], runtime),
+                ends=interpolate,
+                classes=split_classes(class_, loaded.class_names) if class_ is not None else (),
+            )
+
+        plan = world.on_all(planned)
+        numbers = world.on_all(lambda: _indices(indices, plan.config.num_samples))
         size = plan.image_size
-        out = choices.out.with_name(choices.out.name.replace("{shape}", f"{len(indices)}x{size}x{size}x3"))
-        files = SampleFiles(out, choices.png_dir, choices.trajectory, choices.overwrite)
+        out = out.with_name(out.name.replace("{shape}", f"{len(numbers)}x{size}x{size}x3"))
+        files = SampleFiles(out, png_dir, trajectory, overwrite)
         world.from_main(files.check)
-        settings = world.from_main(lambda: settings_of(plan, indices, runtime, *paths, choices.base_samples))
-        job = world.on_all(lambda: Job(plan, indices, files, settings, runtime, world))
+        settings = world.from_main(lambda: settings_of(plan, numbers, runtime, *paths, base_samples))
+        job = world.on_all(lambda: Job(plan, numbers, files, settings, runtime, world))
         with Display(silent=not world.main or not to_terminal) as display:
             models = ("model", plan.checkpoint), ("enlarged by", plan.super_res)
             for (what, loaded), path in zip(models, paths, strict=True):
@@ -144,32 +117,15 @@ def run_sampling(flags: Flags, choices: Choices) -> int:
                     display.line(f"{what}: {path}, step {loaded.step}{young_average(loaded)}")
             status = job.run(display.line, Slowly(display))
     world.leave()
-    return status
+    raise typer.Exit(status)
 
 
-def _paths(choices: Choices) -> tuple[Path, Path | None]:
+def _paths(checkpoint: Path | None, super_res: Path | None, ema_rate: str | None) -> tuple[Path, Path | None]:
     """The paths of the checkpoint and of the super-resolution model, if there is one."""
-    path = find_with_rate(choices.checkpoint, choices.ema_rate)
-    if choices.super_res is None:
+    path = find_with_rate(checkpoint, ema_rate)
+    if super_res is None:
         return path, None
-    return path, find_with_rate(choices.super_res, choices.ema_rate if not choices.super_res.is_file() else None)
-
-
-def _plan(
-    paths: tuple[Path, Path | None], flags: Flags, config: SampleConfig, choices: Choices, runtime: "Runtime"
-) -> "Plan":
-    from fastdiff.sampling import Plan, split_classes
-
-    loaded = load_for(runtime, paths[0], flags, choices.preset)
-    return Plan.of(
-        loaded,
-        config,
-        num_samples=flags.get("num_samples"),
-        base_samples=choices.base_samples,
-        super_res=None if paths[1] is None else _load_super_res(paths[1], runtime),
-        ends=choices.interpolate,
-        classes=split_classes(choices.classes, loaded.class_names) if choices.classes is not None else (),
-    )
+    return path, find_with_rate(super_res, ema_rate if not super_res.is_file() else None)
 
 
 def _load_super_res(path: Path, runtime: "Runtime") -> "Checkpoint":

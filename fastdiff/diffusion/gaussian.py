@@ -44,7 +44,8 @@ class GaussianDiffusion(GaussianProcess):
 
         ``noise`` defaults to fresh noise. ``pred_xstart=False`` omits that entry, which saves its memory.
         """
-        return self._step(Sampler.DDPM, model, x, t, clip_denoised, denoised_fn, model_kwargs, 0.0, noise, pred_xstart)
+        output = self.model_output(model, x, t, model_kwargs)
+        return self._update(Sampler.DDPM, x, t, output, clip_denoised, denoised_fn, 0.0, noise, pred_xstart)
 
     def ddim_sample(
         self,
@@ -62,22 +63,21 @@ class GaussianDiffusion(GaussianProcess):
 
         ``eta`` 0 is deterministic, 1 has the ancestral step's noise.
         """
-        return self._step(Sampler.DDIM, model, x, t, clip_denoised, denoised_fn, model_kwargs, eta, noise, pred_xstart)
+        output = self.model_output(model, x, t, model_kwargs)
+        return self._update(Sampler.DDIM, x, t, output, clip_denoised, denoised_fn, eta, noise, pred_xstart)
 
-    def _step(
+    def _update(
         self,
         sampler: Sampler,
-        model: Model,
         x: Tensor,
         t: Tensor,
+        output: Tensor,
         clip_denoised: bool,
         denoised_fn: Denoised,
-        model_kwargs: ModelKwargs,
         eta: float,
         noise: Tensor | Philox | None,
         pred_xstart: bool,
     ) -> dict[str, Tensor]:
-        output = self.model_output(model, x, t, model_kwargs)
         if noise is None and (sampler is Sampler.DDPM or eta):
             noise = torch.randn_like(x)
         if denoised_fn is not None:

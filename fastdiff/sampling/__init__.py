@@ -5,12 +5,10 @@ from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
 from fastdiff.sampling.classes import split_classes
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.files import SampleFiles
-from fastdiff.sampling.generate import generate
 from fastdiff.sampling.job import Job
-from fastdiff.sampling.loop import Loop
+from fastdiff.sampling.loop import Loop, generate
 from fastdiff.sampling.output import make_grid, save_grid, save_npz, save_pngs
-from fastdiff.sampling.pipeline import Pipeline, slerp
-from fastdiff.sampling.plan import Plan
+from fastdiff.sampling.plan import Plan, slerp
 from fastdiff.sampling.settings import settings_of
 
 __all__ = [
@@ -18,7 +16,6 @@ __all__ = [
     "Engine",
     "Job",
     "Loop",
-    "Pipeline",
     "Plan",
     "SampleFiles",
     "generate",

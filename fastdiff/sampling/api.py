@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastdiff.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from fastdiff.config import RuntimeConfig, SampleConfig
 from fastdiff.runtime.device import Runtime
-from fastdiff.sampling.generate import Int64Array
+from fastdiff.sampling.loop import Int64Array
 from fastdiff.sampling.output import Uint8Array
 from fastdiff.sampling.plan import Plan
 
@@ -65,7 +65,7 @@ def sample(
     )
     numbers = _numbers(np.arange(plan.config.num_samples) if indices is None else np.asarray(indices))
     labels = plan.labels(numbers)
-    return np.concatenate(list(plan.pipeline(runtime, len(numbers)).draw(numbers, labels)))
+    return np.concatenate(list(plan.engine(runtime, len(numbers)).draw(numbers, labels)))
 
 
 def _numbers(indices: NDArray[Any]) -> Int64Array:

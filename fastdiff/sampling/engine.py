@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ from fastdiff.config import SampleConfig, Sampler
 from fastdiff.data import normalised, to_uint8
 from fastdiff.diffusion import Philox, build_diffusion
 from fastdiff.runtime.device import Runtime
-from fastdiff.sampling.generate import Int64Array, OfImages, batch_slices, generate
+from fastdiff.sampling.base_samples import BaseSamples
 from fastdiff.sampling.guidance import guided
+from fastdiff.sampling.loop import Int64Array, OfImages, StopSampling, batch_slices, generate
 from fastdiff.sampling.output import Uint8Array
 
 SUPER_RES_KEY = 0x9E3779B97F4A7C15
@@ -23,43 +26,64 @@ SUPER_RES_KEY = 0x9E3779B97F4A7C15
 class Engine:
     """Draws the images of a checkpoint by their numbers.
 
-    ``images`` is the number of images to expect, which decides whether compilation pays. The engine takes ownership of
-    the checkpoint's model and casts its weights. ValueError if ``config`` asks for timesteps that the diffusion process
-    does not have.
+    ``images`` is the number of images to expect, which decides whether compilation pays. ``base`` supplies the inputs
+    of a super-resolution model: small images, or the engine that draws them (a cascade: Nichol & Dhariwal 2021,
+    section 4), whose class labels ``upper_labels`` maps to this model's. ``start`` supplies x_T if it is not noise. The
+    engine takes ownership of the checkpoint's model and casts its weights. ValueError if ``config`` asks for timesteps
+    that the diffusion process does not have.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: SampleConfig, runtime: Runtime, images: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: SampleConfig,
+        runtime: Runtime,
+        images: int,
+        *,
+        base: "BaseSamples | Engine | None" = None,
+        upper_labels: Callable[[Int64Array], Int64Array] | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.runtime = runtime
+        self.base = base
+        self.upper_labels = upper_labels
+        self.start: OfImages | None = None
         process = checkpoint.diffusion_config
         if config.respacing is not None:
             process = replace(process, timestep_respacing=config.respacing)
         self.diffusion = build_diffusion(process, runtime.kernels)
-        self.steps = self.diffusion.num_timesteps
         shift = SUPER_RES_KEY if checkpoint.model_config.small_size else 0
         self.config = replace(config, seed=(config.seed + shift) % 2**64)
-        calls = len(batch_slices(images, config.batch_size)) * self.steps if images else 0
+        calls = len(batch_slices(images, config.batch_size)) * self.diffusion.num_timesteps if images else 0
         self.calls = 2 * calls if config.sampler is Sampler.HEUN else calls
         self._module = runtime.cast(checkpoint.model.eval())
         self._model = runtime.prepare(self._module, self.calls)
 
-    def draw(
-        self,
-        indices: Int64Array,
-        labels: Int64Array | None = None,
-        *,
-        low_res: OfImages | None = None,
-        start: OfImages | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> Iterator[Uint8Array]:
-        """Yield the images ``indices`` (N,) of the classes ``labels`` (N,), uint8 (n, H, W, 3); see ``generate``."""
-        return self._generate(self._model, indices, labels, low_res=low_res, start=start, on_step=on_step)
+    @property
+    def steps(self) -> int:
+        """Steps per image, those of a base engine included."""
+        return self.diffusion.num_timesteps + (self.base.steps if isinstance(self.base, Engine) else 0)
 
-    def trajectory(
-        self, index: int, label: int | None, most: int, low_res: OfImages | None = None, start: OfImages | None = None
-    ) -> Uint8Array:
+    def draw(
+        self, indices: Int64Array, labels: Int64Array | None = None, on_step: Callable[[int], None] | None = None
+    ) -> Iterator[Uint8Array]:
+        """Yield the images ``indices`` (N,) of the classes ``labels`` (N,), uint8 (n, H, W, 3).
+
+        ``on_step`` is called after each step with the number of images that took it; see ``generate``.
+        """
+        low_res: OfImages | None = None
+        if isinstance(self.base, Engine):
+            low_res = partial(_next_of, self.base.draw(indices, labels, on_step))  # split into the same batches
+        elif self.base is not None:
+            low_res = self._given
+        return generate(
+            self._model, self.diffusion, self.config, **self._inputs(indices, labels, low_res), on_step=on_step
+        )
+
+    def trajectory(self, index: int, label: int | None, most: int) -> Uint8Array:
         """At most ``most`` evenly spread frames uint8 (F, H, W, 3) of the image ``index`` from x_T to x_0."""
-        chosen = np.linspace(self.steps, 0, min(self.steps + 1, most)).round().astype(int).tolist()
+        steps = self.diffusion.num_timesteps
+        chosen = np.linspace(steps, 0, min(steps + 1, most)).round().astype(int).tolist()
         frames: list[Uint8Array] = []
         seen = 0
 
@@ -69,38 +93,34 @@ class Engine:
                 frames.append(to_uint8(x)[0].cpu().numpy())
             seen += 1
 
-        labels = None if label is None else np.array([label])
+        low_res: OfImages | None = self._given if self.base is not None else None
+        if isinstance(self.base, Engine):
+            small = normalised(torch.from_numpy(self.base.trajectory(index, label, 1)))
+            low_res = lambda _: small  # noqa: E731
+        inputs = self._inputs(np.array([index]), None if label is None else np.array([label]), low_res)
         model = self.runtime.eager(self._module)  # a batch of one would be compiled again
-        for _ in self._generate(model, np.array([index]), labels, low_res=low_res, start=start, watch=watch):
+        for _ in generate(model, self.diffusion, self.config, **inputs, watch=watch):
             pass
         return np.stack(frames)
 
-    def _generate(
-        self,
-        model: Callable[..., Tensor],
-        indices: Int64Array,
-        labels: Int64Array | None,
-        *,
-        low_res: OfImages | None,
-        start: OfImages | None,
-        on_step: Callable[[int], None] | None = None,
-        watch: Callable[[Tensor], None] | None = None,
-    ) -> Iterator[Uint8Array]:
+    def _inputs(self, indices: Int64Array, labels: Int64Array | None, low_res: OfImages | None) -> dict[str, Any]:
+        """The arguments of ``generate`` that follow from the model and the images."""
         config = self.checkpoint.model_config
-        return generate(
-            model,
-            self.diffusion,
-            self.config,
-            image_size=config.image_size,
-            device=self.runtime.device,
-            indices=indices,
-            labels=labels if config.class_cond else None,
-            low_res=low_res,
-            start=start,
-            on_step=on_step,
-            watch=watch,
-            graphs=True,
-        )
+        if labels is not None and self.upper_labels is not None:
+            labels = self.upper_labels(labels)
+        return {
+            "image_size": config.image_size,
+            "device": self.runtime.device,
+            "indices": indices,
+            "labels": labels if config.class_cond else None,
+            "low_res": low_res,
+            "start": self.start,
+            "graphs": True,
+        }
+
+    def _given(self, numbers: Int64Array) -> Tensor:
+        assert isinstance(self.base, BaseSamples)
+        return normalised(torch.from_numpy(self.base.batch(numbers)))
 
     def encode(self, images: Uint8Array, labels: Int64Array | None = None) -> Tensor:
         """x_T, fp32 (N, 3, H, W), of images uint8 (N, H, W, 3) by reverse DDIM (Song et al. 2021, section 4.3)."""
@@ -117,3 +137,10 @@ class Engine:
         size = self.checkpoint.model_config.image_size
         first = Philox(seed, torch.zeros(1, dtype=torch.int64, device=self.runtime.device))
         return first.of_start((1, 3, size, size), self.diffusion.kernels)
+
+
+def _next_of(batches: Iterator[Uint8Array], numbers: Int64Array) -> Tensor:
+    """The next batch of small images, padded to the length of ``numbers``; raises StopSampling if there is none."""
+    if (images := next(batches, None)) is None:
+        raise StopSampling
+    return normalised(torch.from_numpy(images[np.arange(len(numbers)) % len(images)]))

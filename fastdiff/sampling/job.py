@@ -2,9 +2,9 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.words import duration
 from fastdiff.sampling.classes import names_of
+from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.files import FRAMES, SampleFiles, png_names
-from fastdiff.sampling.generate import Int64Array, StopSampling
+from fastdiff.sampling.loop import Int64Array, StopSampling
 from fastdiff.sampling.output import save_grid, save_trajectory
-from fastdiff.sampling.pipeline import Pipeline
 from fastdiff.sampling.plan import Plan
 
 MOST_COLUMNS = 16
@@ -66,41 +66,44 @@ class Job:
         """
         with ExitStack() as held:
             missing = self.world.from_main(lambda: self._open(held))
-            try:
-                return self._fill(missing, log, on_progress)
-            except Exception:
-                # nothing to keep; PNG files, if any, are known as the job's only while its folder exists
-                if self.world.main and self.files.png_dir is None and not self.files.shards.spans():
-                    self.files.shards.remove()
-                raise
+            with self._empty_folder_removed():
+                mine = np.array_split(missing, self.world.size)[self.world.rank]
+                engine = self.world.on_all(lambda: self.plan.engine(self.runtime, len(mine)))
+                if len(missing) < len(self.indices):
+                    log(f"resuming: {len(self.indices) - len(missing)} of {len(self.indices)} images are finished")
+                log(
+                    f"drawing: {len(missing)} images of {self.plan.image_size} pixels, {engine.steps} "
+                    f"{self.plan.config.sampler} steps, seed {self.plan.config.seed}; {self.world.describe()}, "
+                    f"{self.runtime.describe(engine.calls)}"
+                )
+                if engine.steps > 250 and self.runtime.device.type == "cpu":
+                    log("hint: fewer steps are faster, try --sampler dpm++ --steps 20")
+                began = time.perf_counter()
+                # held until all are done: a signal to all must not kill a process that waits for the others' status
+                with StopRequest(_ANSWER) as stop:
+                    status = self.world.on_all(lambda: self._draw(engine, mine, stop, on_progress))
+                    status = max(self.world.all_gather_object(status))
+                if status:
+                    there = sum(map(len, self.files.shards.spans()))
+                    log(
+                        f"stopped by {signal.Signals(status - 128).name}: {there} of {len(self.indices)} images are "
+                        f"finished, in {self.files.shards.folder}; {self.files.again} resumes the job"
+                    )
+                    return status
+                speed = f", {len(missing) / (time.perf_counter() - began):.2f} images/s" if len(missing) else ""
+                self.world.from_main(lambda: self._finish(engine, log, speed))
+                return 0
 
-    def _fill(self, missing: Int64Array, log: Callable[[str], None], on_progress: OnProgress) -> int:
-        mine = np.array_split(missing, self.world.size)[self.world.rank]
-        pipeline = self.world.on_all(lambda: self.plan.pipeline(self.runtime, len(mine)))
-        if len(missing) < len(self.indices):
-            log(f"resuming: {len(self.indices) - len(missing)} of {len(self.indices)} images are finished")
-        log(
-            f"drawing: {len(missing)} images of {self.plan.image_size} pixels, {pipeline.steps} "
-            f"{self.plan.config.sampler} steps, seed {self.plan.config.seed}; {self.world.describe()}, "
-            f"{self.runtime.describe(pipeline.engine.calls)}"
-        )
-        if pipeline.steps > 250 and self.runtime.device.type == "cpu":
-            log("hint: fewer steps are faster, try --sampler dpm++ --steps 20")
-        began = time.perf_counter()
-        # held until all are done: a signal to all must not kill a process that waits for the others' status
-        with StopRequest(_ANSWER) as stop:
-            status = self.world.on_all(lambda: self._draw(pipeline, mine, stop, on_progress))
-            status = max(self.world.all_gather_object(status))
-        if status:
-            there = sum(map(len, self.files.shards.spans()))
-            log(
-                f"stopped by {signal.Signals(status - 128).name}: {there} of {len(self.indices)} images are finished, "
-                f"in {self.files.shards.folder}; {self.files.again} resumes the job"
-            )
-            return status
-        speed = f", {len(missing) / (time.perf_counter() - began):.2f} images/s" if len(missing) else ""
-        self.world.from_main(lambda: self._finish(pipeline, log, speed))
-        return 0
+    @contextmanager
+    def _empty_folder_removed(self) -> Iterator[None]:
+        """After a failure, remove the shards' folder if there is nothing to keep."""
+        try:
+            yield
+        except Exception:
+            # PNG files, if any, are known as the job's only while its folder exists
+            if self.world.main and self.files.png_dir is None and not self.files.shards.spans():
+                self.files.shards.remove()
+            raise
 
     def _open(self, held: ExitStack) -> Int64Array:
         """Take the lease on the shards' folder, which ``held`` releases; return the positions still to be drawn."""
@@ -125,7 +128,7 @@ class Job:
         files.clean()
         return shards.missing(len(self.indices))
 
-    def _draw(self, pipeline: Pipeline, positions: Int64Array, stop: StopRequest, on_progress: OnProgress) -> int:
+    def _draw(self, engine: Engine, positions: Int64Array, stop: StopRequest, on_progress: OnProgress) -> int:
         """Draw the images at the increasing ``positions``, saving each batch while the next one is drawn.
 
         Returns the exit status, which is not 0 if a signal stopped it before the last image.
@@ -133,7 +136,7 @@ class Job:
         if not len(positions):
             return 0
         labels = None if self.labels is None else self.labels[positions]
-        meter = _SamplingProgress(on_progress, len(positions) * self.world.size, pipeline.steps)
+        meter = _SamplingProgress(on_progress, len(positions) * self.world.size, engine.steps)
         saving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
 
@@ -143,7 +146,7 @@ class Job:
                     raise StopSampling
 
             try:
-                for images in pipeline.draw(self.indices[positions], labels, on_step):
+                for images in engine.draw(self.indices[positions], labels, on_step):
                     if saving is not None:
                         saving.result()
                     here, positions = np.split(positions, [len(images)])
@@ -157,15 +160,15 @@ class Job:
         labels = None if self.labels is None else self.labels[positions]
         return png_names(self.indices[positions], labels, self.class_names)
 
-    def _finish(self, pipeline: Pipeline, log: Callable[[str], None], speed: str) -> None:
+    def _finish(self, engine: Engine, log: Callable[[str], None], speed: str) -> None:
         try:
-            self._write(pipeline, log, speed)
+            self._write(engine, log, speed)
         except OSError as error:
             where = self.files.shards.folder
             raise OSError(f"{error}: all images are in {where}, and {self.files.again} resumes the job") from error
         self.files.shards.remove()
 
-    def _write(self, pipeline: Pipeline, log: Callable[[str], None], speed: str) -> None:
+    def _write(self, engine: Engine, log: Callable[[str], None], speed: str) -> None:
         files, labels = self.files, self.labels
         first = files.join(self.plan.image_size, self.indices, labels, self.class_names, self.settings)
         columns, names = None, None
@@ -184,7 +187,7 @@ class Job:
         if files.trajectory is not None:
             label = None if labels is None else int(labels[0])
             most = FRAMES[files.trajectory.suffix]
-            save_trajectory(files.trajectory, pipeline.trajectory(int(self.indices[0]), label, most))
+            save_trajectory(files.trajectory, engine.trajectory(int(self.indices[0]), label, most))
             log(f"wrote {files.trajectory}, the steps of image {self.indices[0]}")
 
 

@@ -1,16 +1,108 @@
-"""A sampling loop over fixed buffers, so that a GPU replays each step as one CUDA graph."""
+"""The sampling loop: noise; for each step guidance, model, update; then the pixels, batch by batch.
 
-from collections.abc import Callable, Mapping
+A step works on tensors that stay where they are, so that a GPU replays it as one CUDA graph.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.config import SampleConfig, Sampler
+from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox
+from fastdiff.sampling.guidance import guided
+from fastdiff.sampling.output import Uint8Array
 
 _MULTISTEP = (Sampler.DPM, Sampler.DPM_SDE)
+
+Int64Array = NDArray[np.int64]
+OfImages = Callable[[Int64Array], Tensor]
+"""Maps image numbers (n,) to per-image tensors (n, ...)."""
+
+
+class StopSampling(Exception):
+    """Raised by ``on_step`` to end the sampling."""
+
+
+def generate(
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    config: SampleConfig,
+    *,
+    image_size: int,
+    device: torch.device,
+    indices: Int64Array | None = None,
+    labels: Int64Array | None = None,
+    low_res: OfImages | None = None,
+    start: OfImages | None = None,
+    on_step: Callable[[int], None] | None = None,
+    watch: Callable[[Tensor], None] | None = None,
+    graphs: bool = False,
+) -> Iterator[Uint8Array]:
+    """Yield batches of images, uint8 (n, H, W, 3), of the sizes that ``batches`` chooses.
+
+    ``indices`` (num_samples,) are the image numbers, by default 0, 1, 2, ... ``labels`` (num_samples,) are the class
+    labels for a class-conditional model. ``low_res`` gives the inputs (n, 3, h, w) in [-1, 1] of a super-resolution
+    model, and ``start`` gives x_T (n, 3, H, W) if it is not noise. ``on_step`` is called after each step with the
+    number of images that took it. It may raise StopSampling to end the sampling; finished batches are still yielded.
+    ``watch`` is called with x_T and every later x_t, a buffer that the next step overwrites. With ``graphs`` a step is
+    one CUDA graph on a GPU.
+
+    The noise of an image is a function of seed and index alone (fastdiff.kernels.philox): the same seed draws the same
+    image for every batch size. On a GPU a batch is drawn while the pixels of the previous one are copied to the host.
+
+    ValueError if the images are not finite.
+    """
+    numbers = np.arange(config.num_samples) if indices is None else indices
+    if config.guidance_scale != 1 and labels is not None:
+        model = guided(model, config.guidance_scale)
+    loop = Loop(model, diffusion, config, graphs=graphs)
+    parts = batch_slices(len(numbers), config.batch_size)
+    size = parts[0].stop
+    steps = _Steps(on_step or (lambda images: None), device)
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+    leaving: deque[_Leaving] = deque()
+    for part in parts:
+        # The last batch is padded with copies of its images: another shape would recompile the model.
+        wanted = part.stop - part.start
+        mine = numbers[part][np.arange(size) % wanted]
+        conditions = {}
+        if labels is not None:
+            conditions["y"] = to_device(torch.from_numpy(labels[part][np.arange(size) % wanted]), device)
+        if low_res is not None:
+            try:
+                conditions["low_res"] = to_device(low_res(mine), device)
+            except StopSampling:
+                break
+        noise = Philox(config.seed, to_device(torch.from_numpy(mine), device))
+        shape = (size, 3, image_size, image_size)
+        x = noise.of_start(shape, diffusion.kernels) if start is None else to_device(start(mine), device)
+        loop.begin(x, noise, conditions)
+        if watch is not None:
+            watch(loop.x)
+        while loop.left and not steps.stopped:
+            loop.step()
+            steps.taken(wanted)
+            if watch is not None:
+                watch(loop.x)
+            if leaving and leaving[0].there:
+                yield leaving.popleft().arrived(steps)
+        if loop.left:
+            break
+        leaving.append(_Leaving(loop.x, wanted, copying))
+        while len(leaving) > (copying is not None):  # at most one batch ahead, though a GPU's host could run further
+            yield leaving.popleft().arrived(steps)
+        if steps.stopped:
+            break
+    while leaving:
+        yield leaving.popleft().arrived(steps)
 
 
 @dataclass(frozen=True)
@@ -35,7 +127,8 @@ class Loop:
         self, model: Callable[..., Tensor], diffusion: GaussianDiffusion, config: SampleConfig, *, graphs: bool = True
     ) -> None:
         self.left = 0
-        self._capturing = graphs
+        self._graphs_wanted = graphs
+        self._capturing = False
         self._model = model
         self._diffusion = diffusion
         self._config = config
@@ -72,54 +165,62 @@ class Loop:
             held.conditions[name].copy_(value)
         self.left = self._diffusion.num_timesteps
 
+    @torch.no_grad()
     def step(self) -> None:
-        """Replace x_t by x_{t-1}."""
-        last = self.left == 1 and self._config.sampler is Sampler.HEUN  # Heun's last step has no second half
+        """Replace x_t by x_{t-1}: noise, model, update."""
+        process, config, model, held = self._diffusion, self._config, self._model, self._held
+        last = self.left == 1 and config.sampler is Sampler.HEUN  # Heun's last step has no second half
         self.left -= 1
-        if self.x.device.type != "cuda" or not self._capturing or last not in self._graphs:
-            self._advance(last)
-            self._graphs[last] = None
+        if self._replayed(last):
             return
-        if (graph := self._graphs[last]) is None:
-            self._graphs[last] = graph = self._captured(last)
-        graph.replay()
+        x, t, noise = held.x, held.t, held.noise
+        if isinstance(noise, Tensor):
+            noise = noise.index_select(0, process.num_timesteps - 1 - t[:1])[0]
+        options: dict[str, Any] = {"clip_denoised": config.clip_denoised, "model_kwargs": held.conditions}
+        match config.sampler:
+            case Sampler.DDPM:
+                out = process.p_sample(model, x, t, noise=noise, pred_xstart=False, **options)
+            case Sampler.DDIM:
+                out = process.ddim_sample(model, x, t, eta=config.eta, noise=noise, pred_xstart=False, **options)
+            case Sampler.DPM | Sampler.DPM_SDE:
+                sde = config.sampler is Sampler.DPM_SDE
+                out = process.dpm_solver_sample(model, x, t, previous=held.previous, sde=sde, noise=noise, **options)
+            case Sampler.HEUN:
+                out = process.heun_sample(model, x, t, last=last, **options)
+        x.copy_(out["sample"])
+        if held.previous is not None:
+            held.previous.copy_(out["pred_xstart"])
+        t.sub_(1)
 
-    def _captured(self, last: bool) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+    def _replayed(self, last: bool) -> bool:
+        """Launch the CUDA graph of the step, captured before its first launch.
+
+        False if the step must run eagerly: on a CPU, the first time (which compiles the model), and during the capture.
+        """
+        if not self._graphs_wanted or self._capturing or self.x.device.type != "cuda":
+            return False
+        if last not in self._graphs:
+            self._graphs[last] = None
+            return False
+        if (graph := self._graphs[last]) is None:
+            self._graphs[last] = graph = self._captured()
+        graph.replay()
+        return True
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The graph of a step; the state of the loop does not change."""
+        graph, left = torch.cuda.CUDAGraph(), self.left
+        self._capturing, self.left = True, left + 1
         # The graphs run one after the other and share one memory pool. PyTorch's default capture stream belongs to the
         # device of the first capture, so each graph has a new stream. Other host threads must not end a capture.
         pool = next((other.pool() for other in self._graphs.values() if other is not None), None)
         stream = torch.cuda.Stream(self.x.device)
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._advance(last)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.step()
+        finally:
+            self._capturing, self.left = False, left
         return graph
-
-    @torch.no_grad()
-    def _advance(self, last: bool) -> None:
-        held = self._held
-        out = self._updated(last)
-        held.x.copy_(out["sample"])
-        if held.previous is not None:
-            held.previous.copy_(out["pred_xstart"])
-        held.t.sub_(1)
-
-    def _updated(self, last: bool) -> dict[str, Tensor]:
-        process, config, model, held = self._diffusion, self._config, self._model, self._held
-        noise = held.noise
-        if isinstance(noise, Tensor):
-            noise = noise.index_select(0, process.num_timesteps - 1 - held.t[:1])[0]
-        options: dict[str, Any] = {"clip_denoised": config.clip_denoised, "model_kwargs": held.conditions}
-        x, t = held.x, held.t
-        match config.sampler:
-            case Sampler.DDPM:
-                return process.p_sample(model, x, t, noise=noise, pred_xstart=False, **options)
-            case Sampler.DDIM:
-                return process.ddim_sample(model, x, t, eta=config.eta, noise=noise, pred_xstart=False, **options)
-            case Sampler.DPM | Sampler.DPM_SDE:
-                sde = config.sampler is Sampler.DPM_SDE
-                return process.dpm_solver_sample(model, x, t, previous=held.previous, sde=sde, noise=noise, **options)
-            case Sampler.HEUN:
-                return process.heun_sample(model, x, t, last=last, **options)
 
 
 def _numbers(noise: Philox | Tensor) -> Tensor:
@@ -129,3 +230,80 @@ def _numbers(noise: Philox | Tensor) -> Tensor:
 
 def _copy_of(noise: Philox | Tensor) -> Philox | Tensor:
     return replace(noise, samples=noise.samples.clone()) if isinstance(noise, Philox) else noise.clone()
+
+
+def batch_slices(count: int, batch_size: int) -> list[slice]:
+    """Split ``count`` items into the fewest slices of at most ``batch_size``, all equal except for the last."""
+    size = -(-count // -(-count // batch_size))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class _Steps:
+    """Reports the steps that the device has completed; on a GPU they lag behind the steps that the host launched."""
+
+    def __init__(self, tell: Callable[[int], None], device: torch.device) -> None:
+        self.stopped = False
+        self._tell = tell
+        self._device = device
+        self._pending: deque[tuple[torch.cuda.Event, int]] = deque()
+
+    def taken(self, images: int) -> None:
+        """Record that a step of ``images`` images was launched."""
+        if self._device.type == "cuda":
+            self._pending.append((torch.cuda.current_stream(self._device).record_event(), images))
+            self.look()
+        else:
+            self._told(images)
+
+    def look(self) -> None:
+        """Report the completed steps without waiting for the device."""
+        while self._pending and self._pending[0][0].query():
+            self._told(self._pending.popleft()[1])
+
+    def _told(self, images: int) -> None:
+        try:
+            self._tell(images)
+        except StopSampling:
+            self.stopped = True
+
+
+class _Leaving:
+    """A batch's pixels, copied to the host on a separate stream while the device computes the next batch."""
+
+    def __init__(self, x: Tensor, wanted: int, copying: "torch.cuda.Stream | None") -> None:
+        self._pixels, self._finite = to_uint8(x)[:wanted], x.isfinite().all()
+        self._copied: torch.cuda.Event | None = None
+        if copying is not None:
+            copying.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(copying):
+                self._pixels, self._finite = _on_host(self._pixels), _on_host(self._finite)
+                self._copied = copying.record_event()
+
+    @property
+    def there(self) -> bool:
+        """Whether the pixels have arrived."""
+        return self._copied is None or self._copied.query()
+
+    def arrived(self, steps: _Steps) -> Uint8Array:
+        """Wait for the images, reporting steps meanwhile, and return them; ValueError if they are not finite."""
+        while not self.there:
+            steps.look()
+            time.sleep(0.002)
+        steps.look()
+        if not bool(self._finite):
+            raise ValueError("the model drew numbers that are not finite: its weights are damaged, or need fp32")
+        return self._pixels.numpy()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without a host sync, which would also wait for the batch being drawn."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Start a copy to pinned memory on the current stream and return its target."""
+    # the source was allocated on another stream, which would otherwise reuse its memory too early
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -7,6 +7,7 @@ from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoint import Checkpoint
@@ -17,8 +18,7 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
 from fastdiff.sampling.classes import labels_of, names_of
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.generate import Int64Array, OfImages, to_device
-from fastdiff.sampling.pipeline import Pipeline, slerp
+from fastdiff.sampling.loop import Int64Array, OfImages, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,18 +121,18 @@ class Plan:
             self._upper_labels(labels)  # names a missing class before anything is drawn
         return labels
 
-    def pipeline(self, runtime: Runtime, images: int) -> Pipeline:
-        """Prepare the models to draw ``images`` images. The pipeline takes ownership of them."""
-        engine = Engine(self.checkpoint, self.config, runtime, images)
+    def engine(self, runtime: Runtime, images: int) -> Engine:
+        """An engine that draws ``images`` images of this plan; it takes ownership of the models."""
+        engine = Engine(self.checkpoint, self.config, runtime, images, base=self.base)
         if self.ends is not None:
-            return Pipeline(engine, start=self._between(engine, self.ends))
+            engine.start = self._between(engine, self.ends)
         if self.super_res is None:
-            return Pipeline(engine, self.base)
+            return engine
         config = self.config
         if not self.super_res.metadata.get("label_dropout"):
-            config = replace(config, guidance_scale=1.0)  # the base decides what the image shows
+            config = replace(config, guidance_scale=1.0)  # the base model decides what the image shows
         upper = self._upper_labels if self.super_res.model_config.class_cond else None
-        return Pipeline(Engine(self.super_res, config, runtime, images), engine, upper_labels=upper)
+        return Engine(self.super_res, config, runtime, images, base=engine, upper_labels=upper)
 
     def _upper_labels(self, labels: Int64Array) -> Int64Array:
         """Convert class indices of the base to those of super_res; ValueError if it lacks a class."""
@@ -178,3 +178,17 @@ def _refuse_unlike(base: Checkpoint, upper: Checkpoint) -> None:
         )
     if large.class_cond and not small.class_cond:
         raise ValueError(f"super_res: the model has {large.num_classes} classes, and the base no classes")
+
+
+def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """Interpolate spherically between two x_T (1, 3, H, W) (Shoemake 1985): (n, 3, H, W) for ``weights`` (n,).
+
+    Linear interpolation would reduce the variance of the noise.
+    """
+    cosine = F.cosine_similarity(first.flatten(), second.flatten(), dim=0)
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    w = weights.view(-1, 1, 1, 1)
+    near = angle < 1e-4  # sin(angle) is too small to divide by
+    of_first = torch.where(near, 1 - w, torch.sin((1 - w) * angle) / torch.sin(angle))
+    of_second = torch.where(near, w, torch.sin(w * angle) / torch.sin(angle))
+    return of_first * first + of_second * second

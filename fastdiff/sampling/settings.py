@@ -7,7 +7,7 @@ from typing import Any
 from fastdiff.checkpoint import Checkpoint, sha256
 from fastdiff.data import ImageFolder
 from fastdiff.runtime.device import Runtime
-from fastdiff.sampling.generate import Int64Array
+from fastdiff.sampling.loop import Int64Array
 from fastdiff.sampling.plan import Plan
 
 

@@ -11,7 +11,7 @@ from fastdiff import Checkpoint, DiffusionConfig, ModelConfig, build_model, load
 from fastdiff.config import RuntimeConfig, SampleConfig
 from fastdiff.models import UNet
 from fastdiff.runtime.device import Runtime
-from fastdiff.sampling import Engine, Pipeline, Plan
+from fastdiff.sampling import Engine, Plan
 
 from ..support import randomise
 
@@ -61,7 +61,7 @@ def plan(checkpoint: Checkpoint, config: SampleConfig, **choices: Any) -> Plan:
     return Plan.of(checkpoint, config, **{**absent, "classes": (), **choices})
 
 
-def drawn(subject: Engine | Pipeline, count: int, labels: np.ndarray | None = None, **more: Any) -> np.ndarray:
+def drawn(subject: Engine, count: int, labels: np.ndarray | None = None, **more: Any) -> np.ndarray:
     return np.concatenate(list(subject.draw(np.arange(count), labels, **more)))
 
 

@@ -68,7 +68,11 @@ def test_weights_cast_once_draw_what_autocast_does(tmp_path: Path, precision: st
         **more,
     ):
         pass
-    list(subject_engine._generate(subject_engine._model, np.arange(3), start=None, watch=keep(found), **more))
+    inputs = subject_engine._inputs(np.arange(3), labels, low_res)
+    for _ in generate(
+        subject_engine._model, subject_engine.diffusion, subject_engine.config, watch=keep(found), **inputs
+    ):
+        pass
     assert torch.equal(torch.stack(found), torch.stack(expected))
     assert len(found) == 4
     exact = list(
@@ -96,7 +100,8 @@ def test_a_super_resolution_models_noise_is_its_own(tmp_path: Path) -> None:
     small = torch.zeros(1, 3, 8, 8)
     indices = np.array([4])
     watch: Any = lambda x: seen.append(x.clone())  # noqa: E731
-    list(subject._generate(subject._model, indices, None, low_res=lambda _: small, start=None, watch=watch))
+    inputs = subject._inputs(indices, None, lambda _: small)
+    list(generate(subject._model, subject.diffusion, subject.config, watch=watch, **inputs))
     assert torch.equal(seen[0], philox_normal(SUPER_RES_KEY - 5, torch.tensor([4]), 0, (3, 16, 16)))
     base = engine(tmp_path, how={"seed": 2**64 - 5})
     assert base.config.seed == 2**64 - 5
@@ -162,7 +167,8 @@ def test_the_engine_encodes(tmp_path: Path, flags: dict[str, Any]) -> None:
         subject = engine(tmp_path, how=how, **SMOOTH, **flags)
         latent = subject.encode(images, labels)
         assert (latent.shape, latent.dtype) == ((2, 3, 8, 8), torch.float32)
-        again = drawn(subject, 2, labels, start=lambda numbers, latent=latent: latent[numbers])
+        subject.start = lambda numbers, latent=latent: latent[numbers]
+        again = drawn(subject, 2, labels)
         errors.append(float(np.abs(again.astype(int) - images).mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2], errors
     assert errors[2] < 1
@@ -176,7 +182,9 @@ def test_the_noise_of_a_seed_is_its_first_images(tmp_path: Path) -> None:
     assert torch.equal(subject.noise_of(11), philox_normal(11, torch.tensor([0]), 0, (3, 8, 8)))
     other = engine(tmp_path, how={"seed": 11, "sampler": "ddim"})
     noise = subject.noise_of(11)
-    assert np.array_equal(drawn(other, 1), drawn(other, 1, start=lambda numbers: noise[numbers]))
+    alone = drawn(other, 1)
+    other.start = lambda numbers: noise[numbers]
+    assert np.array_equal(alone, drawn(other, 1))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++", "heun"])

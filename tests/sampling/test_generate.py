@@ -14,7 +14,7 @@ from fastdiff import DiffusionConfig, SampleConfig, build_diffusion
 from fastdiff.config import Sampler
 from fastdiff.kernels import philox_normal
 from fastdiff.sampling import Loop, generate
-from fastdiff.sampling.generate import StopSampling
+from fastdiff.sampling.loop import StopSampling
 
 DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=4, noise_schedule="cosine", predict_xstart=True))
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ class SlowDevice:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked = self.taken = self.most_ahead = 0
-        module, real = sys.modules["fastdiff.sampling.generate"], Loop.step
+        module, real = sys.modules["fastdiff.sampling.loop"], Loop.step
 
         def step(loop: Loop) -> None:
             self.asked += 1
@@ -133,7 +133,7 @@ class SlowDevice:
         )
         monkeypatch.setattr(Loop, "step", step)
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
-        monkeypatch.setattr(module, "torch", SimpleNamespace(cuda=cuda, from_numpy=torch.from_numpy))
+        monkeypatch.setattr(module, "torch", SimpleNamespace(**{**vars(torch), "cuda": cuda}))
         monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor)
         monkeypatch.setattr(module, "_on_host", Tensor.clone)
 

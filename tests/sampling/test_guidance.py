@@ -119,9 +119,9 @@ def test_a_cascade_guides_where_it_can(tmp_path: Path) -> None:
     config = SampleConfig(guidance_scale=2.0)
     for dropout in ({}, {"label_dropout": 0.1}):
         upper = loaded(tmp_path, **CLASSES, **UPPER, **dropout)
-        pipeline = plan(base, config, super_res=upper).pipeline(runtime(), 1)
-        assert isinstance(pipeline.base, Engine)
-        assert pipeline.base.config.guidance_scale == 2.0
-        assert pipeline.engine.config.guidance_scale == (2.0 if dropout else 1.0)
+        upsampler = plan(base, config, super_res=upper).engine(runtime(), 1)
+        assert isinstance(upsampler.base, Engine)
+        assert upsampler.base.config.guidance_scale == 2.0
+        assert upsampler.config.guidance_scale == (2.0 if dropout else 1.0)
     with pytest.raises(ValueError, match="trained without label dropout"):
         plan(loaded(tmp_path, **CLASSES), config, super_res=upper)

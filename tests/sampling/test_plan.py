@@ -187,9 +187,9 @@ def test_a_cascade_of_other_classes(tmp_path: Path) -> None:
     subject = plan(loaded(tmp_path, **CLASSES), SampleConfig(), super_res=loaded(tmp_path, **upper), classes=("cat",))
     labels = subject.labels(numbers)
     assert labels is not None
-    pipeline = subject.pipeline(runtime(), 4)
-    assert pipeline.upper_labels is not None
-    assert pipeline.upper_labels(labels).tolist() == [2] * 4
+    engine = subject.engine(runtime(), 4)
+    assert engine.upper_labels is not None
+    assert engine.upper_labels(labels).tolist() == [2] * 4
     subject = plan(loaded(tmp_path, **CLASSES), SampleConfig(), super_res=loaded(tmp_path, **upper))
     with pytest.raises(
         ValueError, match=r"^the base has the class 'zebra', which the model does not know; it knows eel"
@@ -248,7 +248,7 @@ def test_an_end_that_is_no_image(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     ends = (str(tmp_path / "good.png"), str(tmp_path / "bad.png"))
     with pytest.raises(ValueError, match=r"bad\.png"):
-        plan(loaded(tmp_path), SampleConfig(sampler="ddim", steps=2), ends=ends).pipeline(runtime(), 2)
+        plan(loaded(tmp_path), SampleConfig(sampler="ddim", steps=2), ends=ends).engine(runtime(), 2)
 
 
 def test_the_size_of_the_images_is_the_last_models(tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ def test_base_samples_are_enlarged(tmp_path: Path, base_samples: Path, flags: di
     assert len(numbers) == 5
     labels = subject.labels(numbers)
     assert labels is None if not flags else labels is not None and labels.tolist() == LABELS.tolist()
-    pipeline = subject.pipeline(runtime(), 5)
-    assert pipeline.steps == 4
-    found = drawn(pipeline, 5, labels)
+    engine = subject.engine(runtime(), 5)
+    assert engine.steps == 4
+    found = drawn(engine, 5, labels)
     assert found.shape == (5, 16, 16, 3)
     model = loaded(tmp_path, **UPPER, **flags)
     expected = generate(
@@ -63,7 +63,7 @@ def test_more_images_than_base_samples_begin_again_with_other_noise(tmp_path: Pa
     labels = subject.labels(np.arange(12))
     assert labels is not None
     assert labels.tolist() == [*LABELS, *LABELS, *LABELS[:2]]
-    images = drawn(subject.pipeline(runtime(), 12), 12, labels)
+    images = drawn(subject.engine(runtime(), 12), 12, labels)
     assert len(np.unique(images.reshape(12, -1), axis=0)) == 12
 
 
@@ -77,34 +77,34 @@ def test_a_cascade_is_one_command_after_the_other(tmp_path: Path, batch_size: in
     first = plan(loaded(tmp_path, **CLASSES), config, num_samples=5)
     labels = first.labels(numbers)
     assert labels is not None
-    small = drawn(first.pipeline(runtime(), 5), 5, labels)
+    small = drawn(first.engine(runtime(), 5), 5, labels)
     save_npz(tmp_path / "small.npz", [small], small.shape, arr_1=labels, class_names=NAMES)
     second = plan(loaded(tmp_path, **flags), config, base_samples=tmp_path / "small.npz")
-    apart = drawn(second.pipeline(runtime(), 5), 5, second.labels(numbers))
+    apart = drawn(second.engine(runtime(), 5), 5, second.labels(numbers))
 
     cascade = plan(loaded(tmp_path, **CLASSES), config, super_res=loaded(tmp_path, **flags), num_samples=5)
     assert cascade.image_size == 16
     assert np.array_equal(cascade.labels(numbers), labels)
-    pipeline = cascade.pipeline(runtime(), 5)
-    assert pipeline.steps == 8
+    engine = cascade.engine(runtime(), 5)
+    assert engine.steps == 8
     told: list[int] = []
-    together = drawn(pipeline, 5, labels, on_step=told.append)
+    together = drawn(engine, 5, labels, on_step=told.append)
     assert np.array_equal(together, apart)
     assert sum(told) == 5 * 8  # each image takes the steps of both
     # and so does one image of it, and a trajectory
-    (alone,) = np.concatenate(list(pipeline.draw(np.array([3]), labels[3:4])))
+    (alone,) = np.concatenate(list(engine.draw(np.array([3]), labels[3:4])))
     assert np.abs(alone.astype(int) - apart[3]).max() <= 1  # elsewhere in the batch it may round otherwise
-    shown = pipeline.trajectory(3, int(labels[3]), 3)
+    shown = engine.trajectory(3, int(labels[3]), 3)
     assert shown.shape == (3, 16, 16, 3)
     assert np.abs(shown[-1].astype(int) - apart[3]).max() <= 1
 
 
 def test_a_trajectory_of_enlarging(tmp_path: Path, base_samples: Path) -> None:
     subject = plan(loaded(tmp_path, **UPPER), SampleConfig(steps=4), base_samples=base_samples)
-    pipeline = subject.pipeline(runtime(), 5)
-    shown = pipeline.trajectory(3, None, 99)
+    engine = subject.engine(runtime(), 5)
+    shown = engine.trajectory(3, None, 99)
     assert shown.shape == (5, 16, 16, 3)
-    assert np.abs(shown[-1].astype(int) - drawn(pipeline, 5)[3]).max() <= 1
+    assert np.abs(shown[-1].astype(int) - drawn(engine, 5)[3]).max() <= 1
 
 
 def between(tmp_path: Path, *ends: str, num_samples: int | None = 5, **how: Any) -> np.ndarray:
@@ -113,7 +113,7 @@ def between(tmp_path: Path, *ends: str, num_samples: int | None = 5, **how: Any)
     config = SampleConfig(**{"sampler": "ddim", **how})
     subject = plan(loaded(tmp_path, **flags), config, ends=ends, num_samples=num_samples, classes=classes)
     count = subject.config.num_samples
-    return drawn(subject.pipeline(runtime(), count), count, subject.labels(np.arange(count)))
+    return drawn(subject.engine(runtime(), count), count, subject.labels(np.arange(count)))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "heun"])
@@ -147,9 +147,9 @@ def test_the_way_between_two_images(tmp_path: Path) -> None:
 def test_a_part_of_the_way_is_what_all_of_it_holds(tmp_path: Path) -> None:
     config = SampleConfig(sampler="ddim", steps=5)
     subject = plan(loaded(tmp_path), config, ends=("1", "2"), num_samples=7)
-    pipeline = subject.pipeline(runtime(), 7)
-    whole = drawn(pipeline, 7)
-    part = np.concatenate(list(pipeline.draw(np.array([5, 2]))))
+    engine = subject.engine(runtime(), 7)
+    whole = drawn(engine, 7)
+    part = np.concatenate(list(engine.draw(np.array([5, 2]))))
     assert np.abs(part.astype(int) - whole[[5, 2]]).max() <= 1
 
 
