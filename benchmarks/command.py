@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._dynamo
 from rich.console import Console
 
 from fastdiff.benchmarks.chart import PANELS, check_chart, draw_ladder
@@ -139,20 +138,20 @@ def _or_failed(suite: str, rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def _kernels(request: Request, rounds: int, console: Console) -> Iterator[list[Row]]:
+    from fastdiff.benchmarks.cases import cases
     from fastdiff.benchmarks.kernels import measure_all
-    from fastdiff.benchmarks.problems import problems
-    from fastdiff.benchmarks.roofs import measure_roofs
+    from fastdiff.benchmarks.roofline import measure_roofline
 
     device = request.device
     if device.type == "cpu":
         console.print("kernels: no GPU, so these are CPU figures of the PyTorch implementations, at small sizes")
-    roofs = measure_roofs(device, torch.bfloat16)
-    console.print(f"measured here in bf16: {roofs}", highlight=False)
-    found = list(problems(device))
+    roofline = measure_roofline(device, torch.bfloat16)
+    console.print(f"measured here in bf16: {roofline}", highlight=False)
+    found = list(cases(device))
     if request.quick:  # the first of each
         found = list({(p.op, p.layout): p for p in reversed(found)}.values())[::-1]
     for measured in measure_all(found, rounds, device):
-        yield [one.row(roofs) for one in measured]
+        yield [one.row(roofline) for one in measured]
 
 
 def _models(
@@ -162,21 +161,21 @@ def _models(
     from fastdiff.benchmarks.peers import missing
     from fastdiff.benchmarks.suites import Ceilings, against_diffusers, measure, measure_step
 
-    torch._dynamo.reset()  # a model compiled for another batch size counts towards Dynamo's limit of eight
+    torch.compiler.reset()  # a model compiled for another batch size counts towards Dynamo's limit of eight
     device, models = workload.device, Models(workload)
     climbed = {s: as_asked(s, request.ours, device) if request.asked else ladder(s, device) for s in suites}
-    roofs = Ceilings(workload, itertools.chain(*climbed.values()))
+    roofline = Ceilings(workload, itertools.chain(*climbed.values()))
     console.print(f"{workload}: {models.num_parameters / 1e6:.2f} M parameters", highlight=False)
     for line in missing():
         console.print(line, highlight=False)
     console.print("building and checking; compiling takes a minute or two when its cache is cold ...")
     for suite, rungs in climbed.items():
         if suite == "step":
-            rows = measure_step(models, rungs[-1], roofs, rounds)
+            rows = measure_step(models, rungs[-1], roofline, rounds)
         else:
-            rows = measure(suite, models, rungs, roofs, rounds)
+            rows = measure(suite, models, rungs, roofline, rounds)
         yield rows
-        for precision, measured in roofs.best.items():
+        for precision, measured in roofline.best.items():
             console.print(f"measured here in {precision}: {measured}", highlight=False)
         for line in against_diffusers(rows):
             console.print(line, highlight=False)

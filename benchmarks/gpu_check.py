@@ -16,12 +16,12 @@ from unittest.mock import patch
 
 import torch
 
-from fastdiff.benchmarks.bars import training_verdicts, verdicts
+from fastdiff.benchmarks.cases import cases
 from fastdiff.benchmarks.harness import environment, side_stream
 from fastdiff.benchmarks.kernels import Measured, measure, measure_all
-from fastdiff.benchmarks.problems import problems
-from fastdiff.benchmarks.roofs import measure_roofs
+from fastdiff.benchmarks.roofline import measure_roofline
 from fastdiff.benchmarks.rows import Row, append_rows, with_against
+from fastdiff.benchmarks.targets import training_verdicts, verdicts
 from fastdiff.config import DiffusionConfig, ModelConfig
 from fastdiff.kernels.attention.plan import Tiles
 from fastdiff.kernels.group_norm_silu import plan as norm_plan
@@ -32,16 +32,16 @@ def bars(device: torch.device, csv: Path, deadline: float) -> None:
     """Time every kernel and its alternatives, then print the verdicts on the marks."""
     about = environment(device)
     on_gpu = device.type == "cuda"
-    roofs = measure_roofs(device, torch.bfloat16 if on_gpu else torch.float32)  # the problems' dtype
-    print(f"in {'bf16' if on_gpu else 'fp32'}: {roofs}")
+    roofline = measure_roofline(device, torch.bfloat16 if on_gpu else torch.float32)  # the cases' dtype
+    print(f"in {'bf16' if on_gpu else 'fp32'}: {roofline}")
     found: list[Measured] = []
-    for measured in measure_all(problems(device), 20 if on_gpu else 2, device):
-        _keep([one.row(roofs) for one in measured], csv, about)
+    for measured in measure_all(cases(device), 20 if on_gpu else 2, device):
+        _keep([one.row(roofline) for one in measured], csv, about)
         found += measured
         if time.monotonic() > deadline:
             print("time is up: the rest was not measured")
             break
-    for verdict in verdicts(found, roofs):
+    for verdict in verdicts(found, roofline):
         print(verdict)
 
 
@@ -63,9 +63,9 @@ def model(device: torch.device, csv: Path, deadline: float) -> None:
     workload = Workload(preset.config(ModelConfig), preset.config(DiffusionConfig), batch_size, device, name)
     fused = [rung for rung in ladder("train", device) if rung.fused]
     rungs = fused if on_gpu else fused[:1]
-    roofs = Ceilings(workload, rungs)
-    rows = measure("train", Models(workload), rungs, roofs, 10 if on_gpu else 2, False, deadline - RESERVE)
-    for precision, measured in roofs.best.items():
+    roofline = Ceilings(workload, rungs)
+    rows = measure("train", Models(workload), rungs, roofline, 10 if on_gpu else 2, False, deadline - RESERVE)
+    for precision, measured in roofline.best.items():
         print(f"in {precision}: {measured}")
     _keep(rows, csv, environment(device))
     for verdict in training_verdicts(rows, peak_flops(device, rungs[-1].config.precision)):
@@ -108,19 +108,19 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
         print("nothing to tune without a GPU")
         return
     about = environment(device)
-    roofs = measure_roofs(device, torch.bfloat16)
-    for problem in problems(device):
-        variants = {"group_norm_silu": NORM_VARIANTS, "attention": ATTENTION_VARIANTS}.get(problem.op, {})
-        ours = replace(problem, candidates={"triton": problem.candidates["triton"]})
-        for direction, (variant, changes) in itertools.product(problem.directions, variants.items()):
+    roofline = measure_roofline(device, torch.bfloat16)
+    for case in cases(device):
+        variants = {"group_norm_silu": NORM_VARIANTS, "attention": ATTENTION_VARIANTS}.get(case.op, {})
+        ours = replace(case, candidates={"triton": case.candidates["triton"]})
+        for direction, (variant, changes) in itertools.product(case.directions, variants.items()):
             if time.monotonic() > deadline:
                 print("time is up: the rest was not measured")
                 return
-            plan = import_module(f"fastdiff.kernels.{problem.op}.plan")
+            plan = import_module(f"fastdiff.kernels.{case.op}.plan")
             with patch.multiple(plan, **changes) if changes else nullcontext():
                 norm_plan.plan.cache_clear()
                 (one,) = measure(ours, direction, 10, device)
-            _keep([replace(one.row(roofs), candidate=variant)], csv, about)
+            _keep([replace(one.row(roofline), candidate=variant)], csv, about)
         norm_plan.plan.cache_clear()
 
 

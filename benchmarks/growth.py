@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.benchmarks.candidates import Job, forward
 from fastdiff.benchmarks.child import child
 from fastdiff.benchmarks.fit import slope
+from fastdiff.benchmarks.flops import Flops
 from fastdiff.benchmarks.harness import Timing, peak_bytes, seconds_of
-from fastdiff.benchmarks.jobs import Job, forward
 from fastdiff.benchmarks.ladder import Candidate, Models, Rung
-from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.suites import DTYPES, ceilings
 from fastdiff.benchmarks.updates import build_trainer, stream
-from fastdiff.benchmarks.work import Work
 from fastdiff.benchmarks.workload import Workload
 from fastdiff.config import Compile, RuntimeConfig, TrainConfig
 from fastdiff.data.cache import available_memory
@@ -84,10 +84,10 @@ def measure_growth(workload: Workload, ours: RuntimeConfig, quick: bool, rounds:
     precision = Runtime.resolve(replace(ours, device=str(workload.device))).precision
     config = replace(ours, device=str(workload.device), compile=compiled, precision=precision)
     rounds = rounds or (3 if quick else 5)
-    roofs = ceilings(workload, [Rung("", config)], rounds)[precision]
+    roofline = ceilings(workload, [Rung("", config)], rounds)[precision]
     for kind, job_of in (("forward", _forward), ("training step", _training)):
         for axis in AXES:
-            yield from _Series(axis, kind, job_of, config, roofs, rounds).measured(workload, quick)
+            yield from _Series(axis, kind, job_of, config, roofline, rounds).measured(workload, quick)
     yield from _processes(workload, config, quick)
 
 
@@ -97,7 +97,7 @@ class _Series:
     kind: str
     job_of: JobOf
     config: RuntimeConfig
-    roofs: Roofs
+    roofline: Roofline
     rounds: int
 
     def measured(self, workload: Workload, quick: bool) -> list[Row]:
@@ -138,10 +138,10 @@ class _Series:
 
     def _measured(self, row: Row, models: Models, workload: Workload) -> Row:
         device, dtype = workload.device, DTYPES[self.config.precision]
-        work = Work.of(workload.model, workload.batch_size, training=self.job_of is _training)
+        work = Flops.of(workload.model, workload.batch_size, training=self.job_of is _training)
         with ExitStack() as stack:
             if self.config.compile is Compile.ON:
-                torch._dynamo.reset()  # it compiles a model for a limited number of sizes
+                torch.compiler.reset()  # it compiles a model for a limited number of sizes
             job = self.job_of(models, workload, self.config, stack)
             Runtime.resolve(self.config)  # sets PyTorch's switches again, which the check changed
             job.run()
@@ -155,7 +155,7 @@ class _Series:
             images=workload.batch_size,
             flops=work.flops,
             n_bytes=work.n_bytes(dtype),
-            limit_s=self.roofs.limit(work, dtype),
+            limit_s=self.roofline.limit(work, dtype),
             peak_gib=peak / 2**30,
         )
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch._dynamo
 import torch._functorch.config
 from torch import Tensor
 
+from fastdiff.benchmarks.cases import Case, Forward, Inputs
 from fastdiff.benchmarks.harness import Timing, graphed, interleaved, peak_bytes, side_stream
-from fastdiff.benchmarks.problems import Forward, Inputs, Problem
-from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.kernels import Backend
 from fastdiff.runtime.memory import out_of_memory
@@ -27,9 +26,9 @@ MAX_SETS = 32
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One candidate on one problem: its time, or the reason why it has none."""
+    """One candidate on one case: its time, or the reason why it has none."""
 
-    problem: Problem
+    case: Case
     direction: str
     candidate: str
     timing: Timing | None
@@ -51,19 +50,19 @@ class Measured:
             return "out of memory"
         return f"{type(reason).__name__}: {' '.join(str(reason).splitlines()[:1])[:100]}"
 
-    def row(self, roofs: Roofs) -> Row:
+    def row(self, roofline: Roofline) -> Row:
         """The row of this result. One of our candidates without a time has failed, unless it ran out of memory."""
-        problem, reason = self.problem, self.reason
-        n_bytes, flops = problem.cost(self.direction)
-        dtype = str(problem.dtype).removeprefix("torch.")
+        case, reason = self.case, self.reason
+        n_bytes, flops = case.cost(self.direction)
+        dtype = str(case.dtype).removeprefix("torch.")
         return Row(
             "kernels",
-            f"{problem.op} {self.direction}, {problem.shape}, {dtype}, {problem.layout}",
+            f"{case.op} {self.direction}, {case.shape}, {dtype}, {case.layout}",
             self.candidate,
             self.timing,
             flops=flops,
             n_bytes=n_bytes,
-            limit_s=roofs.floor(n_bytes, flops),
+            limit_s=roofline.floor(n_bytes, flops),
             peak_gib=self.peak_gib,
             remark=self.remark,
             failed=reason is not None and not out_of_memory(reason) and self.candidate in tuple(Backend),
@@ -72,68 +71,68 @@ class Measured:
 
 @dataclass(frozen=True)
 class Expected:
-    """A problem's results in float64, and the largest error that a candidate may have."""
+    """A case's results in float64, and the largest error that a candidate may have."""
 
     results: Sequence[Tensor]
     error: float
 
     @classmethod
-    def of(cls, problem: Problem, inputs: Inputs, direction: str) -> Self:
-        """The error allowed is twice the reference's error in the problem's dtype, plus one rounding."""
-        truth = _results(problem.reference, problem.widened(inputs), direction)
-        own = _error(_results(problem.reference, inputs, direction), truth)
-        return cls(truth, 2 * own + torch.finfo(problem.dtype).eps)
+    def of(cls, case: Case, inputs: Inputs, direction: str) -> Self:
+        """The error allowed is twice the reference's error in the case's dtype, plus one rounding."""
+        truth = _results(case.reference, case.widened(inputs), direction)
+        own = _error(_results(case.reference, inputs, direction), truth)
+        return cls(truth, 2 * own + torch.finfo(case.dtype).eps)
 
 
 def checked(
-    problem: Problem, direction: str, name: str, inputs: Sequence[Inputs], expected: Expected
+    case: Case, direction: str, name: str, inputs: Sequence[Inputs], expected: Expected
 ) -> Callable[[], object]:
     """A call of the candidate on each of the inputs; ValueError if its result for the first one is wrong."""
-    candidate = problem.candidates[name]
+    candidate = case.candidates[name]
     error = _error(_results(candidate, inputs[0], direction), expected.results)
     if not error <= expected.error:
         raise ValueError(f"not timed: error {error:.1e} of the norm, allowed {expected.error:.1e}")
     return _over_all_sets(candidate, inputs, direction)
 
 
-def measure(problem: Problem, direction: str, rounds: int, device: torch.device) -> Iterator[Measured]:
-    """Time the problem's candidates in one direction, "forward" or "backward"; wrong ones are not timed.
+def measure(case: Case, direction: str, rounds: int, device: torch.device) -> Iterator[Measured]:
+    """Time the case's candidates in one direction, "forward" or "backward"; wrong ones are not timed.
 
     The reference comes first, because the others are compared with it.
     """
     # otherwise a compiled candidate would run eagerly after eight shapes
-    torch._dynamo.reset()
-    n_bytes, _ = problem.cost(direction)
+    torch.compiler.reset()
+    n_bytes, _ = case.cost(direction)
     sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / n_bytes)))
-    names = sorted(problem.candidates, key=lambda name: name != Backend.REFERENCE)
+    names = sorted(case.candidates, key=lambda name: name != Backend.REFERENCE)
     try:
-        inputs = [problem.inputs(seed, device) for seed in range(sets)]
-        expected = Expected.of(problem, inputs[0], direction)
+        inputs = [case.inputs(seed, device) for seed in range(sets)]
+        expected = Expected.of(case, inputs[0], direction)
     except Exception as reason:  # without the expected result no candidate can be checked
-        yield from (Measured(problem, direction, name, None, reason=reason) for name in names)
+        yield from (Measured(case, direction, name, None, reason=reason) for name in names)
         return
     ready: dict[str, Callable[[], object]] = {}
     reasons: dict[str, Exception] = {}
     peaks: dict[str, float] = {}
     for name in names:
         try:
-            run = checked(problem, direction, name, inputs, expected)
-            peaks[name] = _peak_gib(problem.candidates[name], inputs[0], direction, device)
+            run = checked(case, direction, name, inputs, expected)
+            peaks[name] = _peak_gib(case.candidates[name], inputs[0], direction, device)
             ready[name] = graphed(run, device)
         except Exception as reason:  # any failure or wrong result becomes its remark
             reasons[name] = reason.with_traceback(None)
     timings = {t.name: t.divided(sets) for t in interleaved(ready, rounds, 2, device, names[0], reasons)}
     for name in names:
-        yield Measured(problem, direction, name, timings.get(name), peaks.get(name, math.nan), reasons.get(name))
+        yield Measured(case, direction, name, timings.get(name), peaks.get(name, math.nan), reasons.get(name))
 
 
-def measure_all(problems: Iterable[Problem], rounds: int, device: torch.device) -> Iterator[list[Measured]]:
-    """The rows of each problem, direction by direction."""
+def measure_all(cases: Iterable[Case], rounds: int, device: torch.device) -> Iterator[list[Measured]]:
+    """The rows of each case, direction by direction."""
     # by default a compiled backward pass may overwrite what its second call needs
     with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
-        for problem, direction in itertools.product(problems, ("forward", "backward")):
-            if direction in problem.directions:
-                yield list(measure(problem, direction, rounds, device))
+        for case, direction in itertools.product(cases, ("forward", "backward")):
+            if direction in case.directions:
+                yield list(measure(case, direction, rounds, device))
 
 
 def _over_all_sets(candidate: Forward, inputs: Sequence[Inputs], direction: str) -> Callable[[], object]:

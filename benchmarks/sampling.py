@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastdiff.benchmarks.bars import Verdict
 from fastdiff.benchmarks.harness import environment, interleaved
 from fastdiff.benchmarks.rows import append_rows
+from fastdiff.benchmarks.targets import Verdict
 from fastdiff.benchmarks.workload import TOLERANCE, Workload, inputs, randomised, require_close
 from fastdiff.config import Compile, DiffusionConfig, Kernels, ModelConfig, RuntimeConfig, SampleConfig, Sampler
 from fastdiff.data import to_uint8
@@ -124,7 +123,7 @@ def _measure_all(
 def measure(workload: Workload, rivals: Sequence[Way]) -> Iterator[dict[str, object]]:
     """A row for ours, then one for each rival as soon as it is measured; a wrong or failing one has no time."""
     # a model compiled for another batch size counts towards Dynamo's limit of eight
-    torch._dynamo.reset()
+    torch.compiler.reset()
     about = {"image_size": workload.model.image_size, "batch_size": workload.batch_size}
     ours: Contender | None = None
     for way in (OURS, *rivals):

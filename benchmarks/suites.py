@@ -10,13 +10,13 @@ from functools import partial
 import torch
 import torch._dynamo
 
+from fastdiff.benchmarks.candidates import Job, forward, job_of, peer_job, sampling_steps, stepping
+from fastdiff.benchmarks.flops import Flops
 from fastdiff.benchmarks.harness import Timing, graphed, interleaved, peak_bytes, side_stream
-from fastdiff.benchmarks.jobs import Job, forward, job_of, peer_job, sampling_steps, stepping
 from fastdiff.benchmarks.ladder import TF32, Models, Rung
 from fastdiff.benchmarks.peers import PEERS, Peer, peers
-from fastdiff.benchmarks.roofs import Roofs, measure_roofs
+from fastdiff.benchmarks.roofline import Roofline, measure_roofline
 from fastdiff.benchmarks.rows import Row
-from fastdiff.benchmarks.work import Work
 from fastdiff.benchmarks.workload import Workload
 from fastdiff.config import Precision
 from fastdiff.runtime.memory import out_of_memory
@@ -33,18 +33,18 @@ HONEST = 1 / 1.1
 """Fraction of diffusers' speed: a plain path that is slower by more than 10% would inflate every speedup over it."""
 
 
-def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dict[Precision, Roofs]:
+def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dict[Precision, Roofline]:
     """The highest rates of this device in each precision that is used, with the convolutions of this model."""
-    convolutions = Work.of(workload.model, workload.batch_size, training=False).convolutions
+    convolutions = Flops.of(workload.model, workload.batch_size, training=False).convolutions
     found = {}
     for precision in dict.fromkeys(rung.config.precision for rung in rungs):
         _set_arithmetic(workload.device, precision)
         try:
-            found[precision] = measure_roofs(workload.device, DTYPES[precision], rounds, convolutions)
+            found[precision] = measure_roofline(workload.device, DTYPES[precision], rounds, convolutions)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            found[precision] = Roofs(math.nan, math.nan)
+            found[precision] = Roofline(math.nan, math.nan)
     return found
 
 
@@ -58,7 +58,7 @@ class Ceilings:
         self._workload, self._rungs = workload, list(rungs)
         self.best = ceilings(workload, self._rungs)
 
-    def __call__(self) -> Mapping[Precision, Roofs]:
+    def __call__(self) -> Mapping[Precision, Roofline]:
         # with all candidates in a GPU's memory there may be no room for the libraries' own
         with suppress(RuntimeError):
             for precision, found in ceilings(self._workload, self._rungs).items():
@@ -66,7 +66,7 @@ class Ceilings:
         return self.best
 
 
-Measuring = Callable[[], Mapping[Precision, Roofs]]
+Measuring = Callable[[], Mapping[Precision, Roofline]]
 """``Ceilings``, or a substitute."""
 
 
@@ -74,21 +74,21 @@ def measure(
     suite: str,
     models: Models,
     rungs: Sequence[Rung],
-    roofs: Measuring,
+    roofline: Measuring,
     rounds: int,
     with_peers: bool = True,
     deadline: float = math.inf,
 ) -> list[Row]:
     """A row for each rung of "unet", "train" or "sample", then one for each peer; a wrong or failing one has no time.
 
-    The first rung is the baseline of the others, and each has its gain over the last one before it. ``roofs`` is called
-    after all were timed. After ``deadline``, of time.monotonic(), no further rung is started.
+    The first rung is the baseline of the others, and each has its gain over the last one before it. ``roofline`` is
+    called after all were timed. After ``deadline``, of time.monotonic(), no further rung is started.
     """
     workload, training = models.workload, suite == "train"
-    table = _Table(suite, workload, roofs)
+    table = _Table(suite, workload, roofline)
     with ExitStack() as stack:
         stack.enter_context(_never_eager())
-        work = Work.of(workload.model, workload.batch_size, training)
+        work = Flops.of(workload.model, workload.batch_size, training)
         for rung in rungs:
             if time.monotonic() > deadline:
                 table.leave_out(rung.name, "time was up before it was built")
@@ -100,17 +100,17 @@ def measure(
         return table.timed(rounds)
 
 
-def measure_step(models: Models, rung: Rung, roofs: Measuring, rounds: int) -> list[Row]:
+def measure_step(models: Models, rung: Rung, roofline: Measuring, rounds: int) -> list[Row]:
     """The cost of an ancestral step with its noise over the model call alone, both as the engine runs them.
 
     On a GPU both are CUDA graphs.
     """
     workload, precision = models.workload, rung.config.precision
     model = workload.model
-    work = Work.of(model, workload.batch_size, training=False)
+    work = Flops.of(model, workload.batch_size, training=False)
     # x is read and written, the model's output read
     moved = 4 * workload.batch_size * (3 + 3 + model.out_channels) * model.image_size**2
-    table = _Table("step", workload, roofs)
+    table = _Table("step", workload, roofline)
 
     def call() -> Job:
         candidate = models.inference(rung.config)
@@ -146,22 +146,22 @@ def against_diffusers(rows: Sequence[Row]) -> list[str]:
 class _Table:
     """Collects the rows of one suite on one workload."""
 
-    def __init__(self, suite: str, workload: Workload, roofs: Measuring) -> None:
+    def __init__(self, suite: str, workload: Workload, roofline: Measuring) -> None:
         self._workload = workload
-        self._roofs = roofs
+        self._roofs = roofline
         self._times = sampling_steps(workload) if suite == "sample" else 1
         label = f"{workload}, {self._times} DDIM steps" if suite == "sample" else str(workload)
         self._blank = Row(suite, label, "", None, images=workload.batch_size)
         self._rows: list[Row] = []
         self._runs: dict[str, Callable[[], object]] = {}
         self._held: dict[str, int] = {}
-        self._work: dict[str, tuple[Precision, Work]] = {}
+        self._work: dict[str, tuple[Precision, Flops]] = {}
 
     def enter(
         self,
         name: str,
         precision: Precision,
-        work: Work,
+        work: Flops,
         build: Callable[[], Job],
         deterministic: bool = False,
         graph: bool = False,
@@ -174,7 +174,7 @@ class _Table:
         except Exception as reason:  # any failure or wrong result becomes its remark
             self._rows.append(self._without_time(row, reason, beside))
 
-    def enter_peer(self, name: str, build: Callable[[Workload], Peer], our_parameters: int, ours: Work) -> None:
+    def enter_peer(self, name: str, build: Callable[[Workload], Peer], our_parameters: int, ours: Flops) -> None:
         """Prepare a peer as it comes, in PyTorch's default arithmetic, and count its memory."""
         suite, workload, row = self._blank.suite, self._workload, replace(self._blank, candidate=name)
         beside = self._allocated()
@@ -183,7 +183,7 @@ class _Table:
             with torch.device("meta"):  # recomputation is not counted, as for our models
                 model = replace(workload.model, use_checkpoint=False)
                 counted = build(replace(workload, model=model, device=torch.device("meta")))
-            work = Work.of_module(counted.module, counted.call, workload.model, workload.batch_size, suite == "train")
+            work = Flops.of_module(counted.module, counted.call, workload.model, workload.batch_size, suite == "train")
             rounded = workload.device.type == "cuda" and any(kind is Precision.TF32 for kind, _ in self._work.values())
             row = self._of(name, Precision.TF32 if rounded else Precision.FP32, work)
             said = (
@@ -198,7 +198,7 @@ class _Table:
         """Add a row without a time that is not a failure."""
         self._rows.append(replace(self._blank, candidate=name, remark=remark))
 
-    def _of(self, name: str, precision: Precision, work: Work) -> Row:
+    def _of(self, name: str, precision: Precision, work: Flops) -> Row:
         work = work.times(self._times)
         self._work[name] = (precision, work)
         return replace(self._blank, candidate=name, flops=work.flops, n_bytes=work.n_bytes(DTYPES[precision]))
@@ -237,7 +237,7 @@ class _Table:
         errors: dict[str, Exception] = {}
         first = self._rows[0].candidate
         timings = {t.name: t for t in interleaved(self._runs, rounds, 1, device, first, errors)}
-        roofs = self._roofs()
+        roofline = self._roofs()
         _set_arithmetic(device, Precision.FP32)
         rows: list[Row] = []
         before: Timing | None = None
@@ -246,7 +246,7 @@ class _Table:
                 row = self._without_time(row, error, max(0, allocated - self._held[row.candidate]))
             if row.candidate in self._work:
                 precision, work = self._work[row.candidate]
-                known = roofs.get(precision, Roofs(math.nan, math.nan))
+                known = roofline.get(precision, Roofline(math.nan, math.nan))
                 row = replace(row, limit_s=known.limit(work, DTYPES[precision]))
             timing = timings.get(row.candidate)
             rows.append(replace(row, timing=timing, before=None if row.candidate in PEERS else before))

@@ -4,27 +4,27 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from fastdiff.benchmarks.cases import Case, cases
 from fastdiff.benchmarks.kernels import Expected, checked
-from fastdiff.benchmarks.problems import Problem, problems
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def cases() -> list[object]:
-    """Every problem's candidates in every direction."""
+def runs() -> list[object]:
+    """Every case's candidates in every direction."""
     return [
         pytest.param(p, direction, name, id=f"{p.op}-{direction}-{p.shape}-{p.layout}-{name}".replace(" ", "_"))
-        for p in problems(DEVICE)
+        for p in cases(DEVICE)
         for direction in p.directions
         for name in p.candidates
     ]
 
 
-@pytest.mark.parametrize(("problem", "direction", "name"), cases())
-def test_speed(benchmark: BenchmarkFixture, problem: Problem, direction: str, name: str) -> None:
+@pytest.mark.parametrize(("case", "direction", "name"), runs())
+def test_speed(benchmark: BenchmarkFixture, case: Case, direction: str, name: str) -> None:
     """The candidate is checked first: a wrong one fails here and is not timed."""
-    inputs = [problem.inputs(0, DEVICE)]
-    run = checked(problem, direction, name, inputs, Expected.of(problem, inputs[0], direction))
+    inputs = [case.inputs(0, DEVICE)]
+    run = checked(case, direction, name, inputs, Expected.of(case, inputs[0], direction))
 
     def wait() -> None:
         run()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdiff.benchmarks.harness import environment
-from fastdiff.benchmarks.roofs import measure_roofs
+from fastdiff.benchmarks.roofline import measure_roofline
 from fastdiff.benchmarks.rows import append_rows
 from fastdiff.config import (
     Compile,
@@ -50,7 +50,7 @@ def train(device: torch.device, csv: Path, deadline: float) -> None:
     model, process = preset.config(ModelConfig), preset.config(DiffusionConfig)
     training = TrainConfig(batch_size=batch_size, schedule_sampler=ScheduleSampler.LOSS_SECOND_MOMENT, grad_clip=1.0)
     compiled = Compile.ON if on_gpu else Compile.OFF
-    about, roofs = environment(device), measure_roofs(device, torch.bfloat16)
+    about, roofline = environment(device), measure_roofline(device, torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/store"
         dist.init_process_group("nccl" if on_gpu else "gloo", init_method=meeting, rank=0, world_size=1)
@@ -58,7 +58,7 @@ def train(device: torch.device, csv: Path, deadline: float) -> None:
             if time.monotonic() > deadline:
                 print("time is up: the rest was not measured")
                 break
-            torch._dynamo.reset()
+            torch.compiler.reset()
             on = RuntimeConfig(str(device), Precision(precision), compiled, Kernels(kernels))
             trainer = build_trainer(model, process, training, on, Path(folder))
             seconds, remark = _timed(trainer, updates)
@@ -71,7 +71,7 @@ def train(device: torch.device, csv: Path, deadline: float) -> None:
                 "compiled": on_gpu,
                 "update_s": float(f"{seconds:.5g}"),
                 "images_per_s": float(f"{batch_size / seconds:.5g}"),
-                "share_of_matmul": float(f"{flops / seconds / roofs.flops_per_s:.4g}"),
+                "share_of_matmul": float(f"{flops / seconds / roofline.flops_per_s:.4g}"),
                 "memory_gib": float(f"{peak_memory_gib(device):.4g}"),
                 "remark": remark,
             }

@@ -5,8 +5,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastdiff.benchmarks import roofs
-from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks import roofline
+from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.workload import Workload
 from fastdiff.config import DiffusionConfig, ModelConfig, Precision
 
@@ -17,10 +17,10 @@ WORKLOAD = Workload(
     2,
     CPU,
 )
-ROOFS = dict.fromkeys(Precision, Roofs(bytes_per_s=1e9, flops_per_s=1e12, conv_flops_per_s=2e12))
+ROOFS = dict.fromkeys(Precision, Roofline(bytes_per_s=1e9, flops_per_s=1e12, conv_flops_per_s=2e12))
 
 
-def known() -> dict[Precision, Roofs]:
+def known() -> dict[Precision, Roofline]:
     """In the place of ceilings that are measured."""
     return ROOFS
 
@@ -28,7 +28,7 @@ def known() -> dict[Precision, Roofs]:
 def measure_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings of sizes that take no time."""
     for name, size in (("ENOUGH", 1e6), ("SIDE", 64), ("FILLING", 2**20)):
-        monkeypatch.setattr(roofs, name, {"cpu": size})
+        monkeypatch.setattr(roofline, name, {"cpu": size})
 
 
 def count_no_memory(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.benchmarks import gpu_check, updates
-from fastdiff.benchmarks.problems import Problem, norm_problem
+from fastdiff.benchmarks.cases import Case, norm_case
 from fastdiff.presets import Preset
 
 from .support import CPU, WORKLOAD, measure_little
@@ -17,12 +17,12 @@ TINY = Preset("a tiny model", {**WORKLOAD.model.to_dict(), **WORKLOAD.diffusion.
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One small problem, and a small model in the place of the released one."""
+    """One small case, and a small model in the place of the released one."""
 
-    def problems(_: object) -> list[Problem]:
-        return [norm_problem(2, 64, 8, gpu_check.torch.float32, "contiguous", on_gpu=False)]
+    def cases(_: object) -> list[Case]:
+        return [norm_case(2, 64, 8, gpu_check.torch.float32, "contiguous", on_gpu=False)]
 
-    monkeypatch.setattr(gpu_check, "problems", problems)
+    monkeypatch.setattr(gpu_check, "cases", cases)
     for module in (gpu_check, updates):
         monkeypatch.setattr(module, "preset_named", lambda _: TINY)
     measure_little(monkeypatch)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from fastdiff.benchmarks import growth, ladder
+from fastdiff.benchmarks.candidates import Job
 from fastdiff.benchmarks.growth import Axis, measure_growth
 from fastdiff.benchmarks.harness import peak_bytes
-from fastdiff.benchmarks.jobs import Job
-from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.workload import Workload
 from fastdiff.config import Compile, DiffusionConfig, ModelConfig, Precision, RuntimeConfig
@@ -42,7 +42,7 @@ def _light(monkeypatch: pytest.MonkeyPatch) -> None:
     count_no_memory(monkeypatch, growth)
     monkeypatch.setattr(growth, "AXES", (BATCH, SIDE, CHANNELS))
     monkeypatch.setattr(growth, "_processes", lambda *_: [])
-    monkeypatch.setattr(growth, "ceilings", lambda *_: dict.fromkeys(Precision, Roofs(1e12, 1e15, 1e15)))
+    monkeypatch.setattr(growth, "ceilings", lambda *_: dict.fromkeys(Precision, Roofline(1e12, 1e15, 1e15)))
 
 
 def measured(*axes: Axis, monkeypatch: pytest.MonkeyPatch, ours: RuntimeConfig = FP32) -> list[Row]:
@@ -159,7 +159,7 @@ class TestProcesses:
     def _real(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         monkeypatch.setattr(growth, "AXES", ())
-        monkeypatch.setattr(growth, "ceilings", lambda *_: dict.fromkeys(Precision, Roofs(1e12, 1e15, 1e15)))
+        monkeypatch.setattr(growth, "ceilings", lambda *_: dict.fromkeys(Precision, Roofline(1e12, 1e15, 1e15)))
 
     @pytest.fixture
     def started(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Mapping[str, str]]]:

@@ -7,38 +7,38 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastdiff.benchmarks.bars import training_verdicts, verdicts
+from fastdiff.benchmarks.cases import Case, attention_case, norm_case
 from fastdiff.benchmarks.gpu_check import ATTENTION_VARIANTS, NORM_VARIANTS, Variants
 from fastdiff.benchmarks.harness import Timing
 from fastdiff.benchmarks.kernels import Measured, measure
-from fastdiff.benchmarks.problems import Problem, attention_problem, norm_problem
-from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
+from fastdiff.benchmarks.targets import training_verdicts, verdicts
 
 CPU = torch.device("cpu")
-ROOFS = Roofs(bytes_per_s=1e9, flops_per_s=1e12)
+ROOFS = Roofline(bytes_per_s=1e9, flops_per_s=1e12)
 
 
-def small_norm(layout: str = "contiguous") -> Problem:
-    return norm_problem(2, 64, 8, torch.float32, layout, on_gpu=False)
+def small_norm(layout: str = "contiguous") -> Case:
+    return norm_case(2, 64, 8, torch.float32, layout, on_gpu=False)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
-    "problem", [small_norm(), small_norm("channels_last"), attention_problem(2, 16, 2, 16, torch.float32, False)]
+    "case", [small_norm(), small_norm("channels_last"), attention_case(2, 16, 2, 16, torch.float32, False)]
 )
-def test_every_right_candidate_is_timed(problem: Problem, direction: str) -> None:
-    found = list(measure(problem, direction, 2, CPU))
-    assert {one.candidate for one in found} == set(problem.candidates)
+def test_every_right_candidate_is_timed(case: Case, direction: str) -> None:
+    found = list(measure(case, direction, 2, CPU))
+    assert {one.candidate for one in found} == set(case.candidates)
     assert found[0].candidate == "reference"
-    n_bytes, flops = problem.cost(direction)
+    n_bytes, flops = case.cost(direction)
     for one in found:
         assert one.median > 0
         row = one.row(ROOFS)
         values = row.as_dict()
         assert values["rounds"] == 2
         assert (row.suite, row.candidate, row.failed) == ("kernels", one.candidate, False)
-        assert row.workload.startswith(f"{problem.op} {direction}, {problem.shape}, float32, ")
+        assert row.workload.startswith(f"{case.op} {direction}, {case.shape}, float32, ")
         assert values["gbyte"] == pytest.approx(n_bytes / 1e9, rel=1e-3)
         assert values["share_of_limit"] == pytest.approx(ROOFS.floor(n_bytes, flops) / one.median, rel=1e-3)
         assert row.peak_gib * 2**30 > n_bytes / 4  # at least what it writes
@@ -46,15 +46,15 @@ def test_every_right_candidate_is_timed(problem: Problem, direction: str) -> Non
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_wrong_candidate_gets_no_time(direction: str) -> None:
-    problem = small_norm()
-    right = problem.candidates["torch"]
+    case = small_norm()
+    right = case.candidates["torch"]
     candidates = {
         "off": lambda **tensors: right(**tensors) * 1.001,
         "nan": lambda **tensors: right(**tensors) * math.nan,
         "broken": _raise,
         "right": right,
     }
-    rows = {r.candidate: r for r in measure(dataclasses.replace(problem, candidates=candidates), direction, 1, CPU)}
+    rows = {r.candidate: r for r in measure(dataclasses.replace(case, candidates=candidates), direction, 1, CPU)}
     assert rows["right"].timing
     assert math.isnan(rows["right"].row(ROOFS).as_dict()["speedup"])  # type: ignore[arg-type]  # of no reference
     for name in ("off", "nan"):
@@ -66,15 +66,15 @@ def test_a_wrong_candidate_gets_no_time(direction: str) -> None:
 
 
 def test_one_of_ours_that_is_wrong_is_a_failure() -> None:
-    problem = small_norm()
-    candidates = {**problem.candidates, "torch": _raise}
-    rows = [one.row(ROOFS) for one in measure(dataclasses.replace(problem, candidates=candidates), "forward", 1, CPU)]
+    case = small_norm()
+    candidates = {**case.candidates, "torch": _raise}
+    rows = [one.row(ROOFS) for one in measure(dataclasses.replace(case, candidates=candidates), "forward", 1, CPU)]
     assert {row.candidate for row in rows if row.failed} == {"torch"}
 
 
 def test_a_gradient_that_is_not_a_number_is_wrong_wherever_it_is() -> None:
-    problem = small_norm()
-    right = problem.candidates["torch"]
+    case = small_norm()
+    right = case.candidates["torch"]
 
     def last_is_nan(**tensors: torch.Tensor) -> torch.Tensor:
         last = [name for name, t in tensors.items() if t is not None and t.requires_grad][-1]
@@ -82,28 +82,28 @@ def test_a_gradient_that_is_not_a_number_is_wrong_wherever_it_is() -> None:
         tensors[last].register_hook(lambda gradient: gradient * math.nan)
         return right(**tensors)
 
-    candidates = {**problem.candidates, "torch": last_is_nan}
-    found = {r.candidate: r for r in measure(dataclasses.replace(problem, candidates=candidates), "backward", 1, CPU)}
+    candidates = {**case.candidates, "torch": last_is_nan}
+    found = {r.candidate: r for r in measure(dataclasses.replace(case, candidates=candidates), "backward", 1, CPU)}
     assert found["torch"].timing is None
     assert found["torch"].remark.startswith("ValueError: not timed: error nan")
 
 
 def test_what_is_too_large_has_not_failed() -> None:
-    problem = small_norm()
+    case = small_norm()
 
     def large(**_: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("a lot")
 
-    candidates = {**problem.candidates, "torch": large}
-    rows = [one.row(ROOFS) for one in measure(dataclasses.replace(problem, candidates=candidates), "forward", 1, CPU)]
+    candidates = {**case.candidates, "torch": large}
+    rows = [one.row(ROOFS) for one in measure(dataclasses.replace(case, candidates=candidates), "forward", 1, CPU)]
     (row,) = (row for row in rows if row.candidate == "torch")
     assert (row.timing, row.remark, row.failed) == (None, "out of memory", False)
 
 
 def test_without_what_is_right_nothing_is_timed() -> None:
-    problem = dataclasses.replace(small_norm(), reference=_raise)
-    rows = [one.row(ROOFS) for one in measure(problem, "forward", 1, CPU)]
-    assert {row.candidate for row in rows} == set(problem.candidates)
+    case = dataclasses.replace(small_norm(), reference=_raise)
+    rows = [one.row(ROOFS) for one in measure(case, "forward", 1, CPU)]
+    assert {row.candidate for row in rows} == set(case.candidates)
     assert all(row.timing is None and row.remark == "RuntimeError: no such kernel" for row in rows)
     assert any(row.failed for row in rows)
 
@@ -112,13 +112,13 @@ def _raise(**_: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no such kernel\nand a long explanation")
 
 
-def measured(problem: Problem, candidate: str, seconds: float | None) -> Measured:
+def measured(case: Case, candidate: str, seconds: float | None) -> Measured:
     timing = None if seconds is None else Timing(candidate, [seconds], [seconds])
-    return Measured(problem, "forward", candidate, timing, reason=ValueError("not timed") if seconds is None else None)
+    return Measured(case, "forward", candidate, timing, reason=ValueError("not timed") if seconds is None else None)
 
 
 def test_marks_are_judged_by_the_worst_figure() -> None:
-    large, small = (norm_problem(64, c, s, torch.bfloat16, "contiguous", False) for c, s in ((192, 64), (768, 8)))
+    large, small = (norm_case(64, c, s, torch.bfloat16, "contiguous", False) for c, s in ((192, 64), (768, 8)))
     floors = {p: ROOFS.floor(*p.cost("forward")) for p in (large, small)}
     rows = [
         measured(large, "triton", floors[large] / 0.9),
@@ -138,7 +138,7 @@ def test_marks_are_judged_by_the_worst_figure() -> None:
 
 
 def test_a_kernel_without_a_time_misses_its_mark() -> None:
-    large = norm_problem(64, 192, 64, torch.bfloat16, "contiguous", False)
+    large = norm_case(64, 192, 64, torch.bfloat16, "contiguous", False)
     rows = [
         measured(large, "triton", None),
         measured(large, "compile", 1.0),
@@ -150,9 +150,7 @@ def test_a_kernel_without_a_time_misses_its_mark() -> None:
 
 
 def test_layouts_are_compared_shape_by_shape() -> None:
-    planar, last = (
-        norm_problem(64, 128, 8, torch.bfloat16, layout, False) for layout in ("contiguous", "channels_last")
-    )
+    planar, last = (norm_case(64, 128, 8, torch.bfloat16, layout, False) for layout in ("contiguous", "channels_last"))
     rows = [measured(planar, "triton", 1.0), measured(last, "triton", 1.25)]
     found = {v.what: v for v in verdicts(rows, ROOFS)}
     assert found["norm forward, channels_last against contiguous"].worst == pytest.approx(0.8)

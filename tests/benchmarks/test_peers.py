@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastdiff.benchmarks import peers as module
+from fastdiff.benchmarks.flops import Flops
 from fastdiff.benchmarks.peers import PEERS, diffusers_unet, lucidrains_unet, missing, peers, standing_in
-from fastdiff.benchmarks.work import Work
 from fastdiff.benchmarks.workload import Workload, inputs
 from fastdiff.config import DiffusionConfig, ModelConfig
 from fastdiff.models import build_model
@@ -30,8 +30,8 @@ def test_diffusers_has_as_many_parameters_and_as_much_work() -> None:
         peer = diffusers_unet(workload)
     ours = sum(p.numel() for p in build_model(SMALL).parameters())
     assert peer.num_parameters == ours - 2 * 128  # its attention in the middle has no norm
-    theirs = Work.of_module(peer.module, peer.call, SMALL, 2, training=False)
-    assert theirs.flops == pytest.approx(Work.of(SMALL, 2, training=False).flops, rel=0.002)
+    theirs = Flops.of_module(peer.module, peer.call, SMALL, 2, training=False)
+    assert theirs.flops == pytest.approx(Flops.of(SMALL, 2, training=False).flops, rel=0.002)
 
 
 def test_diffusers_computes_again_where_ours_does() -> None:

@@ -12,13 +12,13 @@ import torch
 import torch._dynamo
 
 from fastdiff.benchmarks import peers, suites
+from fastdiff.benchmarks.candidates import Drawing, Job, job_of, stepping
+from fastdiff.benchmarks.flops import Flops
 from fastdiff.benchmarks.harness import Timing, peak_bytes
-from fastdiff.benchmarks.jobs import Drawing, Job, job_of, stepping
 from fastdiff.benchmarks.ladder import PLAIN, Models, Rung, ladder
-from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.suites import Ceilings, against_diffusers, ceilings, measure, measure_step
-from fastdiff.benchmarks.work import Work
 from fastdiff.config import ModelConfig, Precision
 from fastdiff.kernels import Backend
 from fastdiff.runtime import device as runtime_device
@@ -66,7 +66,7 @@ def test_every_rung_and_peer_has_every_figure(suite: str, monkeypatch: pytest.Mo
         assert (row.before is below.timing) == (row.candidate not in peers.PEERS), row.candidate
     assert str(WORKLOAD) in first.workload
     assert ("3 DDIM steps" in first.workload) == (suite == "sample")
-    forward = Work.of(WORKLOAD.model, 2, training=suite == "train").flops
+    forward = Flops.of(WORKLOAD.model, 2, training=suite == "train").flops
     assert first.flops == forward * (3 if suite == "sample" else 1)
 
 
@@ -261,7 +261,7 @@ def test_a_peer_says_how_large_it_is() -> None:
     assert row.candidate == "diffusers"
     theirs, ours = row.remark.split("; ours ")
     assert theirs.endswith(f" M parameters, {row.flops / 1e9:.4g} GFLOP")
-    assert ours.endswith(f" M parameters, {Work.of(WORKLOAD.model, 2, training=False).flops / 1e9:.4g} GFLOP")
+    assert ours.endswith(f" M parameters, {Flops.of(WORKLOAD.model, 2, training=False).flops / 1e9:.4g} GFLOP")
 
 
 def test_a_peer_that_does_not_run_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,9 +275,9 @@ def test_a_peer_that_does_not_run_is_no_failure(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("alone")
 def test_the_limit_is_that_of_the_precision() -> None:
-    roofs = {**ROOFS, Precision.BF16: dataclasses.replace(ROOFS[Precision.BF16], bytes_per_s=1e6)}
+    roofline = {**ROOFS, Precision.BF16: dataclasses.replace(ROOFS[Precision.BF16], bytes_per_s=1e6)}
     rungs = [Rung("plain", PLAIN), Rung("bf16", dataclasses.replace(PLAIN, precision=Precision.BF16))]
-    plain, bf16 = measure("unet", Models(WORKLOAD), rungs, lambda: roofs, rounds=1)
+    plain, bf16 = measure("unet", Models(WORKLOAD), rungs, lambda: roofline, rounds=1)
     assert bf16.n_bytes == plain.n_bytes / 2
     assert bf16.limit_s == pytest.approx(bf16.n_bytes / 1e6)
     assert plain.limit_s == pytest.approx(plain.n_bytes / 1e9)
@@ -318,7 +318,7 @@ def test_ceilings_that_find_no_room_are_said_to(monkeypatch: pytest.MonkeyPatch)
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("a lot")
 
-    monkeypatch.setattr(suites, "measure_roofs", full)
+    monkeypatch.setattr(suites, "measure_roofline", full)
     found = ceilings(WORKLOAD, [Rung("plain", PLAIN)], rounds=1)
     assert str(found[Precision.FP32]).startswith("out of memory")
     (row,) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: found, rounds=1)
@@ -327,22 +327,22 @@ def test_ceilings_that_find_no_room_are_said_to(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_of_several_measurements_of_a_ceiling_the_best_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = iter([Roofs(1, 30, 5, 2), Roofs(3, 20, 4, 2), Roofs(math.nan, math.nan)])
-    monkeypatch.setattr(suites, "measure_roofs", lambda *_: next(seen))
-    roofs = Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
-    assert roofs.best == {Precision.FP32: Roofs(1, 30, 5, 2)}
-    assert roofs()[Precision.FP32] == Roofs(3, 30, 5, 2)
-    assert roofs()[Precision.FP32] == roofs.best[Precision.FP32] == Roofs(3, 30, 5, 2)
+    seen = iter([Roofline(1, 30, 5, 2), Roofline(3, 20, 4, 2), Roofline(math.nan, math.nan)])
+    monkeypatch.setattr(suites, "measure_roofline", lambda *_: next(seen))
+    roofline = Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
+    assert roofline.best == {Precision.FP32: Roofline(1, 30, 5, 2)}
+    assert roofline()[Precision.FP32] == Roofline(3, 30, 5, 2)
+    assert roofline()[Precision.FP32] == roofline.best[Precision.FP32] == Roofline(3, 30, 5, 2)
 
 
 def test_ceilings_that_cannot_be_measured_again_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
 
-    monkeypatch.setattr(suites, "measure_roofs", lambda *_: Roofs(1, 30))
-    roofs = Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
-    monkeypatch.setattr(suites, "measure_roofs", fails)
-    assert roofs()[Precision.FP32].flops_per_s == 30
+    monkeypatch.setattr(suites, "measure_roofline", lambda *_: Roofline(1, 30))
+    roofline = Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
+    monkeypatch.setattr(suites, "measure_roofline", fails)
+    assert roofline()[Precision.FP32].flops_per_s == 30
     with pytest.raises(RuntimeError, match="CUBLAS"):
         Ceilings(WORKLOAD, [Rung("plain", PLAIN)])
 
@@ -357,8 +357,8 @@ def test_the_ceilings_are_measured_when_all_were_timed(monkeypatch: pytest.Monke
         return timed_in_turn(*arguments)
 
     monkeypatch.setattr(suites, "interleaved", interleaved)
-    (row,) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: events.append("roofs") or ROOFS, 1)
-    assert events == ["timed", "roofs"]
+    (row,) = measure("unet", Models(WORKLOAD), ladder("unet", CPU)[:1], lambda: events.append("roofline") or ROOFS, 1)
+    assert events == ["timed", "roofline"]
     assert row.limit_s > 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastdiff.benchmarks.kernels import Measured
-from fastdiff.benchmarks.roofs import Roofs
+from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 
 LARGE = 64 * 2**20
@@ -26,9 +26,9 @@ class Verdict:
         return f"{met} {self.what}: {self.worst:.2f}, expected at least {self.mark:.2f} ({self.where})"
 
 
-def verdicts(rows: Sequence[Measured], roofs: Roofs) -> list[Verdict]:
+def verdicts(rows: Sequence[Measured], roofline: Roofline) -> list[Verdict]:
     """Verdicts on every mark, from the rows: shares of the floor, and ratios of a rival's time to ours."""
-    table = _Table(rows, roofs)
+    table = _Table(rows, roofline)
     found: list[Verdict] = []
 
     def judge(what: str, mark: float, figures: list[tuple[float, str]]) -> None:
@@ -36,8 +36,8 @@ def verdicts(rows: Sequence[Measured], roofs: Roofs) -> list[Verdict]:
 
     for direction, floor, inductor in (("forward", 0.8, 1.2), ("backward", 0.7, 1.3)):
         norms = table.ours("group_norm_silu", direction)
-        large = [r for r in norms if r.problem.cost("forward")[0] > 2 * LARGE]
-        small = [r for r in norms if r.problem.shape.endswith((" 8x8", " 16x16"))]
+        large = [r for r in norms if r.case.cost("forward")[0] > 2 * LARGE]
+        small = [r for r in norms if r.case.shape.endswith((" 8x8", " 16x16"))]
         judge(f"norm {direction} over 64 MB, share of the floor", floor, table.shares(large))
         judge(f"norm {direction} against Inductor", inductor, table.ratios(norms, "compile"))
         judge(f"norm {direction}, channels_last against contiguous", 0.95, table.layouts(norms))
@@ -86,17 +86,17 @@ def _worst(figures: Sequence[tuple[float, str]]) -> tuple[float, str]:
 
 
 class _Table:
-    """The rows of a run, with lookups of what was timed on the same problem."""
+    """The rows of a run, with lookups of what was timed on the same case."""
 
-    def __init__(self, rows: Sequence[Measured], roofs: Roofs) -> None:
+    def __init__(self, rows: Sequence[Measured], roofline: Roofline) -> None:
         self._rows = list(rows)
-        self._roofs = roofs
+        self._roofs = roofline
 
     def ours(self, op: str, direction: str) -> list[Measured]:
-        return [r for r in self._rows if (r.candidate, r.problem.op, r.direction) == ("triton", op, direction)]
+        return [r for r in self._rows if (r.candidate, r.case.op, r.direction) == ("triton", op, direction)]
 
     def shares(self, rows: Iterable[Measured]) -> list[tuple[float, str]]:
-        return [(_or_zero(self._roofs.floor(*r.problem.cost(r.direction)) / r.median), _where(r)) for r in rows]
+        return [(_or_zero(self._roofs.floor(*r.case.cost(r.direction)) / r.median), _where(r)) for r in rows]
 
     def ratios(self, rows: Iterable[Measured], *rivals: str) -> list[tuple[float, str]]:
         """The time of the fastest rival whose name starts with one of ``rivals``, divided by ours."""
@@ -105,7 +105,7 @@ class _Table:
             theirs = [
                 r.median
                 for r in self._rows
-                if r.problem is row.problem and r.direction == row.direction and r.candidate.startswith(rivals)
+                if r.case is row.case and r.direction == row.direction and r.candidate.startswith(rivals)
                 if r.timing
             ]
             if theirs:
@@ -113,9 +113,9 @@ class _Table:
         return found
 
     def layouts(self, rows: Sequence[Measured]) -> list[tuple[float, str]]:
-        planar = {r.problem.shape: r.median for r in rows if r.problem.layout == "contiguous"}
-        last = [r for r in rows if r.problem.layout == "channels_last" and r.problem.shape in planar]
-        return [(_or_zero(planar[r.problem.shape] / r.median), _where(r)) for r in last]
+        planar = {r.case.shape: r.median for r in rows if r.case.layout == "contiguous"}
+        last = [r for r in rows if r.case.layout == "channels_last" and r.case.shape in planar]
+        return [(_or_zero(planar[r.case.shape] / r.median), _where(r)) for r in last]
 
 
 def _or_zero(figure: float) -> float:
@@ -124,8 +124,8 @@ def _or_zero(figure: float) -> float:
 
 
 def _tokens(row: Measured) -> int:
-    return int(row.problem.shape.split()[1].removeprefix("T"))
+    return int(row.case.shape.split()[1].removeprefix("T"))
 
 
 def _where(row: Measured) -> str:
-    return f"{row.problem.shape} {row.problem.layout}"
+    return f"{row.case.shape} {row.case.layout}"

@@ -5,33 +5,33 @@ import math
 import pytest
 import torch
 
-from fastdiff.benchmarks import roofs as module
-from fastdiff.benchmarks.roofs import Roofs, measure_roofs
-from fastdiff.benchmarks.work import Convolution, Work
+from fastdiff.benchmarks import roofline as module
+from fastdiff.benchmarks.flops import Convolution, Flops
+from fastdiff.benchmarks.roofline import Roofline, measure_roofline
 
 from .support import CPU, measure_little
 
-ROOFS = Roofs(bytes_per_s=100, flops_per_s=1000, conv_flops_per_s=2000)
+ROOFS = Roofline(bytes_per_s=100, flops_per_s=1000, conv_flops_per_s=2000)
 
 
 @pytest.mark.parametrize(
     ("work", "seconds"),
     [
-        (Work(4000, 1000, numbers=1), 3),  # computing takes longer: 2 s and 1 s, one after the other
-        (Work(4000, 1000, numbers=300), 6),  # moving does, at 2 bytes a number
-        (Work(4000, 1000, numbers=300, fp32_bytes=200), 8),
-        (Work(0, 1000, numbers=0), 1),
+        (Flops(4000, 1000, numbers=1), 3),  # computing takes longer: 2 s and 1 s, one after the other
+        (Flops(4000, 1000, numbers=300), 6),  # moving does, at 2 bytes a number
+        (Flops(4000, 1000, numbers=300, fp32_bytes=200), 8),
+        (Flops(0, 1000, numbers=0), 1),
     ],
 )
-def test_the_limit_is_the_longer_of_moving_and_computing(work: Work, seconds: float) -> None:
+def test_the_limit_is_the_longer_of_moving_and_computing(work: Flops, seconds: float) -> None:
     assert ROOFS.limit(work, torch.bfloat16) == seconds
 
 
 def test_without_convolutions_none_are_measured() -> None:
-    roofs = Roofs(100, 1000)
-    assert roofs.limit(Work(0, 1000, 0), torch.float32) == 1
-    assert math.isnan(roofs.limit(Work(1, 1000, 0), torch.float32))  # rather than one that is too low
-    assert "convolution" not in str(roofs)
+    roofline = Roofline(100, 1000)
+    assert roofline.limit(Flops(0, 1000, 0), torch.float32) == 1
+    assert math.isnan(roofline.limit(Flops(1, 1000, 0), torch.float32))  # rather than one that is too low
+    assert "convolution" not in str(roofline)
 
 
 def test_the_fastest_of_the_heaviest_convolutions_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +48,12 @@ def test_the_fastest_of_the_heaviest_convolutions_counts(monkeypatch: pytest.Mon
     small, large = Convolution(1, 32, 32, 16), Convolution(1, 32, 32, 24)
     rare = [Convolution(1, 1, 1, size) for size in range(2, 8)]
     counts = {**dict.fromkeys(rare, 1), small: 9, large: 1}
-    roofs = measure_roofs(CPU, torch.float32, 2, counts)
+    roofline = measure_roofline(CPU, torch.float32, 2, counts)
     assert set(forward) == {small, large, *rare[-2:]}
     assert backward == [small]
-    assert (roofs.conv_flops_per_s, roofs.conv_training_flops_per_s) == (2, 1)
-    assert roofs.flops_per_s == 2 * 1024**3 / 2
-    assert roofs.bytes_per_s == 2 * 2**27 / 2
+    assert (roofline.conv_flops_per_s, roofline.conv_training_flops_per_s) == (2, 1)
+    assert roofline.flops_per_s == 2 * 1024**3 / 2
+    assert roofline.bytes_per_s == 2 * 2**27 / 2
 
 
 @pytest.mark.parametrize(("device", "gigaflops"), [("cpu", 10), ("cuda", 1000)])
@@ -73,8 +73,8 @@ def test_the_rate_is_the_devices_whatever_the_batch(device: str, gigaflops: int,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_measured(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     measure_little(monkeypatch)
-    roofs = measure_roofs(CPU, dtype, 1, {Convolution(2, 32, 32, 8): 1})
-    rates = (roofs.bytes_per_s, roofs.flops_per_s, roofs.conv_flops_per_s, roofs.conv_training_flops_per_s)
+    roofline = measure_roofline(CPU, dtype, 1, {Convolution(2, 32, 32, 8): 1})
+    rates = (roofline.bytes_per_s, roofline.flops_per_s, roofline.conv_flops_per_s, roofline.conv_training_flops_per_s)
     assert all(0 < rate < math.inf for rate in rates)
-    assert str(roofs).startswith("copy ")
-    assert "3x3 convolution" in str(roofs)
+    assert str(roofline).startswith("copy ")
+    assert "3x3 convolution" in str(roofline)

@@ -1,11 +1,11 @@
-"""Work counted on paper: against sums made by hand, and against PyTorch's own counter."""
+"""Flops counted on paper: against sums made by hand, and against PyTorch's own counter."""
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdiff.benchmarks.work import BYTES_OF_UPDATE, Convolution, Work
+from fastdiff.benchmarks.flops import BYTES_OF_UPDATE, Convolution, Flops
 from fastdiff.config import ModelConfig
 from fastdiff.models import build_model, forward_flops
 
@@ -27,7 +27,7 @@ class Two(nn.Module):
 
 def test_a_forward_pass_by_hand() -> None:
     two = Two()
-    work = Work.of_module(two, two, SHAPE, 4, training=False)
+    work = Flops.of_module(two, two, SHAPE, 4, training=False)
     pixels = 4 * 8 * 8
     assert work.conv_flops == 2 * 9 * 3 * 5 * pixels
     assert work.matmul_flops == 2 * 5 * 7 * pixels
@@ -40,7 +40,7 @@ def test_a_forward_pass_by_hand() -> None:
 
 def test_an_update_by_hand() -> None:
     two = Two()
-    work = Work.of_module(two, two, SHAPE, 4, training=True)
+    work = Flops.of_module(two, two, SHAPE, 4, training=True)
     pixels = 4 * 8 * 8
     assert work.conv_flops == 2 * (2 * 9 * 3 * 5 * pixels)  # the images have no gradient
     assert work.matmul_flops == 3 * (2 * 5 * 7 * pixels)
@@ -52,10 +52,10 @@ def test_an_update_by_hand() -> None:
 @pytest.mark.parametrize("extra", [{}, {"class_cond": True}, {"small_size": 4}, {"use_checkpoint": True}])
 def test_our_model_as_pytorch_counts_it(extra: dict[str, object]) -> None:
     config = ModelConfig.from_dict(CONFIG.to_dict() | extra)
-    work = Work.of(config, 3, training=False)
+    work = Flops.of(config, 3, training=False)
     assert work.flops == 3 * forward_flops(config)
     assert 0 < work.matmul_flops < work.conv_flops
-    update = Work.of(config, 3, training=True)
+    update = Flops.of(config, 3, training=True)
     assert 2.8 * work.flops < update.flops <= 3 * work.flops
     assert update.convolutions == work.convolutions
 
@@ -64,10 +64,10 @@ def test_the_backward_pass_as_pytorch_counts_it() -> None:
     model = build_model(CONFIG, "reference")
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 3, 16, 16), torch.zeros(2)).sum().backward()
-    assert Work.of(CONFIG, 2, training=True).flops == counter.get_total_flops()
+    assert Flops.of(CONFIG, 2, training=True).flops == counter.get_total_flops()
 
 
 def test_several_times() -> None:
-    work = Work(1, 2, 3, 4, {Convolution(1, 2, 3, 4): 5})
-    assert work.times(10) == Work(10, 20, 30, 40, work.convolutions)
+    work = Flops(1, 2, 3, 4, {Convolution(1, 2, 3, 4): 5})
+    assert work.times(10) == Flops(10, 20, 30, 40, work.convolutions)
     assert work.flops == 3

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
+from fastdiff.benchmarks.flops import Convolution, Flops
 from fastdiff.benchmarks.harness import seconds_of
-from fastdiff.benchmarks.work import Convolution, Work
 
 SHAPES = 4
 """Number of a model's convolutions that are tried, those with the most operations first."""
@@ -25,7 +25,7 @@ FILLING = {"cpu": 2**27, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
-class Roofs:
+class Roofline:
     """Measured ceilings of a device in one dtype."""
 
     bytes_per_s: float  # read plus written, by a large copy
@@ -39,17 +39,17 @@ class Roofs:
         moving = n_bytes / self.bytes_per_s
         return moving if moving > computing else computing  # unlike max, NaN if a rate is missing
 
-    def limit(self, work: Work, dtype: torch.dtype) -> float:
+    def limit(self, work: Flops, dtype: torch.dtype) -> float:
         """The floor of a model's passes in ``dtype``, for training, too, at the rate of the forward convolutions.
 
         A backward pass consists of equally large convolutions. If the libraries are slower at them, the device is not.
         """
         return self.floor(work.n_bytes(dtype), work.matmul_flops, work.conv_flops)
 
-    def or_better(self, other: "Roofs") -> "Roofs":
+    def or_better(self, other: "Roofline") -> "Roofline":
         """The higher value of each rate, from two measurements of the same device."""
         pairs = zip(astuple(self), astuple(other), strict=True)
-        return Roofs(*(b if math.isnan(a) or b > a else a for a, b in pairs))
+        return Roofline(*(b if math.isnan(a) or b > a else a for a, b in pairs))
 
     def __str__(self) -> str:
         if math.isnan(self.bytes_per_s):
@@ -61,12 +61,12 @@ class Roofs:
         return f"{said}, 3x3 convolution {_rate(self.conv_flops_per_s)} ({training} with its backward pass)"
 
 
-def measure_roofs(
+def measure_roofline(
     device: torch.device,
     dtype: torch.dtype,
     rounds: int = 10,
     convolutions: Mapping[Convolution, int] = MappingProxyType({}),
-) -> Roofs:
+) -> Roofline:
     """Copy, multiply and convolve tensors that fill the device; random numbers, because zeros multiply faster.
 
     The fastest round counts: the machine's other work must not lower a ceiling.
@@ -82,7 +82,7 @@ def measure_roofs(
     product = torch.empty_like(a)
     multiplying = seconds_of(lambda: torch.mm(a, b, out=product), rounds, device)
     rates = 2 * n_bytes / min(copying), 2 * size**3 / min(multiplying)
-    return Roofs(*rates, *_convolution_rates(device, dtype, rounds, convolutions))
+    return Roofline(*rates, *_convolution_rates(device, dtype, rounds, convolutions))
 
 
 def _convolution_rates(

@@ -1,4 +1,4 @@
-"""The problems on which the fused operations are timed: shapes of the released models, and the alternatives."""
+"""The cases on which the fused operations are timed: shapes of the released models, and the alternatives."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Inputs = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class Case:
     """One operation at one shape, with the candidates to compare."""
 
     op: str
@@ -55,7 +55,7 @@ class Problem:
         return {name: wide(tensor) for name, tensor in inputs.items()}
 
 
-def problems(device: torch.device, autotune: bool = False) -> Iterator[Problem]:
+def cases(device: torch.device, autotune: bool = False) -> Iterator[Case]:
     """The published comparisons in bf16: at training sizes on a GPU, at small sizes on a CPU.
 
     ``autotune`` adds torch.compile's max-autotune, which takes minutes.
@@ -65,14 +65,14 @@ def problems(device: torch.device, autotune: bool = False) -> Iterator[Problem]:
     norms = GPU_NORMS if on_gpu else [(4, 64, 32), (4, 192, 16)]
     for layout in ("contiguous", "channels_last"):
         for n, channels, size in norms:
-            yield norm_problem(n, channels, size, dtype, layout, on_gpu, autotune)
+            yield norm_case(n, channels, size, dtype, layout, on_gpu, autotune)
     for n, tokens, heads, d in GPU_ATTENTIONS if on_gpu else [(4, 64, 4, 64), (4, 256, 4, 32)]:
-        yield attention_problem(n, tokens, heads, d, dtype, on_gpu)
+        yield attention_case(n, tokens, heads, d, dtype, on_gpu)
     for n, size in [(1024, 64), (64, 256)] if on_gpu else [(16, 32)]:
         for layout in ("contiguous", "channels_last"):
-            yield step_problem(n, size, layout, on_gpu, philox=True)
-            yield step_problem(n, size, layout, on_gpu, philox=False)
-            yield loss_problem(n, size, layout, on_gpu)
+            yield step_case(n, size, layout, on_gpu, philox=True)
+            yield step_case(n, size, layout, on_gpu, philox=False)
+            yield loss_case(n, size, layout, on_gpu)
 
 
 GPU_NORMS = [
@@ -98,9 +98,9 @@ GPU_ATTENTIONS = [
 """Batch, tokens, heads, channels of a head."""
 
 
-def norm_problem(
+def norm_case(
     n: int, channels: int, size: int, dtype: torch.dtype, layout: str, on_gpu: bool, autotune: bool = False
-) -> Problem:
+) -> Case:
     """group_norm_silu with scale and shift."""
 
     def inputs(seed: int, device: torch.device) -> Inputs:
@@ -137,7 +137,7 @@ def norm_problem(
             )
         if find_spec("liger_kernel"):
             candidates["Liger norm, then eager"] = _liger_norm
-    return Problem(
+    return Case(
         "group_norm_silu",
         f"N{n} C{channels} {size}x{size}",
         dtype,
@@ -163,7 +163,7 @@ def _liger_norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: T
     return F.silu(y * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
 
-def attention_problem(n: int, tokens: int, heads: int, d: int, dtype: torch.dtype, on_gpu: bool) -> Problem:
+def attention_case(n: int, tokens: int, heads: int, d: int, dtype: torch.dtype, on_gpu: bool) -> Case:
     """Attention on packed qkv; the baselines split it and, in the backward pass, concatenate its gradient."""
 
     def inputs(seed: int, device: torch.device) -> Inputs:
@@ -184,7 +184,7 @@ def attention_problem(n: int, tokens: int, heads: int, d: int, dtype: torch.dtyp
             candidates[f"SDPA, {backend.name.lower().removesuffix('_attention')}"] = partial(
                 _sdpa, heads=heads, backend=backend
             )
-    return Problem(
+    return Case(
         "attention",
         f"N{n} T{tokens} H{heads} d{d}",
         dtype,
@@ -204,13 +204,13 @@ def _sdpa(qkv: Tensor, heads: int, backend: SDPBackend) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width // 3)
 
 
-def step_problem(n: int, size: int, layout: str, on_gpu: bool, philox: bool) -> Problem:
+def step_case(n: int, size: int, layout: str, on_gpu: bool, philox: bool) -> Case:
     """An ancestral step with a learned range of variances, in fp32; ``layout`` is that of the model's output."""
     inputs = partial(_process_inputs, n, size, layout, loss=False, noise=not philox)
     candidates = _process_candidates(_step, on_gpu, compiled=not philox)
     elements, given = n * 3 * size**2, "drawn inside" if philox else "given"
     cost = (elements * (16 if philox else 20), 0)
-    return Problem(
+    return Case(
         "diffusion_step",
         f"N{n} {size}x{size} noise {given}",
         torch.float32,
@@ -223,10 +223,10 @@ def step_problem(n: int, size: int, layout: str, on_gpu: bool, philox: bool) -> 
     )
 
 
-def loss_problem(n: int, size: int, layout: str, on_gpu: bool) -> Problem:
+def loss_case(n: int, size: int, layout: str, on_gpu: bool) -> Case:
     """The hybrid objective in fp32; ``layout`` is that of the model's output."""
     elements = n * 3 * size**2
-    return Problem(
+    return Case(
         "diffusion_loss",
         f"N{n} {size}x{size}",
         torch.float32,

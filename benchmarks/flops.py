@@ -38,7 +38,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Work:
+class Flops:
     """Floating-point operations, two for each multiply-add, and numbers moved.
 
     Every convolution and matrix product reads its inputs and writes its outputs once, in the precision of its
