@@ -182,7 +182,7 @@ def _print_table(path: Path, found: "Survey") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastdiff.data.words import printable
+    from fastdiff.runtime.words import printable
 
     table = Table(title=printable(str(path)), show_header=False, title_justify="left")
     preflight = found.preflight
@@ -204,7 +204,7 @@ def _print_table(path: Path, found: "Survey") -> None:
 
 
 def _lines(texts: Sequence[str], most: int) -> str:
-    from fastdiff.data.words import printable
+    from fastdiff.runtime.words import printable
 
     more = [f"and {len(texts) - most:,} more"] if len(texts) > most else []
     return "\n".join([printable(text) for text in texts[:most]] + more)

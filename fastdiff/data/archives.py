@@ -3,6 +3,7 @@
 import errno
 import gzip
 import os
+import re
 import stat
 import tarfile
 import tempfile
@@ -17,10 +18,34 @@ from pathlib import Path
 from typing import IO, cast
 
 from fastdiff.data.threads import Progress
-from fastdiff.data.words import ArchiveError, first_line, printable, safe_file_name, safe_name
+from fastdiff.runtime.words import first_line, printable
 
 _CHUNK = 2**20  # bytes per read; no valid name is longer
 _RATIO = 1032  # deflate's maximum: two bits encode 258 bytes; no image compresses further in any format
+
+
+class ArchiveError(ValueError):
+    """An archive cannot be used; the text says why, and the remedy."""
+
+
+def safe_name(archive: Path, name: str) -> str:
+    """A member's name relative to the archive's root, with "/"; ArchiveError if it leads out of the root.
+
+    The name of the root itself, which a tar of "." contains, is empty.
+    """
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\\" in name or re.match("[A-Za-z]:", name):
+        raise ArchiveError(
+            f"{archive} holds {printable(name)}, a name that leads out of its folder: do not use it, or pack it again"
+        )
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def safe_file_name(archive: Path, name: str) -> str:
+    """Like safe_name, for a file, whose name must not be empty."""
+    if not (safe := safe_name(archive, name)):
+        raise ArchiveError(f"{archive} holds a file without a name: pack it again")
+    return safe
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.config import Cache, DataConfig
-from fastdiff.data.dataset import ImageFolder, printable
+from fastdiff.data.dataset import ImageFolder
 from fastdiff.data.images import File, UnreadableImage, load_with_size
 from fastdiff.data.threads import Progress, in_order
 from fastdiff.data.zipped import ZipMember
+from fastdiff.runtime.words import printable
 
 MEMORY_SHARE = 0.25
 """Decoded images stay in memory if they take at most this fraction of the available memory."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastdiff.data.archives import Member, reading, whole
 from fastdiff.data.threads import Progress, in_order
-from fastdiff.data.words import first_line, printable
+from fastdiff.runtime.words import first_line, printable
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

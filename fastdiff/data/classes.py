@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.data.words import printable
+from fastdiff.runtime.words import printable
 
 Labels = NDArray[np.int64]
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from fastdiff.config import Labels
 from fastdiff.data.classes import class_of_file, composed
 from fastdiff.data.images import EXTENSIONS, load
-from fastdiff.data.words import printable as printable  # re-exported
 from fastdiff.data.zipped import ZipMember, zip_members
+from fastdiff.runtime.words import printable
 
 _OTHER_IMAGES = frozenset(("avif", "exr", "heic", "heif", "ico", "jp2", "jxl", "ppm", "svg", "tga", "tif", "tiff"))
 _SHOWN = 5

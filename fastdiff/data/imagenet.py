@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastdiff.data.archives import Member, reading, tar_in, whole
+from fastdiff.data.archives import Member, reading, safe_name, tar_in, whole
 from fastdiff.data.images import EXTENSIONS, MAX_BYTES, UnreadableImage, load
 from fastdiff.data.threads import Progress, in_order
-from fastdiff.data.words import printable, safe_name
+from fastdiff.runtime.words import printable
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from fastdiff.data.cache import decode_once
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_counts
 from fastdiff.data.npz import Samples, read_samples
 from fastdiff.data.threads import Progress
-from fastdiff.data.words import printable
 from fastdiff.runtime.display import Lines
+from fastdiff.runtime.words import printable
 
 if TYPE_CHECKING:
     from fastdiff.runtime.distributed import World

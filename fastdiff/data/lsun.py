@@ -13,7 +13,7 @@ from PIL import Image
 from fastdiff.data.archives import reading, whole
 from fastdiff.data.images import UnreadableImage, decode, fit
 from fastdiff.data.threads import Progress, in_order
-from fastdiff.data.words import first_line, printable
+from fastdiff.runtime.words import first_line, printable
 
 
 def prepare_lsun(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fastdiff.data.cache import available_memory
 from fastdiff.data.classes import composed
-from fastdiff.data.words import first_line, printable
+from fastdiff.runtime.words import first_line, printable
 
 _CHUNK = 2**20  # bytes per read; the directory of an npz takes a few hundred
 _HEADER = 2**14  # bytes: more than NumPy accepts as an array's header

@@ -18,7 +18,7 @@ from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_cou
 from fastdiff.data.loading import doubts_of_classes, load_dataset
 from fastdiff.data.npz import read_samples
 from fastdiff.data.threads import Progress
-from fastdiff.data.words import printable
+from fastdiff.runtime.words import printable
 
 SHOWN = 100
 """Maximum number of images on a contact sheet."""

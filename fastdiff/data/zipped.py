@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from fastdiff.data.archives import safe_file_name
 from fastdiff.data.images import MAX_BYTES, UnreadableImage
-from fastdiff.data.words import first_line, safe_file_name
+from fastdiff.runtime.words import first_line
 
 _WHOLE = 2**24  # bytes: larger members are not held in memory, but decompressed as they are read
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from fastdiff.config import NUM_CLASSES, DiffusionConfig, ModelConfig, NoiseSchedule
 from fastdiff.diffusion import GaussianDiffusion, get_named_beta_schedule
 from fastdiff.diffusion.schedule import Float64Array
-from fastdiff.interop.openai import first_line
 from fastdiff.interop.unet2d import attending, our_state, unet_options, unet_state
+from fastdiff.runtime.words import first_line
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 WRITTEN = frozenset(
@@ -177,7 +177,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
     try:
         state = our_state(tensors, config)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{weights} {first_line(error)}") from None
+        raise ValueError(f"{weights} {first_line(error, limit=500)}") from None
     return state, config, _process(folder / "scheduler" / "scheduler_config.json", config)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.runtime.words import first_line
+
 _FIRST = "time_embed.0.weight"
 _NAME = re.compile(r"(model|ema_(?P<rate>0?\.\d+)_)(?P<step>\d{6,})\.pt")
 
@@ -71,8 +73,3 @@ def read_file(path: Path) -> object:
         ) from None
     except Exception as error:  # the unpickler can raise almost anything on damaged bytes
         raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class name if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

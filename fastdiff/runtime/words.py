@@ -1,4 +1,4 @@
-"""Human-readable numbers."""
+"""Text for people: durations, names that others chose, and the errors of other libraries."""
 
 from itertools import pairwise
 
@@ -11,3 +11,14 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {name} {whole % size // small} {small_name}"
     return f"{whole} s"
+
+
+def printable(text: str) -> str:
+    """Replace unprintable characters: file names may hold line breaks, terminal codes or bytes of another encoding."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def first_line(error: BaseException, limit: int = 100) -> str:
+    """The first line of an error's message, at most ``limit`` characters, to quote in another message."""
+    said = printable(str(error).strip().partition("\n")[0])[:limit]
+    return said or ("truncated" if isinstance(error, EOFError) else type(error).__name__)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastdiff.data import ImageFolder, read_samples
 from fastdiff.data.classes import class_of_file, completed, composed, renumbered
-from fastdiff.data.words import printable
+from fastdiff.runtime.words import printable
 
 
 class Images(Protocol):

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, features
 
 from fastdiff.checkpoint import replacing
-from fastdiff.data.dataset import printable
+from fastdiff.runtime.words import printable
 
 Uint8Array = NDArray[np.uint8]
 

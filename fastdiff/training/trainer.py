@@ -15,7 +15,6 @@ from fastdiff import checkpoint
 from fastdiff.config import Compile, RunConfig
 from fastdiff.data import Dataset, batch_indices, batches, prefetch_to_device
 from fastdiff.data.classes import composed, listed
-from fastdiff.data.dataset import printable
 from fastdiff.diffusion import build_diffusion
 from fastdiff.interop.openai_run import read_run, step_of
 from fastdiff.models import build_model, forward_flops
@@ -24,7 +23,7 @@ from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World
 from fastdiff.runtime.memory import out_of_memory
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
-from fastdiff.runtime.words import duration
+from fastdiff.runtime.words import duration, printable
 from fastdiff.training.fine_tuning import carried_over, configuration, read_initial
 from fastdiff.training.fitting import largest_that_fits
 from fastdiff.training.metrics import ProgressFiles

@@ -93,7 +93,7 @@ def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | None, heads: int) -> Tensor:
     """dqkv, contiguous, for dy (N, T, C) with any strides; y and lse are needed if the forward pass saved an lse."""
-    dqkv = _gradient(dy, qkv, y, lse, heads)
+    dqkv = _gradient(dy, qkv)
     n, t, _ = qkv.shape
     if not t:  # EVEN holds for T = 0, so that a grid over the heads would load without masks
         return dqkv
@@ -134,7 +134,7 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | 
     return dqkv
 
 
-def _gradient(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | None, heads: int) -> Tensor:
+def _gradient(dy: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     """Uninitialised dqkv, contiguous as the preceding linear layer needs it."""
     return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
 

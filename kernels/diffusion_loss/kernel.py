@@ -85,7 +85,7 @@ def diffusion_loss_forward(
     loss_type: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, mse and vb, (N,) each; mse or vb is (0,) if it is not part of the loss."""
-    loss, mse, vb = _losses(model_output, x_start, x_t, noise, t, tables, mean_type, var_type, loss_type)
+    loss, mse, vb = _losses(model_output, x_start, x_t, var_type, loss_type)
     inputs = _inputs(model_output, x_start, x_t, noise, t, tables)
     n, channels, pixels = inputs["x_t"].shape
     tiles = Tiles.of(channels, pixels, FORWARD_TILE)
@@ -116,17 +116,8 @@ def diffusion_loss_forward(
     return loss, mse, vb
 
 
-def _losses(
-    model_output: Tensor,
-    x_start: Tensor,
-    x_t: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    tables: Tensor,
-    mean_type: str,
-    var_type: str,
-    loss_type: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _losses(model_output: Tensor, x_start: Tensor, x_t: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, var_type, loss_type = rest
     scales = _scales(loss_type, var_type, 1, 1)
     n = x_t.shape[0]
     sizes = n, n if scales["MSE"] else 0, n if scales["VB"] else 0
@@ -183,20 +174,7 @@ def diffusion_loss_backward(
     return grad_output
 
 
-def _gradient(
-    grad_loss: Tensor | None,
-    grad_mse: Tensor | None,
-    grad_vb: Tensor | None,
-    model_output: Tensor,
-    x_start: Tensor,
-    x_t: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    tables: Tensor,
-    mean_type: str,
-    var_type: str,
-    loss_type: str,
-) -> Tensor:
+def _gradient(grad_loss: Any, grad_mse: Any, grad_vb: Any, model_output: Tensor, *rest: Any) -> Tensor:
     return dense_like(model_output, model_output.dtype)
 
 

@@ -1,5 +1,7 @@
 """diffusion_step in Triton: the registered operator and its plan."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -30,9 +32,7 @@ def diffusion_step(
     pred_xstart: bool,
 ) -> tuple[Tensor, Tensor]:
     """x_{t-1} and the predicted x_0, which is empty unless requested."""
-    sample, pred = _outputs(
-        x, model_output, t, tables, noise, seed, samples, mean_type, var_type, sampler, eta, clip, pred_xstart
-    )
+    sample, pred = _outputs(x, pred_xstart)
     x, model_output, flat = x.flatten(2), model_output.flatten(2), sample.flatten(2)
     noise = None if noise is None else noise.flatten(2)
     n, channels, pixels = x.shape
@@ -83,23 +83,10 @@ def plan(elements: int) -> tuple[int, int]:
     return block, WARPS * block // BLOCK
 
 
-def _outputs(
-    x: Tensor,
-    model_output: Tensor,
-    t: Tensor,
-    tables: Tensor,
-    noise: Tensor | None,
-    seed: int,
-    samples: Tensor | None,
-    mean_type: str,
-    var_type: str,
-    sampler: str,
-    eta: float,
-    clip: bool,
-    pred_xstart: bool,
-) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Memory for x_{t-1} and, if the last argument says so, for the predicted x_0."""
     sample = dense_like(x, torch.float32)
-    pred = dense_like(x, torch.float32) if pred_xstart else torch.empty(0, dtype=torch.float32, device=x.device)
+    pred = dense_like(x, torch.float32) if rest[-1] else torch.empty(0, dtype=torch.float32, device=x.device)
     return sample, pred
 
 

@@ -140,14 +140,7 @@ def group_norm_silu(
 
 
 def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, groups: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_like(x), *_statistics(x, groups)
 
@@ -252,18 +245,9 @@ def group_norm_silu_backward(
 
 
 def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    silu: bool,
-    parameters: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any
 ) -> Gradients:
-    return _gradients(x, weight, bias, scale, shift, parameters)
+    return _gradients(x, weight, bias, scale, shift, parameters=rest[-1])
 
 
 _forward = register(group_norm_silu, _fake_forward)

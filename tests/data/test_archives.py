@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 from fastdiff.data import ImageFolder
-from fastdiff.data.archives import reading, whole
+from fastdiff.data.archives import ArchiveError, reading, whole
 from fastdiff.data.cifar10 import prepare_cifar10
 from fastdiff.data.imagenet import prepare_imagenet
 from fastdiff.data.packing import pack_npz, pack_zip
-from fastdiff.data.words import ArchiveError
 
 from ..support import refusal
 from .archive_support import UNSAFE, encrypted, found_below, png, tar, tar_bytes, zipped
