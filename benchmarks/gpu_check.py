@@ -1,4 +1,4 @@
-"""The parts of gpu_check.sh that measure: ``python -m fastdiff.benchmarks.gpu_check bars --csv rows.csv``.
+"""The parts of gpu_check.sh that measure: ``python -m fastdiff.benchmarks.gpu_check targets --csv rows.csv``.
 
 Needs only PyTorch, Triton and numpy, and starts nothing more when its seconds are over.
 """
@@ -28,7 +28,7 @@ from fastdiff.kernels.group_norm_silu import plan as norm_plan
 from fastdiff.presets import preset_named
 
 
-def bars(device: torch.device, csv: Path, deadline: float) -> None:
+def targets(device: torch.device, csv: Path, deadline: float) -> None:
     """Time every kernel and its alternatives, then print the verdicts on the marks."""
     about = environment(device)
     on_gpu = device.type == "cuda"
@@ -124,7 +124,7 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
         norm_plan.plan.cache_clear()
 
 
-PARTS = {"bars": bars, "tune": tune, "model": model}
+PARTS = {"targets": targets, "tune": tune, "model": model}
 ELSEWHERE = {"sample": "fastdiff.benchmarks.sampling", "train": "fastdiff.benchmarks.updates"}
 """Parts that also need Pillow and safetensors, with their modules."""
 

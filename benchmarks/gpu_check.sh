@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts of under eight minutes, the most important first:
 #
-#   benchmarks/gpu_check.sh [correct|sanitize|bars|tune|model|sample|train] ...     (without a part: all of them)
+#   benchmarks/gpu_check.sh [correct|sanitize|targets|tune|model|sample|train] ...     (without a part: all of them)
 #
 # Needs a checkout and a Python with PyTorch, Triton, numpy and pytest; model, sample and train also need Pillow and
 # safetensors. pytest-xdist and Liger are used if present. Only sample may need more than one run: it resumes. Rows are
@@ -53,7 +53,7 @@ part() {
 export -f tests tests_of_models
 export OUT PYTHON
 
-for name in "${@:-correct sanitize bars tune model sample train}"; do
+for name in "${@:-correct sanitize targets tune model sample train}"; do
     for one in $name; do
         case $one in
             correct)
@@ -75,11 +75,11 @@ for name in "${@:-correct sanitize bars tune model sample train}"; do
                     echo "== sanitize: skipped, compute-sanitizer is not installed"
                 fi
                 ;;
-            bars | tune | model | sample | train)
+            targets | tune | model | sample | train)
                 part "$one" 470 "$PYTHON" -m fastdiff.benchmarks.gpu_check "$one" --csv "$OUT/$one.csv" --seconds 440
                 ;;
             *)
-                echo "gpu_check.sh: no part $one: correct, sanitize, bars, tune, model, sample or train" >&2
+                echo "gpu_check.sh: no part $one: correct, sanitize, targets, tune, model, sample or train" >&2
                 exit 2
                 ;;
         esac

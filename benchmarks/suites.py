@@ -148,7 +148,7 @@ class _Table:
 
     def __init__(self, suite: str, workload: Workload, roofline: Measuring) -> None:
         self._workload = workload
-        self._roofs = roofline
+        self._roofline = roofline
         self._times = sampling_steps(workload) if suite == "sample" else 1
         label = f"{workload}, {self._times} DDIM steps" if suite == "sample" else str(workload)
         self._blank = Row(suite, label, "", None, images=workload.batch_size)
@@ -237,7 +237,7 @@ class _Table:
         errors: dict[str, Exception] = {}
         first = self._rows[0].candidate
         timings = {t.name: t for t in interleaved(self._runs, rounds, 1, device, first, errors)}
-        roofline = self._roofs()
+        roofline = self._roofline()
         _set_arithmetic(device, Precision.FP32)
         rows: list[Row] = []
         before: Timing | None = None

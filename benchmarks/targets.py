@@ -90,13 +90,13 @@ class _Table:
 
     def __init__(self, rows: Sequence[Measured], roofline: Roofline) -> None:
         self._rows = list(rows)
-        self._roofs = roofline
+        self._roofline = roofline
 
     def ours(self, op: str, direction: str) -> list[Measured]:
         return [r for r in self._rows if (r.candidate, r.case.op, r.direction) == ("triton", op, direction)]
 
     def shares(self, rows: Iterable[Measured]) -> list[tuple[float, str]]:
-        return [(_or_zero(self._roofs.floor(*r.case.cost(r.direction)) / r.median), _where(r)) for r in rows]
+        return [(_or_zero(self._roofline.floor(*r.case.cost(r.direction)) / r.median), _where(r)) for r in rows]
 
     def ratios(self, rows: Iterable[Measured], *rivals: str) -> list[tuple[float, str]]:
         """The time of the fastest rival whose name starts with one of ``rivals``, divided by ours."""

@@ -58,8 +58,8 @@ def nll(
     The likelihood is the variational bound: one model call per image and timestep. Under torchrun several processes
     share the images: torchrun --nproc-per-node=8 -m fastdiff evaluate nll ...
 
-    A checkpoint stores its model. The model and diffusion flags are for bare state dicts (.pt), which reveal the
-    architecture, but not the number of heads or the noise schedule.
+    A checkpoint stores its model and diffusion process. The model and diffusion flags are for bare state dicts (.pt),
+    which reveal the architecture, but not the number of heads or the process.
     """
     config = NllConfig.from_flags(flags)
     if not config.data_dir:

@@ -71,8 +71,8 @@ def sample(
     The same command resumes an interrupted job. Under torchrun several processes share the images:
     torchrun --nproc-per-node=8 -m fastdiff sample ...
 
-    A checkpoint stores its model. The model and diffusion flags are for bare state dicts (.pt), which reveal the
-    architecture, but not the number of heads or the noise schedule.
+    A checkpoint stores its model and diffusion process. The model and diffusion flags are for bare state dicts (.pt),
+    which reveal the architecture, but not the number of heads or the process.
     """
     flags = with_preset(flags, preset, ModelConfig, DiffusionConfig)
     config = SampleConfig.from_flags(flags)

@@ -18,18 +18,18 @@ def train(flags: Flags, debug: DebugFlag = False) -> None:
 
 def run_training(flags: Flags) -> int:
     """Train with the flags and improved-diffusion's environment variables; return the exit status."""
-    if (folder := log_folder()) is not None:
-        flags = {"run_dir": str(folder)} | flags
+    if "run_dir" not in flags and (folder := log_folder()) is not None:
+        flags = {**flags, "run_dir": str(folder)}
     formats = log_formats()
     if "tensorboard" in formats:
         flags = {"tensorboard": True} | flags
-    start = StartConfig.from_flags(flags)
+    start = StartConfig.beside(flags)
     from fastdiff.cli.display import Display
     from fastdiff.runtime.distributed import World
     from fastdiff.training.run import run
 
     world = World.join(start.timeout)
     with Display(silent=not world.main or "stdout" not in formats) as display:
-        status = run(flags, world, display).status
+        status = run(flags, start, world, display).status
     world.leave()
     return status

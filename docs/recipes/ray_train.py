@@ -16,8 +16,8 @@ def train(config: dict[str, Any]) -> None:
 
     try:
         fastdiff.train(run_dir=config["run_dir"], resume=True, **config["flags"])
-    except SystemExit as stopped:
-        raise RuntimeError(f"a signal stopped the training ({stopped}); what it has done so far is saved") from stopped
+    except (SystemExit, KeyboardInterrupt) as stopped:
+        raise RuntimeError("a signal stopped the training; the last update is saved") from stopped
 
 
 def fit(flags: dict[str, Any], run_dir: str, *, workers: int, use_gpu: bool, ray_dir: str) -> None:

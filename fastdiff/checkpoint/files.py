@@ -77,7 +77,7 @@ def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[s
                 raise ValueError(f"{path} is a file of the kind {metadata['kind']}, not {kind}: name {other}")
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({first_line(error)})") from None
+        raise ValueError(f"{path} is damaged or incomplete ({first_line(error, limit=300)})") from None
 
 
 def refuse_newer(path: Path, written: str) -> None:
@@ -98,7 +98,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             save_file(packed, temporary, metadata={FORMAT: json.dumps(described)})
             _sign(temporary)
         except SafetensorError as error:  # raised for a full disk too
-            raise OSError(f"{path} cannot be written: {first_line(error)}") from error
+            raise OSError(f"{path} cannot be written: {first_line(error, limit=300)}") from error
     return path
 
 

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from fastdiff.config.base import Config, option
+from fastdiff.config.base import Config, number, option
 from fastdiff.config.job import DataConfig, DiffusionConfig, RuntimeConfig, TrainConfig
 from fastdiff.config.model import ModelConfig
+
+NO_DATA = "no data: name a folder of images with --data-dir"
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,21 @@ class StartConfig(Config):
 
     def check(self) -> None:
         self.require(self.timeout > 0, "timeout", "positive")
-        if (size := self.batch_size_per_process) is not None:
-            self.require(type(size) is int and size > 0, "batch_size_per_process", "positive")
+        if self.batch_size_per_process is not None:
+            size = number(int, "batch_size_per_process", self.batch_size_per_process)
+            self.require(size > 0, "batch_size_per_process", "positive")
         if self.init_from and self.resume_checkpoint:
             raise ValueError("init_from and resume_checkpoint both say which weights to start from: give one of them")
+
+    @classmethod
+    def beside(cls, flags: Mapping[str, Any]) -> Self:
+        """How the flags of a run say that it starts; ValueError if they contradict each other or name no data."""
+        start = cls.from_flags(flags)
+        if not (flags.get("data_dir") or start.resume or start.resume_checkpoint):
+            raise ValueError(NO_DATA)
+        if start.batch_size_per_process is not None and "batch_size" in flags:
+            raise ValueError("batch_size and batch_size_per_process both set the size of a batch: give one of them")
+        return start
 
 
 _PARTS: dict[str, type[Config]] = {

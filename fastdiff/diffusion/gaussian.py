@@ -124,18 +124,20 @@ class GaussianDiffusion(GaussianProcess):
         ``previous`` is the previous step's pred_xstart; without it the step is first order: DDIM, with eta 1 for the
         SDE. The SDE's ``noise`` defaults to fresh noise.
         """
-        if isinstance(noise, Philox):
-            noise = noise.of_update(self.num_timesteps - t, x.shape) if sde else None
-        if sde and noise is None:
-            noise = torch.randn_like(x)
         table = self.moved(
             "sde-dpm-solver++" if sde else "dpm-solver++",
             x.device,
             x.dtype,
             lambda: samplers.dpm_solver_coefficients(self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, sde),
         )
+
+        def draw() -> Tensor:
+            if isinstance(noise, Philox):
+                return noise.of_update(self.num_timesteps - t, x.shape)
+            return torch.randn_like(x) if noise is None else noise
+
         predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs)
-        return samplers.dpm_solver_step(predict, table, x, t, previous, noise if sde else None)
+        return samplers.dpm_solver_step(predict, table, x, t, previous, draw if sde else None)
 
     def heun_sample(
         self,

@@ -26,16 +26,7 @@ Denoised = Callable[[Tensor], Tensor] | None
 
 
 class GaussianProcess(Tables):
-    """A diffusion process over ``betas``, or over the subset ``use_timesteps`` of their timesteps.
-
-    ``kernels`` is the backend (fastdiff.kernels) of the sampling steps and the training objective.
-
-    With ``use_timesteps`` the process has one step per kept timestep, and its betas give the same alphas_cumprod at
-    these. The model still receives the timesteps of the original process. With ``rescale_timesteps`` they are scaled to
-    0..1000.
-
-    The tables (betas, alphas_cumprod, posterior_variance, ...) are float64 arrays of shape (num_timesteps,).
-    """
+    """A diffusion process without the sampling loops; GaussianDiffusion documents the arguments."""
 
     def __init__(
         self,

@@ -90,7 +90,7 @@ def dpm_solver_step(
     x: Tensor,
     t: Tensor,
     previous: Tensor | None,
-    noise: Tensor | None,
+    noise: Callable[[], Tensor] | None,
 ) -> dict[str, Tensor]:
     """One step to x_{t-1} (Lu et al. 2022, algorithm 2, or SDE-DPM-Solver++(2M)): a dict with sample and pred_xstart.
 
@@ -103,7 +103,7 @@ def dpm_solver_step(
     if previous is not None:
         sample = sample + of_change * (x_start - previous)
     if noise is not None:
-        sample = sample + of_noise * noise
+        sample = sample + of_noise * noise()  # drawn after the model call, whose memory is free again
     return {"sample": sample, "pred_xstart": x_start}
 
 

@@ -72,4 +72,4 @@ def read_file(path: Path) -> object:
             f"{path} holds more than tensors (pickled code, perhaps) and is not loaded: it must be a bare state dict"
         ) from None
     except Exception as error:  # the unpickler can raise almost anything on damaged bytes
-        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first_line(error)})") from None
+        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first_line(error, limit=300)})") from None

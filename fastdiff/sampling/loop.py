@@ -46,7 +46,7 @@ def generate(
     watch: Callable[[Tensor], None] | None = None,
     graphs: bool = False,
 ) -> Iterator[Uint8Array]:
-    """Yield batches of images, uint8 (n, H, W, 3), of the sizes that ``batches`` chooses.
+    """Yield batches of images, uint8 (n, H, W, 3), of the sizes that ``batch_slices`` chooses.
 
     ``indices`` (num_samples,) are the image numbers, by default 0, 1, 2, ... ``labels`` (num_samples,) are the class
     labels for a class-conditional model. ``low_res`` gives the inputs (n, 3, h, w) in [-1, 1] of a super-resolution
@@ -119,8 +119,9 @@ class _Buffers:
 class Loop:
     """Samples batches of one shape: ``begin`` a batch at x_T, then call ``step`` while steps are ``left``.
 
-    A batch's tensors are copied into buffers on the device. The very first step runs without a CUDA graph and triggers
-    compilation. With ``graphs``, every further step on a GPU is one launch of a CUDA graph. No step causes a host sync.
+    A batch's tensors are copied into buffers on the device. The first step of each kind (Heun's last step is its own)
+    runs without a CUDA graph and triggers compilation. With ``graphs``, every further step on a GPU is one launch of a
+    CUDA graph. No step causes a host sync.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ from fastdiff.config import (
     is_table_size,
 )
 from fastdiff.config.base import differences, in_words, refuse_contradiction
+from fastdiff.config.run import NO_DATA
 from fastdiff.data import Dataset, load_shared
 from fastdiff.diffusion import build_diffusion
 from fastdiff.interop.openai_run import step_of
@@ -57,7 +58,8 @@ def train(
     TrainConfig, DataConfig and RuntimeConfig, and preset, resume, init_from, resume_checkpoint, allow_changes,
     batch_size_per_process and timeout. ``show`` receives each line of the log, which is also written to log.txt in
     ``run_dir`` (by default runs/NAME of the data); None shows nothing. Processes that torchrun started, or those of an
-    existing process group, share the work.
+    existing process group, share the work, and each returns the checkpoint: ``run_dir`` is on a disk that all of them
+    see. PyTorch's global random generators are seeded.
 
     ValueError, in one line, if a setting is invalid. KeyboardInterrupt after Ctrl-C and SystemExit after another
     signal, both with the last update saved: ``resume=True`` continues the run.
@@ -65,10 +67,19 @@ def train(
     known = {f.name for kind in _SETTINGS for f in fields(kind)}
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"train has no setting {', '.join(unknown)}")
-    places = {"data_dir": data_dir, "run_dir": run_dir}
-    flags = settings | {name: os.fspath(place) for name, place in places.items() if place is not None}
-    world = World.join(StartConfig.from_flags(flags).timeout)
-    ended = run(flags, world, Lines(show if show is not None and world.main else lambda line: None))
+    given = {"data_dir": data_dir, "run_dir": run_dir}
+    flags = settings | {name: place for name, place in given.items() if place is not None}
+    paths = {f.name for kind in _SETTINGS for f in fields(kind) if f.metadata["path"]}
+    for name in paths & set(flags):
+        flags[name] = os.path.expanduser(os.fspath(flags[name]))
+    start = StartConfig.beside(flags)
+    world = World.join(start.timeout)
+    try:
+        ended = run(flags, start, world, Lines(show if show is not None and world.main else lambda line: None))
+    except (ValueError, OSError) as error:
+        if not isinstance(error, ConnectionError):  # without the others a process group cannot be left in order
+            world.leave()
+        raise
     world.leave()
     if ended.status == 130:
         raise KeyboardInterrupt
@@ -77,14 +88,15 @@ def train(
     return load_checkpoint(find_checkpoint(ended.run_dir))
 
 
-def run(flags: Mapping[str, Any], world: World, display: Lines) -> Ended:
+def run(flags: Mapping[str, Any], start: StartConfig, world: World, display: Lines) -> Ended:
     """Train with the flags, or resume the run in their folder with its configuration and the flags. Collective.
 
-    ``flags`` are fields of StartConfig and of a run's configurations; an absent one was not given.
+    ``flags`` are fields of a run's configurations, of which ``start`` is StartConfig.beside; an absent one was not
+    given.
     """
     with ExitStack() as held:
         held.enter_context(world.explained())
-        plan = world.from_main(lambda: _decide(dict(flags), world, held))
+        plan = world.from_main(lambda: _decide(dict(flags), start, world, held))
         return Ended(plan.run_dir, _carry_out(plan, world, display, held))
 
 
@@ -102,12 +114,11 @@ class _Plan:
     notes: list[str]
 
 
-def _decide(flags: dict[str, Any], world: World, held: ExitStack) -> _Plan:
+def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitStack) -> _Plan:
     """Make a plan from the flags and the folder.
 
     If the folder contains a run, its lease is held from here on, so that no other process writes to it.
     """
-    start = StartConfig.from_flags(flags)
     run_dir = Path(start.run_dir) if start.run_dir else None
     init_from = Path(start.init_from) if start.init_from else None
     resume_checkpoint = Path(start.resume_checkpoint) if start.resume_checkpoint else None
@@ -117,16 +128,14 @@ def _decide(flags: dict[str, Any], world: World, held: ExitStack) -> _Plan:
         if _is_of(run_dir, resume_checkpoint):
             run_dir, resume, resume_checkpoint = resume_checkpoint.parent, True, None
     if not flags.get("data_dir") and not resume:
-        raise ValueError("no data: name a folder of images with --data-dir")
-    if "steps" not in flags and flags.get("lr_anneal_steps", 0) > 0:
-        flags["steps"] = flags["lr_anneal_steps"]  # improved-diffusion's flag for the length of a run
+        raise ValueError(NO_DATA)
+    if "steps" not in flags and (anneal := TrainConfig.from_flags(flags).lr_anneal_steps) > 0:
+        flags["steps"] = anneal  # improved-diffusion's flag for the length of a run
     data = Path(flags.get("data_dir", "")).resolve()
     run_dir = run_dir or Path("runs") / ((data.stem if data.is_file() else data.name) or "root")
-    if "data_dir" in flags and run_dir.resolve().is_relative_to(data):
+    if flags.get("data_dir") and run_dir.resolve().is_relative_to(data):
         raise ValueError(f"run_dir {run_dir} is inside the data folder and would add images to it: name another")
     if start.batch_size_per_process is not None:
-        if "batch_size" in flags:
-            raise ValueError("batch_size and batch_size_per_process both set the size of a batch: give one of them")
         flags["batch_size"] = start.batch_size_per_process * world.size
     if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
         resume = True

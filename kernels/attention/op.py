@@ -49,7 +49,7 @@ def _kernels_win(tokens: int, dtype: torch.dtype) -> bool:
 
     This is not measured yet: it rests on byte counts and published figures. Up to 256 tokens attention is memory-bound,
     and the packed gradient saves a concatenation. At 1024 tokens Triton's tutorial kernel reaches 0.75 to 0.95 of
-    FlashAttention-3, at more tokens less. In fp32 the kernels use no tensor cores. ``benchmarks/gpu_check.sh bars``
+    FlashAttention-3, at more tokens less. In fp32 the kernels use no tensor cores. ``benchmarks/gpu_check.sh targets``
     measures what this should be.
     """
     return dtype is not torch.float32 and tokens <= FASTEST_UP_TO

@@ -34,7 +34,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu_check.bars(CPU, tmp_path / "rows.csv", math.inf)
+    gpu_check.targets(CPU, tmp_path / "rows.csv", math.inf)
     rows = rows_of(tmp_path / "rows.csv")
     assert {row["workload"].split(",")[0] for row in rows} == {"group_norm_silu forward", "group_norm_silu backward"}
     assert "of limit" in (out := capsys.readouterr().out)

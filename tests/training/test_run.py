@@ -73,6 +73,8 @@ def test_ctrl_c_saves(tmp_path: Path, shapes: Path) -> None:
         ({"preset": "none"}, "^preset must be one of "),
         ({"init_from": "a.pt", "resume_checkpoint": "model1.pt"}, "^init_from and resume_checkpoint both"),
         ({"batch_size_per_process": 2}, "^batch_size and batch_size_per_process both"),
+        ({"batch_size_per_process": 2.0}, "^batch_size_per_process must be a whole number, not 2.0$"),
+        ({"lr_anneal_steps": "5"}, "^lr_anneal_steps must be a whole number"),
     ],
 )
 def test_refusals(tmp_path: Path, shapes: Path, settings: dict[str, Any], pattern: str) -> None:
@@ -87,3 +89,20 @@ def test_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fastdiff.train()
     with pytest.raises(ValueError, match=r"holds no run to resume"):
         fastdiff.train(run_dir="runs/a", resume=True)
+
+
+def test_paths_of_any_kind(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in settings, and "~" is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fastdiff.train(shapes, "~/first", steps=1, show=None, **SETTINGS)
+    found = fastdiff.train(shapes, tmp_path / "second", init_from=tmp_path / "first", steps=1, show=None, **SETTINGS)
+    assert found.step == 1
+    assert (tmp_path / "first/model000001.safetensors").exists()
+
+
+def test_an_environment_for_the_command_does_not_count(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_LOGDIR", "s3://bucket/runs")
+    command("train", "--data-dir", shapes, "--run-dir", tmp_path / "run", "--steps", 1, *TINY, *SHORT)
+    assert (tmp_path / "run/model000001.safetensors").exists()
