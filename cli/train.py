@@ -23,7 +23,7 @@ def run_training(flags: Flags) -> int:
     formats = log_formats()
     if "tensorboard" in formats:
         flags = {"tensorboard": True} | flags
-    start = StartConfig.beside(flags)
+    start = StartConfig.from_flags(flags)
     from fastdiff.cli.display import Display
     from fastdiff.runtime.distributed import World
     from fastdiff.training.run import run

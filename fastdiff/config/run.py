@@ -38,9 +38,9 @@ class StartConfig(Config):
             raise ValueError("init_from and resume_checkpoint both say which weights to start from: give one of them")
 
     @classmethod
-    def beside(cls, flags: Mapping[str, Any]) -> Self:
-        """How the flags of a run say that it starts; ValueError if they contradict each other or name no data."""
-        start = cls.from_flags(flags)
+    def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
+        """As Config.from_flags, for all flags of a run; ValueError if they contradict each other or name no data."""
+        start = super().from_flags(flags, base)
         if not (flags.get("data_dir") or start.resume or start.resume_checkpoint):
             raise ValueError(NO_DATA)
         if start.batch_size_per_process is not None and "batch_size" in flags:

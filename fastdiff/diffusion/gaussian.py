@@ -124,7 +124,7 @@ class GaussianDiffusion(GaussianProcess):
         ``previous`` is the previous step's pred_xstart; without it the step is first order: DDIM, with eta 1 for the
         SDE. The SDE's ``noise`` defaults to fresh noise.
         """
-        table = self.moved(
+        table = self.cached(
             "sde-dpm-solver++" if sde else "dpm-solver++",
             x.device,
             x.dtype,
@@ -150,7 +150,7 @@ class GaussianDiffusion(GaussianProcess):
         last: bool = False,
     ) -> dict[str, Tensor]:
         """One step of Heun's method to x_{t-1}, two model calls: a dict like p_sample's. ``last`` means that t is 0."""
-        table = self.moved(
+        table = self.cached(
             "heun",
             x.device,
             x.dtype,

@@ -61,7 +61,7 @@ class GaussianProcess(Tables):
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps that the model receives for t: the original process's, scaled if configured. (N,) fp32"""
         scale = 1000 / self.original_num_steps if self.rescale_timesteps else 1.0
-        return self.moved("model_timesteps", t.device, torch.float32, lambda: self.timestep_map * scale)[t]
+        return self.cached("model_timesteps", t.device, torch.float32, lambda: self.timestep_map * scale)[t]
 
     # q: from data to noise
 

@@ -128,7 +128,7 @@ class Tables:
         self.fixed_large_variance = np.append(first, betas[1:])
         self.fixed_large_log_variance = np.log(self.fixed_large_variance)
 
-    def moved(self, name: str, device: torch.device, dtype: torch.dtype, values: Callable[[], NDArray[Any]]) -> Tensor:
+    def cached(self, name: str, device: torch.device, dtype: torch.dtype, values: Callable[[], NDArray[Any]]) -> Tensor:
         """The table ``name``, computed by ``values``, in ``dtype`` but at least fp32; cached on each device."""
         key = (name, device, torch.promote_types(dtype, torch.float32))
         if key not in self._on_devices:
@@ -137,11 +137,11 @@ class Tables:
 
     def table(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Table ``name`` at t as (N, 1, ...), in like's dtype but at least fp32."""
-        values = self.moved(name, like.device, like.dtype, lambda: getattr(self, name))
+        values = self.cached(name, like.device, like.dtype, lambda: getattr(self, name))
         return values[t].view(-1, *[1] * (like.ndim - 1))
 
     def step_tables(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tables of diffusion_step and diffusion_loss, (T, len(TABLES)), in ``dtype`` but at least fp32."""
-        return self.moved(
+        return self.cached(
             "step_tables", device, dtype, lambda: np.stack([getattr(self, name) for name in TABLES], axis=1)
         )

@@ -28,9 +28,9 @@ class Engine:
 
     ``images`` is the number of images to expect, which decides whether compilation pays. ``base`` supplies the inputs
     of a super-resolution model: small images, or the engine that draws them (a cascade: Nichol & Dhariwal 2021,
-    section 4), whose class labels ``upper_labels`` maps to this model's. ``start`` supplies x_T if it is not noise. The
-    engine takes ownership of the checkpoint's model and casts its weights. ValueError if ``config`` asks for timesteps
-    that the diffusion process does not have.
+    section 4), whose class labels ``upper_labels`` maps to this model's. The attribute ``start``, set after encoding
+    with the engine, supplies x_T if it is not noise. The engine takes ownership of the checkpoint's model and casts its
+    weights. ValueError if ``config`` asks for timesteps that the diffusion process does not have.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ def train(
     paths = {f.name for kind in _SETTINGS for f in fields(kind) if f.metadata["path"]}
     for name in paths & set(flags):
         flags[name] = os.path.expanduser(os.fspath(flags[name]))
-    start = StartConfig.beside(flags)
+    start = StartConfig.from_flags(flags)
     world = World.join(start.timeout)
     try:
         ended = run(flags, start, world, Lines(show if show is not None and world.main else lambda line: None))
@@ -91,8 +91,7 @@ def train(
 def run(flags: Mapping[str, Any], start: StartConfig, world: World, display: Lines) -> Ended:
     """Train with the flags, or resume the run in their folder with its configuration and the flags. Collective.
 
-    ``flags`` are fields of a run's configurations, of which ``start`` is StartConfig.beside; an absent one was not
-    given.
+    ``flags`` are fields of a run's configurations, and ``start`` is their StartConfig; an absent flag was not given.
     """
     with ExitStack() as held:
         held.enter_context(world.explained())
