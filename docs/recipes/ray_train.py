@@ -11,7 +11,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 
 def train(config: dict[str, Any]) -> None:
-    """What each process does."""
+    """Train in one of the processes."""
     import fastdiff
 
     try:
@@ -21,16 +21,16 @@ def train(config: dict[str, Any]) -> None:
 
 
 def fit(flags: dict[str, Any], run_dir: str, *, workers: int, use_gpu: bool, ray_dir: str) -> None:
-    """Train in ``workers`` processes, one a GPU; after a failure Ray starts all of them again, and they resume.
+    """Train in ``workers`` processes, one per GPU. After a failure Ray restarts all of them, and they resume.
 
-    ``flags`` are those of ``fastdiff train`` with underscores. All paths must be absolute; run_dir, and ray_dir, which
-    Ray itself writes, must be seen by every machine.
+    ``flags`` are those of ``fastdiff train`` with underscores. All paths must be absolute. Every machine must see
+    run_dir, and ray_dir, which Ray itself writes.
     """
     TorchTrainer(
         train,
         train_loop_config={"flags": flags, "run_dir": run_dir},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        # Both, as in a run of torchrun: Ray alone would take NCCL. The time-out of what GPUs exchange is set here.
+        # Both backends, as under torchrun; Ray's default is NCCL alone. The timeout applies to collectives on GPUs.
         torch_config=TorchConfig("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=600),
         run_config=RunConfig(
             name=Path(run_dir).name, storage_path=ray_dir, failure_config=FailureConfig(max_failures=3)
