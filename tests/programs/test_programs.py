@@ -6,26 +6,28 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastdiff.benchmarks import configurations, programs
-from fastdiff.benchmarks.ahead_of_time import TARGETS, Compiled, Program
-from fastdiff.benchmarks.programs import read
+from . import __main__ as command
+from . import table as module
+from .program import TARGETS, Program
+from .table import Figures, Key, read, write
 
-COMMAND = [sys.executable, "-m", "fastdiff.benchmarks.configurations"]
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "tests.programs"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Without the interpreter, which the other tests use where there is no GPU: it would leave nothing to compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def assert_all_compiled(result: subprocess.CompletedProcess[str], at_least: int) -> None:
@@ -63,7 +65,7 @@ def test_the_table_is_of_the_programs_in_use() -> None:
     """All of them are in it, and what is compiled anew, other programs every day, has the figures that it says."""
     result = run("--check")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(result.stdout.splitlines()[-1].split()[0]) >= configurations.SHARE
+    assert int(result.stdout.splitlines()[-1].split()[0]) >= command.SHARE
 
 
 def test_every_kernel_and_target_is_in_the_table_and_none_spills() -> None:
@@ -72,7 +74,7 @@ def test_every_kernel_and_target_is_in_the_table_and_none_spills() -> None:
     assert {key.target for key in table} == set(TARGETS)
     assert len(table) > 1000
     for figures in table.values():
-        assert figures.spills == 0 or figures.kernel.startswith(tuple(configurations.MAY_SPILL)), figures
+        assert figures.spills == 0 or figures.kernel.startswith(tuple(command.MAY_SPILL)), figures
 
 
 @pytest.mark.slow
@@ -88,9 +90,9 @@ def test_every_dtype_and_layout_compiles() -> None:
 def test_bad_arguments(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["configurations", *words])
+    monkeypatch.setattr(sys, "argv", ["programs", *words])
     with pytest.raises(SystemExit) as ended:
-        configurations.main()
+        command.main()
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
 
@@ -98,37 +100,33 @@ def test_bad_arguments(
 # What --check finds, with compilers that are not there
 
 
-JOBS = [
-    (SimpleNamespace(program=SimpleNamespace(fingerprint=f"{i:x}", name="a 4w"), workload="w"), "sm_80")
-    for i in range(9)
-]
-BUILT = Compiled("sm_80", 32, 0, 1024, 4, 4, 2, 2, "", "")
+PROGRAMS = {Key(f"{i:x}", "sm_80", triton.__version__): Program(None, 4, 1, "w") for i in range(9)}
+FEWER = dict(list(PROGRAMS.items())[:8])
+BUILT = Figures("a 4w", "w", 32, 0, 1024, 4, 4, 2, 2, "")
 
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A table of the nine programs, one of which is compiled to what the test says."""
     path = tmp_path / "programs.csv"
-    kept = {key: configurations.figures(*job[:1], BUILT) for key, job in configurations.known_by(JOBS).items()}
-    programs.write(kept, path)
-    monkeypatch.setattr(configurations, "read", lambda: programs.read(path))
-    monkeypatch.setattr(configurations, "write", lambda table: programs.write(table, path))
-    monkeypatch.setattr(configurations, "faults", lambda *_: [])
-    monkeypatch.setattr(configurations, "compile_all", lambda jobs: [(job[0], BUILT) for job in jobs])
+    monkeypatch.setattr(module, "TABLE", path)
+    write(dict.fromkeys(PROGRAMS, BUILT))
+    monkeypatch.setattr(command, "faults", lambda *_: [])
+    monkeypatch.setattr(command, "compile_all", lambda programs: dict.fromkeys(programs, BUILT).items())
     return path
 
 
 def test_a_table_that_is_right(table: Path) -> None:
-    assert programs.read(table)
-    assert configurations.check(JOBS)
+    assert read()
+    assert command.check(PROGRAMS)
 
 
 def test_a_figure_that_changed(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    worse = replace(BUILT, registers=64)
-    monkeypatch.setattr(configurations, "compile_all", lambda jobs: [(job[0], worse) for job in jobs])
-    assert not configurations.check(JOBS)
+    worse = BUILT._replace(registers=64)
+    monkeypatch.setattr(command, "compile_all", lambda programs: dict.fromkeys(programs, worse).items())
+    assert not command.check(PROGRAMS)
     assert "REGISTERS 64, NOT 32" in capsys.readouterr().out
 
 
@@ -136,39 +134,39 @@ def test_a_figure_that_changed(
 def test_a_program_that_nobody_has_registered(
     of_the_table: slice, said: str, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    programs.write(dict(list(programs.read(table).items())[of_the_table]), table)
-    assert configurations.check(JOBS) == (not said)
+    write(dict(list(read().items())[of_the_table]))
+    assert command.check(PROGRAMS) == (not said)
     assert said in capsys.readouterr().out
-    assert configurations.update(JOBS)
-    assert configurations.check(JOBS)
+    assert command.update(PROGRAMS)
+    assert command.check(PROGRAMS)
 
 
 def test_a_program_that_is_no_longer_in_use(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not configurations.check(JOBS[:8])
+    assert not command.check(FEWER)
     assert "has 1 that are not in use" in capsys.readouterr().out
-    assert configurations.update(JOBS[:8])
-    assert len(programs.read(table)) == 8
+    assert command.update(FEWER)
+    assert len(read()) == 8
 
 
 def test_what_is_wrong_is_not_written(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table.unlink()
-    monkeypatch.setattr(configurations, "faults", lambda *_: ["spills 8 bytes"])
-    assert not configurations.update(JOBS)
+    monkeypatch.setattr(command, "faults", lambda *_: ["spills 8 bytes"])
+    assert not command.update(PROGRAMS)
     assert not table.exists()
 
 
 def test_another_release_of_triton(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table.write_text(table.read_text().replace(triton.__version__, "1.0"))
-    assert configurations.check(JOBS)
+    assert command.check(PROGRAMS)
     assert "has no programs of Triton" in capsys.readouterr().out
 
 
 def test_all_are_chosen_in_their_turn() -> None:
     items = list(range(103))
-    chosen = [programs.share_of_today(items, 10, day) for day in range(739_000, 739_010)]
+    chosen = [command.share_of_today(items, 10, day) for day in range(739_000, 739_010)]
     assert sorted(itertools.chain(*chosen)) == items
     assert {len(share) for share in chosen} == {10, 11}
-    assert programs.share_of_today(items[:3], 10, 5) == items[:3]
+    assert command.share_of_today(items[:3], 10, 5) == items[:3]
 
 
 KERNEL = """

@@ -1,0 +1,137 @@
+"""``python -m tests.programs [TARGET ...]`` compiles every launch in use and prints its registers and memory."""
+
+import argparse
+import datetime
+import multiprocessing
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+import triton
+
+from .launches import programs_in_use
+from .program import TARGETS, Program
+from .table import TABLE, Figures, Key, read, write
+
+T = TypeVar("T")
+
+MAY_SPILL = {"group_norm_silu": 16}
+"""Bytes per thread that an operation's kernels may spill. In the norm's, ptxas saves one to four registers before a
+loop and restores them after it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
+SHARE = 8
+"""Programs of the table that a test run compiles again: about 7 s of one core."""
+
+Programs = Mapping[Key, Program]
+
+
+def compile_all(programs: Programs) -> Iterator[tuple[Key, Figures]]:
+    """Compile the programs on all cores, and yield them in order."""
+    # forked, because programs hold kernels that other start methods cannot pass on
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        _jobs[:] = [(program, key.target) for key, program in programs.items()]
+        yield from zip(programs, pool.map(_compile, range(len(_jobs)), chunksize=4), strict=True)
+
+
+_jobs: list[tuple[Program, str]] = []
+
+
+def _compile(index: int) -> Figures:
+    program, target = _jobs[index]
+    return program.compile_for(target)
+
+
+def faults(target: str, built: Figures) -> list[str]:
+    """What is wrong with a compiled program, apart from the exceptions of MAY_SPILL."""
+    found = []
+    limit, units = TARGETS[target].shared_limit, TARGETS[target].matrix_units
+    if built.spills > max((size for op, size in MAY_SPILL.items() if built.kernel.startswith(op)), default=0):
+        found.append(f"spills {built.spills} bytes")
+    if built.shared > limit:
+        found.append(f"needs {built.shared} bytes of shared memory, more than {limit}")
+    long = built.workload.startswith("attention") and not built.workload.startswith("attention T16 ")
+    if long and built.matrix_units != units:
+        found.append(f"multiplies matrices with {built.matrix_units or 'nothing'}, not {units}")
+    return found
+
+
+def show(compiled: Iterable[tuple[Key, Figures]], kept: Mapping[Key, Figures]) -> tuple[dict[Key, Figures], int]:
+    """Print what each program needs and its faults. Returns the figures, and the number of programs with a fault.
+
+    A program whose figures differ from the table's also has a fault.
+    """
+    layout = "{:39} {:48} {:7} {:>9} {:>6} {:>7} {:>8} {:>8}  {} {}"
+    columns = "registers", "spills", "shared", "loads", "stores", "matrix units"
+    print(layout.format("kernel", "workload", "target", *columns, ""))
+    found: dict[Key, Figures] = {}
+    wrong = 0
+    for key, built in compiled:
+        found[key] = built
+        faults_of = [*faults(key.target, built), *(built.differences(kept[key]) if key in kept else [])]
+        loads, stores = f"{built.wide_loads}/{built.loads}", f"{built.wide_stores}/{built.stores}"
+        numbers = built.registers, built.spills, built.shared, loads, stores, built.matrix_units
+        print(layout.format(built.kernel, built.workload, key.target, *numbers, "; ".join(faults_of).upper()))
+        wrong += bool(faults_of)
+    print(f"{len(found)} programs compiled, {wrong} with a fault (loads and stores: those of 16 bytes / all)")
+    return found, wrong
+
+
+def share_of_today(items: Sequence[T], size: int, day: int | None = None) -> list[T]:
+    """About ``size`` of the items, different ones every day, until all of them have been chosen."""
+    parts = max(len(items) // size, 1)
+    return list(items[(datetime.date.today().toordinal() if day is None else day) % parts :: parts])
+
+
+def check(programs: Programs) -> bool:
+    """Check the table against the programs in use: compile a share of the missing ones and of the rest, new ones daily.
+
+    Returns False if a program has a fault, or if the table lacks programs of this Triton release or has unused ones. A
+    release without any entry is checked by the share alone.
+    """
+    kept = {key: figures for key, figures in read().items() if key.triton == triton.__version__}
+    missing, unused = sorted(programs.keys() - kept), kept.keys() - programs
+    chosen = share_of_today(missing, SHARE) + share_of_today(sorted(programs.keys() & kept), SHARE)
+    _, wrong = show(compile_all({key: programs[key] for key in chosen}), kept)
+    if not kept:
+        print(f"{TABLE.name} has no programs of Triton {triton.__version__}: only these were compiled")
+        return not wrong
+    if missing or unused:
+        print(
+            f"{TABLE.name} lacks {len(missing)} programs and has {len(unused)} that are not in use: "
+            "run python -m tests.programs --update"
+        )
+    return not (wrong or missing or unused)
+
+
+def update(programs: Programs) -> bool:
+    """Update the table, compiling only what it lacks. If a program has a fault, write nothing and return False."""
+    table = read()
+    kept = {key: table[key] for key in programs if key in table}
+    found, wrong = show(compile_all({key: program for key, program in programs.items() if key not in kept}), kept)
+    if not wrong:
+        write(kept | found)
+    return not wrong
+
+
+def main() -> None:
+    """Print what every program in use needs on every target; exit status 1 if one has a fault."""
+    parser = argparse.ArgumentParser(prog="python -m tests.programs", description=main.__doc__)
+    parser.add_argument("targets", nargs="*", default=[], metavar="TARGET", help="default: all")
+    parser.add_argument("--thorough", action="store_true", help="every dtype and layout, not only the default ones")
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument("--check", action="store_true", help=f"check {TABLE.name} against them, in less than a minute")
+    table.add_argument("--update", action="store_true", help=f"update {TABLE.name} to match them")
+    arguments = parser.parse_args()
+    if unknown := [target for target in arguments.targets if target not in TARGETS]:
+        parser.error(f"no target {unknown[0]}: {', '.join(TARGETS)}")
+    if (arguments.check or arguments.update) and (arguments.targets or arguments.thorough):
+        parser.error(f"{TABLE.name} has the default programs for all targets: give --check or --update alone")
+    programs = programs_in_use(arguments.thorough, arguments.targets or list(TARGETS))
+    if arguments.check or arguments.update:
+        sys.exit(not (check if arguments.check else update)(programs))
+    _, wrong = show(compile_all(programs), {})
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The shapes of the fused operations in the released models, found from the models themselves, not listed by hand."""
+
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from fastdiff.benchmarks.flops import Flops
+from fastdiff.config import ModelConfig
+from fastdiff.models import build_model
+from fastdiff.models.blocks import AttentionBlock
+from fastdiff.models.layers import GroupNormSiLU
+from fastdiff.presets import PRESETS
+
+
+class NormShape(NamedTuple):
+    """One group_norm_silu of a model, for one image."""
+
+    channels: int
+    size: int  # height and width
+    conditioned: bool  # with scale and shift
+    silu: bool
+
+
+class AttentionShape(NamedTuple):
+    """One attention of a model, for one image."""
+
+    tokens: int
+    channels: int
+    heads: int
+
+
+def preset_shapes() -> tuple[list[NormShape], list[AttentionShape]]:
+    """Every norm and every attention of the presets' models, sorted, found by running the models without data."""
+    norms: set[NormShape] = set()
+    attentions: set[AttentionShape] = set()
+
+    # The modules return their input: PyTorch computes the shapes of their outputs in slow Python code.
+    def norm(module: GroupNormSiLU, x: Tensor, *conditions: Tensor) -> Tensor:
+        norms.add(NormShape(x.shape[1], x.shape[2], len(conditions) > 0, module.silu))
+        return x
+
+    def attention(module: AttentionBlock, x: Tensor) -> Tensor:
+        norm(module.norm, x)
+        attentions.add(AttentionShape(x.shape[2] * x.shape[3], x.shape[1], module.heads))
+        return x
+
+    with patch.object(GroupNormSiLU, "forward", norm), patch.object(AttentionBlock, "forward", attention):
+        for config in {preset.config(ModelConfig) for preset in PRESETS.values()}:
+            with torch.device("meta"):
+                model = build_model(config, kernels="torch")
+            Flops.of_module(model, model, config, 1, training=False)  # runs it on inputs of its shapes
+    return sorted(norms), sorted(attentions)
