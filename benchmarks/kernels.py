@@ -1,10 +1,8 @@
 """The fused operations one by one: checked against float64, then timed together with their alternatives."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch._functorch.config
@@ -43,21 +41,19 @@ class Measured:
     @property
     def remark(self) -> str:
         """The reason why it has no time."""
-        reason = self.reason
-        if reason is None:
+        if self.reason is None:
             return ""
-        if out_of_memory(reason):
+        if out_of_memory(self.reason):
             return "out of memory"
-        return f"{type(reason).__name__}: {' '.join(str(reason).splitlines()[:1])[:100]}"
+        return f"{type(self.reason).__name__}: {' '.join(str(self.reason).splitlines()[:1])[:100]}"
 
     def row(self, roofline: Roofline) -> Row:
         """The row of this result. One of our candidates without a time has failed, unless it ran out of memory."""
         case, reason = self.case, self.reason
-        n_bytes, flops = case.cost(self.direction)
-        dtype = str(case.dtype).removeprefix("torch.")
+        n_bytes, flops = case.costs[self.direction]
         return Row(
             "kernels",
-            f"{case.op} {self.direction}, {case.shape}, {dtype}, {case.layout}",
+            f"{case.op} {self.direction}, {case.shape}, {str(case.dtype).removeprefix('torch.')}, {case.layout}",
             self.candidate,
             self.timing,
             flops=flops,
@@ -69,30 +65,46 @@ class Measured:
         )
 
 
-@dataclass(frozen=True)
-class Expected:
-    """A case's results in float64, and the largest error that a candidate may have."""
+Expected = tuple[list[Tensor], float]
+"""A case's results in float64, and the largest error that a candidate may have."""
 
-    results: Sequence[Tensor]
-    error: float
 
-    @classmethod
-    def of(cls, case: Case, inputs: Inputs, direction: str) -> Self:
-        """The error allowed is twice the reference's error in the case's dtype, plus one rounding."""
-        truth = _results(case.reference, case.widened(inputs), direction)
-        own = _error(_results(case.reference, inputs, direction), truth)
-        return cls(truth, 2 * own + torch.finfo(case.dtype).eps)
+def expected(case: Case, inputs: Inputs, direction: str) -> Expected:
+    """The error allowed is twice the reference's error in the case's dtype, plus one rounding."""
+    wide = {
+        name: tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+    truth = _results(case.reference, wide, direction)
+    return truth, 2 * _error(_results(case.reference, inputs, direction), truth) + torch.finfo(case.dtype).eps
 
 
 def checked(
-    case: Case, direction: str, name: str, inputs: Sequence[Inputs], expected: Expected
+    case: Case, direction: str, name: str, inputs: Sequence[Inputs], right: Expected
 ) -> Callable[[], object]:
-    """A call of the candidate on each of the inputs; ValueError if its result for the first one is wrong."""
-    candidate = case.candidates[name]
-    error = _error(_results(candidate, inputs[0], direction), expected.results)
-    if not error <= expected.error:
-        raise ValueError(f"not timed: error {error:.1e} of the norm, allowed {expected.error:.1e}")
-    return _over_all_sets(candidate, inputs, direction)
+    """A call of the candidate on each of the inputs; ValueError if its result for the first one is wrong.
+
+    All results are kept until the last call: written to the same memory, they would never leave the cache. A backward
+    pass is called without its forward pass.
+    """
+    candidate, (truth, allowed) = case.candidates[name], right
+    error = _error(_results(candidate, inputs[0], direction), truth)
+    if not error <= allowed:
+        raise ValueError(f"not timed: error {error:.1e} of the norm, allowed {allowed:.1e}")
+    if direction == "forward":
+
+        def run() -> object:
+            with torch.no_grad():
+                return [_call(candidate, tensors) for tensors in inputs]
+
+    else:
+        recorded = [(_call(candidate, tensors), _leaves(tensors), tensors["gradient"]) for tensors in inputs]
+
+        def run() -> object:
+            return [torch.autograd.grad(*one, retain_graph=True) for one in recorded]
+
+    run()
+    return run
 
 
 def measure(case: Case, direction: str, rounds: int, device: torch.device) -> Iterator[Measured]:
@@ -102,12 +114,11 @@ def measure(case: Case, direction: str, rounds: int, device: torch.device) -> It
     """
     # otherwise a compiled candidate would run eagerly after eight shapes
     torch.compiler.reset()
-    n_bytes, _ = case.cost(direction)
-    sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / n_bytes)))
+    sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / case.costs[direction][0])))
     names = sorted(case.candidates, key=lambda name: name != Backend.REFERENCE)
     try:
         inputs = [case.inputs(seed, device) for seed in range(sets)]
-        expected = Expected.of(case, inputs[0], direction)
+        right = expected(case, inputs[0], direction)
     except Exception as reason:  # without the expected result no candidate can be checked
         yield from (Measured(case, direction, name, None, reason=reason) for name in names)
         return
@@ -116,7 +127,7 @@ def measure(case: Case, direction: str, rounds: int, device: torch.device) -> It
     peaks: dict[str, float] = {}
     for name in names:
         try:
-            run = checked(case, direction, name, inputs, expected)
+            run = checked(case, direction, name, inputs, right)
             peaks[name] = _peak_gib(case.candidates[name], inputs[0], direction, device)
             ready[name] = graphed(run, device)
         except Exception as reason:  # any failure or wrong result becomes its remark
@@ -130,55 +141,30 @@ def measure_all(cases: Iterable[Case], rounds: int, device: torch.device) -> Ite
     """The rows of each case, direction by direction."""
     # by default a compiled backward pass may overwrite what its second call needs
     with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
-        for case, direction in itertools.product(cases, ("forward", "backward")):
-            if direction in case.directions:
+        for case in cases:
+            for direction in case.directions:
                 yield list(measure(case, direction, rounds, device))
-
-
-def _over_all_sets(candidate: Forward, inputs: Sequence[Inputs], direction: str) -> Callable[[], object]:
-    """One call for each set of inputs; a backward pass without its forward pass.
-
-    All results are kept until the last call: written to the same memory, they would never leave the cache.
-    """
-    if direction == "forward":
-
-        def forward() -> list[Tensor]:
-            with torch.no_grad():
-                return [candidate(**_arguments(tensors)) for tensors in inputs]
-
-        forward()
-        return forward
-    recorded = [(candidate(**_arguments(tensors)), *_leaves_and_gradient(tensors)) for tensors in inputs]
-
-    def backward() -> list[tuple[Tensor, ...]]:
-        return [torch.autograd.grad(y, leaves, gradient, retain_graph=True) for y, leaves, gradient in recorded]
-
-    backward()
-    return backward
 
 
 def _results(candidate: Forward, tensors: Inputs, direction: str) -> list[Tensor]:
     """The output, or every gradient."""
     if direction == "forward":
         with torch.no_grad():
-            return [candidate(**_arguments(tensors))]
-    leaves, gradient = _leaves_and_gradient(tensors)
-    return list(torch.autograd.grad(candidate(**_arguments(tensors)), leaves, gradient))
+            return [_call(candidate, tensors)]
+    return list(torch.autograd.grad(_call(candidate, tensors), _leaves(tensors), tensors["gradient"]))
 
 
-def _arguments(tensors: Inputs) -> dict[str, Tensor | None]:
-    return {name: tensor for name, tensor in tensors.items() if name != "gradient"}
+def _call(candidate: Forward, tensors: Inputs) -> Tensor:
+    return candidate(**{name: tensor for name, tensor in tensors.items() if name != "gradient"})
 
 
-def _leaves_and_gradient(tensors: Inputs) -> tuple[list[Tensor], Tensor]:
-    gradient = tensors["gradient"]
-    assert gradient is not None
-    return [t for t in tensors.values() if t is not None and t.requires_grad], gradient
+def _leaves(tensors: Inputs) -> list[Tensor]:
+    return [tensor for tensor in tensors.values() if tensor.requires_grad]
 
 
 def _peak_gib(candidate: Forward, tensors: Inputs, direction: str, device: torch.device) -> float:
     """Peak memory of one call with its inputs; of a backward pass, including its forward pass."""
-    held = sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
+    held = sum(tensor.nbytes for tensor in tensors.values())
     return (held + peak_bytes(lambda: _results(candidate, tensors, direction), device)) / 2**30
 
 

@@ -36,7 +36,7 @@ def verdicts(rows: Sequence[Measured], roofline: Roofline) -> list[Verdict]:
 
     for direction, floor, inductor in (("forward", 0.8, 1.2), ("backward", 0.7, 1.3)):
         norms = table.ours("group_norm_silu", direction)
-        large = [r for r in norms if r.case.cost("forward")[0] > 2 * LARGE]
+        large = [r for r in norms if r.case.costs["forward"][0] > 2 * LARGE]
         small = [r for r in norms if r.case.shape.endswith((" 8x8", " 16x16"))]
         judge(f"norm {direction} over 64 MB, share of the floor", floor, table.shares(large))
         judge(f"norm {direction} against Inductor", inductor, table.ratios(norms, "compile"))
@@ -96,7 +96,7 @@ class _Table:
         return [r for r in self._rows if (r.candidate, r.case.op, r.direction) == ("triton", op, direction)]
 
     def shares(self, rows: Iterable[Measured]) -> list[tuple[float, str]]:
-        return [(_or_zero(self._roofline.floor(*r.case.cost(r.direction)) / r.median), _where(r)) for r in rows]
+        return [(_or_zero(self._roofline.floor(*r.case.costs[r.direction]) / r.median), _where(r)) for r in rows]
 
     def ratios(self, rows: Iterable[Measured], *rivals: str) -> list[tuple[float, str]]:
         """The time of the fastest rival whose name starts with one of ``rivals``, divided by ours."""

@@ -5,7 +5,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastdiff.benchmarks.cases import Case, cases
-from fastdiff.benchmarks.kernels import Expected, checked
+from fastdiff.benchmarks.kernels import checked, expected
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -24,7 +24,7 @@ def runs() -> list[object]:
 def test_speed(benchmark: BenchmarkFixture, case: Case, direction: str, name: str) -> None:
     """The candidate is checked first: a wrong one fails here and is not timed."""
     inputs = [case.inputs(0, DEVICE)]
-    run = checked(case, direction, name, inputs, Expected.of(case, inputs[0], direction))
+    run = checked(case, direction, name, inputs, expected(case, inputs[0], direction))
 
     def wait() -> None:
         run()

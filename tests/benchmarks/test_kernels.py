@@ -31,7 +31,7 @@ def test_every_right_candidate_is_timed(case: Case, direction: str) -> None:
     found = list(measure(case, direction, 2, CPU))
     assert {one.candidate for one in found} == set(case.candidates)
     assert found[0].candidate == "reference"
-    n_bytes, flops = case.cost(direction)
+    n_bytes, flops = case.costs[direction]
     for one in found:
         assert one.median > 0
         row = one.row(ROOFS)
@@ -119,7 +119,7 @@ def measured(case: Case, candidate: str, seconds: float | None) -> Measured:
 
 def test_marks_are_judged_by_the_worst_figure() -> None:
     large, small = (norm_case(64, c, s, torch.bfloat16, "contiguous", False) for c, s in ((192, 64), (768, 8)))
-    floors = {p: ROOFS.floor(*p.cost("forward")) for p in (large, small)}
+    floors = {p: ROOFS.floor(*p.costs["forward"]) for p in (large, small)}
     rows = [
         measured(large, "triton", floors[large] / 0.9),
         measured(large, "compile", floors[large] / 0.9 * 1.3),
