@@ -79,9 +79,7 @@ def expected(case: Case, inputs: Inputs, direction: str) -> Expected:
     return truth, 2 * _error(_results(case.reference, inputs, direction), truth) + torch.finfo(case.dtype).eps
 
 
-def checked(
-    case: Case, direction: str, name: str, inputs: Sequence[Inputs], right: Expected
-) -> Callable[[], object]:
+def checked(case: Case, direction: str, name: str, inputs: Sequence[Inputs], right: Expected) -> Callable[[], object]:
     """A call of the candidate on each of the inputs; ValueError if its result for the first one is wrong.
 
     All results are kept until the last call: written to the same memory, they would never leave the cache. A backward

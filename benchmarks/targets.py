@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from fastdiff.benchmarks.kernels import Measured
 from fastdiff.benchmarks.roofline import Roofline
@@ -10,6 +11,10 @@ from fastdiff.benchmarks.rows import Row
 
 LARGE = 64 * 2**20
 """Bytes of a tensor above which a norm must run at memory speed."""
+
+
+Figures = Iterable[tuple[float, str]]
+"""Values for a mark, each with where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,11 @@ class Verdict:
     worst: float
     where: str
 
+    @classmethod
+    def on(cls, what: str, mark: float, figures: Figures) -> Self:
+        """The verdict on the figures; neither met nor missed if there are none."""
+        return cls(what, mark, *min(figures, default=(math.nan, "not measured")))
+
     def __str__(self) -> str:
         met = "      " if math.isnan(self.worst) else "met   " if self.worst >= self.mark else "MISSED"
         return f"{met} {self.what}: {self.worst:.2f}, expected at least {self.mark:.2f} ({self.where})"
@@ -28,35 +38,63 @@ class Verdict:
 
 def verdicts(rows: Sequence[Measured], roofline: Roofline) -> list[Verdict]:
     """Verdicts on every mark, from the rows: shares of the floor, and ratios of a rival's time to ours."""
-    table = _Table(rows, roofline)
+
+    def ours(op: str, direction: str) -> list[Measured]:
+        return [r for r in rows if (r.candidate, r.case.op, r.direction) == ("triton", op, direction)]
+
+    def shares(rows: Iterable[Measured]) -> Figures:
+        return [_figure(roofline.floor(*r.case.costs[r.direction]), r) for r in rows]
+
     found: list[Verdict] = []
-
-    def judge(what: str, mark: float, figures: list[tuple[float, str]]) -> None:
-        found.append(Verdict(what, mark, *_worst(figures)))
-
     for direction, floor, inductor in (("forward", 0.8, 1.2), ("backward", 0.7, 1.3)):
-        norms = table.ours("group_norm_silu", direction)
+        norms = ours("group_norm_silu", direction)
         large = [r for r in norms if r.case.costs["forward"][0] > 2 * LARGE]
         small = [r for r in norms if r.case.shape.endswith((" 8x8", " 16x16"))]
-        judge(f"norm {direction} over 64 MB, share of the floor", floor, table.shares(large))
-        judge(f"norm {direction} against Inductor", inductor, table.ratios(norms, "compile"))
-        judge(f"norm {direction}, channels_last against contiguous", 0.95, table.layouts(norms))
         rivals = ("reference", "torch", "eager", "compile")
-        judge(f"norm {direction}, 8 and 16 pixels, against eager and compile", 1.0, table.ratios(small, *rivals))
-    for direction, share in (("forward", 0.6), ("backward", 0.5)):
-        attentions = {r: _tokens(r) for r in table.ours("attention", direction)}
-        short = [r for r, tokens in attentions.items() if tokens in (64, 256)]
-        judge(f"attention {direction}, 64 and 256 tokens, share of the roof", share, table.shares(short))
-        up_to_512 = [r for r, tokens in attentions.items() if tokens <= 512]
-        judge(f"attention {direction}, up to 512 tokens, against SDPA", 1.0, table.ratios(up_to_512, "SDPA"))
-        up_to_1024 = [r for r, tokens in attentions.items() if tokens == 1024]
-        mark = 0.97 if direction == "forward" else 1.0
-        judge(f"attention {direction}, 1024 tokens, against SDPA", mark, table.ratios(up_to_1024, "SDPA"))
-    judge("diffusion_step, share of the floor", 0.8, table.shares(table.ours("diffusion_step", "forward")))
+        found += [
+            Verdict.on(f"norm {direction} over 64 MB, share of the floor", floor, shares(large)),
+            Verdict.on(f"norm {direction} against Inductor", inductor, _ratios(norms, rows, "compile")),
+            Verdict.on(f"norm {direction}, channels_last against contiguous", 0.95, _layouts(norms)),
+            Verdict.on(
+                f"norm {direction}, 8 and 16 pixels, against eager and compile", 1.0, _ratios(small, rows, *rivals)
+            ),
+        ]
+    for direction, share, mark in (("forward", 0.6, 0.97), ("backward", 0.5, 1.0)):
+        attentions = [(r, int(r.case.shape.split()[1].removeprefix("T"))) for r in ours("attention", direction)]
+        short = [r for r, tokens in attentions if tokens in (64, 256)]
+        up_to_512 = [r for r, tokens in attentions if tokens <= 512]
+        with_1024 = [r for r, tokens in attentions if tokens == 1024]
+        found += [
+            Verdict.on(f"attention {direction}, 64 and 256 tokens, share of the roof", share, shares(short)),
+            Verdict.on(f"attention {direction}, up to 512 tokens, against SDPA", 1.0, _ratios(up_to_512, rows, "SDPA")),
+            Verdict.on(f"attention {direction}, 1024 tokens, against SDPA", mark, _ratios(with_1024, rows, "SDPA")),
+        ]
+    found.append(Verdict.on("diffusion_step, share of the floor", 0.8, shares(ours("diffusion_step", "forward"))))
     for direction in ("forward", "backward"):
-        losses = table.ours("diffusion_loss", direction)
-        judge(f"diffusion_loss {direction}, share of the floor", 0.7, table.shares(losses))
+        losses = shares(ours("diffusion_loss", direction))
+        found.append(Verdict.on(f"diffusion_loss {direction}, share of the floor", 0.7, losses))
     return found
+
+
+def _figure(seconds: float, row: Measured) -> tuple[float, str]:
+    """``seconds`` divided by the row's time; 0, the worst figure, if one is missing: it was wrong or did not run."""
+    figure = seconds / row.median
+    return 0.0 if math.isnan(figure) else figure, f"{row.case.shape} {row.case.layout}"
+
+
+def _ratios(ours: Iterable[Measured], rows: Sequence[Measured], *rivals: str) -> Figures:
+    """The time of the fastest rival whose name starts with one of ``rivals``, divided by ours on the same case."""
+    for own in ours:
+        beside = [r for r in rows if r.case is own.case and r.direction == own.direction and r.timing]
+        if theirs := [r.median for r in beside if r.candidate.startswith(rivals)]:
+            yield _figure(min(theirs), own)
+
+
+def _layouts(norms: Sequence[Measured]) -> Figures:
+    """The time of a contiguous norm divided by that of the same norm in channels_last."""
+    planar = {r.case.shape: r.median for r in norms if r.case.layout == "contiguous"}
+    last = [r for r in norms if r.case.layout == "channels_last" and r.case.shape in planar]
+    return [_figure(planar[r.case.shape], r) for r in last]
 
 
 def training_verdicts(rows: Sequence[Row], peak_flops: float | None = None) -> list[Verdict]:
@@ -76,56 +114,6 @@ def training_verdicts(rows: Sequence[Row], peak_flops: float | None = None) -> l
         least = row.flops / peak_flops if peak_flops else row.limit_s
         shares.append((least / timing.median if timing else 0.0, row.candidate))
     return [
-        Verdict("training step against torch's kernels, compiled", 1.15, *_worst(faster)),
-        Verdict(f"training step, {'MFU' if peak_flops else 'share of the limit'}", 0.4, *_worst(shares)),
+        Verdict.on("training step against torch's kernels, compiled", 1.15, faster),
+        Verdict.on(f"training step, {'MFU' if peak_flops else 'share of the limit'}", 0.4, shares),
     ]
-
-
-def _worst(figures: Sequence[tuple[float, str]]) -> tuple[float, str]:
-    return min(figures, default=(math.nan, "not measured"))
-
-
-class _Table:
-    """The rows of a run, with lookups of what was timed on the same case."""
-
-    def __init__(self, rows: Sequence[Measured], roofline: Roofline) -> None:
-        self._rows = list(rows)
-        self._roofline = roofline
-
-    def ours(self, op: str, direction: str) -> list[Measured]:
-        return [r for r in self._rows if (r.candidate, r.case.op, r.direction) == ("triton", op, direction)]
-
-    def shares(self, rows: Iterable[Measured]) -> list[tuple[float, str]]:
-        return [(_or_zero(self._roofline.floor(*r.case.costs[r.direction]) / r.median), _where(r)) for r in rows]
-
-    def ratios(self, rows: Iterable[Measured], *rivals: str) -> list[tuple[float, str]]:
-        """The time of the fastest rival whose name starts with one of ``rivals``, divided by ours."""
-        found = []
-        for row in rows:
-            theirs = [
-                r.median
-                for r in self._rows
-                if r.case is row.case and r.direction == row.direction and r.candidate.startswith(rivals)
-                if r.timing
-            ]
-            if theirs:
-                found.append((_or_zero(min(theirs) / row.median), _where(row)))
-        return found
-
-    def layouts(self, rows: Sequence[Measured]) -> list[tuple[float, str]]:
-        planar = {r.case.shape: r.median for r in rows if r.case.layout == "contiguous"}
-        last = [r for r in rows if r.case.layout == "channels_last" and r.case.shape in planar]
-        return [(_or_zero(planar[r.case.shape] / r.median), _where(r)) for r in last]
-
-
-def _or_zero(figure: float) -> float:
-    """0, the worst figure, for NaN: a candidate that was wrong or did not run has no time."""
-    return 0.0 if math.isnan(figure) else figure
-
-
-def _tokens(row: Measured) -> int:
-    return int(row.case.shape.split()[1].removeprefix("T"))
-
-
-def _where(row: Measured) -> str:
-    return f"{row.case.shape} {row.case.layout}"
