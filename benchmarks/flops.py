@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fastdiff.config import Kernels, ModelConfig
+from fastdiff.benchmarks.workload import Workload, inputs
+from fastdiff.config import DiffusionConfig, Kernels, ModelConfig
 from fastdiff.models import build_model
 
-CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+aten = torch.ops.aten
 
 BYTES_OF_UPDATE = 4 * (4 + 3) + 4 * (2 + 1)
 """Per parameter, all in fp32: AdamW reads it, its gradient and two moments and writes all but the gradient; an EMA is
@@ -70,16 +71,10 @@ class Flops:
         cls, module: nn.Module, call: Callable[..., Tensor], config: ModelConfig, batch_size: int, training: bool
     ) -> Self:
         """The work of any module on the meta device that is called like our model of ``config``."""
-        with torch.device("meta"):
-            x, t = torch.empty(batch_size, 3, config.image_size, config.image_size), torch.ones(batch_size)
-            conditions = {}
-            if config.class_cond:
-                conditions["y"] = torch.zeros(batch_size, dtype=torch.int64)
-            if config.small_size:
-                conditions["low_res"] = torch.empty(batch_size, 3, config.small_size, config.small_size)
+        x, t, conditions = inputs(Workload(config, DiffusionConfig(), batch_size, torch.device("meta")))
         counted = _Count()
         with torch.set_grad_enabled(training), counted:
-            output = call(x, t, **conditions)
+            output = call(x, t.float(), **conditions)
             if training:
                 output.sum().backward()
         fp32_bytes = BYTES_OF_UPDATE * sum(p.numel() for p in module.parameters()) if training else 0
@@ -96,13 +91,8 @@ class Flops:
 
     def times(self, count: int) -> Self:
         """The work of ``count`` repetitions."""
-        return dataclasses.replace(
-            self,
-            conv_flops=self.conv_flops * count,
-            matmul_flops=self.matmul_flops * count,
-            numbers=self.numbers * count,
-            fp32_bytes=self.fp32_bytes * count,
-        )
+        conv_flops, matmul_flops = self.conv_flops * count, self.matmul_flops * count
+        return type(self)(conv_flops, matmul_flops, self.numbers * count, self.fp32_bytes * count, self.convolutions)
 
 
 class _Count(TorchDispatchMode):
@@ -125,11 +115,12 @@ class _Count(TorchDispatchMode):
         flops = count(*args, **kwargs, out_val=out)
         outputs = out if isinstance(out, tuple) else (out,)
         self.numbers += sum(t.numel() for t in (*args, *outputs) if isinstance(t, Tensor))
-        if operation not in CONVOLUTIONS:
+        if operation in (aten.convolution, aten.convolution_backward):
+            self.conv_flops += flops
+        else:
             self.matmul_flops += flops
-            return out
-        self.conv_flops += flops
-        x, weight, _, stride = args[:4] if operation is CONVOLUTIONS[0] else (args[1], args[2], None, None)
-        if stride == [1, 1] and weight.shape[2:] == (3, 3):
-            self.convolutions[Convolution(x.shape[0], x.shape[1], weight.shape[0], x.shape[2])] += 1
+        if operation is aten.convolution:
+            x, weight, _, stride = args[:4]
+            if stride == [1, 1] and weight.shape[2:] == (3, 3):
+                self.convolutions[Convolution(x.shape[0], x.shape[1], weight.shape[0], x.shape[2])] += 1
         return out

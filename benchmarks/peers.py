@@ -2,19 +2,20 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 from torch import Tensor, nn
 
 from fastdiff.benchmarks.workload import Workload
 
+LUCIDRAINS = "denoising_diffusion_pytorch"
 UNUSED = ("accelerate", "ema_pytorch", "pytorch_fid", "scipy", "torchvision", "tqdm")
 """Packages that denoising-diffusion-pytorch imports for its trainer and metrics; its Unet does not need them."""
 
@@ -72,7 +73,7 @@ def lucidrains_unet(workload: Workload) -> Peer:
 PEERS: dict[str, tuple[tuple[str, ...], Callable[[Workload], Peer], str]] = {
     "diffusers": (("diffusers",), diffusers_unet, "pip install diffusers"),
     "denoising-diffusion-pytorch": (
-        ("denoising_diffusion_pytorch", "einops"),
+        (LUCIDRAINS, "einops"),
         lucidrains_unet,
         "pip install --no-deps denoising-diffusion-pytorch einops",
     ),
@@ -98,21 +99,13 @@ def missing() -> list[str]:
 
 def _lucidrains() -> Callable[..., Any]:
     """The class Unet, even if other imports of the package are missing or broken."""
-    package = "denoising_diffusion_pytorch"
     try:
-        return _unet_of(package)
+        return importlib.import_module(LUCIDRAINS).Unet
     except Exception:  # a torchvision built for another torch fails in various ways
-        with standing_in(name for name in UNUSED if not _can_import(name)):
-            found = _unet_of(package)
-        # other code must not find the incomplete package
-        for name in [n for n in sys.modules if n.partition(".")[0] == package]:
-            del sys.modules[name]
+        with standing_in([name for name in UNUSED if not _can_import(name)]):
+            found = importlib.import_module(LUCIDRAINS).Unet
+        _forget([LUCIDRAINS])  # other code must not find the incomplete package
         return found
-
-
-def _unet_of(package: str) -> Callable[..., Any]:
-    unet: Callable[..., Any] = importlib.import_module(package).Unet
-    return unet
 
 
 def _can_import(name: str) -> bool:
@@ -123,38 +116,32 @@ def _can_import(name: str) -> bool:
     return True
 
 
+def _forget(packages: Collection[str]) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
 @contextmanager
-def standing_in(packages: Iterable[str]) -> Iterator[None]:
-    """Within this context the packages and their submodules are empty modules, whose every name is an empty class."""
-    finder = _StandIns(frozenset(packages))
+def standing_in(packages: Collection[str]) -> Iterator[None]:
+    """Within this context the packages and their submodules are mocks."""
+    finder = _StandIns(packages)
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [n for n in sys.modules if finder.takes(n)]:
-            del sys.modules[name]
-
-
-class _StandIn(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
+        _forget(packages)
 
 
 class _StandIns(MetaPathFinder, Loader):
-    def __init__(self, packages: frozenset[str]) -> None:
+    def __init__(self, packages: Collection[str]) -> None:
         self._packages = packages
 
-    def takes(self, name: str) -> bool:
-        return name.partition(".")[0] in self._packages
-
     def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if self.takes(fullname) else None
+        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] in self._packages else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _StandIn(spec.name)
+    def create_module(self, _: ModuleSpec) -> Any:
+        return MagicMock()
 
-    def exec_module(self, module: ModuleType) -> None:
-        pass
+    def exec_module(self, _: object) -> None:
+        """A mock has every name already."""

@@ -93,11 +93,11 @@ def _convolution_rates(
     if device.type == "cpu":
         rounds = min(rounds, 3)  # each takes a tenth of a second or more
     large = [_enlarged(shape, device, dtype) for shape in heaviest]
-    rates = [(_convolution_rate(shape, device, dtype, rounds, training=False), i) for i, shape in enumerate(large)]
+    rates = {shape: _convolution_rate(shape, device, dtype, rounds, training=False) for shape in large}
     if not rates:
         return math.nan, math.nan
-    best, i = max(rates)
-    return best, _convolution_rate(large[i], device, dtype, rounds, training=True)
+    best = max(rates, key=rates.__getitem__)
+    return rates[best], _convolution_rate(best, device, dtype, rounds, training=True)
 
 
 def _enlarged(shape: Convolution, device: torch.device, dtype: torch.dtype) -> Convolution:
@@ -114,14 +114,14 @@ def _convolution_rate(
     x = torch.randn(shape.batch_size, shape.channels_in, shape.size, shape.size, device=device, dtype=dtype)
     weight = torch.randn(shape.channels_out, shape.channels_in, 3, 3, device=device, dtype=dtype) / 100
     x, weight = (v.contiguous(memory_format=torch.channels_last).requires_grad_(training) for v in (x, weight))
-    if not training:
-        return shape.flops / min(seconds_of(lambda: F.conv2d(x, weight, padding=1), rounds, device))
-    gradient = torch.randn_like(F.conv2d(x, weight, padding=1))
+    gradient = torch.randn_like(F.conv2d(x, weight, padding=1)) if training else None
 
     def run() -> None:
-        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient)
+        y = F.conv2d(x, weight, padding=1)
+        if training:
+            torch.autograd.grad(y, (x, weight), gradient)
 
-    return 3 * shape.flops / min(seconds_of(run, rounds, device))
+    return (3 if training else 1) * shape.flops / min(seconds_of(run, rounds, device))
 
 
 def _rate(flops_per_s: float) -> str:
