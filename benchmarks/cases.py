@@ -148,7 +148,9 @@ def step_case(n: int, size: int, layout: str, on_gpu: bool, philox: bool) -> Cas
 
     costs = {"forward": (n * 3 * size**2 * (16 if philox else 20), 0)}
     shape = f"N{n} {size}x{size} noise {'drawn inside' if philox else 'given'}"
-    candidates = _process_candidates(_step, on_gpu, compiled=not philox)
+    candidates = _ours(_step, on_gpu, "reference")
+    if on_gpu and not philox:
+        candidates["compile"] = torch.compile(candidates["reference"], dynamic=False, fullgraph=True)
     return Case("diffusion_step", shape, torch.float32, layout, costs, inputs, candidates["reference"], candidates)
 
 
@@ -163,15 +165,11 @@ def loss_case(n: int, size: int, layout: str, on_gpu: bool) -> Case:
 
     elements = n * 3 * size**2
     costs = {"forward": (elements * 20, 0), "backward": (elements * 28, 0)}
-    candidates, shape = _process_candidates(_loss, on_gpu, compiled=True), f"N{n} {size}x{size}"
-    return Case("diffusion_loss", shape, torch.float32, layout, costs, inputs, candidates["reference"], candidates)
-
-
-def _process_candidates(run: Forward, on_gpu: bool, compiled: bool) -> dict[str, Forward]:
-    candidates = _ours(run, on_gpu, "reference")
-    if on_gpu and compiled:
+    candidates = _ours(_loss, on_gpu, "reference")
+    if on_gpu:
         candidates["compile"] = torch.compile(candidates["reference"], dynamic=False, fullgraph=True)
-    return candidates
+    shape = f"N{n} {size}x{size}"
+    return Case("diffusion_loss", shape, torch.float32, layout, costs, inputs, candidates["reference"], candidates)
 
 
 def _process_inputs(n: int, size: int, layout: str, seed: int, device: torch.device) -> tuple[Tensor, Inputs]:

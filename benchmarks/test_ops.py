@@ -10,17 +10,15 @@ from fastdiff.benchmarks.kernels import checked, expected
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def runs() -> list[object]:
-    """Every case's candidates in every direction."""
-    return [
-        pytest.param(p, direction, name, id=f"{p.op}-{direction}-{p.shape}-{p.layout}-{name}".replace(" ", "_"))
-        for p in cases(DEVICE)
-        for direction in p.directions
-        for name in p.candidates
-    ]
+RUNS = [
+    pytest.param(p, direction, name, id=f"{p.op}-{direction}-{p.shape}-{p.layout}-{name}".replace(" ", "_"))
+    for p in cases(DEVICE)
+    for direction in p.directions
+    for name in p.candidates
+]
 
 
-@pytest.mark.parametrize(("case", "direction", "name"), runs())
+@pytest.mark.parametrize(("case", "direction", "name"), RUNS)
 def test_speed(benchmark: BenchmarkFixture, case: Case, direction: str, name: str) -> None:
     """The candidate is checked first: a wrong one fails here and is not timed."""
     inputs = [case.inputs(0, DEVICE)]

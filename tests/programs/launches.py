@@ -8,6 +8,7 @@ from unittest.mock import patch
 import torch
 import triton
 
+from fastdiff.benchmarks.cases import LAYOUTS
 from fastdiff.kernels.attention import op as attention_op
 from fastdiff.kernels.attention import plan as attention_plan
 from fastdiff.kernels.backend import Backend
@@ -21,7 +22,6 @@ from .program import TARGETS, TYPES, Program
 from .shapes import AttentionShape, NormShape, preset_shapes
 from .table import Key
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 BATCHES = [1, 2, 4, 8, 16, 64]  # from sampling one image to training
 
 
