@@ -1,5 +1,6 @@
 """What a candidate does in a round: a forward pass, a training step, a batch of samples, or one sampling step."""
 
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -7,17 +8,31 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdiff.benchmarks.ladder import Candidate, Models, Rung
-from fastdiff.benchmarks.updates import build_trainer, stream
+from fastdiff.benchmarks.peers import Peer
 from fastdiff.benchmarks.workload import TOLERANCE, Workload, inputs, require_close
-from fastdiff.config import Kernels, MemoryFormat, Precision, SampleConfig, Sampler, TrainConfig
-from fastdiff.data import to_uint8
+from fastdiff.config import (
+    DataConfig,
+    Kernels,
+    MemoryFormat,
+    Precision,
+    RunConfig,
+    RuntimeConfig,
+    SampleConfig,
+    Sampler,
+    TrainConfig,
+)
+from fastdiff.data import Dataset, Preflight, batches, prefetch_to_device, to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox, build_diffusion
+from fastdiff.runtime.device import Runtime
 from fastdiff.sampling import Loop
+from fastdiff.training import Trainer
 from fastdiff.training.ema import EMA
+from fastdiff.training.run_folder import Silence
 from fastdiff.training.update import Updater, learning_rate
 
 SAMPLING_STEPS = 10
@@ -30,6 +45,7 @@ LOSSES = 0.1
 
 LEARNING_RATE = 1e-4
 EMA_RATE = 0.9999
+CHECKED_STEPS = 4
 SCALINGS = 20
 """Most updates that fp16 may skip until its loss scale is found."""
 
@@ -38,55 +54,50 @@ SCALINGS = 20
 class Job:
     """What a candidate does in a round, and the tensors that it holds between rounds.
 
-    ``check`` is called after the first round: ValueError if its result is wrong.
+    ``check`` is called after the first round: ValueError if its result is wrong. Once warm, a ``steady`` one must not
+    wait for the device.
     """
 
     run: Callable[[], object]
     tensors: Callable[[], Iterable[Tensor]]
     check: Callable[[], None] = lambda: None
+    deterministic: bool = False  # selects cuDNN's deterministic convolutions
+    steady: bool = False
 
 
 def job_of(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
     """Prepare a rung for a suite, until ``stack`` is closed; ValueError if its model differs from the plain path's."""
-    workload = models.workload
-    match suite:
-        case "train" if rung.trainer:
-            return _trained(models, rung, stack)
-        case "train":
-            return _updated(models, models.training(rung.config), rung.fused)
-        case "sample":
-            candidate = models.inference(rung.config)
-            drawing = Drawing(workload, candidate.call, candidate.runtime.kernels, rung.graphs)
-            return Job(drawing, candidate.module.parameters, lambda: _check_images(models, candidate, drawing))
-        case _:
-            candidate = models.inference(rung.config)
-            return forward(workload, candidate.module, candidate.call)
+    if suite == "train":
+        return _trained(models, rung, stack) if rung.trainer else _updated(models, rung)
+    candidate = models.inference(rung.config)
+    if suite == "unet":
+        return forward(models.workload, candidate)
+    drawing = Drawing(models.workload, candidate.call, candidate.runtime.kernels, rung.graphs)
+    return Job(drawing, candidate.module.parameters, lambda: _check_images(models, candidate, drawing))
 
 
-def peer_job(suite: str, workload: Workload, module: nn.Module, call: Callable[..., Tensor]) -> Job:
+def peer_job(suite: str, workload: Workload, peer: Peer) -> Job:
     """The job of a peer's module, in place of the plain path's."""
-    match suite:
-        case "train":
-            updates = Updates(workload, module.train(), call, Kernels.REFERENCE, fused=False)
-            updates()  # the first update creates the moments
-            return Job(updates, updates.tensors)
-        case "sample":
-            module.eval()
-            return Job(Drawing(workload, call, Kernels.REFERENCE, graphs=False), module.parameters)
-        case _:
-            return forward(workload, module.eval(), call)
+    if suite == "train":
+        updates = Updates(workload, peer.module.train(), peer.call, Kernels.REFERENCE, fused=False)
+        updates()  # the first update creates the moments
+        return Job(updates, updates.tensors)
+    peer.module.eval()
+    if suite == "unet":
+        return forward(workload, peer)
+    return Job(Drawing(workload, peer.call, Kernels.REFERENCE, graphs=False), peer.module.parameters)
 
 
-def forward(workload: Workload, module: nn.Module, call: Callable[..., Tensor]) -> Job:
+def forward(workload: Workload, model: Candidate | Peer) -> Job:
     """One forward pass without gradients."""
     x, t, conditions = inputs(workload)
     timesteps = t.float()
 
     def run() -> Tensor:
         with torch.no_grad():
-            return call(x, timesteps, **conditions)
+            return model.call(x, timesteps, **conditions)
 
-    return Job(run, module.parameters)
+    return Job(run, model.module.parameters)
 
 
 class Updates:
@@ -141,10 +152,11 @@ class Updates:
             own.mul_(EMA_RATE).add_(parameter, alpha=1 - EMA_RATE)
 
 
-def _updated(models: Models, candidate: Candidate, fused: bool) -> Job:
+def _updated(models: Models, rung: Rung) -> Job:
     """Updates, the first of which is checked, without dropout, which is random."""
-    workload, runtime, module = models.workload, candidate.runtime, candidate.module
-    updates = Updates(workload, module, candidate.call, runtime.kernels, fused, runtime.memory_format)
+    workload, candidate = models.workload, models.training(rung.config)
+    runtime, module = candidate.runtime, candidate.module
+    updates = Updates(workload, module, candidate.call, runtime.kernels, rung.fused, runtime.memory_format)
     x, t, conditions = inputs(workload)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
 
@@ -194,17 +206,16 @@ def _check_update(
 
 def _trained(models: Models, rung: Rung, stack: ExitStack) -> Job:
     """The Trainer's update, with batches loaded as in a run, and with its guards, sums and loss scale."""
-    workload = models.workload
-    training = TrainConfig(batch_size=workload.batch_size)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    trainer = build_trainer(workload.model, workload.diffusion, training, rung.config, folder)
+    trainer = _trainer(models.workload, rung.config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     models.checked(Candidate(trainer.model, trainer.forward, trainer.runtime))
-    update = Updater(trainer.config, trainer.state, trainer.diffusion, trainer.module, trainer.forward, trainer.world)
-    batches = stack.enter_context(closing(stream(trainer)))
-    state = trainer.state
+    config, state = trainer.config, trainer.state
+    update = Updater(config, state, trainer.diffusion, trainer.module, trainer.forward, trainer.world)
+    pin = trainer.device.type == "cuda"
+    data = batches(trainer.dataset, config.data, config.train.batch_size, config.train.seed, 0, pin=pin)
+    stream = stack.enter_context(closing(prefetch_to_device(data, trainer.device)))
 
     def run() -> None:
-        update(*next(batches))
+        update(*next(stream))
 
     def first() -> None:
         for _ in range(SCALINGS if trainer.runtime.precision is Precision.FP16 else 1):
@@ -216,9 +227,25 @@ def _trained(models: Models, rung: Rung, stack: ExitStack) -> Job:
         if sums["skipped"] or not math.isfinite(sums["loss"]):
             raise ValueError(f"the Trainer skips its first update, of loss {sums['loss']:.3g}: not timed")
 
-    _check_update(first, state.parameters, state.emas, learning_rate(trainer.config.train, state.step))
+    _check_update(first, state.parameters, state.emas, learning_rate(config.train, state.step))
     averages = [tensor for ema in state.emas for tensor in ema.tensors()]
-    return Job(run, lambda: [*state.parameters, *averages, *_moments(state.optimizer)])
+
+    def tensors() -> list[Tensor]:
+        return [*state.parameters, *averages, *_moments(state.optimizer)]
+
+    return Job(run, tensors, deterministic=True, steady=True)
+
+
+def _trainer(workload: Workload, on: RuntimeConfig, folder: Path) -> Trainer:
+    """The Trainer of a run on random images, which writes nothing to ``folder``."""
+    model, size, images = workload.model, workload.model.image_size, max(256, workload.batch_size)
+    classes = model.num_classes if model.class_cond else 0
+    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
+    labels = np.arange(images) % classes if classes else None
+    preflight = Preflight({"png": images}, (), (size, size), (size, size), ())
+    dataset = Dataset(pixels, labels, tuple(map(str, range(classes))), preflight, tuple(map(str, range(images))), "")
+    config = RunConfig(model, workload.diffusion, DataConfig(), TrainConfig(batch_size=workload.batch_size), on)
+    return Trainer(config, dataset, Runtime.resolve(on), folder, Silence())
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -236,7 +263,8 @@ class Drawing:
         self._shape = (batch_size, 3, size, size)
         self._noise = Philox(0, torch.arange(batch_size, device=workload.device))
         _, _, self._conditions = inputs(workload)
-        self._diffusion = _respaced(workload, kernels)
+        process = replace(workload.diffusion, timestep_respacing=str(sampling_steps(workload)))
+        self._diffusion = build_diffusion(process, kernels)
         self._loop = Loop(call, self._diffusion, SampleConfig(sampler=Sampler.DDIM), graphs=graphs)
 
     def __call__(self) -> Tensor:
@@ -270,35 +298,52 @@ def sampling_steps(workload: Workload) -> int:
     return min(SAMPLING_STEPS, workload.diffusion.diffusion_steps)
 
 
-def _respaced(workload: Workload, kernels: Kernels) -> GaussianDiffusion:
-    process = replace(workload.diffusion, timestep_respacing=str(sampling_steps(workload)))
-    return build_diffusion(process, kernels)
+def stepping(models: Models, rung: Rung) -> Job:
+    """The model's call with the ancestral step and its noise: as the engine runs them, or p_sample's operations.
 
-
-def stepping(models: Models, candidate: Candidate) -> Job:
-    """The model's call with the ancestral step and its noise, as the engine runs them."""
-    workload = models.workload
+    A rung with a ``mode`` of torch.compile takes the latter, with noise of the device's generator, which is cheaper.
+    """
+    workload, candidate = models.workload, models.inference(rung.config, rung.mode)
     x, _, conditions = inputs(workload)
+    if rung.mode:
+        diffusion = build_diffusion(workload.diffusion, candidate.runtime.kernels)
+        timesteps = torch.arange(diffusion.num_timesteps, device=x.device).flip(0)[:, None].expand(-1, len(x))
+        return Job(_single_operations(candidate, diffusion, x, timesteps, conditions), candidate.module.parameters)
     noise = Philox(0, torch.arange(workload.batch_size, device=workload.device))
 
     def loop_of(one: Candidate, graphs: bool) -> Loop:
         diffusion = build_diffusion(workload.diffusion, one.runtime.kernels)
         return Loop(one.call, diffusion, SampleConfig(sampler=Sampler.DDPM), graphs=graphs)
 
-    def advance(loop: Loop) -> None:
+    def few_steps(loop: Loop) -> Tensor:
+        loop.begin(x, noise, conditions)
+        for _ in range(min(loop.left, CHECKED_STEPS)):
+            loop.step()
+        return loop.x - x  # a small change: a few steps of thousands
+
+    loop = loop_of(candidate, graphs=True)
+
+    def run() -> None:
         if not loop.left:
             loop.begin(x, noise, conditions)
         loop.step()
 
-    def stepped(plain: Candidate) -> Tensor:
-        theirs = loop_of(plain, graphs=False)
-        advance(theirs)
-        return theirs.x
-
-    loop = loop_of(candidate, graphs=True)
-
     def check() -> None:
-        tolerance, moved = TOLERANCE[candidate.runtime.precision], loop.x - x  # a small change: one step of thousands
-        require_close(moved, models.plain("step", stepped) - x, tolerance, "differs from the plain path", "step")
+        expected = models.plain("step", lambda plain: few_steps(loop_of(plain, graphs=False)))
+        tolerance = TOLERANCE[candidate.runtime.precision]
+        require_close(few_steps(loop), expected, tolerance, "differs from the plain path", "step")
 
-    return Job(lambda: advance(loop), candidate.module.parameters, check)
+    return Job(run, candidate.module.parameters, check, steady=True)
+
+
+def _single_operations(
+    candidate: Candidate, diffusion: GaussianDiffusion, x: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+) -> Callable[[], None]:
+    rounds = itertools.cycle(timesteps.unbind())
+
+    @torch.no_grad()
+    def run() -> None:
+        nonlocal x
+        x = diffusion.p_sample(candidate.call, x, next(rounds), model_kwargs=conditions, pred_xstart=False)["sample"]
+
+    return run

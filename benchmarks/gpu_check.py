@@ -4,6 +4,7 @@ Needs only PyTorch, Triton and numpy, and starts nothing more when its seconds a
 """
 
 import argparse
+import gc
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -20,12 +21,15 @@ from fastdiff.benchmarks.cases import cases
 from fastdiff.benchmarks.harness import environment, side_stream
 from fastdiff.benchmarks.kernels import Measured, measure, measure_all
 from fastdiff.benchmarks.roofline import measure_roofline
-from fastdiff.benchmarks.rows import Row, append_rows, with_against
-from fastdiff.benchmarks.targets import training_verdicts, verdicts
-from fastdiff.config import DiffusionConfig, ModelConfig
+from fastdiff.benchmarks.rows import Row, append_rows, read_rows, with_against
+from fastdiff.benchmarks.targets import sampling_verdicts, training_verdicts, verdicts
+from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, Precision
 from fastdiff.kernels.attention.plan import Tiles
 from fastdiff.kernels.group_norm_silu import plan as norm_plan
 from fastdiff.presets import preset_named
+
+if TYPE_CHECKING:
+    from fastdiff.benchmarks.workload import Workload
 
 
 def targets(device: torch.device, csv: Path, deadline: float) -> None:
@@ -46,40 +50,83 @@ def targets(device: torch.device, csv: Path, deadline: float) -> None:
 
 
 RESERVE = 120
-"""Seconds for compiling the last rung that is started, for the rounds, and for the ceilings after them."""
+"""Seconds for compiling the last candidate that is started, for the rounds, and for the ceilings after them."""
 
 
 def model(device: torch.device, csv: Path, deadline: float) -> None:
     """Time the training step of a released model, fused, compiled and the Trainer's, then print the verdicts."""
-    # these need Pillow and safetensors, unlike the other parts
+    # these need Pillow and safetensors, unlike targets and tune
     from fastdiff.benchmarks.ladder import Models, ladder
     from fastdiff.benchmarks.suites import Ceilings, measure
-    from fastdiff.benchmarks.workload import Workload
     from fastdiff.runtime.throughput import peak_flops
 
     on_gpu = device.type == "cuda"
-    name, batch_size = ("imagenet64_uncond", 64) if on_gpu else ("cifar10_uncond", 1)
-    preset = preset_named(name)
-    workload = Workload(preset.config(ModelConfig), preset.config(DiffusionConfig), batch_size, device, name)
-    fused = [rung for rung in ladder("train", device) if rung.fused]
-    rungs = fused if on_gpu else fused[:1]
+    workload = _workload("imagenet64_uncond", 64, device) if on_gpu else _workload("cifar10_uncond", 1, device)
+    rungs = [rung for rung in ladder("train", device) if rung.fused]
+    trainer = rungs[-1]
+    for name, changes in (("fp16", {"precision": Precision.FP16}), ("torch kernels", {"kernels": Kernels.TORCH})):
+        rungs.append(replace(trainer, name=f"trainer, {name}", config=replace(trainer.config, **changes)))
+    rungs = rungs if on_gpu else rungs[:1]
     roofline = Ceilings(workload, rungs)
     rows = measure("train", Models(workload), rungs, roofline, 10 if on_gpu else 2, False, deadline - RESERVE)
     for precision, measured in roofline.best.items():
         print(f"in {precision}: {measured}")
     _keep(rows, csv, environment(device))
-    for verdict in training_verdicts(rows, peak_flops(device, rungs[-1].config.precision)):
+    for verdict in training_verdicts(rows, peak_flops(device, trainer.config.precision)):
         print(verdict)
+
+
+SAMPLED = tuple(itertools.product(("imagenet64_uncond", "cifar10_uncond", "fork_128"), (1, 16, 256)))
+
+
+def sample(device: torch.device, csv: Path, deadline: float) -> None:
+    """Time a sampling step of the released models of 64, 32 and 128 pixels, from one image at a time to many.
+
+    A further call of the same machine and commit measures only what ``csv`` lacks; the verdicts are on all its rows.
+    """
+    from fastdiff.benchmarks.ladder import Models, ladder, rivals
+    from fastdiff.benchmarks.suites import Ceilings, measure_step
+
+    on_gpu, about = device.type == "cuda", environment(device)
+    ours, others = ladder("step", device)[-1], rivals(device)
+    for name, batch_size in SAMPLED if on_gpu else [("cifar10_uncond", 1)]:
+        workload = _workload(name, batch_size, device)
+        measured = [row for row in _rows(csv, about) if row["workload"] == str(workload)]
+        if measured and not any(row["remark"].startswith("time was up") for row in measured):
+            continue
+        if time.monotonic() > deadline - RESERVE:
+            print("time is up: run the same command again to measure the rest")
+            break
+        torch.compiler.reset()  # a model compiled for another batch size counts towards Dynamo's limit of eight
+        roofline = Ceilings(workload, [ours])
+        rows = measure_step(Models(workload), ours, roofline, 10 if on_gpu else 2, others, deadline - RESERVE)
+        _keep(rows, csv, about)
+        del roofline
+        gc.collect()  # frees the models' memory for the next ones
+    for verdict in sampling_verdicts(_rows(csv, about)):
+        print(verdict)
+
+
+def _workload(name: str, batch_size: int, device: torch.device) -> "Workload":
+    from fastdiff.benchmarks.workload import Workload
+
+    preset = preset_named(name)
+    return Workload(preset.config(ModelConfig), preset.config(DiffusionConfig), batch_size, device, name)
+
+
+def _rows(csv: Path, about: Mapping[str, str]) -> list[dict[str, str]]:
+    """The file's rows of this machine and commit; the last row of each candidate."""
+    rows = read_rows(csv) if csv.exists() else []
+    mine = [row for row in rows if all(row[name] == value for name, value in about.items() if name != "date")]
+    return list({(row["workload"], row["candidate"]): row for row in mine}.values())
 
 
 def _keep(rows: Sequence[Row], csv: Path, about: Mapping[str, str]) -> None:
     append_rows(csv, [{**row.as_dict(), **about} for row in with_against(rows)])
     for row in rows:
         values = row.as_dict()
-        result = (
-            row.remark if row.timing is None else f"{values['median_s']:g} s, {values['share_of_limit']:.0%} of limit"
-        )
-        print(f"{row.workload:64s} {row.candidate:24s} {result}")
+        time_of = f"{values['median_s']:g} s, {values['share_of_limit']:.0%} of limit" if row.timing else ""
+        print(f"{row.workload:64s} {row.candidate:24s} {'; '.join(filter(None, (time_of, row.remark)))}")
 
 
 Variants = Mapping[str, Mapping[str, Any]]
@@ -124,18 +171,14 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
         norm_plan.plan.cache_clear()
 
 
-PARTS = {"targets": targets, "tune": tune, "model": model}
-ELSEWHERE = {"sample": "fastdiff.benchmarks.sampling", "train": "fastdiff.benchmarks.updates"}
-"""Parts that also need Pillow and safetensors, with their modules."""
+PARTS = {"targets": targets, "tune": tune, "model": model, "sample": sample}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=[*PARTS, *ELSEWHERE])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=440)
     arguments = parser.parse_args()
     on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    part = arguments.part
-    run = PARTS[part] if part in PARTS else getattr(import_module(ELSEWHERE[part]), part)
     with side_stream(on):
-        run(on, arguments.csv, time.monotonic() + arguments.seconds)
+        PARTS[arguments.part](on, arguments.csv, time.monotonic() + arguments.seconds)

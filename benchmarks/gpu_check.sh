@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts of under eight minutes, the most important first:
 #
-#   benchmarks/gpu_check.sh [correct|sanitize|targets|tune|model|sample|train] ...     (without a part: all of them)
+#   benchmarks/gpu_check.sh [correct|sanitize|targets|tune|model|sample] ...     (without a part: all of them)
 #
-# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest; model, sample and train also need Pillow and
+# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest; model and sample also need Pillow and
 # safetensors. pytest-xdist and Liger are used if present. Only sample may need more than one run: it resumes. Rows are
 # written to $OUT (default: gpu_check) as soon as they are measured, so that an interrupted run keeps them. Without a
 # GPU the kernels are interpreted and the figures are those of a small CPU run, which only shows that the script works.
@@ -53,13 +53,14 @@ part() {
 export -f tests tests_of_models
 export OUT PYTHON
 
-for name in "${@:-correct sanitize targets tune model sample train}"; do
+for name in "${@:-correct sanitize targets tune model sample}"; do
     for one in $name; do
         case $one in
             correct)
                 parallel=$("$PYTHON" -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
                 part correct_first 120 tests tests/kernels/test_every_kernel.py
                 part correct_model 350 tests_of_models
+                part correct_update 100 tests tests/training/test_update.py -k gpu
                 part correct_kernels 470 tests tests/kernels -m "not slow" $parallel
                 ;;
             sanitize)
@@ -75,11 +76,11 @@ for name in "${@:-correct sanitize targets tune model sample train}"; do
                     echo "== sanitize: skipped, compute-sanitizer is not installed"
                 fi
                 ;;
-            targets | tune | model | sample | train)
+            targets | tune | model | sample)
                 part "$one" 470 "$PYTHON" -m fastdiff.benchmarks.gpu_check "$one" --csv "$OUT/$one.csv" --seconds 440
                 ;;
             *)
-                echo "gpu_check.sh: no part $one: correct, sanitize, targets, tune, model, sample or train" >&2
+                echo "gpu_check.sh: no part $one: correct, sanitize, targets, tune, model or sample" >&2
                 exit 2
                 ;;
         esac

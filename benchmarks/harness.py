@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,41 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
     in_order = (n_bytes for _, n_bytes in sorted(changes, key=lambda change: change[0]))
     return max(itertools.accumulate(in_order, initial=0))
+
+
+ALONE = "graph launches 1, others 0,"
+"""A step that is one CUDA graph, in the words of ``host_calls``."""
+
+STEPS = 20
+"""Steps that are watched or profiled at a time."""
+
+
+def host_calls(step: Callable[[], object], device: torch.device) -> str:
+    """The launches of a step and whether it waits for the device, as text; empty on a CPU."""
+    if device.type != "cuda":
+        return ""
+    waits = "no wait for the device"
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(STEPS):
+            step()
+    except RuntimeError as error:
+        waits = f"waits for the device: {' '.join(str(error).split())[:200]}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize(device)
+    graphs, others = launches({e.key: e.count for e in seen.key_averages() if e.device_type.name == "CPU"})
+    return f"graph launches {graphs / STEPS:g}, others {others / STEPS:g}, {waits}"
+
+
+def launches(counts: Mapping[str, int]) -> tuple[int, int]:
+    """The numbers of CUDA or HIP calls that launch a graph, and that launch, copy or fill without one."""
+    asked = {name: n for name, n in counts.items() if re.fullmatch(r"(cu|hip)\w*(Launch|Memcpy|Memset)\w*", name)}
+    graphs = sum(n for name, n in asked.items() if "GraphLaunch" in name)
+    return graphs, sum(asked.values()) - graphs
 
 
 @contextmanager

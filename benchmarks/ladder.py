@@ -45,13 +45,18 @@ class Rung:
     fused: bool = False  # the optimizer in one kernel, the EMAs in one call
     graphs: bool = False  # CUDA graphs of the sampling steps
     trainer: bool = False  # the Trainer's update, with its guards
+    mode: str = ""  # of torch.compile, in place of the runtime's
+
+
+RIVALS = ("max-autotune", "max-autotune-no-cudagraphs")
+"""Modes of torch.compile that take minutes: the fastest without this library's kernels."""
 
 
 def ladder(suite: str, device: torch.device) -> list[Rung]:
     """The rungs of a suite on this device, the plain path first; unsupported rungs are left out."""
     on_gpu, training = device.type == "cuda", suite == "train"
     compiles = Runtime.resolve(RuntimeConfig(device=str(device))).compiles(LONG)
-    changes: list[tuple[bool, str, dict[str, Any], dict[str, bool]]] = [
+    changes: list[tuple[bool, str, dict[str, Any], dict[str, Any]]] = [
         (has_tf32(device), TF32, {"precision": Precision.TF32}, {}),
         (True, "+ channels_last", {"memory_format": MemoryFormat.CHANNELS_LAST}, {}),
         (True, "+ torch kernels", {"kernels": Kernels.TORCH}, {}),
@@ -67,6 +72,15 @@ def ladder(suite: str, device: torch.device) -> list[Rung]:
         if possible:
             rungs.append(replace(rungs[-1], name=name, config=replace(rungs[-1].config, **settings), **options))
     return rungs
+
+
+def rivals(device: torch.device) -> list[Rung]:
+    """What a sampling step is compared with: PyTorch's kernels in the engine and, on a GPU, RIVALS."""
+    arithmetic = Runtime.resolve(RuntimeConfig(device=str(device), kernels=Kernels.TORCH))
+    compile = Compile.ON if device.type == "cuda" else Compile.OFF
+    config = RuntimeConfig(str(device), arithmetic.precision, compile, Kernels.TORCH, arithmetic.memory_format)
+    modes = RIVALS if device.type == "cuda" else ()
+    return [Rung("torch kernels", config), *(Rung(mode, config, mode=mode) for mode in modes)]
 
 
 def has_tf32(device: torch.device) -> bool:
@@ -105,7 +119,7 @@ class Models:
         torch.manual_seed(0)
         self._initial = randomised(build_model(workload.model).state_dict())
         self.num_parameters = sum(p.numel() for p in self._initial.values())
-        self._inference: dict[RuntimeConfig, Candidate] = {}
+        self._inference: dict[tuple[RuntimeConfig, str], Candidate] = {}
         self._results: dict[str, Tensor] = {}
 
     def plain(self, what: str, compute: Callable[[Candidate], Tensor]) -> Tensor:
@@ -114,19 +128,20 @@ class Models:
             self._results[what] = compute(self.inference(replace(PLAIN, device=str(self.workload.device))))
         return self._results[what]
 
-    def inference(self, config: RuntimeConfig) -> Candidate:
+    def inference(self, config: RuntimeConfig, mode: str = "") -> Candidate:
         """The model as the engine calls it, its weights cast once; ValueError if its output is not the plain path's.
 
-        It is cached by ``config``, so that the suites share compiled models.
+        With a ``mode`` torch.compile prepares it in that mode. It is cached, so that the suites share compiled models.
         """
-        if config not in self._inference:
+        if (config, mode) not in self._inference:
             runtime = Runtime.resolve(config)
             module = runtime.cast(self._module(runtime).eval())
-            candidate = Candidate(module, runtime.prepare(module, LONG), runtime)
+            compiled = runtime.eager(torch.compile(module, dynamic=False, mode=mode)) if mode else None
+            candidate = Candidate(module, compiled or runtime.prepare(module, LONG), runtime)
             tolerance = TOLERANCE[runtime.precision]
             require_close(self._output(candidate), self._expected_output, tolerance, "differs from the plain path")
-            self._inference[config] = candidate
-        return self._inference[config]
+            self._inference[config, mode] = candidate
+        return self._inference[config, mode]
 
     def training(self, config: RuntimeConfig) -> Candidate:
         """The model as it is trained; ValueError if its output or gradients are not the plain path's."""

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,9 +12,9 @@ import torch._dynamo
 
 from fastdiff.benchmarks.candidates import Job, forward, job_of, peer_job, sampling_steps, stepping
 from fastdiff.benchmarks.flops import Flops
-from fastdiff.benchmarks.harness import Timing, graphed, interleaved, peak_bytes, side_stream
+from fastdiff.benchmarks.harness import Timing, graphed, host_calls, interleaved, peak_bytes, side_stream
 from fastdiff.benchmarks.ladder import TF32, Models, Rung
-from fastdiff.benchmarks.peers import PEERS, Peer, peers
+from fastdiff.benchmarks.peers import Peer, peers
 from fastdiff.benchmarks.roofline import Roofline, measure_roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.workload import Workload
@@ -32,6 +32,8 @@ DTYPES = {
 HONEST = 1 / 1.1
 """Fraction of diffusers' speed: a plain path that is slower by more than 10% would inflate every speedup over it."""
 
+UNKNOWN = Roofline(math.nan, math.nan)
+
 
 def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dict[Precision, Roofline]:
     """The highest rates of this device in each precision that is used, with the convolutions of this model."""
@@ -44,7 +46,7 @@ def ceilings(workload: Workload, rungs: Iterable[Rung], rounds: int = 10) -> dic
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            found[precision] = Roofline(math.nan, math.nan)
+            found[precision] = UNKNOWN
     return found
 
 
@@ -55,13 +57,13 @@ class Ceilings:
     """
 
     def __init__(self, workload: Workload, rungs: Iterable[Rung]) -> None:
-        self._workload, self._rungs = workload, list(rungs)
-        self.best = ceilings(workload, self._rungs)
+        self._measure = partial(ceilings, workload, list(rungs))
+        self.best = self._measure()
 
     def __call__(self) -> Mapping[Precision, Roofline]:
         # with all candidates in a GPU's memory there may be no room for the libraries' own
         with suppress(RuntimeError):
-            for precision, found in ceilings(self._workload, self._rungs).items():
+            for precision, found in self._measure().items():
                 self.best[precision] = found.or_better(self.best[precision])
         return self.best
 
@@ -84,45 +86,44 @@ def measure(
     The first rung is the baseline of the others, and each has its gain over the last one before it. ``roofline`` is
     called after all were timed. After ``deadline``, of time.monotonic(), no further rung is started.
     """
-    workload, training = models.workload, suite == "train"
-    table = _Table(suite, workload, roofline)
+    workload = models.workload
+    table = _Table(suite, workload, roofline, deadline)
     with ExitStack() as stack:
         stack.enter_context(_never_eager())
-        work = Flops.of(workload.model, workload.batch_size, training)
+        work = Flops.of(workload.model, workload.batch_size, suite == "train")
         for rung in rungs:
-            if time.monotonic() > deadline:
-                table.leave_out(rung.name, "time was up before it was built")
-                continue
-            build = partial(job_of, suite, models, rung, stack)
-            table.enter(rung.name, rung.config.precision, work, build, rung.trainer)
-        for name, peer in peers(workload).items() if with_peers else ():
-            table.enter_peer(name, peer, models.num_parameters, work)
+            table.enter(rung.name, rung.config.precision, work, partial(job_of, suite, models, rung, stack))
+        for name, build in peers(workload).items() if with_peers else ():
+            table.enter_peer(name, build, models.num_parameters, work)
         return table.timed(rounds)
 
 
-def measure_step(models: Models, rung: Rung, roofline: Measuring, rounds: int) -> list[Row]:
+def measure_step(
+    models: Models,
+    rung: Rung,
+    roofline: Measuring,
+    rounds: int,
+    rivals: Sequence[Rung] = (),
+    deadline: float = math.inf,
+) -> list[Row]:
     """The cost of an ancestral step with its noise over the model call alone, both as the engine runs them.
 
-    On a GPU both are CUDA graphs.
+    On a GPU both are CUDA graphs. The same step of each of ``rivals`` follows. After ``deadline``, of time.monotonic(),
+    no further candidate is started.
     """
     workload, precision = models.workload, rung.config.precision
     model = workload.model
     work = Flops.of(model, workload.batch_size, training=False)
     # x is read and written, the model's output read
     moved = 4 * workload.batch_size * (3 + 3 + model.out_channels) * model.image_size**2
-    table = _Table("step", workload, roofline)
-
-    def call() -> Job:
-        candidate = models.inference(rung.config)
-        return forward(workload, candidate.module, candidate.call)
-
-    def step() -> Job:
-        return stepping(models, models.inference(rung.config))
-
     with_step = replace(work, fp32_bytes=moved)
+    table = _Table("step", workload, roofline, deadline)
     with side_stream(workload.device), _never_eager():
-        table.enter("model call", precision, work, call, graph=True)
-        table.enter("model call and step", precision, with_step, step)
+        table.enter("model call", precision, work, lambda: forward(workload, models.inference(rung.config)), graph=True)
+        table.enter("model call and step", precision, with_step, partial(stepping, models, rung))
+        for rival in rivals:
+            build = partial(stepping, models, rival)
+            table.enter(rival.name, rival.config.precision, with_step, build, ours=False)
         return table.timed(rounds)
 
 
@@ -143,19 +144,30 @@ def against_diffusers(rows: Sequence[Row]) -> list[str]:
     return said
 
 
-class _Table:
-    """Collects the rows of one suite on one workload."""
+@dataclass
+class _Entry:
+    """A candidate: its row, and what is needed to time it and to find its limit."""
 
-    def __init__(self, suite: str, workload: Workload, roofline: Measuring) -> None:
+    row: Row
+    ours: bool
+    precision: Precision | None = None
+    work: Flops | None = None
+    run: Callable[[], object] | None = None
+    held: int = 0  # bytes between rounds
+    steady: bool = False
+
+
+class _Table:
+    """The candidates of one suite on one workload, and their rows."""
+
+    def __init__(self, suite: str, workload: Workload, roofline: Measuring, deadline: float = math.inf) -> None:
         self._workload = workload
         self._roofline = roofline
+        self._deadline = deadline
         self._times = sampling_steps(workload) if suite == "sample" else 1
         label = f"{workload}, {self._times} DDIM steps" if suite == "sample" else str(workload)
         self._blank = Row(suite, label, "", None, images=workload.batch_size)
-        self._rows: list[Row] = []
-        self._runs: dict[str, Callable[[], object]] = {}
-        self._held: dict[str, int] = {}
-        self._work: dict[str, tuple[Precision, Flops]] = {}
+        self._entries: list[_Entry] = []
 
     def enter(
         self,
@@ -163,99 +175,96 @@ class _Table:
         precision: Precision,
         work: Flops,
         build: Callable[[], Job],
-        deterministic: bool = False,
+        *,
         graph: bool = False,
+        ours: bool = True,
+        remark: str = "",
     ) -> None:
-        """Prepare one of our candidates and count its memory; with ``graph`` it becomes a CUDA graph on a GPU."""
-        row = self._of(name, precision, work)
+        """Prepare a candidate and count its memory; with ``graph`` it becomes a CUDA graph on a GPU.
+
+        One that is not ours runs in PyTorch's default arithmetic, and its error is no failure.
+        """
+        device, work = self._workload.device, work.times(self._times)
+        row = replace(self._blank, candidate=name, flops=work.flops, n_bytes=work.n_bytes(DTYPES[precision]))
+        entry = _Entry(row, ours, precision, work)
+        self._entries.append(entry)
+        if time.monotonic() > self._deadline:
+            entry.row = replace(row, remark="time was up before it was built")
+            return
         beside = self._allocated()
         try:
-            self._ready(row, build(), precision, deterministic, graph)
+            job = build()
+            run = _in_arithmetic(job.run, device, precision if ours else None, job.deterministic)
+            entry.held = sum({tensor.data_ptr(): tensor.nbytes for tensor in job.tensors()}.values())
+            peak = entry.held + peak_bytes(run, device)
+            job.check()
+            entry.run, entry.steady = graphed(run, device) if graph else run, job.steady
+            entry.row = replace(row, peak_gib=peak / 2**30, remark=remark)
         except Exception as reason:  # any failure or wrong result becomes its remark
-            self._rows.append(self._without_time(row, reason, beside))
+            entry.row = _without_time(row, reason, beside, ours)
 
     def enter_peer(self, name: str, build: Callable[[Workload], Peer], our_parameters: int, ours: Flops) -> None:
-        """Prepare a peer as it comes, in PyTorch's default arithmetic, and count its memory."""
-        suite, workload, row = self._blank.suite, self._workload, replace(self._blank, candidate=name)
-        beside = self._allocated()
+        """Prepare a peer as it comes and count its memory; its remark compares its size with ours."""
+        suite, workload = self._blank.suite, self._workload
+        rounded = workload.device.type == "cuda" and any(e.precision is Precision.TF32 for e in self._entries)
         try:
-            peer = build(workload)
             with torch.device("meta"):  # recomputation is not counted, as for our models
                 model = replace(workload.model, use_checkpoint=False)
-                counted = build(replace(workload, model=model, device=torch.device("meta")))
-            work = Flops.of_module(counted.module, counted.call, workload.model, workload.batch_size, suite == "train")
-            rounded = workload.device.type == "cuda" and any(kind is Precision.TF32 for kind, _ in self._work.values())
-            row = self._of(name, Precision.TF32 if rounded else Precision.FP32, work)
-            said = (
-                f"{_size(peer.num_parameters, row.flops)}; ours {_size(our_parameters, ours.times(self._times).flops)}"
-            )
-            row = replace(row, remark=said)
-            self._ready(row, peer_job(suite, workload, peer.module, peer.call), None)
+                peer = build(replace(workload, model=model, device=torch.device("meta")))
+            work = Flops.of_module(peer.module, peer.call, workload.model, workload.batch_size, suite == "train")
         except Exception as reason:
-            self._rows.append(self._without_time(row, reason, beside))
+            row = replace(self._blank, candidate=name)
+            self._entries.append(_Entry(_without_time(row, reason, 0, ours=False), ours=False))
+            return
+        theirs, own = work.times(self._times), ours.times(self._times)
+        said = f"{_size(peer.num_parameters, theirs)}; ours {_size(our_parameters, own)}"
+        precision = Precision.TF32 if rounded else Precision.FP32
+        self.enter(name, precision, work, lambda: peer_job(suite, workload, build(workload)), ours=False, remark=said)
 
-    def leave_out(self, name: str, remark: str) -> None:
-        """Add a row without a time that is not a failure."""
-        self._rows.append(replace(self._blank, candidate=name, remark=remark))
-
-    def _of(self, name: str, precision: Precision, work: Flops) -> Row:
-        work = work.times(self._times)
-        self._work[name] = (precision, work)
-        return replace(self._blank, candidate=name, flops=work.flops, n_bytes=work.n_bytes(DTYPES[precision]))
-
-    def _ready(
-        self, row: Row, job: Job, precision: Precision | None, deterministic: bool = False, graph: bool = False
-    ) -> None:
-        device = self._workload.device
-        run = _in_arithmetic(job.run, device, precision, deterministic)
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in job.tensors()}
-        peak = sum(held.values()) + peak_bytes(run, device)
-        job.check()
-        self._runs[row.candidate] = graphed(run, device) if graph else run
-        self._held[row.candidate] = sum(held.values())
-        self._rows.append(replace(row, peak_gib=peak / 2**30))
+    def timed(self, rounds: int) -> list[Row]:
+        """Time all prepared candidates in turn; one that fails has no time, and the others continue."""
+        device, allocated = self._workload.device, self._allocated()
+        runs = {entry.row.candidate: entry.run for entry in self._entries if entry.run is not None}
+        errors: dict[str, Exception] = {}
+        first = self._entries[0].row.candidate
+        timings = {t.name: t for t in interleaved(runs, rounds, 1, device, first, errors)}
+        roofline = self._roofline()
+        rows: list[Row] = []
+        before: Timing | None = None
+        for entry in self._entries:
+            row, name = entry.row, entry.row.candidate
+            if name in errors:
+                row = _without_time(row, errors[name], max(0, allocated - entry.held), entry.ours)
+            elif entry.steady and entry.run is not None:
+                row = replace(row, remark=host_calls(entry.run, device))
+            if entry.precision is not None and entry.work is not None:
+                known = roofline.get(entry.precision, UNKNOWN)
+                row = replace(row, limit_s=known.limit(entry.work, DTYPES[entry.precision]))
+            rows.append(replace(row, timing=timings.get(name), before=before if entry.ours else None))
+            before = timings.get(name, before)
+        _set_arithmetic(device, Precision.FP32)
+        return rows
 
     def _allocated(self) -> int:
         """Allocated bytes of the GPU's memory; 0 on a CPU."""
         device = self._workload.device
         return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
-    def _without_time(self, row: Row, reason: Exception, beside: int) -> Row:
-        """The row with a remark; ``beside`` bytes were held by other candidates.
 
-        Running out of memory is not a failure, nor is an error of a peer.
-        """
-        full = out_of_memory(reason)
-        said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
-        if full:
-            said = "out of memory" + f", with {beside / 2**30:.1f} GiB held by other candidates" * bool(beside)
-        return replace(row, peak_gib=math.nan, remark=said, failed=not full and row.candidate not in PEERS)
-
-    def timed(self, rounds: int) -> list[Row]:
-        """Time all prepared candidates in turn; one that fails has no time, and the others continue."""
-        device, allocated = self._workload.device, self._allocated()
-        errors: dict[str, Exception] = {}
-        first = self._rows[0].candidate
-        timings = {t.name: t for t in interleaved(self._runs, rounds, 1, device, first, errors)}
-        roofline = self._roofline()
-        _set_arithmetic(device, Precision.FP32)
-        rows: list[Row] = []
-        before: Timing | None = None
-        for row in self._rows:
-            if (error := errors.get(row.candidate)) is not None:
-                row = self._without_time(row, error, max(0, allocated - self._held[row.candidate]))
-            if row.candidate in self._work:
-                precision, work = self._work[row.candidate]
-                known = roofline.get(precision, Roofline(math.nan, math.nan))
-                row = replace(row, limit_s=known.limit(work, DTYPES[precision]))
-            timing = timings.get(row.candidate)
-            rows.append(replace(row, timing=timing, before=None if row.candidate in PEERS else before))
-            before = timing or before
-        return rows
+def _size(parameters: int, work: Flops) -> str:
+    return f"{parameters / 1e6:.2f} M parameters, {work.flops / 1e9:.4g} GFLOP"
 
 
-def _size(parameters: int, flops: float) -> str:
-    return f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.4g} GFLOP"
+def _without_time(row: Row, reason: Exception, beside: int, ours: bool) -> Row:
+    """The row with a remark; ``beside`` bytes were held by other candidates.
+
+    Running out of memory is not a failure, nor is an error of a candidate that is not ours.
+    """
+    full = out_of_memory(reason)
+    said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+    if full:
+        said = "out of memory" + f", with {beside / 2**30:.1f} GiB held by other candidates" * bool(beside)
+    return replace(row, peak_gib=math.nan, remark=said, failed=ours and not full)
 
 
 def _never_eager() -> AbstractContextManager[object]:

@@ -1,10 +1,11 @@
 """The marks that the kernels must reach on a GPU, and the worst figure of a run for each."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from fastdiff.benchmarks.harness import ALONE
 from fastdiff.benchmarks.kernels import Measured
 from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
@@ -117,3 +118,30 @@ def training_verdicts(rows: Sequence[Row], peak_flops: float | None = None) -> l
         Verdict.on("training step against torch's kernels, compiled", 1.15, faster),
         Verdict.on(f"training step, {'MFU' if peak_flops else 'share of the limit'}", 0.4, shares),
     ]
+
+
+SAMPLING = {1: 1.6, 16: 1.6, 256: 1.0}
+"""For each batch size, the required speedup of a sampling step over the faster of torch.compile's rivals."""
+
+
+def sampling_verdicts(rows: Sequence[Mapping[str, str]]) -> list[Verdict]:
+    """Verdicts on a sampling step's marks, from a CSV file's rows of the suite step: speed, one launch, no wait."""
+    ours = {row["workload"]: row for row in rows if row["candidate"] == "model call and step"}
+    faster: dict[int, list[tuple[float, str]]] = {size: [] for size in SAMPLING}
+    for row in rows:
+        workload, seconds = row["workload"], float(row["median_s"])
+        figures = faster.setdefault(int(workload.rpartition(" ")[2]), [])
+        if row is ours.get(workload) and math.isnan(seconds):
+            figures.append((0.0, f"{workload}: {row['remark']}"))
+        elif row["candidate"].startswith("max-autotune") and workload in ours and seconds > 0:
+            ratio = seconds / float(ours[workload]["median_s"])
+            figures += [] if math.isnan(ratio) else [(ratio, f"{workload}, {row['candidate']}")]
+    found = [
+        Verdict.on(f"sampling step, batch {size}, against max-autotune", mark, faster[size])
+        for size, mark in SAMPLING.items()
+    ]
+    watched = {workload: row["remark"] for workload, row in ours.items() if row["remark"].startswith("graph launches")}
+    for what, said in (("is one graph's launch and nothing else", ALONE), ("waits never", "no wait for the device")):
+        figures = [(float(said in remark), workload) for workload, remark in watched.items()]
+        found.append(Verdict.on(f"sampling step {what}", 1.0, figures))
+    return found

@@ -145,3 +145,21 @@ def test_the_commit_is_this_checkout_s_or_none(tmp_path: Path, monkeypatch: pyte
 def test_counting_memory_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     peak_bytes(lambda: torch.zeros(8), CPU)
     assert capfd.readouterr() == ("", "")
+
+
+def test_launches_are_counted_whoever_asks_for_them() -> None:
+    counts = {"cudaGraphLaunch": 20, "cudaStreamIsCapturing": 4, "aten::copy_": 9, "Memcpy HtoD": 1}
+    assert harness.launches(counts) == (20, 0)
+    others = {"cudaLaunchKernel": 3, "cuLaunchKernelEx": 2, "cudaMemcpyAsync": 1, "cudaMemsetAsync": 1}
+    assert harness.launches(counts | others) == (20, 7)
+    assert harness.launches({"hipGraphLaunch": 20, "hipExtModuleLaunchKernel": 2}) == (20, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_says_what_a_step_costs_the_host() -> None:
+    gpu = torch.device("cuda")
+    x = torch.zeros(4, device=gpu)
+    with harness.side_stream(gpu):
+        replay = harness.graphed(lambda: x.add_(1), gpu)
+        assert harness.host_calls(replay, gpu) == f"{harness.ALONE} no wait for the device"
+        assert "waits for the device" in harness.host_calls(x.sum().item, gpu)

@@ -15,7 +15,7 @@ from fastdiff.benchmarks import peers, suites
 from fastdiff.benchmarks.candidates import Drawing, Job, job_of, stepping
 from fastdiff.benchmarks.flops import Flops
 from fastdiff.benchmarks.harness import Timing, peak_bytes
-from fastdiff.benchmarks.ladder import PLAIN, Models, Rung, ladder
+from fastdiff.benchmarks.ladder import PLAIN, Models, Rung, ladder, rivals
 from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.suites import Ceilings, against_diffusers, ceilings, measure, measure_step
@@ -219,10 +219,9 @@ def test_one_that_fails_in_a_timed_round_is_dropped(
 
 
 def test_on_a_gpu_it_says_what_else_was_there() -> None:
-    table = suites._Table("unet", WORKLOAD, ROOFS)
-    row = table._without_time(Row("unet", "", "plain", None), torch.OutOfMemoryError("a lot"), 3 * 2**29)
+    row = suites._without_time(Row("unet", "", "plain", None), torch.OutOfMemoryError("a lot"), 3 * 2**29, ours=True)
     assert (row.remark, row.failed) == ("out of memory, with 1.5 GiB held by other candidates", False)
-    assert table._without_time(row, MemoryError(), 0).remark == "out of memory"
+    assert suites._without_time(row, MemoryError(), 0, ours=True).remark == "out of memory"
 
 
 @pytest.mark.usefixtures("alone")
@@ -301,9 +300,50 @@ def test_a_step_is_measured_beside_the_call_that_it_makes() -> None:
     assert call.timing is not None
     assert step.timing is not None
     assert step.n_bytes - call.n_bytes == 4 * 2 * 8 * 8 * (3 + 3 + 6)
-    job = stepping(models, models.inference(rung.config))
+    job = stepping(models, rung)
     for _ in range(4):
         job.run()
+
+
+def test_rivals_take_the_same_step_by_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def compile(module: torch.nn.Module, *, dynamic: bool, mode: str) -> torch.nn.Module:
+        modes.append(mode)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile)
+    (torch_kernels,) = rivals(CPU)
+    tuned = dataclasses.replace(torch_kernels, name="max-autotune", mode="max-autotune")
+    rows = measure_step(Models(WORKLOAD), ladder("step", CPU)[-1], known, 5, [torch_kernels, tuned])
+    assert [row.candidate for row in rows[2:]] == ["torch kernels", "max-autotune"]
+    assert modes == ["max-autotune"]
+    for row in rows[2:]:
+        assert row.timing is not None
+        assert (row.n_bytes, row.before) == (rows[1].n_bytes, None)
+
+
+def test_a_rival_that_computes_something_else_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **_: lambda x, *args, **kwargs: module(2 * x, *args, **kwargs))
+    tuned = dataclasses.replace(rivals(CPU)[0], name="max-autotune", mode="max-autotune")
+    *ours, rival = measure_step(Models(WORKLOAD), ladder("step", CPU)[-1], known, 1, [tuned])
+    assert all(row.timing for row in ours)
+    assert (rival.timing, rival.failed) == (None, False)
+    assert rival.remark.startswith("ValueError: differs from the plain path")
+
+
+def test_a_graph_that_changes_the_images_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Loop.step
+
+    def wrong(loop: Loop) -> None:
+        step(loop)
+        if loop._graphs_wanted and loop.left == 1:  # the second step, from which on a GPU replays the graph
+            loop.x.mul_(1.5)
+
+    monkeypatch.setattr(Loop, "step", wrong)
+    _, row = measure_step(Models(WORKLOAD), ladder("step", CPU)[-1], known, rounds=1)
+    assert (row.timing, row.failed) == (None, True)
+    assert "in its step" in row.remark
 
 
 def test_the_ceilings_are_those_of_the_precisions_in_use() -> None:

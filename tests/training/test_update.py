@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from fastdiff.data import batches
+from fastdiff.data import batches, prefetch_to_device
+from fastdiff.data.shapes import write_shapes
 from fastdiff.training.update import Updater
 
 from ..watch import Watch
@@ -29,6 +32,33 @@ def test_an_update_waits_for_nothing(tmp_path: Path, shapes: Path, precision: st
     assert subject.state.step == 3
     assert watch.calls > 500
     assert watch.seen == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_on_a_gpu_an_update_under_ddp_waits_for_nothing(tmp_path: Path, precision: str) -> None:
+    write_shapes(tmp_path / "images", 8, 16, seed=0)  # gpu_check.sh runs this without the fixtures of all tests
+    flags: dict[str, Any] = {"schedule_sampler": "loss-second-moment", "grad_clip": 1.0, "compile": "on"}
+    subject = trainer(tmp_path / "run", tmp_path / "images", precision, device="cuda", **flags)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        # as several processes do; parallelise() does not wrap the model of a single one
+        module = DistributedDataParallel(subject.model, gradient_as_bucket_view=True)
+        forward = subject.runtime.prepare(module, subject.model_calls)
+        update = Updater(subject.config, subject.state, subject.diffusion, module, forward, subject.world)
+        data = batches(subject.dataset, subject.config.data, 4, 0, 0, pin=True)
+        ahead = prefetch_to_device(data, subject.device)
+        for _ in range(5):  # compiles, and fills two buffers of data
+            update(*next(ahead))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(10):
+            update(*next(ahead))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
+    ahead.close()
+    assert subject.state.step == 15
 
 
 def test_the_watch_sees_what_waits() -> None:
