@@ -4,7 +4,7 @@ import math
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.benchmarks.fit import slope
 from fastdiff.benchmarks.harness import Timing
 from fastdiff.benchmarks.rows import Row
-from fastdiff.benchmarks.startup import measure_startup
+from fastdiff.benchmarks.runs import alone, measure_startup
 from fastdiff.config import Cache, DataConfig
 from fastdiff.data import batches, load_dataset, normalised, resize_and_crop
 from fastdiff.data.batches import AHEAD
@@ -57,6 +56,13 @@ QUICK = Extent((250, 1_000, 4_000), 1_000, rounds=5, starts=2)
 FULL = Extent((1_000, 10_000, 100_000), 10_000, rounds=11, starts=5)
 
 
+def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The exponent p of seconds ~ sizes^p by least squares in logarithms; NaN for fewer than two different sizes."""
+    if len(set(sizes)) < 2:
+        return math.nan
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
 def measure_data(quick: bool, folder: Path, device: torch.device, rounds: int | None = None) -> Iterator[Row]:
     """Rows of the suite data, on 64-pixel PNG files that are resized to 32, in ``folder``, which must be empty.
 
@@ -76,7 +82,7 @@ def measure_data(quick: bool, folder: Path, device: torch.device, rounds: int | 
         warm, stream = _in_new_process(_open_and_draw, config, extent, files == extent.compared_at)
         for name, found in (("cold", cold), ("warm", warm)):
             # The cold time is measured once: a ratio to it would only have the spread of the other time.
-            timing = Timing(name, found.seconds, [math.nan] * len(found.seconds))
+            timing = alone(name, found.seconds)
             opened[name].append(timing.median)
             remark = f"memory grew by {found.grown_gib:.3f} GiB"
             if files == extent.files[-1]:

@@ -1,10 +1,6 @@
 """How the cost grows with the batch, the image size and the channels, and how a second process changes it."""
 
 import gc
-import json
-import math
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -14,19 +10,18 @@ from pathlib import Path
 import torch
 
 from fastdiff.benchmarks.candidates import Job, forward
-from fastdiff.benchmarks.child import child
-from fastdiff.benchmarks.fit import slope
+from fastdiff.benchmarks.data import slope
 from fastdiff.benchmarks.flops import Flops
-from fastdiff.benchmarks.harness import Timing, peak_bytes, seconds_of
+from fastdiff.benchmarks.harness import peak_bytes, seconds_of
 from fastdiff.benchmarks.ladder import Candidate, Models, Rung
 from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
+from fastdiff.benchmarks.runs import alone, measure_processes
 from fastdiff.benchmarks.suites import DTYPES, ceilings
 from fastdiff.benchmarks.updates import build_trainer, stream
 from fastdiff.benchmarks.workload import Workload
 from fastdiff.config import Compile, RuntimeConfig, TrainConfig
 from fastdiff.data.cache import available_memory
-from fastdiff.data.shapes import write_shapes
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.memory import out_of_memory
 from fastdiff.training.update import Updater
@@ -88,7 +83,7 @@ def measure_growth(workload: Workload, ours: RuntimeConfig, quick: bool, rounds:
     for kind, job_of in (("forward", _forward), ("training step", _training)):
         for axis in AXES:
             yield from _Series(axis, kind, job_of, config, roofline, rounds).measured(workload, quick)
-    yield from _processes(workload, config, quick)
+    yield from measure_processes(workload, config, quick)
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,7 @@ class _Series:
                 seconds += seconds_of(job.run, self.rounds - 1, device, warmup=0)
         return replace(
             row,
-            timing=_alone(row.candidate, seconds),
+            timing=alone(row.candidate, seconds),
             images=workload.batch_size,
             flops=work.flops,
             n_bytes=work.n_bytes(dtype),
@@ -170,11 +165,6 @@ class _Series:
         if self.config.device == "cpu" and (gib := rows[max(rows)].peak_gib * larger) > available_memory() / 2**30:
             return f"{self.axis.label.format(size)} would need about {gib:.0f} GiB of memory"
         return ""
-
-
-def _alone(name: str, seconds: list[float]) -> Timing:
-    """A timing without a speedup, because the sizes do not take turns."""
-    return Timing(name, seconds, [math.nan] * len(seconds))
 
 
 def _small(workload: Workload) -> int:
@@ -215,62 +205,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _processes(workload: Workload, config: RuntimeConfig, quick: bool) -> list[Row]:
-    """The trainer's images/s in one process and in two, started by torchrun, on a few generated images.
-
-    On a CPU the processes share the cores; on GPUs each process has one, if there are enough. The total batch size is
-    the same.
-    """
-    on_cpu = workload.device.type == "cpu"
-    workload = replace(workload, batch_size=max(2, workload.batch_size // 2 * 2))
-    about, rows = f"training by processes: {workload}", dict[int, Row]()
-    for processes in (1, 2):
-        name = f"{processes} process{'es' * (processes > 1)}"
-        blank = Row("growth", about, name, None, images=workload.batch_size)
-        if not on_cpu and processes > torch.cuda.device_count():
-            continue
-        try:
-            seconds, peak = _train(workload, config, processes, quick)
-        except OSError as error:
-            return [*rows.values(), replace(blank, remark=str(error), failed=True)]
-        rows[processes] = replace(blank, timing=_alone(name, seconds), peak_gib=peak)
-    one, *more = rows.values()
-    for row in more:
-        if one.timing and row.timing:
-            shared = "they share the cores" if on_cpu else "a GPU each"
-            times = one.timing.median / row.timing.median
-            more = [replace(row, remark=f"{times:.2f}× of 1 process; {shared}; memory of the first process")]
-    return [one, *more]
-
-
-def _train(workload: Workload, config: RuntimeConfig, processes: int, quick: bool) -> tuple[list[float], float]:
-    """Seconds per update for each line of the log, and peak GiB; ChildProcessError with the run's error message."""
-    interval, lines = (1, 3) if quick else (5, 5)
-    flags = workload.model.to_dict() | workload.diffusion.to_dict() | config.to_dict()
-    del flags["num_classes"]  # the data determines it
-    environment = dict(os.environ)
-    if workload.device.type == "cpu":
-        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
-    with tempfile.TemporaryDirectory() as folder:
-        images, run_dir = Path(folder, "images"), Path(folder, "run")
-        write_shapes(images, 64, workload.model.image_size, seed=0)
-        flags |= {"device": workload.device.type, "data_dir": images, "run_dir": run_dir, "cache": "memory"}
-        flags |= {"batch_size": workload.batch_size, "steps": interval * (lines + 1), "log_interval": interval}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["--log-dir", f"{folder}/torchrun"]
-        command += ["-m", "fastdiff", "train", "--preview-interval", "0"]
-        for name, value in flags.items():
-            if value is not None:
-                command += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-        with Path(folder, "said").open("w+", encoding="utf-8", errors="replace") as said:
-            with child(command, said, environment) as process:
-                status = process.wait()
-            said.seek(0)
-            errors = [line.strip() for line in said if "error: " in line]
-        if status:
-            raise ChildProcessError((errors or ["fastdiff train failed without an error message"])[0])
-        with (run_dir / "progress.jsonl").open(encoding="utf-8") as file:
-            _, *seen = [json.loads(line) for line in file]  # the first interval includes the warm-up
-    return [workload.batch_size / line["images_per_s"] for line in seen], max(line["memory_gib"] for line in seen)

@@ -16,12 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.benchmarks import data, startup
-from fastdiff.benchmarks.fit import slope
-from fastdiff.benchmarks.startup import measure_startup
+from fastdiff.benchmarks import data, runs
+from fastdiff.benchmarks.data import slope
 from fastdiff.config import DataConfig
 from fastdiff.data import cache, load_dataset, normalised
-from fastdiff.runtime.device import Runtime
 
 from ..processes import FORKSERVER, Job
 from .support import CPU
@@ -78,12 +76,12 @@ def forked_child(command: Sequence[str], output: IO[str], env: Mapping[str, str]
 @pytest.mark.parametrize("started", ["forked", pytest.param("by an interpreter", marks=pytest.mark.slow)])
 def test_rows(started: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if started == "forked":
-        monkeypatch.setattr(startup, "child", forked_child)
+        monkeypatch.setattr(runs, "child", forked_child)
     monkeypatch.setattr(data, "_in_new_process", lambda function, *args: function(*args))
     monkeypatch.setattr(data, "_TURN_SECONDS", 0.01)
     monkeypatch.setattr(data, "_QUIET_SECONDS", 0)
     monkeypatch.setattr(data, "QUICK", data.Extent((70, 140), 140, rounds=2, starts=1))
-    monkeypatch.setattr(startup, "_MODEL", ("--image-size", "8", "--num-channels", "32", "--channel-mult", "1"))
+    monkeypatch.setattr(runs, "SMALL", runs.SMALL | {"image_size": 8, "num_channels": 32, "channel_mult": 1})
     rows = list(data.measure_data(True, tmp_path, CPU))
     model = "32 pixels, 64 channels, batch 16"
     assert [(row.workload, row.candidate, row.as_dict()["rounds"]) for row in rows] == [
@@ -152,35 +150,3 @@ def test_a_reader_ends_with_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(SystemExit):
         data._in_new_process(time.sleep, 10_000)  # the test's own limit is 600 seconds
     assert not multiprocessing.active_children()
-
-
-def test_compiled_starts_have_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reached = {"off": [1.0, 2.0, 4.0], "on": [1.0, 2.0, 9.0]}
-    seen = []
-
-    def starts(self: startup._Start, compile: str, name: str) -> list[float]:
-        seen.append((compile, name))
-        return reached[compile]
-
-    monkeypatch.setattr(startup._Start, "_reached", starts)
-    monkeypatch.setattr(Runtime, "compiles", lambda *_: True)
-    rows = measure_startup(tmp_path, tmp_path, 2, CPU, compiled=True)
-    assert seen == [(how, name) for how in ("off", "on") for name in ("cold", "warm 0", "warm 1")]
-    assert [(row.workload.rpartition(", ")[2], row.candidate, row.timing and row.timing.median) for row in rows] == [
-        ("eager", "first update, cold cache", 4.0),
-        ("eager", "first update, warm cache", 4.0),
-        ("compiled", "first update, compiled, cold cache", 9.0),
-        ("compiled", "first update, compiled, warm cache", 9.0),
-    ]
-    assert rows[0].remark == "imports and reading the images 1.0 s, building the model 1.0 s, first update 2.0 s"
-    monkeypatch.setattr(Runtime, "compiles", lambda *_: False)  # without a compiler
-    assert len(measure_startup(tmp_path, tmp_path, 2, CPU, compiled=True)) == 2
-
-
-def test_a_start_that_fails_is_a_row_without_a_time(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "notes.txt").write_text("no image")
-    (row,) = measure_startup(tmp_path / "images", tmp_path / "scratch", 1, CPU, compiled=True)
-    assert row.timing is None
-    assert row.failed
-    assert row.remark.startswith("fastdiff train ended before its first update: error: no images in data_dir ")

@@ -14,7 +14,7 @@ from typing import IO, Any
 import pytest
 import torch
 
-from fastdiff.benchmarks import growth, ladder
+from fastdiff.benchmarks import growth, ladder, runs
 from fastdiff.benchmarks.candidates import Job
 from fastdiff.benchmarks.growth import Axis, measure_growth
 from fastdiff.benchmarks.harness import peak_bytes
@@ -42,7 +42,7 @@ def _light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes of a test, ceilings and memory that are not measured, and no further processes."""
     count_no_memory(monkeypatch, growth)
     monkeypatch.setattr(growth, "AXES", (BATCH, SIDE, CHANNELS))
-    monkeypatch.setattr(growth, "_processes", lambda *_: [])
+    monkeypatch.setattr(growth, "measure_processes", lambda *_: [])
     monkeypatch.setattr(growth, "ceilings", lambda *_: dict.fromkeys(Precision, Roofline(1e12, 1e15, 1e15)))
 
 
@@ -167,11 +167,11 @@ class TestProcesses:
     @pytest.fixture
     def started(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Mapping[str, str]]]:
         """What is started, in the place of which a run is found that was twice as fast with two processes."""
-        runs = []
+        started = []
 
         @contextmanager
         def run(command: list[str], output: IO[str], env: Mapping[str, str]) -> Iterator[SimpleNamespace]:
-            runs.append((command, env))
+            started.append((command, env))
             processes = int(command[command.index("--standalone") + 1].partition("=")[2])
             folder = Path(command[command.index("--run_dir") + 1])
             folder.mkdir()
@@ -180,9 +180,9 @@ class TestProcesses:
             (folder / "progress.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             yield SimpleNamespace(wait=lambda: 0)
 
-        monkeypatch.setattr(growth, "child", run)
+        monkeypatch.setattr(runs, "child", run)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-        return runs
+        return started
 
     def test_one_and_two_share_the_cores(self, started: list[tuple[list[str], Mapping[str, str]]]) -> None:
         rows = list(measure_growth(replace(TINY, batch_size=5), FP32, quick=True))
@@ -212,7 +212,7 @@ class TestProcesses:
             output.write(said)
             yield SimpleNamespace(wait=lambda: 1)
 
-        monkeypatch.setattr(growth, "child", run)
+        monkeypatch.setattr(runs, "child", run)
         (row,) = measure_growth(TINY, FP32, quick=True)
         assert (row.candidate, row.timing, row.failed) == ("1 process", None, True)
         assert row.remark == "process 1: error: there is no room"

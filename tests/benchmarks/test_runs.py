@@ -1,20 +1,24 @@
-"""What a benchmark starts ends with it."""
+"""What a benchmark starts ends with it; the start of a run and its stages."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fastdiff
-from fastdiff.benchmarks import child as module
-from fastdiff.benchmarks.child import child
+from fastdiff.benchmarks import runs
+from fastdiff.benchmarks.runs import child, measure_startup
+from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.signals import signals_as_exceptions
 
 from ..processes import Job
+from .support import CPU
 
 WAITS = "import time, pathlib; pathlib.Path('ready').touch(); time.sleep(60)"
 CLEANS_UP = f"""
@@ -40,7 +44,7 @@ def until(path: Path) -> None:
 def test_an_error_ends_it_gently_then_by_force(
     program: str, status: int, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 60 if program is CLEANS_UP else 0.2)
+    monkeypatch.setattr(runs, "PATIENCE", 60 if program is CLEANS_UP else 0.2)
     monkeypatch.chdir(tmp_path)
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
 
@@ -72,7 +76,7 @@ def test_one_that_has_ended_is_left_alone(tmp_path: Path) -> None:
 PARENT = """
 import os, sys, tempfile
 from pathlib import Path
-from fastdiff.benchmarks.child import child
+from fastdiff.benchmarks.runs import child
 from fastdiff.runtime.signals import signals_as_exceptions
 with signals_as_exceptions(), tempfile.TemporaryDirectory(dir=".") as folder, open("said", "w+") as said:
     with child([sys.executable, "-c", sys.argv[1]], said, os.environ) as process:
@@ -129,3 +133,35 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_compiled_starts_have_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = {"off": [1.0, 1.0, 2.0], "on": [1.0, 1.0, 7.0]}
+    seen = []
+
+    def start(flags: Mapping[str, Any], scratch: Path, name: str) -> list[float]:
+        seen.append((flags["compile"], name))
+        return spent[flags["compile"]]
+
+    monkeypatch.setattr(runs, "_start", start)
+    monkeypatch.setattr(Runtime, "compiles", lambda *_: True)
+    rows = measure_startup(tmp_path, tmp_path, 2, CPU, compiled=True)
+    assert seen == [(how, f"compile {how}, {i}") for how in ("off", "on") for i in range(3)]
+    assert [(row.workload.rpartition(", ")[2], row.candidate, row.timing and row.timing.median) for row in rows] == [
+        ("eager", "first update, cold cache", 4.0),
+        ("eager", "first update, warm cache", 4.0),
+        ("compiled", "first update, compiled, cold cache", 9.0),
+        ("compiled", "first update, compiled, warm cache", 9.0),
+    ]
+    assert rows[0].remark == "imports and reading the images 1.0 s, building the model 1.0 s, first update 2.0 s"
+    monkeypatch.setattr(Runtime, "compiles", lambda *_: False)  # without a compiler
+    assert len(measure_startup(tmp_path, tmp_path, 2, CPU, compiled=True)) == 2
+
+
+def test_a_start_that_fails_is_a_row_without_a_time(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    (row,) = measure_startup(tmp_path / "images", tmp_path / "scratch", 1, CPU, compiled=True)
+    assert row.timing is None
+    assert row.failed
+    assert row.remark.startswith("fastdiff train ended before its first update: error: no images in data_dir ")
