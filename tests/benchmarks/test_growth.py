@@ -18,6 +18,7 @@ from fastdiff.benchmarks import growth, ladder, runs
 from fastdiff.benchmarks.candidates import Job
 from fastdiff.benchmarks.growth import Axis, measure_growth
 from fastdiff.benchmarks.harness import peak_bytes
+from fastdiff.benchmarks.ladder import Models, Rung
 from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.workload import Workload
@@ -53,7 +54,12 @@ def measured(*axes: Axis, monkeypatch: pytest.MonkeyPatch, ours: RuntimeConfig =
 
 def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends the forward passes is seen in their rows."""
-    monkeypatch.setattr(growth, "_training", lambda *_: Job(lambda: None, lambda: ()))
+    real = growth.job_of
+
+    def job(suite: str, *args: Any) -> Job:
+        return Job(lambda: None, lambda: ()) if suite == "train" else real(suite, *args)
+
+    monkeypatch.setattr(growth, "job_of", job)
 
 
 def test_both_passes_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,14 +113,14 @@ def test_it_ends_before_a_size_that_is_too_much(
 
 def test_it_ends_where_the_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
     without_training(monkeypatch)
-    real = growth._forward
+    real = growth.job_of
 
-    def forward(models: Any, workload: Workload, config: RuntimeConfig, stack: ExitStack) -> Job:
-        if workload.batch_size > 2:
+    def job(suite: str, models: Models, *args: Any) -> Job:
+        if suite == "unet" and models.workload.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(models, workload, config, stack)
+        return real(suite, models, *args)
 
-    monkeypatch.setattr(growth, "_forward", forward)
+    monkeypatch.setattr(growth, "job_of", job)
     rows = [r for r in measured(replace(BATCH, quick=(1, 2, 3)), monkeypatch=monkeypatch) if "forward" in r.workload]
     assert [row.candidate for row in rows] == ["batch 1", "batch 2"]
     assert rows[1].remark.startswith("time ~ batch^")
@@ -147,12 +153,11 @@ def test_a_size_that_makes_no_model_is_left_out(monkeypatch: pytest.MonkeyPatch)
 def test_compiled_only_where_it_is_asked_for(asked: Compile, used: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def job(models: Any, workload: Workload, config: RuntimeConfig, stack: ExitStack) -> Job:
-        seen.append((config.compile, config.precision, config.device))
+    def job(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
+        seen.append((rung.config.compile, rung.config.precision, rung.config.device))
         return Job(lambda: None, lambda: ())
 
-    monkeypatch.setattr(growth, "_forward", job)
-    monkeypatch.setattr(growth, "_training", job)
+    monkeypatch.setattr(growth, "job_of", job)
     measured(BATCH, monkeypatch=monkeypatch, ours=replace(FP32, compile=asked))
     assert seen == [(used, Precision.FP32, "cpu")] * 4
 
