@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from fastdiff.config import Cache, DataConfig
 from fastdiff.data import batches, load_dataset, normalised, resize_and_crop
 from fastdiff.data.batches import AHEAD
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 STORED, WANTED = 64, 32
@@ -41,19 +40,9 @@ _TURN_SECONDS = 0.4
 _QUIET_SECONDS = 0.2
 """Pause after a turn, so that prefetching has ended before the next turn is timed."""
 
-
-@dataclass(frozen=True)
-class Extent:
-    """How much is measured: the numbers of files, the one at which the peer and the start are timed, and how often."""
-
-    files: tuple[int, ...]
-    compared_at: int
-    rounds: int
-    starts: int
-
-
-QUICK = Extent((250, 1_000, 4_000), 1_000, rounds=5, starts=2)
-FULL = Extent((1_000, 10_000, 100_000), 10_000, rounds=11, starts=5)
+MEASURED = {True: ((250, 1_000, 4_000), 5, 2), False: ((1_000, 10_000, 100_000), 11, 5)}
+"""The numbers of files, the rounds and the warm starts, by whether the run is quick. The peer and the start are
+measured at the second number of files."""
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
@@ -70,28 +59,25 @@ def measure_data(quick: bool, folder: Path, device: torch.device, rounds: int | 
     opens the folder; the row has its peak memory. Batches are measured on the CPU, as fp32 in [-1, 1]. Only the
     start-up uses ``device``.
     """
-    extent = QUICK if quick else FULL
-    if rounds:
-        extent = replace(extent, rounds=rounds, starts=min(extent.starts, rounds))
+    numbers, usual, starts = MEASURED[quick]
+    rounds = rounds or usual
     opened: dict[str, list[float]] = {"cold": [], "warm": []}
-    for files in extent.files:
+    for files in numbers:
         images, cache = folder / "images", folder / "cache"
         write_images(images, files)
         config = DataConfig(data_dir=str(images), cache=Cache.DISK, cache_dir=str(cache), flip=True)
-        cold = _in_new_process(_open, config, 1)
-        warm, stream = _in_new_process(_open_and_draw, config, extent, files == extent.compared_at)
-        for name, found in (("cold", cold), ("warm", warm)):
-            # The cold time is measured once: a ratio to it would only have the spread of the other time.
-            timing = alone(name, found.seconds)
-            opened[name].append(timing.median)
-            remark = f"memory grew by {found.grown_gib:.3f} GiB"
-            if files == extent.files[-1]:
-                remark += f"; time ~ files^{slope(extent.files, opened[name]):.2f}"
-            workload = f"opening {files:,} files"
-            yield Row("data", workload, name, timing, images=files, peak_gib=found.peak_gib, remark=remark)
-        yield from stream
-        if files == extent.compared_at:
-            yield from measure_startup(images, folder / "start", extent.starts, device, compiled=not quick)
+        compared = files == numbers[1]
+        cold = _in_new_process(_open, config, "cold", 1)
+        warm, *drawn = _in_new_process(_open_and_draw, config, rounds, compared)
+        for row in (cold, warm):
+            if row.timing:
+                opened[row.candidate].append(row.timing.median)
+            if files == numbers[-1]:
+                row = replace(row, remark=f"{row.remark}; time ~ files^{slope(numbers, opened[row.candidate]):.2f}")
+            yield row
+        yield from drawn
+        if compared:
+            yield from measure_startup(images, folder / "start", min(starts, rounds), device, compiled=not quick)
         for used in (images, cache, folder / "start"):
             shutil.rmtree(used, ignore_errors=True)
 
@@ -100,54 +86,45 @@ def write_images(folder: Path, count: int) -> None:
     """Write ``count`` PNG files of smooth colours with a little noise, about as large as those of photographs."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    drawn = folder / "drawn.png"
-    contents = []
-    for _ in range(min(count, DISTINCT)):
+    for i in range(count):
+        path = folder / f"{i:06d}.png"
+        if i >= DISTINCT:
+            shutil.copyfile(folder / f"{i % DISTINCT:06d}.png", path)
+            continue
         colours = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         smooth = np.asarray(colours.resize((STORED, STORED), Image.Resampling.BICUBIC), np.float32)
         noisy = smooth + rng.normal(0, 6, smooth.shape)
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(drawn)
-        contents.append(drawn.read_bytes())
-    drawn.unlink()
-    for i in range(count):
-        (folder / f"{i:06d}.png").write_bytes(contents[i % len(contents)])
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path)
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """The seconds of each opening, the peak memory of the process, and its growth from the start."""
-
-    seconds: list[float]
-    peak_gib: float
-    grown_gib: float
-
-
-def _open(config: DataConfig, rounds: int) -> _Opened:
+def _open(config: DataConfig, name: str, rounds: int) -> Row:
+    """The seconds of each opening, and the peak memory of the process."""
     before = _memory_gib("VmRSS")
     seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
-        load_dataset(config, WANTED, labelled=False)
+        files = len(load_dataset(config, WANTED, labelled=False).images)
         seconds.append(time.perf_counter() - began)
     peak = _memory_gib("VmHWM")
-    return _Opened(seconds, peak, peak - before)
+    remark = f"memory grew by {peak - before:.3f} GiB"
+    timing = alone(name, seconds)  # the cold time is measured once: a ratio to it would have the other's spread only
+    return Row("data", f"opening {files:,} files", name, timing, images=files, peak_gib=peak, remark=remark)
 
 
-def _open_and_draw(config: DataConfig, extent: Extent, compared: bool) -> tuple[_Opened, list[Row]]:
-    """Opening with a warm cache, and the rows of batches, the peer's first if ``compared``."""
+def _open_and_draw(config: DataConfig, rounds: int, compared: bool) -> list[Row]:
+    """The rows of opening with a warm cache and of batches, the peer's first if ``compared``."""
     torch.set_num_threads(1)  # as the peer's worker has
     before = _memory_gib("VmRSS")
-    opened = _open(config, extent.rounds)
+    opened = _open(config, "warm", rounds)
     dataset = load_dataset(config, WANTED, labelled=False)
-    files = len(dataset.images)
     with closing(batches(dataset, config, BATCH, seed=0, start_step=0)) as drawn:
         peer = {PEER: _decoded_every_time(Path(config.data_dir))} if compared else {}
-        timings = _taking_turns({**peer, "fastdiff": (normalised(images) for images, _ in drawn)}, extent.rounds)
+        timings = _taking_turns({**peer, "fastdiff": (normalised(images) for images, _ in drawn)}, rounds)
     peak = _memory_gib("VmHWM")
-    workload = f"batches of {BATCH} from {files:,} files"
+    workload = f"batches of {BATCH} from {opened.images:,} files"
     rows = [Row("data", workload, timing.name, timing, images=BATCH) for timing in timings]
     rows[-1] = replace(rows[-1], peak_gib=peak, remark=f"memory grew by {peak - before:.3f} GiB, the mapped file's too")
-    return opened, rows
+    return [opened, *rows]
 
 
 def _taking_turns(streams: Mapping[str, Iterator[Tensor]], rounds: int) -> list[Timing]:
@@ -191,18 +168,18 @@ def _decoded_every_time(folder: Path) -> Iterator[Tensor]:
         yield from loader
 
 
-def _in_new_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    others = set(multiprocessing.active_children())
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            try:
-                return pool.submit(function, *args, **kwargs).result()
-            except BaseException:  # the pool would wait until the work is done
-                for process in set(multiprocessing.active_children()) - others:
-                    process.terminate()
-                raise
-    except BrokenProcessPool:
-        raise ChildProcessError("the process that reads the images was killed: it may have run out of memory") from None
+def _in_new_process(function: Callable[..., T], *args: object) -> T:
+    """The result of a call in a new interpreter, which ends with the call, or with an error here, such as Ctrl-C."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            said = "the process that reads the images was killed: it may have run out of memory"
+            raise ChildProcessError(said) from None
+        except BaseException:  # the pool would wait until the work is done
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _memory_gib(field: str) -> float:

@@ -80,7 +80,7 @@ def test_rows(started: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(data, "_in_new_process", lambda function, *args: function(*args))
     monkeypatch.setattr(data, "_TURN_SECONDS", 0.01)
     monkeypatch.setattr(data, "_QUIET_SECONDS", 0)
-    monkeypatch.setattr(data, "QUICK", data.Extent((70, 140), 140, rounds=2, starts=1))
+    monkeypatch.setitem(data.MEASURED, True, ((70, 140), 2, 1))
     monkeypatch.setattr(runs, "SMALL", runs.SMALL | {"image_size": 8, "num_channels": 32, "channel_mult": 1})
     rows = list(data.measure_data(True, tmp_path, CPU))
     model = "32 pixels, 64 channels, batch 16"
@@ -114,9 +114,10 @@ def test_cold_once_and_warm_from_then_on(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data, "_in_new_process", lambda function, *args: function(*args))
     monkeypatch.setattr(data, "_TURN_SECONDS", 0.01)
     monkeypatch.setattr(data, "_QUIET_SECONDS", 0)
-    monkeypatch.setattr(data, "FULL", data.Extent((65, 66), compared_at=0, rounds=2, starts=1))
+    monkeypatch.setattr(data, "measure_startup", lambda *_, **__: [])
+    monkeypatch.setitem(data.MEASURED, False, ((65, 66), 2, 1))
     rows = list(data.measure_data(False, tmp_path, CPU, rounds=3))
-    assert [row.as_dict()["rounds"] for row in rows] == [1, 3, 3] * 2
+    assert [row.as_dict()["rounds"] for row in rows] == [1, 3, 3, 1, 3, 3, 3]
     assert decoded == [65, 66]
 
 
