@@ -65,13 +65,17 @@ class Job:
     steady: bool = False
 
 
-def job_of(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
-    """Prepare a rung for a suite, until ``stack`` is closed; ValueError if its model differs from the plain path's."""
+def job_of(suite: str, models: Models, rung: Rung, stack: ExitStack, workload: Workload | None = None) -> Job:
+    """Prepare a rung for a suite, until ``stack`` is closed; ValueError if its model differs from the plain path's.
+
+    A forward pass and the Trainer may run on another batch size than the check, for which memory may be short.
+    """
+    workload = workload or models.workload
     if suite == "train":
-        return _trained(models, rung, stack) if rung.trainer else _updated(models, rung)
+        return _trained(models, rung, stack, workload) if rung.trainer else _updated(models, rung)
     candidate = models.inference(rung.config)
     if suite == "unet":
-        return forward(models.workload, candidate)
+        return forward(workload, candidate)
     drawing = Drawing(models.workload, candidate.call, candidate.runtime.kernels, rung.graphs)
     return Job(drawing, candidate.module.parameters, lambda: _check_images(models, candidate, drawing))
 
@@ -204,9 +208,9 @@ def _check_update(
                 own.copy_(p)
 
 
-def _trained(models: Models, rung: Rung, stack: ExitStack) -> Job:
+def _trained(models: Models, rung: Rung, stack: ExitStack, workload: Workload) -> Job:
     """The Trainer's update, with batches loaded as in a run, and with its guards, sums and loss scale."""
-    trainer = _trainer(models.workload, rung.config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    trainer = _trainer(workload, rung.config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     models.checked(Candidate(trainer.model, trainer.forward, trainer.runtime))
     config, state = trainer.config, trainer.state
     update = Updater(config, state, trainer.diffusion, trainer.module, trainer.forward, trainer.world)

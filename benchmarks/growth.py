@@ -12,7 +12,7 @@ from fastdiff.benchmarks.candidates import job_of
 from fastdiff.benchmarks.data import slope
 from fastdiff.benchmarks.flops import Flops
 from fastdiff.benchmarks.harness import peak_bytes, seconds_of
-from fastdiff.benchmarks.ladder import Candidate, Models, Rung
+from fastdiff.benchmarks.ladder import Models, Rung
 from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.runs import alone, measure_processes
@@ -46,20 +46,6 @@ AXES = (
     Axis("side", "{} pixels", 2, (32, 64, 128, 256), (16, 32, 64)),
     Axis("channels", "{} channels", 2, (32, 64, 128, 256), (32, 64, 96)),
 )
-
-
-class _Batch(Models):
-    """Models checked with their first batch, for jobs with another one, for which the plain path may lack memory."""
-
-    def __init__(self, models: Models, workload: Workload) -> None:
-        self.workload = workload
-        self._models = models
-
-    def inference(self, config: RuntimeConfig) -> Candidate:
-        return self._models.inference(config)
-
-    def checked(self, candidate: Candidate) -> Candidate:
-        return self._models.checked(candidate)
 
 
 def measure_growth(workload: Workload, ours: RuntimeConfig, quick: bool, rounds: int | None = None) -> Iterator[Row]:
@@ -149,7 +135,7 @@ def _measured(
     with ExitStack() as stack:
         if rung.config.compile is Compile.ON:
             torch.compiler.reset()  # it compiles a model for a limited number of sizes
-        job = job_of(suite, _Batch(models, workload), rung, stack)
+        job = job_of(suite, models, rung, stack, workload)
         Runtime.resolve(rung.config)  # sets PyTorch's switches again, which the check changed
         job.run()
         peak = peak_bytes(job.run, device) + sum(tensor.nbytes for tensor in job.tensors())

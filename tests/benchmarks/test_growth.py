@@ -115,10 +115,10 @@ def test_it_ends_where_the_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
     without_training(monkeypatch)
     real = growth.job_of
 
-    def job(suite: str, models: Models, *args: Any) -> Job:
-        if suite == "unet" and models.workload.batch_size > 2:
+    def job(suite: str, models: Models, rung: Rung, stack: ExitStack, workload: Workload) -> Job:
+        if suite == "unet" and workload.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(suite, models, *args)
+        return real(suite, models, rung, stack, workload)
 
     monkeypatch.setattr(growth, "job_of", job)
     rows = [r for r in measured(replace(BATCH, quick=(1, 2, 3)), monkeypatch=monkeypatch) if "forward" in r.workload]
@@ -153,7 +153,7 @@ def test_a_size_that_makes_no_model_is_left_out(monkeypatch: pytest.MonkeyPatch)
 def test_compiled_only_where_it_is_asked_for(asked: Compile, used: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def job(suite: str, models: Models, rung: Rung, stack: ExitStack) -> Job:
+    def job(suite: str, models: Models, rung: Rung, stack: ExitStack, workload: Workload) -> Job:
         seen.append((rung.config.compile, rung.config.precision, rung.config.device))
         return Job(lambda: None, lambda: ())
 

@@ -184,8 +184,8 @@ def test_rows_that_cannot_be_kept_now_are_kept_with_the_next(cli: Cli, monkeypat
 def test_what_cannot_be_shown_is_kept(stdout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     little = (
-        "from fastdiff.benchmarks import roofs, suites\n"
-        "roofs.ENOUGH, roofs.SIDE, suites.peers = {'cpu': 1e6}, {'cpu': 64}, lambda _: {}"
+        "from fastdiff.benchmarks import roofline, suites\n"
+        "roofline.ENOUGH, roofline.SIDE, suites.peers = {'cpu': 1e6}, {'cpu': 64}, lambda _: {}"
     )
     process = start("benchmark", "unet", *QUICK, *ONCE, *PLAIN, "--csv", "rows.csv", cwd=tmp_path, before=little)
     assert process.stdout is not None
