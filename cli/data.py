@@ -113,8 +113,8 @@ def check(
     """Check every image of a data set: report counts and sizes, unreadable files, and warnings."""
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"sheet {sheet} does not end in .png: name another file")
-    from fastdiff.data.archives import whole
     from fastdiff.data.survey import survey
+    from fastdiff.runtime.files import whole
 
     # opened first: a sheet that cannot be written fails before any image is read
     with _bar("images") as progress, nullcontext() if sheet is None else whole(sheet) as file:

@@ -5,8 +5,6 @@ from fastdiff.checkpoint.files import (
     NewerFormat,
     read_metadata,
     read_tensors,
-    refuse_unwritable,
-    replacing,
     sha256,
     write_tensors,
 )
@@ -37,6 +35,7 @@ from fastdiff.checkpoint.steps import (
     verify_step,
     write_manifest,
 )
+from fastdiff.runtime.files import refuse_unwritable, replacing
 
 __all__ = [
     "FORMAT",

@@ -1,9 +1,7 @@
 """Convert a model between projects' file formats, verify its outputs, and report what the target cannot store."""
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastdiff.checkpoint.files import replacing, sync_folder
 from fastdiff.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
 from fastdiff.config import NUM_CLASSES, channel_mult_for, is_table_size
 from fastdiff.interop import diffusers
+from fastdiff.runtime.files import replacing, replacing_folder
 
 _SAFETENSORS, _BARE = ".safetensors", ".pt"
 _TOLERANCE = 1e-3
@@ -56,36 +54,11 @@ def convert(source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers
     than rounding error; OSError if the target cannot be written.
     """
     state = {key: value.float().contiguous() for key, value in loaded.model.state_dict().items()}
-    with _replacing(target) as temporary:
+    is_file = target.suffix in (_SAFETENSORS, _BARE)
+    with (replacing if is_file else replacing_folder)(target) as temporary:
         lines = _write(temporary, state, loaded, scheduler)
         difference = _difference(source, loaded, temporary, target)
     return [f"{source} -> {target}", *lines, difference]
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Like checkpoint.replacing, but for folders as well as files."""
-    if target.suffix in (_SAFETENSORS, _BARE):
-        with replacing(target) as temporary:
-            yield temporary
-        return
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
-        temporary = Path(folder) / target.name
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-        replaced = Path(folder) / "replaced"
-        try:
-            if target.exists():
-                target.rename(replaced)
-            temporary.rename(target)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-        sync_folder(target.parent)
 
 
 def _write(path: Path, state: dict[str, Tensor], loaded: Checkpoint, scheduler: diffusers.Scheduler) -> list[str]:

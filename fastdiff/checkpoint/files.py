@@ -1,11 +1,8 @@
-"""Single checkpoint files: written atomically, with metadata that describes them."""
+"""Single checkpoint files: tensors, with metadata that describes them."""
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdiff.runtime.files import replacing
 from fastdiff.runtime.words import first_line
 
 FORMAT = "fastdiff-2"
@@ -28,9 +26,6 @@ _DIGEST = re.compile(rb'("%b":"\{\\"sha256\\": \\")([0-9a-f]{64})' % FORMAT.enco
 _CHUNK = 2**20
 _CLOCK_TICK = 3  # seconds; the coarsest file-system clock ticks every two
 _known_hashes: dict[tuple[object, ...], str] = {}
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-_being_written: set[str] = set()  # random names, not paths: a folder can have several paths
-_lock = threading.Lock()  # held to create or list folders: an existing one of this process is in the set
 
 
 class NewerFormat(ValueError):
@@ -102,50 +97,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return path
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path on the disk of ``path``: on success it replaces ``path``, on failure it is deleted.
-
-    The file is synced to the disk before the rename, and has the mode that the umask gives any new file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A separate folder also holds the temporary files of the libraries that write: the names that safetensors chooses
-    # look like any other file's, and a killed process leaves these files behind.
-    with _lock:
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        _being_written.add(Path(folder.name).name)
-    try:
-        with folder:
-            temporary = Path(folder.name) / path.name
-            temporary.touch()
-            mode = temporary.stat().st_mode  # the default; safetensors' files are readable by their owner only
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(mode)
-            temporary.replace(path)
-            sync_folder(path.parent)
-    finally:
-        with _lock:
-            _being_written.discard(Path(folder.name).name)
-
-
-def abandoned(folder: Path, of: str | None = None) -> list[Path]:
-    """The temporary folders in ``folder``, or those of the file ``of``, that this process is not writing to."""
-    with _lock:
-        found = [p for p in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(p.name) and p.name not in _being_written]
-    return [p for p in found if of is None or p.name[: -len(".12345678.tmp")] == f".{of}"]
-
-
-def refuse_unwritable(option: str, wanted: Path) -> None:
-    """ValueError, naming the option, if a folder is not writable, or does not exist and cannot be created."""
-    folder = wanted
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {wanted} cannot be written: {folder} is not a folder that you may write to")
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, 64 hex digits; cached for the process until the file changes."""
     return _cached("sha256", path, lambda: _hash(path))
@@ -195,13 +146,3 @@ def _sign(path: Path) -> None:
     signed = _DIGEST.sub(rb"\g<1>" + _hash(path).encode(), header)
     with path.open("rb+") as file:
         file.write(signed)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder's entries to the disk."""
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a rename does not need it
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

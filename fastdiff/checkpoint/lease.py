@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from fastdiff.checkpoint.files import replacing
+from fastdiff.runtime.files import replacing
 
 _LOCKED = ".lease"
 _HOLDER = ".lease.json"  # describes the process that holds it

@@ -15,16 +15,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint.files import (
-    FORMAT,
-    UNSIGNED_FORMAT,
-    NewerFormat,
-    abandoned,
-    refuse_newer,
-    replacing,
-    sha256,
-    sync_folder,
-)
+from fastdiff.checkpoint.files import FORMAT, UNSIGNED_FORMAT, NewerFormat, refuse_newer, sha256
+from fastdiff.runtime.files import abandoned, replacing, sync
 
 _ANY = "*.safetensors"
 _NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.e-]+)_)(?P<step>\d{6,})\.safetensors")
@@ -62,7 +54,7 @@ def begin_step(run_dir: Path, step: int) -> None:
         delete_step(run_dir, step)  # damaged: the old manifest must not describe the files that replace it
     run_dir.mkdir(parents=True, exist_ok=True)
     _mark_path(run_dir, step).touch()
-    sync_folder(run_dir)
+    sync(run_dir)
 
 
 def write_manifest(run_dir: Path, step: int, paths: Sequence[Path]) -> None:
@@ -183,7 +175,7 @@ def delete_step(run_dir: Path, step: int) -> None:
         manifest_path(run_dir, step).replace(mark)
     else:
         mark.touch()
-    sync_folder(run_dir)
+    sync(run_dir)
     for path in _files(run_dir, step):
         path.unlink(missing_ok=True)
     mark.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Sequential reading of image archives, and atomic creation of files and folders."""
+"""Sequential reading of image archives."""
 
 import errno
 import gzip
@@ -6,14 +6,11 @@ import os
 import re
 import stat
 import tarfile
-import tempfile
-import warnings
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from glob import escape
 from pathlib import Path
 from typing import IO, cast
 
@@ -243,41 +240,3 @@ class _Reader:
             raise tarfile.ReadError(f"a name of {size:,} bytes")
         self.last = self._file.read(size)
         return self.last
-
-
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """Yield a path in a hidden folder beside ``out`` for a new file or folder, which on success is renamed to ``out``.
-
-    On failure it is deleted. Everything else in the hidden folder is deleted in either case. A link is followed. Raises
-    ValueError if ``out`` already exists and is not an empty folder, and if it cannot be written.
-    """
-    out = Path(os.path.realpath(os.path.expanduser(out)))
-    with _writing(out):
-        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-            raise ValueError(f"{out} exists already: name another, or delete it first")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for left in out.parent.glob(f".{escape(out.name)}.*.tmp"):
-            warnings.warn(f"{left} may be left from a killed run: delete it if no run is active", stacklevel=4)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as name:
-            folder = Path(name)
-            yield folder / out.name
-            if hasattr(os, "sync"):  # not on Windows
-                os.sync()  # flush the content before the rename; one sync is faster than a million fsyncs
-            if out.is_dir():
-                out.rmdir()  # Windows cannot rename over a folder
-            (folder / out.name).rename(out)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Make disk errors name ``out``: the error of a full disk names no file, others name one in the hidden folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            where = Path(os.fsdecode(error.filename))
-            if where not in (out, *out.parents) and not any(part.startswith(f".{out.name}.") for part in where.parts):
-                raise
-        reason = (error.strerror or first_line(error)).lower()
-        raise ValueError(f"{out} cannot be written ({reason}): free space there, or choose another path") from error

@@ -6,10 +6,9 @@ import math
 import os
 import shutil
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fastdiff.data.dataset import ImageFolder
 from fastdiff.data.images import File, UnreadableImage, load_with_size
 from fastdiff.data.threads import Progress, in_order
 from fastdiff.data.zipped import ZipMember
+from fastdiff.runtime.files import existing, replacing, sync, unfinished
 from fastdiff.runtime.words import printable
 
 MEMORY_SHARE = 0.25
@@ -101,28 +101,22 @@ def _decode_to_disk(
     if (found := _reopen(folder, file, notes)) is not None:
         return found
     with _disk_errors(cache_dir, len(folder) * _image_bytes(folder.image_size)):
-        cache_dir.mkdir(parents=True, exist_ok=True)
         _remove_stale(cache_dir, key)
-        temporary = cache_dir / f"{key}.{uuid.uuid4().hex}.tmp"
-        try:
+        with unfinished(file) as temporary:
             with temporary.open("wb") as out:
                 _write_header(out, folder, 0)
                 decoded = decode(folder, lambda _, image, __: out.write(image.data), on_progress)
                 out.seek(0)
                 _write_header(out, folder, len(folder) - len(decoded.unreadable))
-                out.flush()
-                os.fsync(out.fileno())
+            sync(temporary)
             # Another machine may have written the same file meanwhile. Keep that one: on NFS, replacing a file breaks
             # the mappings that other machines have of it.
             if (found := _reopen(folder, file, notes)) is not None:
                 return found
             # Write the notes first: once the images exist, both files are complete.
-            unfinished = temporary.with_suffix(".json.tmp")
-            unfinished.write_text(json.dumps(asdict(decoded)))
-            unfinished.replace(notes)
+            with replacing(notes) as unfinished_notes:
+                unfinished_notes.write_text(json.dumps(asdict(decoded)))
             temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
     return np.load(file, mmap_mode="r"), decoded
 
 
@@ -211,8 +205,7 @@ def _cache_dir(config: DataConfig) -> Path:
 def _disk_errors(cache_dir: Path, needed: int) -> Iterator[None]:
     remedy = f"it needs {_gib(needed)} for decoded images; choose another folder as cache_dir"
     try:
-        existing = next(p for p in (cache_dir, *cache_dir.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(existing(cache_dir)).free
         if free < needed:
             raise ValueError(f"cache_dir {cache_dir} has {_gib(free)} free, {remedy}")
         yield
@@ -221,9 +214,10 @@ def _disk_errors(cache_dir: Path, needed: int) -> Iterator[None]:
 
 
 def _remove_stale(cache_dir: Path, key: str) -> None:
-    for left in cache_dir.glob(f"{key}.*.tmp"):
-        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-            left.unlink(missing_ok=True)
+    for left in cache_dir.glob(f"*{key}.*.tmp"):  # a hidden folder, or a file of an earlier version
+        with suppress(FileNotFoundError):  # its writer has just finished
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.glob("*"))) > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def _write_header(out: Any, folder: ImageFolder, n: int) -> None:

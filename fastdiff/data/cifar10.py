@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdiff.data.archives import Member, reading, whole
+from fastdiff.data.archives import Member, reading
 from fastdiff.data.threads import Progress, in_order
+from fastdiff.runtime.files import whole
 from fastdiff.runtime.words import first_line, printable
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

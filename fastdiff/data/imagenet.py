@@ -8,9 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastdiff.data.archives import Member, reading, safe_name, tar_in, whole
+from fastdiff.data.archives import Member, reading, safe_name, tar_in
 from fastdiff.data.images import EXTENSIONS, MAX_BYTES, UnreadableImage, load
 from fastdiff.data.threads import Progress, in_order
+from fastdiff.runtime.files import whole
 from fastdiff.runtime.words import printable
 
 

@@ -10,9 +10,10 @@ from typing import BinaryIO, Literal
 
 from PIL import Image
 
-from fastdiff.data.archives import reading, whole
+from fastdiff.data.archives import reading
 from fastdiff.data.images import UnreadableImage, decode, fit
 from fastdiff.data.threads import Progress, in_order
+from fastdiff.runtime.files import whole
 from fastdiff.runtime.words import first_line, printable
 
 

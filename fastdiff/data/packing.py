@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from fastdiff.config import DataConfig, Labels
-from fastdiff.data.archives import ArchiveError, safe_name, whole
+from fastdiff.data.archives import ArchiveError, safe_name
 from fastdiff.data.dataset import ImageFolder, Preflight
 from fastdiff.data.loading import load_dataset
 from fastdiff.data.threads import Progress
+from fastdiff.runtime.files import whole
 from fastdiff.runtime.words import printable
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.checkpoint import refuse_unwritable, replacing
 from fastdiff.evaluation.nll import TERMS, Bound, Int64Array
 from fastdiff.evaluation.plot import refuse_without_matplotlib, save_plot
+from fastdiff.runtime.files import refuse_unwritable, replacing
 
 SUMMARY, IMAGES = "nll.json", "images.npz"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdiff.checkpoint import replacing
 from fastdiff.evaluation.nll import Bound, Int64Array
+from fastdiff.runtime.files import replacing
 
 _PANELS = {
     "vb": "variational bound (bits/dim)",

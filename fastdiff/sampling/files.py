@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastdiff.checkpoint.files import abandoned, refuse_unwritable
 from fastdiff.data.classes import file_name_of
+from fastdiff.runtime.files import abandoned, refuse_unwritable
 from fastdiff.sampling.loop import Int64Array
 from fastdiff.sampling.output import Uint8Array, save_npz, save_pngs
 from fastdiff.sampling.shards import Shards, parts_of

@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, features
 
-from fastdiff.checkpoint import replacing
+from fastdiff.runtime.files import replacing
 from fastdiff.runtime.words import printable
 
 Uint8Array = NDArray[np.uint8]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.checkpoint import Lease, NewerFormat, replacing
-from fastdiff.checkpoint.files import abandoned, sync_folder
+from fastdiff.checkpoint import Lease, NewerFormat
 from fastdiff.data import read_samples
+from fastdiff.runtime.files import abandoned, replacing, sync
 from fastdiff.sampling.output import Uint8Array, save_npz
 
 FORMAT = "fastdiff-samples-1"
@@ -49,9 +49,9 @@ class Shards:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(self.folder.parent)
+            sync(self.folder.parent)
             self._forget()
-            sync_folder(self.folder)  # a power cut must not bring another job's images back beside this manifest
+            sync(self.folder)  # a power cut must not bring another job's images back beside this manifest
             with replacing(self._manifest) as temporary:
                 manifest = {"format": FORMAT, "settings": settings}
                 temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

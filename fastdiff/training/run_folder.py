@@ -13,13 +13,13 @@ from fastdiff.checkpoint import (
     holds_checkpoint,
     model_path,
     read_metadata,
-    replacing,
     run_and_step,
     saved_steps,
     verify_file,
 )
 from fastdiff.config import RunConfig
 from fastdiff.data.classes import composed
+from fastdiff.runtime.files import replacing
 
 
 def read_config(run_dir: Path) -> RunConfig:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff import checkpoint
 from fastdiff.config import TrainConfig
+from fastdiff.runtime.files import existing
 
 RETRY_DELAYS = (1.0, 5.0, 15.0)
 """Seconds between attempts to write a checkpoint."""
@@ -144,8 +145,7 @@ class Saver:
 
 def free_space_check(run_dir: Path, needed: int) -> None:
     """OSError if the disk of ``run_dir``, which may not exist yet, has no room for a checkpoint of ``needed`` bytes."""
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing(run_dir)).free
     if free < needed + SLACK:
         raise OSError(
             f"{run_dir} has no room for a checkpoint: it needs {_megabytes(needed + SLACK)}, {_megabytes(free)} are "

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from fastdiff.data import ImageFolder
-from fastdiff.data.archives import ArchiveError, reading, whole
+from fastdiff.data.archives import ArchiveError, reading
 from fastdiff.data.cifar10 import prepare_cifar10
 from fastdiff.data.imagenet import prepare_imagenet
 from fastdiff.data.packing import pack_npz, pack_zip
+from fastdiff.runtime.files import whole
 
 from ..support import refusal
 from .archive_support import UNSAFE, encrypted, found_below, png, tar, tar_bytes, zipped
