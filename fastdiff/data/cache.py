@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +32,6 @@ _STALE_SECONDS = 3600  # a temporary file not written to for this long was left 
 
 Keep = Callable[[int, NDArray[np.uint8], tuple[int, int]], Any]
 """Receives the index of an image in its folder, its pixels, and its original (width, height)."""
-
-_Loaded = tuple[NDArray[np.uint8], tuple[int, int]] | UnreadableImage
 
 
 @dataclass
@@ -122,10 +120,17 @@ def _decode_to_disk(
 
 def decode(folder: ImageFolder, keep: Keep, on_progress: Progress | None) -> Decoded:
     """Pass every readable image to ``keep``, in order. Raises ValueError if there is none."""
+
+    def attempt(file: File) -> tuple[NDArray[np.uint8], tuple[int, int]] | UnreadableImage:
+        try:
+            return load_with_size(file, folder.image_size)
+        except UnreadableImage as error:
+            return error
+
     unreadable: dict[str, str] = {}
     smallest = largest = None
     # Pillow warns about odd metadata and the like. Threads share the warning filters: set them once, around them all.
-    with warnings.catch_warnings(), closing(_load_all(folder)) as results:
+    with warnings.catch_warnings(), closing(in_order(attempt, folder.files)) as results:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         for i, (name, result) in enumerate(zip(folder.names, results, strict=True)):
             if isinstance(result, UnreadableImage):
@@ -144,18 +149,6 @@ def decode(folder: ImageFolder, keep: Keep, on_progress: Progress | None) -> Dec
             f"the first is {printable(name)} ({reason})"
         )
     return Decoded(unreadable, smallest, largest)
-
-
-def _load_all(folder: ImageFolder) -> Generator[_Loaded, None, None]:
-    """Each image in order, or the error that says why it is unreadable."""
-
-    def attempt(file: File) -> _Loaded:
-        try:
-            return load_with_size(file, folder.image_size)
-        except UnreadableImage as error:
-            return error
-
-    return in_order(attempt, folder.files)
 
 
 def _reopen(folder: ImageFolder, file: Path, notes: Path) -> tuple[NDArray[np.uint8], Decoded] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,16 +73,12 @@ def _images(source: Path, folder: Path) -> Iterator[tuple[Path, NDArray[np.uint8
         raise ValueError(f"{source} has no {lacking}: give cifar-10-python.tar.gz or cifar-10-binary.tar.gz")
 
 
-def _open(path: Path) -> IO[bytes]:
-    return path.open("rb")
-
-
 @contextmanager
 def _files(source: Path) -> Iterator[Iterator[Member]]:
     """The files of an archive or a folder."""
     if source.is_dir():
         paths = [p for p in (*source.glob("*"), *source.glob("cifar-10-batches-*/*")) if p.is_file()]
-        yield (Member(path, path.name, path.stat().st_size, partial(_open, path)) for path in sorted(paths))
+        yield (Member(path, path.name, path.stat().st_size, partial(io.FileIO, path)) for path in sorted(paths))
     else:
         with reading(source) as members:
             yield members

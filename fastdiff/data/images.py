@@ -1,4 +1,4 @@
-"""From one image file to pixels: decode the common formats, then resize and crop as improved-diffusion does."""
+"""From one image file to pixels: decode the common formats, resize and crop as improved-diffusion does, normalise."""
 
 import contextlib
 import threading
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
 from PIL import WebPImagePlugin as WebpImagePlugin
@@ -95,6 +96,16 @@ def fit(image: Image.Image, size: int, resample: Image.Resampling) -> NDArray[np
         return np.array(image.resize((size, size), resample, box=box))
     image = image.resize((width, height), resample)
     return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, H, W, 3) as fp32 (N, 3, H, W) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) in [-1, 1] as contiguous uint8 (N, H, W, 3), rounded towards zero as in improved-diffusion."""
+    return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 @contextlib.contextmanager

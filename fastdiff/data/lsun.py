@@ -51,7 +51,7 @@ def prepare_lsun(
         if not source.is_dir():
             source = _unpacked(source, folder.parent / "database")
         written = 0
-        with _Database(source) as database, closing(database.values()) as values:
+        with closing(_Database(source)) as database, closing(database.values()) as values:
             total = min(len(database), limit or len(database))
             with closing(in_order(save, enumerate(islice(values, total)))) as results:
                 for done, saved in enumerate(results, start=1):
@@ -117,10 +117,7 @@ class _Database:
         except self._error as error:
             raise self._damaged(error) from None
 
-    def __enter__(self) -> "_Database":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._open.close()
 
     def _damaged(self, error: Exception) -> ValueError:

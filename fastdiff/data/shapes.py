@@ -24,7 +24,9 @@ def draw_shape(name: str, size: int, rng: np.random.Generator) -> Image.Image:
     if name == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
     else:
-        draw.polygon([(x + radius * px, y + radius * py) for px, py in _turned(_OUTLINES[name], turn)], fill=ink)
+        c, s = math.cos(turn), math.sin(turn)
+        turned = [(c * px - s * py, s * px + c * py) for px, py in _OUTLINES[name]]
+        draw.polygon([(x + radius * px, y + radius * py) for px, py in turned], fill=ink)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -51,8 +53,3 @@ _OUTLINES = {
         (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM),
     ],
 }  # fmt: skip
-
-
-def _turned(points: list[tuple[float, float]], angle: float) -> list[tuple[float, float]]:
-    c, s = math.cos(angle), math.sin(angle)
-    return [(c * x - s * y, s * x + c * y) for x, y in points]
