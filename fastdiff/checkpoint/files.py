@@ -66,9 +66,8 @@ def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[s
             if FORMAT in raw and not verified and said != _own_digest(path):
                 raise ValueError(f"{path} is damaged: its SHA-256 does not match the saved one; copy it again")
             if metadata["kind"] != kind:
-                other = (
-                    "the model*.safetensors or ema_*.safetensors file beside it" if kind == "model" else "the opt* file"
-                )
+                models = "the model*.safetensors or ema_*.safetensors file beside it"
+                other = models if kind == "model" else "the opt* file"
                 raise ValueError(f"{path} is a file of the kind {metadata['kind']}, not {kind}: name {other}")
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
@@ -87,9 +86,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as temporary:
         try:
-            described = {"sha256": _NO_DIGEST, **metadata} | {
-                "sha256": _NO_DIGEST
-            }  # always the first key, even if metadata has one
+            # always the first key, even if metadata has one
+            described = {"sha256": _NO_DIGEST, **metadata} | {"sha256": _NO_DIGEST}
             save_file(packed, temporary, metadata={FORMAT: json.dumps(described)})
             _sign(temporary)
         except SafetensorError as error:  # raised for a full disk too

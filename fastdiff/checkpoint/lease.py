@@ -60,7 +60,7 @@ class Lease:
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "launcher": self.launcher,
             }
-            with replacing(_holder_path(self.folder)) as temporary:
+            with replacing(self.folder / _HOLDER) as temporary:
                 temporary.write_text(json.dumps(holder) + "\n", encoding="utf-8")
         except BaseException as error:
             self._lock.release()
@@ -72,7 +72,7 @@ class Lease:
     def __exit__(self, *error: object) -> None:
         # A launcher may restart the job however it ended, and the restart then reads who started it.
         if not self.launcher:
-            _holder_path(self.folder).unlink(missing_ok=True)
+            (self.folder / _HOLDER).unlink(missing_ok=True)
         # Keep the lock file: deleting it on a network file system could let two processes lock two files of this name,
         # one of them already deleted.
         self._lock.release()
@@ -84,13 +84,9 @@ class Lease:
         return OSError(f"{self.folder} is on a file system without locks: name a folder on another with {self.option}")
 
 
-def _holder_path(folder: Path) -> Path:
-    return folder / _HOLDER
-
-
 def _holder(folder: Path) -> dict[str, Any]:
     try:
-        holder = json.loads(_holder_path(folder).read_text(encoding="utf-8"))
+        holder = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
