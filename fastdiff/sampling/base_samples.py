@@ -4,7 +4,6 @@ import difflib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +13,11 @@ from fastdiff.data.classes import class_of_file, completed, composed, renumbered
 from fastdiff.runtime.words import printable
 
 
-class Images(Protocol):
-    """Images that are read on access: ``images[rows]`` is uint8 (n, H, W, 3) for int64 rows (n,)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.uint8]: ...
-
-
 @dataclass(frozen=True, eq=False)
 class BaseSamples:
-    """N images uint8 (N, h, w, 3) with labels int64 (N,) or None; sample i is drawn from image i mod N."""
+    """N images uint8 (N, h, w, 3) or a folder of N, with labels int64 (N,) or None; sample i is from image i mod N."""
 
-    images: Images
+    images: NDArray[np.uint8] | ImageFolder
     labels: NDArray[np.int64] | None
 
     def __len__(self) -> int:
@@ -37,7 +28,12 @@ class BaseSamples:
 
         Raises UnreadableImage if a file of a folder is not an image.
         """
-        return self.images[numbers % len(self)]
+        rows = numbers % len(self)
+        if not isinstance(self.images, ImageFolder):
+            return self.images[rows]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata and the like
+            return np.stack([self.images[row][0] for row in rows])
 
     def labels_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """The classes of the samples ``numbers`` (n,): int64 (n,), or None without labels."""
@@ -62,7 +58,7 @@ def load_base_samples(
     if path.is_dir():
         folder = ImageFolder(path, small_size, labels=None)
         labels = None if class_names is None else _labels_in(folder, completed(class_names, num_classes or 0))
-        return BaseSamples(_Decoding(folder), labels)
+        return BaseSamples(folder, labels)
     samples = read_samples(path)
     height, width = samples.images.shape[1:3]
     if (height, width) != (small_size, small_size):
@@ -78,21 +74,6 @@ def load_base_samples(
     count = len(class_names) if num_classes is None else num_classes
     labels = renumbered(samples.labels, samples.class_names, class_names, count, path, remedy, npz=True)
     return BaseSamples(samples.images, labels)
-
-
-class _Decoding:
-    """The images of a folder, decoded on access."""
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self._folder = folder
-
-    def __len__(self) -> int:
-        return len(self._folder)
-
-    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.uint8]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata and the like
-            return np.stack([self._folder[row][0] for row in rows])
 
 
 def _labels_in(folder: ImageFolder, class_names: tuple[str, ...]) -> NDArray[np.int64]:

@@ -15,8 +15,7 @@ from fastdiff.data import normalised, to_uint8
 from fastdiff.diffusion import Philox, build_diffusion
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import BaseSamples
-from fastdiff.sampling.guidance import guided
-from fastdiff.sampling.loop import Int64Array, OfImages, StopSampling, batch_slices, generate
+from fastdiff.sampling.loop import Int64Array, OfImages, StopSampling, batch_slices, generate, guided
 from fastdiff.sampling.output import Uint8Array
 
 SUPER_RES_KEY = 0x9E3779B97F4A7C15

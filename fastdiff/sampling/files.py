@@ -20,10 +20,8 @@ from fastdiff.sampling.shards import Shards, parts_of
 GRID_IMAGES = 100
 """The preview grid shows this many images, the first ones of the npz."""
 
-
 FRAMES = {".gif": 60, ".png": 12}
 """Maximum number of frames of a trajectory, as an animation and as a strip."""
-
 
 LONGEST_NAME = 200
 """Maximum bytes of a file name; temporary names add a few."""

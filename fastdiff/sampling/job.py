@@ -50,9 +50,8 @@ class Job:
         self.labels = plan.labels(indices)
         self.class_names = names_of(plan.checkpoint)
         if files.png_dir is not None:
-            png_names(
-                indices[:1], None if self.labels is None else self.labels[:1], self.class_names
-            )  # refuses names that are too long for a file
+            # refuses names that are too long for a file
+            png_names(indices[:1], None if self.labels is None else self.labels[:1], self.class_names)
         self.files = files
         self.settings = settings
         self.runtime = runtime
@@ -136,12 +135,17 @@ class Job:
         if not len(positions):
             return 0
         labels = None if self.labels is None else self.labels[positions]
-        meter = _SamplingProgress(on_progress, len(positions) * self.world.size, engine.steps)
+        total = len(positions) * self.world.size * engine.steps
+        done, began = 0, time.perf_counter()
         saving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
 
             def on_step(images: int) -> None:
-                meter.step(images * self.world.size)
+                nonlocal done
+                done = min(done + images * self.world.size, total)
+                seconds = time.perf_counter() - began
+                left, speed = seconds / done * (total - done), done / engine.steps / seconds
+                on_progress(done, total, f"{speed:.2f} images/s, {duration(left)} left")
                 if stop.received is not None:
                     raise StopSampling
 
@@ -202,21 +206,3 @@ def _difference(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
             told = [value.get("file") if isinstance(value, Mapping) else value for value in (theirs, own)]
             return f"{name} ({told[0]}, not {told[1]})"
     return ""
-
-
-class _SamplingProgress:
-    """Reports the progress and the speed of the loop."""
-
-    def __init__(self, tell: OnProgress, images: int, steps: int) -> None:
-        self._tell = tell
-        self._total, self._steps = images * steps, steps
-        self._done = 0
-        self._began = time.perf_counter()
-
-    def step(self, images: int) -> None:
-        """Count one more step of ``images`` images."""
-        self._done = min(self._done + images, self._total)
-        seconds = time.perf_counter() - self._began
-        left = seconds / self._done * (self._total - self._done)
-        speed = self._done / self._steps / seconds
-        self._tell(self._done, self._total, f"{speed:.2f} images/s, {duration(left)} left")

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff.config import SampleConfig, Sampler
 from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox
-from fastdiff.sampling.guidance import guided
+from fastdiff.models import NULL_CLASS
 from fastdiff.sampling.output import Uint8Array
 
 _MULTISTEP = (Sampler.DPM, Sampler.DPM_SDE)
@@ -105,6 +105,26 @@ def generate(
         yield leaving.popleft().arrived(steps)
 
 
+def guided(model: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
+    """Classifier-free guidance (Ho & Salimans 2022): u + ``scale`` (c - u), c predicted with the class, u without it.
+
+    Scale 1 is the model itself, scale 0 the unconditional model. One call on twice the batch computes both predictions;
+    a learned variance is taken from the one with the class. This is equation 6 of the paper with w = scale - 1. It also
+    holds for a prediction of x_0 or of the mean, since each is a linear function of the noise at a given x_t.
+    """
+
+    def predict(x: Tensor, timesteps: Tensor, y: Tensor, **conditions: Any) -> Tensor:
+        doubled = {name: torch.cat([value, value]) for name, value in conditions.items()}
+        classes = torch.cat([y, torch.full_like(y, NULL_CLASS)])
+        output = model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), y=classes, **doubled)
+        with_class, without = output.chunk(2)
+        channels = x.shape[1]
+        mean = torch.lerp(without[:, :channels], with_class[:, :channels], scale)
+        return torch.cat([mean, with_class[:, channels:]], dim=1)
+
+    return predict
+
+
 @dataclass(frozen=True)
 class _Buffers:
     """The buffers of a step: x_t, t, the previous step's prediction of x_0, the noise, the model's conditions."""
@@ -155,7 +175,8 @@ class Loop:
             t = torch.empty(len(x), dtype=torch.int64, device=x.device)
             previous = torch.empty_like(x) if self._config.sampler in _MULTISTEP else None
             given = {name: value.clone() for name, value in conditions.items()}
-            self._buffers = _Buffers(x.clone(), t, previous, _copy_of(noise), given)
+            copied = replace(noise, samples=noise.samples.clone()) if isinstance(noise, Philox) else noise.clone()
+            self._buffers = _Buffers(x.clone(), t, previous, copied, given)
         held = self._held
         held.x.copy_(x)
         held.t.fill_(self._diffusion.num_timesteps - 1)
@@ -227,10 +248,6 @@ class Loop:
 def _numbers(noise: Philox | Tensor) -> Tensor:
     """The part of the noise that changes from batch to batch."""
     return noise.samples if isinstance(noise, Philox) else noise
-
-
-def _copy_of(noise: Philox | Tensor) -> Philox | Tensor:
-    return replace(noise, samples=noise.samples.clone()) if isinstance(noise, Philox) else noise.clone()
 
 
 def batch_slices(count: int, batch_size: int) -> list[slice]:

@@ -134,12 +134,10 @@ def save_trajectory(path: Path, frames: Uint8Array) -> None:
     """Save an image's steps from noise, frames (F, H, W, 3): as an animation (.gif) or side by side (.png)."""
     if path.suffix not in (".gif", ".png"):
         raise ValueError(f"trajectory {path} must end in .gif, for an animation, or in .png, for a strip")
-    (save_gif if path.suffix == ".gif" else save_strip)(path, frames)
-
-
-def save_strip(path: Path, frames: Uint8Array) -> None:
-    """Save frames (F, H, W, 3) as one row of a grid."""
-    save_grid(path, frames, columns=len(frames))
+    if path.suffix == ".gif":
+        save_gif(path, frames)
+    else:
+        save_grid(path, frames, columns=len(frames))
 
 
 def save_gif(path: Path, frames: Uint8Array, seconds: float = 3.0) -> None:

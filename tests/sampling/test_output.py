@@ -25,7 +25,6 @@ from fastdiff.sampling.output import (
     save_grid,
     save_npz,
     save_pngs,
-    save_strip,
     save_trajectory,
 )
 
@@ -118,7 +117,7 @@ def test_only_a_batch_is_in_memory(tmp_path: Path, count: int) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "a.npz": lambda path: save_npz(path, [IMAGES[:3], IMAGES[3:]], IMAGES.shape, arr_1=np.arange(5)),
     "a.png": lambda path: save_grid(path, IMAGES, names=NAMES),
-    "strip.png": lambda path: save_strip(path, IMAGES),
+    "strip.png": lambda path: save_trajectory(path, IMAGES),
     "a.gif": lambda path: save_gif(path, IMAGES),
 }
 
