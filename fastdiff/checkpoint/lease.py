@@ -43,9 +43,11 @@ class Lease:
             with warnings.catch_warnings(action="ignore"):  # about the soft lock, which is refused below
                 self._lock.acquire(timeout=0)
         except Timeout:
+            holder, who = _holder(self.folder), "another process"
+            if holder.keys() >= {"pid", "host", "since"}:
+                who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
             raise ValueError(
-                f"{self.folder} is in use by {_describe(_holder(self.folder))}: stop it, or name another folder "
-                f"with {self.option}"
+                f"{self.folder} is in use by {who}: stop it, or name another folder with {self.option}"
             ) from None
         except NotImplementedError:
             raise self._no_locks() from None
@@ -90,9 +92,3 @@ def _holder(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _describe(holder: dict[str, Any]) -> str:
-    if not holder.keys() >= {"pid", "host", "since"}:
-        return "another process"
-    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"

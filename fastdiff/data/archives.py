@@ -18,7 +18,7 @@ from fastdiff.data.threads import Progress
 from fastdiff.runtime.words import first_line, printable
 
 _CHUNK = 2**20  # bytes per read; no valid name is longer
-_RATIO = 1032  # deflate's maximum: two bits encode 258 bytes; no image compresses further in any format
+DEFLATE_RATIO = 1032  # the maximum: two bits encode 258 bytes; no image compresses further in any format
 
 
 class ArchiveError(ValueError):
@@ -210,7 +210,7 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
             )
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise _refused(path, name, "a link or a device")
-        most = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else _RATIO)
+        most = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else DEFLATE_RATIO)
         if info.file_size > most:
             raise zipfile.BadZipFile(f"{name} claims to be larger than its {info.compress_size:,} bytes can hold")
         if not folder:

@@ -52,9 +52,10 @@ def decode_once(
     load them. Raises ValueError if neither can hold them or if no image can be read.
     """
     key, lengths = _key_and_lengths(folder)
-    if _in_memory(config.cache, len(folder) * _image_bytes(folder.image_size), processes):
+    needed = len(folder) * folder.image_size**2 * 3  # bytes
+    if _in_memory(config.cache, needed, processes):
         return *_decode_to_memory(folder, on_progress), lengths
-    return *_decode_to_disk(folder, key, _cache_dir(config), on_progress), lengths
+    return *_decode_to_disk(folder, key, _cache_dir(config), needed, on_progress), lengths
 
 
 def available_memory() -> int:
@@ -93,12 +94,12 @@ def _decode_to_memory(folder: ImageFolder, on_progress: Progress | None) -> tupl
 
 
 def _decode_to_disk(
-    folder: ImageFolder, key: str, cache_dir: Path, on_progress: Progress | None
+    folder: ImageFolder, key: str, cache_dir: Path, needed: int, on_progress: Progress | None
 ) -> tuple[NDArray[np.uint8], Decoded]:
     file, notes = cache_dir / f"{key}.npy", cache_dir / f"{key}.json"
     if (found := _reopen(folder, file, notes)) is not None:
         return found
-    with _disk_errors(cache_dir, len(folder) * _image_bytes(folder.image_size)):
+    with _disk_errors(cache_dir, needed):
         _remove_stale(cache_dir, key)
         with unfinished(file) as temporary:
             with temporary.open("wb") as out:
@@ -217,10 +218,6 @@ def _write_header(out: Any, folder: ImageFolder, n: int) -> None:
     """Write the .npy header. NumPy leaves room for the first dimension to grow, so the header's length is constant."""
     shape = (n, folder.image_size, folder.image_size, 3)
     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _image_bytes(image_size: int) -> int:
-    return image_size * image_size * 3
 
 
 def _gib(n: int) -> str:

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from fastdiff.data.archives import DEFLATE_RATIO
 from fastdiff.data.cache import available_memory
 from fastdiff.data.classes import composed
 from fastdiff.runtime.words import first_line, printable
 
 _CHUNK = 2**20  # bytes per read; the directory of an npz takes a few hundred
 _HEADER = 2**14  # bytes: more than NumPy accepts as an array's header
-_DEFLATE_RATIO = 1032  # two bits encode at most 258 bytes
 _WANTED = "save uint8 images (N, H, W, 3) and integer labels (N,) with np.savez(file, images, labels)"
 
 _Fits = Callable[[tuple[int, ...], np.dtype[Any]], bool]
@@ -131,7 +131,7 @@ def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> ND
         if not fits(shape, dtype):
             raise _UnfitError(f"holds {dtype.name} {shortened(shape)} as {name}: {_WANTED}")
         promised, header = math.prod(shape) * dtype.itemsize, head.tell()
-        most = min(info.compress_size, os.fstat(file.fileno()).st_size) * (1 if stored else _DEFLATE_RATIO)
+        most = min(info.compress_size, os.fstat(file.fileno()).st_size) * (1 if stored else DEFLATE_RATIO)
         if info.file_size != header + promised or info.file_size > most:
             raise _UnfitError(f"claims to hold {shortened(shape)} as {name} but does not: copy it again")
         if not stored and promised > available_memory():
