@@ -4,11 +4,10 @@ from fastdiff.sampling.api import sample
 from fastdiff.sampling.classes import split_classes
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.files import SampleFiles
-from fastdiff.sampling.job import Job
+from fastdiff.sampling.job import Job, settings_of
 from fastdiff.sampling.loop import Loop, generate
 from fastdiff.sampling.output import save_grid, save_npz
 from fastdiff.sampling.plan import Plan, slerp
-from fastdiff.sampling.settings import settings_of
 
 __all__ = [
     "Engine",

@@ -1,15 +1,18 @@
 """A sampling job: draws images into files, with one process or many, and resumes if it was interrupted."""
 
+import hashlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastdiff.checkpoint import Lease
+from fastdiff.checkpoint import Checkpoint, Lease, sha256
+from fastdiff.data import ImageFolder
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
@@ -33,7 +36,7 @@ OnProgress = Callable[[int, int, str], None]
 class Job:
     """Draws the images ``indices`` (N,) of a plan into files.
 
-    ``settings`` is everything that determines them, as values for JSON: an unfinished job resumes only if it is equal.
+    ``settings`` are those of ``settings_of``: an unfinished job resumes only if its settings are equal.
     """
 
     def __init__(
@@ -206,3 +209,58 @@ def _difference(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
             told = [value.get("file") if isinstance(value, Mapping) else value for value in (theirs, own)]
             return f"{name} ({told[0]}, not {told[1]})"
     return ""
+
+
+def settings_of(
+    plan: Plan,
+    indices: Int64Array,
+    runtime: Runtime,
+    model: Path,
+    super_res: Path | None = None,
+    base_samples: Path | None = None,
+) -> dict[str, Any]:
+    """Everything that determines the images of a job, as values for JSON, with the SHA-256 of every file that it reads.
+
+    No two different jobs have equal settings.
+    """
+    settings = plan.config.to_dict()
+    del settings["batch_size"]  # does not determine the images, nor do device, kernels and torch.compile
+    del settings["num_samples"]
+    settings["indices"] = _ranges(indices)
+    settings["class"] = ",".join(map(str, plan.classes)) or None
+    settings["precision"] = str(runtime.precision)
+    settings["model"] = _described(model, plan.checkpoint)
+    if super_res is not None and plan.super_res is not None:
+        settings["super_res"] = _described(super_res, plan.super_res)
+    if base_samples is not None:
+        settings["base_samples"] = _fingerprint(base_samples)
+    if plan.ends is not None:
+        settings["interpolate"] = [end if end.isdecimal() else _fingerprint(Path(end)) for end in plan.ends]
+    return settings
+
+
+def _described(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    configs = {**checkpoint.model_config.to_dict(), **checkpoint.diffusion_config.to_dict()}
+    about = {name: checkpoint.metadata[name] for name in ("ema_rate",) if name in checkpoint.metadata}
+    return {"file": path.name, "step": checkpoint.step, "sha256": sha256(path), **about, **configs}
+
+
+def _fingerprint(path: Path) -> str:
+    """The fingerprint of a file by its bytes, of a folder of images by their names and sizes."""
+    path = path.expanduser()
+    if path.is_file():
+        return f"{path.name} {sha256(path)}"
+    folder = ImageFolder(path, 1, labels=None)
+    names = "\n".join(f"{name} {file.stat().st_size}" for name, file in zip(folder.names, folder.paths, strict=True))
+    return f"{path.name} {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()}"
+
+
+def _ranges(numbers: Int64Array) -> str:
+    """The numbers in the format of --indices: 17,42,100-199."""
+    parts: list[list[int]] = []
+    for number in numbers.tolist():
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
