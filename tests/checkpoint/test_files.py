@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from fastdiff import checkpoint, load_checkpoint
-from fastdiff.checkpoint import replacing
 
 from .support import names, save
 
@@ -43,23 +42,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert names(tmp_path) == ["m.safetensors"]
 
 
-def test_an_interrupted_write_leaves_the_old_file_too(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def interrupted() -> None:
-        with replacing(path) as temporary:
-            assert path.parent in temporary.parents  # on the same disk, or it could not be renamed
-            temporary.write_text("half")
-            (temporary.parent / "a library's own.tmp").touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["a.txt"]
-
-
 def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     real_sync, real_replace = os.fsync, Path.replace
@@ -87,17 +69,6 @@ def test_a_file_has_the_umasks_mode(tmp_path: Path, umask: int, mode: int) -> No
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == mode
-
-
-def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    with replacing(path) as one:
-        with replacing(path) as other:
-            one.write_text("one")
-            other.write_text("other")
-        assert path.read_text() == "other"
-    assert path.read_text() == "one"
-    assert names(tmp_path) == ["a.txt"]
 
 
 def test_a_file_of_a_newer_version_is_named_as_one(tmp_path: Path) -> None:

@@ -209,6 +209,20 @@ def test_a_killed_run_leaves_nothing_that_matters(data: Path, monkeypatch: pytes
     assert live.exists()
 
 
+def test_hidden_folders_of_killed_runs_go_and_those_of_others_stay(data: Path) -> None:
+    key = module._key_and_lengths(ImageFolder(data, 8))[0]
+    old, live = (data.parent / "cache" / f".{key}.npy.{name}.tmp" for name in ("abcd1234", "efgh5678"))
+    long_ago = time.time() - 2 * module._STALE_SECONDS
+    for folder in (old, live):
+        folder.mkdir(parents=True)
+        (folder / f"{key}.npy").write_bytes(b"half")
+        os.utime(folder, (0, long_ago))
+    os.utime(old / f"{key}.npy", (0, long_ago))
+    assert len(load_dataset(config(data), 8, labelled=True).images) == 4
+    assert not old.exists()
+    assert live.exists()  # it is long there, but its file is still written to
+
+
 def test_auto_goes_by_the_share_of_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 6 * 8 * 8 * 3
     for available, processes, on_disk in [(4 * needed, 1, False), (4 * needed - 1, 1, True), (2**40, 2, True)]:
