@@ -157,13 +157,17 @@ class World:
         raise ValueError(message) if self.main else SaidElsewhere(message)
 
     @contextmanager
-    def explained(self, remedy: str = "use a smaller model, or --parallel fsdp on several GPUs") -> Iterator[None]:
-        """Turn external failures into errors for the user: a lost process, or too little memory."""
+    def explained(
+        self,
+        remedy: str = "use a smaller model, or --parallel fsdp on several GPUs",
+        lack: str = "out of memory",
+    ) -> Iterator[None]:
+        """Turn external failures into errors for the user: a lost process, or too little memory (``lack: remedy``)."""
         try:
             yield
         except RuntimeError as error:
             if out_of_memory(error):
-                raise ValueError(f"out of memory: {remedy}") from error
+                raise ValueError(f"{lack}: {remedy}") from error
             if self.size > 1 and lost_contact(error):
                 raise ConnectionError(
                     f"process {self.rank} lost the others: see the error of the one that failed first ({_short(error)})"

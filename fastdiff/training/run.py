@@ -31,7 +31,7 @@ from fastdiff.presets import with_preset
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World, launcher, restarted
-from fastdiff.training import fine_tuning, run_folder
+from fastdiff.training import fine_tuning, resuming, run_folder
 from fastdiff.training.trainer import Trainer
 
 _SETTINGS = (StartConfig, DataConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)
@@ -132,8 +132,10 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         flags["steps"] = anneal  # improved-diffusion's flag for the length of a run
     data = Path(flags.get("data_dir", "")).resolve()
     run_dir = run_dir or Path("runs") / ((data.stem if data.is_file() else data.name) or "root")
-    if flags.get("data_dir") and run_dir.resolve().is_relative_to(data):
-        raise ValueError(f"run_dir {run_dir} is inside the data folder and would add images to it: name another")
+    if flags.get("data_dir"):
+        if run_dir.resolve().is_relative_to(data):
+            raise ValueError(f"run_dir {run_dir} is inside the data folder and would add images to it: name another")
+        flags["data_dir"] = str(data)  # absolute: the run may be resumed from another working directory
     if start.batch_size_per_process is not None:
         flags["batch_size"] = start.batch_size_per_process * world.size
     if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
@@ -155,7 +157,7 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
             flags, said = fine_tuning.flags_to_resume(resume_checkpoint, flags)
             fixed = "num_classes" in flags
             notes += said
-        config = _absolute(RunConfig.from_flags(flags))
+        config = RunConfig.from_flags(flags)
         return _Plan(run_dir, config, False, fixed, start.allow_changes, init_from, resume_checkpoint, notes)
     held.enter_context(Lease(run_dir, launcher()))
     if init_from is not None and not saved_steps(run_dir):
@@ -201,20 +203,15 @@ def _continued_run(
                 f"{run_dir} has another diffusion process ({differing}): leave the flags out, or use --allow-changes"
             )
         notes.append(f"warning: the diffusion process changes: {differing}")
-    changed = _absolute(RunConfig.from_flags(flags, base=config))
+    changed = RunConfig.from_flags(flags, base=config)
     if differing := in_words(differences(config.train, changed.train)):
         notes.append(f"changed: {differing}")
     return changed, notes
 
 
-def _absolute(config: RunConfig) -> RunConfig:
-    """Make data_dir absolute: a run may be resumed from another working directory."""
-    return replace(config, data=replace(config.data, data_dir=str(Path(config.data.data_dir).resolve())))
-
-
 def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> int:
     """Load the images, open the folder, and train; returns the exit status."""
-    run_dir, config, resuming = plan.run_dir, plan.config, plan.resuming
+    run_dir, config = plan.run_dir, plan.config
 
     def resolve() -> Runtime:
         _refuse_division(config.train, world.size)
@@ -231,7 +228,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
     def open_folder() -> run_folder.Log | run_folder.Silence:
         if not world.main:
             return run_folder.Silence()
-        if not resuming:
+        if not plan.resuming:
             held.enter_context(Lease(run_dir, launcher()))
             run_folder.refuse_other_run(run_dir)  # another may have started meanwhile
         return held.enter_context(run_folder.Log(run_dir, display.line))
@@ -240,14 +237,14 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
     for line in (*plan.notes, f"data: {dataset.preflight.line()}", *changes):
         log(line)
     trainer = Trainer(config, dataset, runtime, run_dir, log, world)
-    if resuming:
-        trainer.resume()
+    if plan.resuming:
+        resuming.resume(trainer)
     if (given := plan.init_from or plan.resume_checkpoint) is not None and trainer.state.step:
         log(f"the weights of {given} are not used: the run continues with its own")
     elif plan.init_from is not None:
-        trainer.init_from(plan.init_from)
+        resuming.init_from(trainer, plan.init_from)
     elif plan.resume_checkpoint is not None:
-        trainer.resume_from(plan.resume_checkpoint)
+        resuming.resume_from(trainer, plan.resume_checkpoint)
     if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:
         log(f"fp16_scale_growth has no effect: precision {runtime.precision} needs no loss scale")
     train = trainer.config.train
@@ -260,7 +257,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
     try:
         status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
     except (ValueError, OSError):
-        if world.main and not resuming and trainer.state.step == 0:
+        if world.main and not plan.resuming and trainer.state.step == 0:
             # nothing was trained: let a second attempt use the same folder
             (run_dir / "config.json").unlink(missing_ok=True)
         raise

@@ -26,8 +26,9 @@ INITIAL_LOG_LOSS_SCALE = 20
 class TrainState:
     """Weights, EMAs, optimizer state, loss scale, timestep loss history and log sums after ``step`` updates.
 
-    ``whole`` is false while an update is changing the parts one by one. ``held`` are the model's parameters, and
-    ``parameters`` the tensors that this process updates: its shards under FSDP, else the same.
+    ``first_step`` is the step that was loaded, or 0. ``whole`` is false while an update is changing the parts one by
+    one. ``held`` are the model's parameters, and ``parameters`` the tensors that this process updates: its shards under
+    FSDP, else the same.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class TrainState:
         train = config.train
         self.config = config
         self.world = world or World()
-        self.step = 0
+        self.step = self.first_step = 0
         self.whole = True
         self.names, self.held = map(list, zip(*model.named_parameters(), strict=True))
         self.parameters = [p if (part := own_part(p)) is p else nn.Parameter(part) for p in self.held]
@@ -151,7 +152,7 @@ class TrainState:
                 self.sampler.load_state_dict({"history": history, "counts": tensors["sampler.counts"]})
         self.guard.load_state(tensors["guard"])
         self.sums.load_state(tensors["log_sums"], self.world.rank, self.world.size)
-        self.step = step
+        self.step = self.first_step = step
 
     def load_openai(self, run: OpenAIRun) -> None:
         """Resume from an improved-diffusion run; ValueError, before any change, if it belongs to another model.
@@ -170,7 +171,7 @@ class TrainState:
             ema.load((part_of(average[n], held) for n, held in zip(self.names, self.held, strict=True)), run.step)
         if moments is not None:
             self._set_moments(moments)
-        self.step = run.step
+        self.step = self.first_step = run.step
 
     def _set_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the optimizer state, ``{"exp_avg.NAME": ...}``."""

@@ -45,15 +45,15 @@ class Updater:
         self._module = module
         self._forward = forward
         self._world = world
-        self._device = state.parameters[0].device
 
     def __call__(self, images: Tensor, labels: Tensor | None) -> None:
         """Run one update on this process's part of a batch: uint8 images (B, H, W, 3), int64 labels (B,)."""
-        state, train, step = self._state, self._config.train, self._state.step
+        state, train, world = self._state, self._config.train, self._world
+
         # Everything random is a function of seed, step and sample: a resumed run matches an uninterrupted one.
-        torch.manual_seed(dropout_seed(train.seed, step, self._world.rank))
-        first = step * train.batch_size + self._world.rank * len(images)
-        numbers = torch.arange(first, first + len(images), device=self._device)
+        torch.manual_seed(dropout_seed(train.seed, state.step, world.rank))
+        first = state.step * train.batch_size + world.rank * len(images)
+        numbers = torch.arange(first, first + len(images), device=images.device)
         t, weights = draw(state.sampler, philox_uint32(train.seed, numbers, TIMESTEP_STREAM, 2))
         x_start = normalised(images)
         if labels is not None and train.label_dropout:
@@ -61,8 +61,9 @@ class Updater:
         conditions = conditions_of(self._config, x_start, labels)
         if train.conditioning_noise:
             conditions["low_res"] = with_conditioning_noise(train, conditions["low_res"], numbers)
+
         found = []
-        parts = micro_batches(train, self._world.size)
+        parts = micro_batches(train, world.size)
         for part in parts:
             kwargs = {name: value[part] for name, value in conditions.items()}
             noise = philox_normal(train.seed, numbers[part], NOISE_STREAM, x_start.shape[1:])
@@ -73,49 +74,48 @@ class Updater:
                 # Make a non-finite loss spoil the gradient, so that every process detects it.
                 state.scaler.scale(loss * (1 + (loss - loss).detach())).backward()
             found.append({name: term.detach() for name, term in terms.items()})
-        state.whole = False
         terms = {name: torch.cat([part[name] for part in found]) for name in found[0]}  # (B,) each
         weighted = {name: term * weights for name, term in terms.items()}
+
+        # From here to the end the state is half updated.
+        state.whole = False
         state.sums.add(weighted, t, self._diffusion.num_timesteps)
         if state.sampler.learns:
-            seen = self._world.all_gather(torch.stack([t.double(), terms["loss"].double()], dim=1))  # (B of all, 2)
+            seen = world.all_gather(torch.stack([t.double(), terms["loss"].double()], dim=1))  # (B of all, 2)
             state.sampler.update(seen[:, 0].long(), seen[:, 1])
-        self._step_optimizer(weighted["loss"])
-        for ema in state.emas:
-            ema.update()
-        state.step += 1
-        state.whole = True
 
-    def _step_optimizer(self, losses: Tensor) -> None:
-        state, train = self._state, self._config.train
         for parameter, held in zip(state.parameters, state.held, strict=True):
             if parameter is not held and held.grad is not None:
                 parameter.grad = own_part(held.grad)
         state.scaler.unscale_(state.optimizer)
-        gradients = [p.grad for p in state.parameters if p.grad is not None]
-        norm = total_norm(gradients, state.held)
-        skip = state.guard.judge(state.step, norm, losses, self._mean)
+        norm = total_norm([p.grad for p in state.parameters if p.grad is not None], state.held)
+        skip = state.guard.judge(
+            state.step, norm, weighted["loss"], lambda losses: world.all_reduce(losses.mean()) / world.size
+        )
+        state.sums.add_grad_norm(norm, skip)
         if train.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(state.parameters, train.grad_clip, norm)
+
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(train, state.step)
         # A fused optimizer skips the update on the device if found_inf is 1. GradScaler sets it from this process's
         # gradients alone; all processes must skip alike, and a spike must not change the scale.
         if state.scaler.is_enabled():
-            (found,) = state.scaler._found_inf_per_device(state.optimizer).values()
-            found.copy_(skip)
+            (found_inf,) = state.scaler._found_inf_per_device(state.optimizer).values()
+            found_inf.copy_(skip)
             state.scaler.step(state.optimizer)
-            found.copy_(~norm.isfinite())
+            found_inf.copy_(~norm.isfinite())
             state.scaler.update()
         else:
             state.optimizer.found_inf = skip  # type: ignore[attr-defined]
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self._module.zero_grad(set_to_none=True)  # under FSDP the module's parameters are not the optimizer's
-        state.sums.add_grad_norm(norm, skip)
 
-    def _mean(self, losses: Tensor) -> Tensor:
-        return self._world.all_reduce(losses.mean()) / self._world.size
+        for ema in state.emas:
+            ema.update()
+        state.step += 1
+        state.whole = True
 
 
 def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
@@ -144,34 +144,6 @@ def with_conditioning_noise(config: TrainConfig, low_res: Tensor, numbers: Tenso
     level = philox_uint32(config.seed, numbers, LOW_RES_LEVEL_STREAM, 1) * (config.conditioning_noise / 2**32)  # (N, 1)
     noise = philox_normal(config.seed, numbers, LOW_RES_STREAM, low_res.shape[1:])
     return low_res + level.to(low_res.dtype)[:, :, None, None] * noise
-
-
-def trial(
-    config: RunConfig, diffusion: GaussianDiffusion, forward: Callable[..., Tensor], images: int, device: torch.device
-) -> None:
-    """Run a forward and a backward pass of ``images`` images without an update."""
-    size = config.model.image_size
-    x_start = normalised(torch.zeros(images, size, size, 3, dtype=torch.uint8, device=device))
-    none = torch.zeros(images, dtype=torch.int64, device=device)
-    conditions = conditions_of(config, x_start, none if config.model.class_cond else None)
-    noise = torch.zeros(x_start.shape, device=device)  # same layout as in an update, to avoid a recompile
-    diffusion.training_losses(forward, x_start, none, conditions, noise)["loss"].sum().backward()
-
-
-def warm_up(
-    config: RunConfig, diffusion: GaussianDiffusion, module: nn.Module, forward: Callable[..., Tensor], world: World
-) -> None:
-    """Run the forward and backward passes of one update, without the update; compiles the model if enabled.
-
-    DDP builds its gradient buckets after the first backward pass, and they determine the order of its sums. A resumed
-    run must build them as the original run did, or its sums differ in their last bits.
-    """
-    device = next(module.parameters()).device
-    parts = micro_batches(config.train, world.size)
-    for part in parts:
-        with accumulating(module) if part is not parts[-1] else nullcontext():
-            trial(config, diffusion, forward, part.stop - part.start, device)
-    module.zero_grad(set_to_none=True)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

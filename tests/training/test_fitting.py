@@ -13,6 +13,7 @@ from fastdiff.runtime.distributed import World
 from fastdiff.runtime.memory import out_of_memory
 from fastdiff.training import Trainer
 from fastdiff.training.fitting import largest_that_fits
+from fastdiff.training.resuming import resume
 
 from ..support import refusal
 from .support import file, same, trainer, weights, with_room
@@ -146,7 +147,7 @@ def failing_in_the_third(run_dir: Path, shapes: Path, monkeypatch: pytest.Monkey
         with pytest.raises(ValueError, match="--microbatch 2"):
             failing.run()
     again = trainer(run_dir, shapes, **SPLIT)
-    again.resume()
+    resume(again)
     return again
 
 

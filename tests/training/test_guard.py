@@ -17,6 +17,7 @@ from fastdiff import TrainConfig
 from fastdiff.data import batch_indices
 from fastdiff.training import guard as guard_module
 from fastdiff.training.guard import RATE, WARM, Guard
+from fastdiff.training.resuming import resume
 from fastdiff.training.trainer import Trainer
 
 from .support import each_step, file, same, trainer, weights
@@ -267,7 +268,7 @@ def test_the_skipped_one_may_be_before_the_checkpoint_and_the_line_after_it(tmp_
     for path in tmp_path.glob("*000004*"):
         path.unlink()
     again = trainer(tmp_path, shapes, steps=4, log_interval=4)
-    again.resume()
+    resume(again)
     assert again.run() == 0
     assert rows(tmp_path)[-1]["skipped"] == 1
     (said,) = warnings_of(again)

@@ -12,6 +12,7 @@ import torch
 from fastdiff.interop.openai_run import MOMENTS, step_of
 from fastdiff.training import Trainer
 from fastdiff.training.metrics import ProgressFiles
+from fastdiff.training.resuming import resume_from
 from fastdiff.training.state import INITIAL_LOG_LOSS_SCALE
 
 from .support import file, randomise, same, trainer, weights
@@ -63,7 +64,7 @@ def test_it_goes_on_exactly(tmp_path: Path, shapes: Path, trained: Trained, flat
     begun = trained(2)
     path = as_openai_saves(begun, tmp_path / "original", flattened, whole_steps)
     resumed = trainer(tmp_path / "resumed", shapes, steps=4, **FLAGS)
-    resumed.resume_from(path)
+    resume_from(resumed, path)
     assert resumed.state.step == 2
     assert resumed.log[-1] == f"resumed at step 2 from {path}"
     resumed.run()
@@ -75,7 +76,7 @@ def test_it_goes_on_exactly(tmp_path: Path, shapes: Path, trained: Trained, flat
 
 def test_a_run_of_our_own_goes_on_in_another_folder(tmp_path: Path, shapes: Path, trained: Trained) -> None:
     resumed = trainer(tmp_path / "resumed", shapes, steps=4, **FLAGS)
-    resumed.resume_from(trained(2).run_dir / "model000002.safetensors")
+    resume_from(resumed, trained(2).run_dir / "model000002.safetensors")
     resumed.run()
     for kind in KINDS:
         assert same(*(file(run.run_dir / f"{kind}000004.safetensors")[0] for run in (trained(4), resumed)))
@@ -87,7 +88,7 @@ def test_what_is_missing_is_told(tmp_path: Path, shapes: Path, trained: Trained)
     for name in ("ema_0.5_000001.pt", "opt000001.pt"):
         path.with_name(name).unlink()
     resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4})
-    resumed.resume_from(path)
+    resume_from(resumed, path)
     said = "\n".join(resumed.log)
     assert "no ema_0.5_000001.pt beside it: this EMA starts from the weights" in said
     assert "no opt000001.pt beside it: the optimizer state starts empty" in said
@@ -109,7 +110,7 @@ def test_the_order_of_the_tensors_in_the_file_does_not_count(
     for order in (list, sorted):
         torch.save({key: weights(begun)[key] for key in order(weights(begun))}, path)
         resumed = trainer(tmp_path / order.__name__, shapes, steps=4, **FLAGS)
-        resumed.resume_from(path)
+        resume_from(resumed, path)
         found.append([resumed.state.optimizer.state[p]["exp_avg"] for p in resumed.state.parameters])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     ours = [begun.state.optimizer.state[p]["exp_avg"] for p in begun.state.parameters]
@@ -120,7 +121,7 @@ def test_another_learning_rate_is_told(tmp_path: Path, shapes: Path, trained: Tr
     begun = trained(1)
     path = as_openai_saves(begun, tmp_path / "original")
     resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4, "weight_decay": 0.0})
-    resumed.resume_from(path)
+    resume_from(resumed, path)
     assert "its optimizer had lr 0.001, but the run continues with --lr 0.0005" in resumed.log
     assert "its optimizer had weight_decay 0.01, but the run continues with --weight-decay 0" in resumed.log
 
@@ -131,7 +132,7 @@ def test_the_originals_progress_is_kept(tmp_path: Path, shapes: Path, trained: T
     there = path.with_name("progress.csv")
     there.write_text("step,loss\n1,2\n")
     resumed = trainer(path.parent, shapes, steps=2, **FLAGS)
-    resumed.resume_from(path)
+    resume_from(resumed, path)
     resumed.run()
     assert path.with_name("progress.original.csv").read_text() == "step,loss\n1,2\n"
     assert "is not from this run: renamed to progress.original.csv" in "\n".join(resumed.log)
@@ -148,7 +149,7 @@ def test_nothing_is_saved_before_an_update(tmp_path: Path, shapes: Path, trained
     path = as_openai_saves(begun, tmp_path / "original")
     path.with_name("opt000001.pt").unlink()
     resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS)
-    resumed.resume_from(path)
+    resume_from(resumed, path)
     resumed._save()
     resumed.saver.wait()
     assert not list((tmp_path / "resumed").glob("*.safetensors"))
@@ -158,7 +159,7 @@ def test_a_step_behind_the_end_is_refused(tmp_path: Path, shapes: Path, trained:
     begun = trained(2)
     path = as_openai_saves(begun, tmp_path / "original")
     with pytest.raises(ValueError, match="is at step 2, but steps is 2: give a larger --steps"):
-        trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS).resume_from(path)
+        resume_from(trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS), path)
 
 
 def _another_shape(content: Any) -> Any:
@@ -227,7 +228,7 @@ def test_an_optimizer_that_does_not_fit_is_refused(
     beside = path.with_name("opt000001.pt")
     torch.save(damage(torch.load(beside)), beside)
     with pytest.raises(ValueError, match=re.escape(f"{beside} is not the optimizer state of the model beside it")):
-        trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS).resume_from(path)
+        resume_from(trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS), path)
 
 
 def test_another_architecture_is_refused(tmp_path: Path, shapes: Path, trained: Trained) -> None:
@@ -235,10 +236,10 @@ def test_another_architecture_is_refused(tmp_path: Path, shapes: Path, trained: 
     path = as_openai_saves(begun, tmp_path / "original")
     other = trainer(tmp_path / "other", shapes, steps=2, **FLAGS | {"num_channels": 64})
     with pytest.raises(ValueError, match="another architecture"):
-        other.resume_from(path)
+        resume_from(other, path)
     torch.save({"a": torch.zeros(1)}, path.with_name("ema_0.5_000001.pt"))
     with pytest.raises(ValueError, match=r"ema_0\.5_000001\.pt has another architecture"):
-        trainer(tmp_path / "again", shapes, steps=2, **FLAGS).resume_from(path)
+        resume_from(trainer(tmp_path / "again", shapes, steps=2, **FLAGS), path)
 
 
 @pytest.mark.parametrize("name", ["ema_0.9999_010000.pt", "model.pt", "opt000001.pt", "model1.bin", "xmodel000001.pt"])

@@ -16,6 +16,7 @@ import torch
 from fastdiff import save_checkpoint
 from fastdiff.checkpoint import saved_steps
 from fastdiff.training import Trainer
+from fastdiff.training.resuming import init_from, resume
 
 from .support import each_step, file, same, trainer, weights
 
@@ -62,7 +63,7 @@ def test_resume_is_exact(tmp_path: Path, shapes: Path, trained: Trained, precisi
     shutil.copytree(trained(precision, 3).run_dir, tmp_path / "resumed")
     resumed = trainer(tmp_path / "resumed", shapes, precision, steps=6, **EVERYTHING)
     torch.manual_seed(99)  # as in another process
-    resumed.resume()
+    resume(resumed)
     assert resumed.state.step == 3
     resumed.run()
     for kind in KINDS:
@@ -113,7 +114,7 @@ def test_progress_is_cut_back_and_goes_on(tmp_path: Path, shapes: Path) -> None:
     for path in tmp_path.glob("*000004.safetensors"):
         path.unlink()  # as if killed before it was saved
     again = trainer(tmp_path, shapes, steps=6)
-    again.resume()
+    resume(again)
     again.run()
     after = (tmp_path / "progress.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in after] == ["step", "1", "2", "3", "4", "5", "6"]
@@ -129,7 +130,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path, shapes: Path) -> N
         path = tmp_path / f"{stem}.safetensors"
         path.write_bytes(path.read_bytes()[:-7])
     subject = trainer(tmp_path, shapes, steps=4)
-    subject.resume()
+    resume(subject)
     assert subject.state.step == 1
     said = "\n".join(subject.log)
     assert "resume at step 4" not in said
@@ -140,13 +141,13 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path, shapes: Path) -> N
     for path in tmp_path.glob("opt*"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 3 checkpoints in .* can be resumed"):
-        trainer(tmp_path, shapes).resume()
+        resume(trainer(tmp_path, shapes))
 
 
 def test_checkpoints_of_another_model_are_not_resumed(tmp_path: Path, shapes: Path) -> None:
     trainer(tmp_path, shapes, steps=1).run()
     with pytest.raises(ValueError, match=r"model000001\.safetensors has another architecture: time_embed\.0\.weight"):
-        trainer(tmp_path, shapes, num_channels=64).resume()
+        resume(trainer(tmp_path, shapes, num_channels=64))
 
 
 def test_init_from_begins_the_averages_with_the_weights(tmp_path: Path, shapes: Path) -> None:
@@ -156,7 +157,7 @@ def test_init_from_begins_the_averages_with_the_weights(tmp_path: Path, shapes: 
         if name == "bare.pt":
             torch.save(weights(source), tmp_path / "a" / name)
         subject = trainer(tmp_path / "b", shapes, seed=5)
-        subject.init_from(tmp_path / "a" / name)
+        init_from(subject, tmp_path / "a" / name)
         assert subject.state.step == 0
         assert same(weights(subject), weights(source))
         assert same(subject.state.ema_parts(subject.state.emas[0]), weights(source))
@@ -170,7 +171,7 @@ def test_init_from_another_architecture_is_refused(tmp_path: Path, shapes: Path)
     config = {"model_config": source.config.model, "diffusion_config": source.config.diffusion}
     path = save_checkpoint(tmp_path / "m.safetensors", source.model, **config)
     with pytest.raises(ValueError, match=r"num_channels is 64 in .*m\.safetensors and 32"):
-        trainer(tmp_path / "b", shapes).init_from(path)
+        init_from(trainer(tmp_path / "b", shapes), path)
 
 
 # Signals

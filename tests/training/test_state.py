@@ -10,6 +10,7 @@ import torch
 
 from fastdiff.checkpoint import FORMAT, optimizer_path, write_tensors
 from fastdiff.training.metrics import LossSums
+from fastdiff.training.resuming import resume
 
 from .support import each_step, file, same, trainer, weights
 
@@ -50,7 +51,7 @@ def run(tmp_path: Path, straight: Path) -> Path:
 def test_a_line_of_the_log_is_whole_across_a_resume(run: Path, shapes: Path) -> None:
     """That of step 6 is the mean of the updates 4, before, and 5 and 6, after."""
     subject = trainer(run, shapes, **FLAGS)
-    subject.resume()
+    resume(subject)
     assert subject.state.step == 4
     at: list[int] = []
     subject.run(each_step(at.append))
@@ -67,7 +68,7 @@ def test_a_line_of_the_log_is_whole_across_a_resume(run: Path, shapes: Path) -> 
 def test_what_is_kept_is_what_the_line_needs(run: Path, shapes: Path) -> None:
     """Without it the line is another one."""
     subject = trainer(run, shapes, **FLAGS)
-    subject.resume()
+    resume(subject)
     sums = file(optimizer_path(run, 4))[0]["log_sums"]
     assert sums.shape == (1, len(subject.state.sums.state()))
     assert sums.dtype is torch.float64
@@ -102,7 +103,7 @@ def test_the_guard_goes_on_where_it_was(run: Path, shapes: Path) -> None:
     assert (in_a_row, seen) == (0, 4)
     assert mean > 0
     subject = trainer(run, shapes, **FLAGS)
-    subject.resume()
+    resume(subject)
     assert torch.equal(subject.state.guard.state(), saved)
     subject.run()
     one, other = (file(optimizer_path(folder, 8))[0]["guard"] for folder in (run, run.parent / "straight"))

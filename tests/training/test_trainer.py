@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastdiff import TrainConfig
+from fastdiff.training.resuming import resume
 from fastdiff.training.trainer import learning_rate
 
 from ..numerics import relative
@@ -126,7 +127,7 @@ def test_fp16_scales_the_loss_and_takes_steps(tmp_path: Path, shapes: Path) -> N
     scales = [row["lg_loss_scale"] for row in rows(tmp_path)]
     assert all(0 < scale <= 16 for scale in scales)
     again = trainer(tmp_path, shapes, precision="fp16", steps=6, lr=1e-3)
-    again.resume()
+    resume(again)
     assert math.log2(again.state.scaler.get_scale()) == scales[-1]
 
 
@@ -166,7 +167,7 @@ def test_keep_last_deletes_the_oldest_only_when_the_newest_is_whole(
         raise OSError(28, "No space left on device")
 
     again = trainer(tmp_path, shapes, steps=5, save_interval=1, keep_last=1)
-    again.resume()
+    resume(again)
     monkeypatch.setattr("fastdiff.checkpoint.files.save_file", full)
     monkeypatch.setattr("fastdiff.training.saver.RETRY_DELAYS", (0.0, 0.0))
     with pytest.raises(OSError, match="No space left"):
@@ -180,11 +181,11 @@ def test_keep_last_counts_no_damaged_checkpoint(tmp_path: Path, shapes: Path) ->
     path = tmp_path / "model000004.safetensors"
     path.write_bytes(path.read_bytes()[:500])
     again = trainer(tmp_path, shapes, steps=3, keep_last=1)
-    again.resume()
+    resume(again)
     assert again.state.step == 2
     again.run()
     last = trainer(tmp_path, shapes, steps=3)
-    last.resume()
+    resume(last)
     assert last.state.step == 3
 
 
@@ -248,7 +249,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, shapes: Pat
     trainer(tmp_path, shapes, steps=2).run()
     before = sorted(path.name for path in tmp_path.iterdir())
     subject = trainer(tmp_path, shapes, steps=3)
-    subject.resume()
+    resume(subject)
     with torch.no_grad():
         subject.state.parameters[3].view(-1)[0] = math.nan
     with pytest.raises(ValueError, match="weights of step 3 are not finite and were not saved"):

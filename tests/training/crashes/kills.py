@@ -14,6 +14,7 @@ from typing import Any
 from fastdiff import checkpoint
 from fastdiff.checkpoint import Lease
 from fastdiff.data.shapes import write_shapes
+from fastdiff.training.resuming import resume
 
 from ..support import trainer
 from .child import fork, wait
@@ -35,7 +36,7 @@ def train(run_dir: Path, data: Path, steps: int, tell: Callable[[], object] = la
     """Go on with the run, or begin it; calls ``tell`` when it is about to train and after each update."""
     with Lease(run_dir):
         subject = trainer(run_dir, data, steps=steps, **FLAGS)
-        subject.resume()
+        resume(subject)
         tell()
         return subject.run(lambda step, steps, note: tell())
 

@@ -1,0 +1,99 @@
+"""How a run starts: resumed at its newest checkpoint or at another run's step, or from a checkpoint's weights."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fastdiff import checkpoint
+from fastdiff.data.classes import composed, listed
+from fastdiff.interop.openai_run import read_run, step_of
+from fastdiff.training.fine_tuning import carried_over, configuration, read_initial
+from fastdiff.training.parallel import own_part, whole_of
+from fastdiff.training.trainer import Trainer
+
+
+def resume(trainer: Trainer) -> None:
+    """Resume from the run's newest intact checkpoint; ValueError if all are damaged, or it does not fit. Collective."""
+    run_dir, world = trainer.run_dir, trainer.world
+    step = world.from_main(lambda: _newest_whole(trainer))
+    if step is None:
+        trainer.log(f"{run_dir} holds no checkpoint yet: starting from scratch")
+        return
+    if step > (steps := trainer.config.train.steps):
+        world.refuse(f"{run_dir} is at step {step}, but steps is {steps}: give a larger --steps")
+    world.on_all(lambda: trainer.state.load(run_dir, step))
+    trainer.log(f"resumed at step {step}")
+
+
+def _newest_whole(trainer: Trainer) -> int | None:
+    steps = checkpoint.saved_steps(trainer.run_dir)
+    for step in reversed(steps):
+        try:
+            checkpoint.verify_step(trainer.run_dir, step)
+        except checkpoint.NewerFormat:
+            raise  # it is not damaged, and resuming from an earlier step would overwrite it
+        except ValueError as error:
+            trainer.log(f"warning: cannot resume at step {step}: {error}")
+        else:
+            return step
+    if steps:
+        raise ValueError(f"none of the {len(steps)} checkpoints in {trainer.run_dir} can be resumed")
+    return None
+
+
+def resume_from(trainer: Trainer, path: Path) -> None:
+    """Resume in this run folder from another run's modelNNNNNN file, improved-diffusion's (.pt) or fastdiff's.
+
+    EMAs and optimizer state beside it are loaded too. ValueError if something does not fit. Collective.
+    """
+    world, step = trainer.world, step_of(path)
+    if step >= (steps := trainer.config.train.steps):
+        world.refuse(f"{path} is at step {step}, but steps is {steps}: give a larger --steps")
+    if path.suffix == ".pt":
+        world.on_all(lambda: _resume_from_openai(trainer, path))
+    else:
+        world.from_main(lambda: checkpoint.verify_step(path.parent, step, offer=True))
+        metadata = world.on_all(lambda: checkpoint.read_metadata(path, kind="model"))
+        names, ours = tuple(map(composed, metadata["class_names"])), trainer.config.class_names
+        if names and names != ours:
+            world.refuse(
+                f"{path} has the classes {listed(names)}, and the data {listed(ours) or 'none'}: "
+                "--init-from matches them by name"
+            )
+        world.on_all(lambda: trainer.state.load(path.parent, step))
+    trainer.log(f"resumed at step {step} from {path}")
+
+
+def _resume_from_openai(trainer: Trainer, path: Path) -> None:
+    train = trainer.config.train
+    run = read_run(path, train.ema_rate)
+    trainer.state.load_openai(run)
+    for rate in train.ema_rate:
+        if rate not in run.averages:
+            trainer.log(f"no {run.average_path(rate).name} beside it: this EMA starts from the weights")
+    if run.optimizer is None:
+        trainer.log(f"no {run.optimizer_path.name} beside it: the optimizer state starts empty")
+    for name, ours in (("lr", train.lr), ("weight_decay", train.weight_decay)):
+        theirs = run.setting(name)
+        if theirs not in (None, ours) and not (name == "lr" and train.lr_anneal_steps):
+            flag = name.replace("_", "-")
+            trainer.log(f"its optimizer had {name} {theirs:g}, but the run continues with --{flag} {ours:g}")
+
+
+def init_from(trainer: Trainer, path: Path) -> None:
+    """Start from the weights of a checkpoint; ValueError if they do not fit the model. Collective."""
+    config, state, world = trainer.config, trainer.state, trainer.world
+    said = config.model.to_dict() | config.diffusion.to_dict()
+    weights = world.on_all(lambda: read_initial(path, said))
+    world.on_all(lambda: configuration(weights, said))  # rejects weights that do not fit this configuration
+    own = dict(zip(state.names, state.held, strict=True))
+
+    def fresh(name: str) -> Tensor:
+        return whole_of(own_part(own[name]), own[name]).detach().cpu()
+
+    initial, lines = carried_over(weights, own, fresh, config.class_names, trainer.dataset.named)
+    world.on_all(lambda: state.set_weights(initial, path))
+    for ema in state.emas:
+        ema.load(state.parameters, updates=0)
+    for line in (*lines, f"weights from {path}"):
+        trainer.log(line)
