@@ -31,10 +31,8 @@ def parallelise(model: UNet, device: torch.device, world: World, parallel: Paral
     if world.size == 1:
         return model.to(device)
     if parallel is Parallel.DDP:
-        model.to(device)
-    if parallel is Parallel.DDP:
         return DistributedDataParallel(
-            model,
+            model.to(device),
             device_ids=[device.index] if device.type == "cuda" else None,
             **_KEEP_BUFFERS,
             gradient_as_bucket_view=True,  # else each gradient is stored twice

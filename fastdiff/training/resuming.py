@@ -86,12 +86,12 @@ def init_from(trainer: Trainer, path: Path) -> None:
     said = config.model.to_dict() | config.diffusion.to_dict()
     weights = world.on_all(lambda: read_initial(path, said))
     world.on_all(lambda: configuration(weights, said))  # rejects weights that do not fit this configuration
-    own = dict(zip(state.names, state.held, strict=True))
 
     def fresh(name: str) -> Tensor:
-        return whole_of(own_part(own[name]), own[name]).detach().cpu()
+        held = state.weights[name]
+        return whole_of(own_part(held), held).detach().cpu()
 
-    initial, lines = carried_over(weights, own, fresh, config.class_names, trainer.dataset.named)
+    initial, lines = carried_over(weights, state.weights, fresh, config.class_names, trainer.dataset.named)
     world.on_all(lambda: state.set_weights(initial, path))
     for ema in state.emas:
         ema.load(state.parameters, updates=0)

@@ -1,6 +1,7 @@
 """The complete training state, and its conversion to and from checkpoint files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +28,8 @@ class TrainState:
     """Weights, EMAs, optimizer state, loss scale, timestep loss history and log sums after ``step`` updates.
 
     ``first_step`` is the step that was loaded, or 0. ``whole`` is false while an update is changing the parts one by
-    one. ``held`` are the model's parameters, and ``parameters`` the tensors that this process updates: its shards under
-    FSDP, else the same.
+    one. ``weights`` are the model's parameters by name and ``held`` the same in a list; ``parameters`` are the tensors
+    that this process updates: its shards under FSDP, else the model's.
     """
 
     def __init__(
@@ -37,17 +38,18 @@ class TrainState:
         model: UNet,
         diffusion: GaussianDiffusion,
         precision: Precision,
-        world: World | None = None,
+        world: World,
     ) -> None:
         train = config.train
         self.config = config
-        self.world = world or World()
+        self.world = world
         self.step = self.first_step = 0
         self.whole = True
-        self.names, self.held = map(list, zip(*model.named_parameters(), strict=True))
+        self.weights: dict[str, Tensor] = dict(model.named_parameters())
+        self.held = list(self.weights.values())
         self.parameters = [p if (part := own_part(p)) is p else nn.Parameter(part) for p in self.held]
         # Under FSDP the EMAs are sharded like the parameters.
-        everyone = self.world if self.parameters[0] is self.held[0] else World()
+        everyone = world if self.parameters[0] is self.held[0] else World()
         self.emas = [EMA(self.parameters, rate, train.ema_warmup, everyone) for rate in train.ema_rate]
         device = self.parameters[0].device
         # The fused optimizer skips a step with non-finite gradients on the device, without a host sync.
@@ -72,15 +74,15 @@ class TrainState:
         return 4 * self.num_parameters * (3 + len(self.emas))
 
     @torch.no_grad()
-    def set_weights(self, weights: dict[str, Tensor], path: Path) -> None:
+    def set_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Load the weights of a file's state dict; ValueError if it has another architecture."""
-        checkpoint.refuse_other_architecture(dict(zip(self.names, self.held, strict=True)), weights, path)
-        for name, parameter, held in zip(self.names, self.parameters, self.held, strict=True):
-            parameter.copy_(part_of(weights[name], held))
+        checkpoint.refuse_other_architecture(self.weights, weights, path)
+        for parameter, part in zip(self.parameters, self._parts(weights), strict=True):
+            parameter.copy_(part)
 
-    def ema_parts(self, ema: EMA) -> dict[str, Tensor]:
-        """An EMA as a state dict, sharded under FSDP like the parameters. Collective."""
-        return dict(zip(self.names, ema.tensors(), strict=True))
+    def _parts(self, whole: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """This process's shards of a state dict, in the parameters' order."""
+        return (part_of(whole[name], held) for name, held in self.weights.items())
 
     def snapshot(self, run_dir: Path) -> list[CheckpointFile]:
         """Copy the files of this step to the host, so that later updates do not change them. Collective.
@@ -98,13 +100,12 @@ class TrainState:
             label_dropout=config.train.label_dropout,
             run_config=config.to_dict(),
         )
-        weights = self._on_host(zip(self.names, self.parameters, strict=True))
+        weights = self._on_host(self.parameters)
         files = [CheckpointFile(checkpoint.model_path(run_dir, self.step), weights, described)]
         for ema in self.emas:
             path = checkpoint.ema_path(run_dir, ema.rate, self.step)
             about = {"ema_rate": ema.rate, "ema_warmup": ema.warmup, "ema_updates": ema.updates}
-            averages = self._on_host(self.ema_parts(ema).items())
-            files.append(CheckpointFile(path, averages, described | about))
+            files.append(CheckpointFile(path, self._on_host(ema.tensors()), described | about))
         path = checkpoint.optimizer_path(run_dir, self.step)
         said = {"kind": "optimizer", "step": self.step, "scaler": self.scaler.state_dict()}
         files.append(CheckpointFile(path, self._optimizer_tensors(), said | {"run_config": config.to_dict()}))
@@ -113,17 +114,16 @@ class TrainState:
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for key in MOMENTS:
-            moments = ((name, self.optimizer.state[p]) for name, p in zip(self.names, self.parameters, strict=True))
-            found |= self._on_host(((name, moment[key]) for name, moment in moments), f"{key}.")
+            found |= self._on_host((self.optimizer.state[p][key] for p in self.parameters), f"{key}.")
         if isinstance(self.sampler, LossSecondMomentSampler):
             found |= {f"sampler.{key}": on_host(value) for key, value in self.sampler.state_dict().items()}
         sums = self.world.all_gather(self.sums.state()[None])  # (processes, n)
         return found | {"guard": on_host(self.guard.state()), "log_sums": on_host(sums)}
 
-    def _on_host(self, parts: Iterable[tuple[str, Tensor]], prefix: str = "") -> dict[str, Tensor]:
-        """Host copies of the full tensors whose shards on this process are ``parts``; empty except on rank 0."""
+    def _on_host(self, parts: Iterable[Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Host copies of the full tensors of which this process has ``parts``, by name; empty except on rank 0."""
         found = {}
-        for (name, part), held in zip(parts, self.held, strict=True):
+        for (name, held), part in zip(self.weights.items(), parts, strict=True):
             whole = whole_of(part, held)
             if self.world.main:
                 found[prefix + name] = on_host(whole)
@@ -134,14 +134,19 @@ class TrainState:
 
         ValueError if one is missing, damaged or does not match the model.
         """
+        read = partial(checkpoint.read_tensors, verified=self.world.main)
         path = checkpoint.model_path(run_dir, step)
-        weights, _ = checkpoint.read_tensors(path, kind="model", verified=self.world.main)
-        optimizer = checkpoint.optimizer_path(run_dir, step)
-        tensors, metadata = checkpoint.read_tensors(optimizer, kind="optimizer", verified=self.world.main)
-        averages = [self._read_average(run_dir, ema, step) for ema in self.emas]
+        weights, _ = read(path, kind="model")
+        tensors, metadata = read(checkpoint.optimizer_path(run_dir, step), kind="optimizer")
+        averages = []
+        for ema in self.emas:
+            ema_path = checkpoint.ema_path(run_dir, ema.rate, step)
+            if not ema_path.exists():
+                raise ValueError(f"{ema_path} is missing: resume with the ema_rate that the run was started with")
+            averages.append(read(ema_path, kind="model"))
         self.set_weights(weights, path)
-        for ema, (average, updates) in zip(self.emas, averages, strict=True):
-            ema.load((part_of(average[n], held) for n, held in zip(self.names, self.held, strict=True)), updates)
+        for ema, (average, about) in zip(self.emas, averages, strict=True):
+            ema.load(self._parts(average), about["ema_updates"])
         self._set_moments(tensors)
         if self.scaler.is_enabled() and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
@@ -159,35 +164,26 @@ class TrainState:
 
         An EMA that it did not save starts from the weights, as in improved-diffusion.
         """
-        own = dict(zip(self.names, self.held, strict=True))
-        checkpoint.refuse_other_architecture(own, run.weights, run.path)
+        checkpoint.refuse_other_architecture(self.weights, run.weights, run.path)
         for rate, average in run.averages.items():
-            checkpoint.refuse_other_architecture(own, average, run.average_path(rate))
-        ordered = {name: run.weights[name] for name in self.names}
+            checkpoint.refuse_other_architecture(self.weights, average, run.average_path(rate))
+        ordered = {name: run.weights[name] for name in self.weights}
         moments = None if run.optimizer is None else run.moments(ordered)
         self.set_weights(ordered, run.path)
         for ema in self.emas:
-            average = run.averages.get(ema.rate, run.weights)
-            ema.load((part_of(average[n], held) for n, held in zip(self.names, self.held, strict=True)), run.step)
+            ema.load(self._parts(run.averages.get(ema.rate, run.weights)), run.step)
         if moments is not None:
             self._set_moments(moments)
         self.step = self.first_step = run.step
 
     def _set_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the optimizer state, ``{"exp_avg.NAME": ...}``."""
-        for name, parameter, held in zip(self.names, self.parameters, self.held, strict=True):
+        for (name, held), parameter in zip(self.weights.items(), self.parameters, strict=True):
             self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device, copy=True)} | {
                 # in the parameter's memory layout, which the file does not store
                 key: torch.empty_like(parameter).copy_(part_of(tensors[f"{key}.{name}"], held))
                 for key in MOMENTS[1:]
             }
-
-    def _read_average(self, run_dir: Path, ema: EMA, step: int) -> tuple[dict[str, Tensor], int]:
-        path = checkpoint.ema_path(run_dir, ema.rate, step)
-        if not path.exists():
-            raise ValueError(f"{path} is missing: resume with the ema_rate that the run was started with")
-        averages, about = checkpoint.read_tensors(path, kind="model", verified=self.world.main)
-        return averages, about["ema_updates"]
 
 
 def _scaler(device: torch.device, precision: Precision, growth: float) -> torch.amp.GradScaler:

@@ -115,26 +115,24 @@ class _Careful(Sink):
     """A sink that never raises: the first error is logged as a warning and disables it."""
 
     def __init__(self, name: str, start: Callable[[], Sink], log: Callable[[str], None]) -> None:
-        self._name = name
-        self._log = log
+        self._name, self._log = name, log
         self._sink: Sink | None = None
         with self._warned():
             self._sink = start()
 
     def write(self, row: Mapping[str, float]) -> None:
-        with self._warned():
-            if self._sink is not None:
-                self._sink.write(row)
+        self._try(lambda sink: sink.write(row))
 
     def image(self, name: str, path: Path, step: int) -> None:
-        with self._warned():
-            if self._sink is not None:
-                self._sink.image(name, path, step)
+        self._try(lambda sink: sink.image(name, path, step))
 
     def close(self) -> None:
-        with self._warned():
-            if self._sink is not None:
-                self._sink.close()
+        self._try(lambda sink: sink.close())
+
+    def _try(self, call: Callable[[Sink], None]) -> None:
+        if self._sink is not None:
+            with self._warned():
+                call(self._sink)
 
     @contextmanager
     def _warned(self) -> Iterator[None]:

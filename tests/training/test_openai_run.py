@@ -28,7 +28,7 @@ def as_openai_saves(trained: Trainer, folder: Path, flattened: bool = False, who
     path = folder / f"model{step:06d}.pt"
     torch.save(weights(trained), path)
     for ema in state.emas:
-        average = dict(zip(state.names, ema.tensors(), strict=True))
+        average = dict(zip(state.weights, ema.tensors(), strict=True))
         torch.save(average, folder / f"ema_{ema.rate}_{step:06d}.pt")
     content = state.optimizer.state_dict()  # as PyTorch itself writes it, numbered in the parameters' order
     states = [{key: content["state"][i][key].clone() for key in MOMENTS} for i in range(len(state.parameters))]
@@ -93,7 +93,7 @@ def test_what_is_missing_is_told(tmp_path: Path, shapes: Path, trained: Trained)
     assert "no ema_0.5_000001.pt beside it: this EMA starts from the weights" in said
     assert "no opt000001.pt beside it: the optimizer state starts empty" in said
     state = resumed.state
-    assert same(dict(zip(state.names, state.emas[1].tensors(), strict=True)), weights(begun))
+    assert same(dict(zip(state.weights, state.emas[1].tensors(), strict=True)), weights(begun))
     assert not state.optimizer.state
     resumed.run()
     assert (tmp_path / "resumed" / "model000002.safetensors").exists()
