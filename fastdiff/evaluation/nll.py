@@ -156,7 +156,9 @@ class Nll:
             for start, (images, labels) in zip(self._starts, loaded, strict=True):
                 x_start = normalised(images).contiguous()
                 noise = Philox(self._config.seed, torch.arange(start, start + self._size, device=device))
-                conditions = self._conditions(x_start, labels)
+                conditions = {} if labels is None else {"y": labels}
+                if self._small_size is not None:
+                    conditions["low_res"] = low_resolution(x_start, self._small_size)
                 wanted = min(self._size, self._last - start)
                 columns: list[Tensor] = []
                 for terms in self.diffusion.calc_bpd_loop_progressive(
@@ -182,13 +184,6 @@ class Nll:
             self._dataset.check()
             places = np.arange(start, start + self._size) % len(self._dataset.images)
             yield ready(self._dataset.images[places]), None if self._labels is None else ready(self._labels[places])
-
-    def _conditions(self, x_start: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """The model's further inputs: class labels y and low_res."""
-        conditions = {} if labels is None else {"y": labels}
-        if self._small_size is not None:
-            conditions["low_res"] = low_resolution(x_start, self._small_size)
-        return conditions
 
 
 def labels_for(checkpoint: Checkpoint, dataset: Dataset) -> Int64Array | None:

@@ -136,16 +136,15 @@ class World:
 
     def on_all(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every process; if one raises ValueError or OSError, all raise and one reports it."""
-        result, error = _attempt(action)
-        said = [
-            (rank, text) for rank, text in enumerate(self.all_gather_object(error and str(error))) if text is not None
-        ]
-        if said:
-            first, text = said[0]
-            if first == self.rank and error is not None:
-                raise error
-            raise SaidElsewhere(f"process {first}: {text}")
-        return result  # type: ignore[return-value]  # without an error there is a result
+        error: Exception | None = None
+        try:
+            result = action()
+        except (ValueError, OSError) as caught:
+            error = caught
+        for rank, text in enumerate(self.all_gather_object(error and str(error))):
+            if text is not None:
+                raise error if error is not None and rank == self.rank else SaidElsewhere(f"process {rank}: {text}")
+        return result
 
     def from_main(self, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0 and return its result on every process."""
@@ -157,11 +156,7 @@ class World:
         raise ValueError(message) if self.main else SaidElsewhere(message)
 
     @contextmanager
-    def explained(
-        self,
-        remedy: str = "use a smaller model, or --parallel fsdp on several GPUs",
-        lack: str = "out of memory",
-    ) -> Iterator[None]:
+    def explained(self, remedy: str, lack: str = "out of memory") -> Iterator[None]:
         """Turn external failures into errors for the user: a lost process, or too little memory (``lack: remedy``)."""
         try:
             yield
@@ -262,13 +257,6 @@ def launcher() -> str:
 def lost_contact(error: Exception) -> bool:
     """Whether a collective failed because a peer died or timed out."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return action(), None
-    except (ValueError, OSError) as error:
-        return None, error
 
 
 def _short(error: Exception) -> str:

@@ -40,28 +40,24 @@ def largest_that_fits(most: int, attempt: Callable[[int], None], world: World) -
     ValueError if not even a size of 1 fits.
     """
     size = most
-    while not all(world.all_gather_object(_fits(attempt, size))):
+    while True:
+        try:
+            attempt(size)
+            fits = True
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            fits = False
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if all(world.all_gather_object(fits)):
+            return size
         if size == 1:
             world.refuse(
                 "out of memory with one image in a forward pass: use --use-checkpoint, a smaller model, or --parallel "
                 "fsdp on several GPUs"
             )
         size = -(-size // 2)
-    return size
-
-
-def _fits(attempt: Callable[[int], None], size: int) -> bool:
-    try:
-        attempt(size)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        fits = False
-    else:
-        fits = True
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return fits
 
 
 def warm_up(

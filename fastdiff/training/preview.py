@@ -1,7 +1,5 @@
 """Preview grids: samples from the model during training."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -31,15 +29,19 @@ def save_previews(folder: Path, state: TrainState, model: UNet, dataset: Dataset
     Each process samples some of the images; rank 0 writes the files. Returns their paths. The model is not compiled
     here, because the shapes differ from training's. If a process raises ValueError or OSError, all processes do.
     """
-    weights = {"raw": None} | {f"ema_{ema.rate}": ema for ema in state.emas}
+    before = [p.detach().clone() for p in state.parameters]
     paths = []
-    for name, ema in weights.items():
-        averages = None if ema is None else ema.tensors()
-        with _holding(model, state.parameters, averages):
+    model.eval()
+    try:
+        for name, ema in [("raw", None), *((f"ema_{ema.rate}", ema) for ema in state.emas)]:
+            _set(model, state.parameters, before if ema is None else ema.tensors())
             images = _draw(state, model, dataset, runtime)
-        path = folder / f"{state.step:06d}_{name}.png"
-        state.world.from_main(partial(save_grid, path, images))
-        paths.append(path)
+            path = folder / f"{state.step:06d}_{name}.png"
+            state.world.from_main(partial(save_grid, path, images))
+            paths.append(path)
+    finally:
+        _set(model, state.parameters, before)
+        model.train()
     return paths
 
 
@@ -71,22 +73,8 @@ def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) ->
     return np.stack([found[index] for index in range(IMAGES)])
 
 
-@contextmanager
-def _holding(model: UNet, parameters: list[Tensor], others: list[Tensor] | None) -> Iterator[None]:
-    """While entered, the model is in evaluation mode, with the values of ``others`` in its parameters if given."""
-    before = [p.detach().clone() for p in parameters] if others is not None else []
-    model.eval()
-    try:
-        _set(model, parameters, others or [])
-        yield
-    finally:
-        _set(model, parameters, before)
-        model.train()
-
-
 @torch.no_grad()
 def _set(model: UNet, parameters: list[Tensor], values: list[Tensor]) -> None:
-    if values:
-        torch._foreach_copy_(parameters, values)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # after a forward pass the outermost layers stay unsharded, with their old values
+    torch._foreach_copy_(parameters, values)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # after a forward pass the outermost layers stay unsharded, with their old values

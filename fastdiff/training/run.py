@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,14 @@ def train(
     ValueError, in one line, if a setting is invalid. KeyboardInterrupt after Ctrl-C and SystemExit after another
     signal, both with the last update saved: ``resume=True`` continues the run.
     """
-    known = {f.name for kind in _SETTINGS for f in fields(kind)}
-    if unknown := sorted(set(settings) - known):
+    known = {f.name: f for kind in _SETTINGS for f in fields(kind)}
+    if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"train has no setting {', '.join(unknown)}")
     given = {"data_dir": data_dir, "run_dir": run_dir}
     flags = settings | {name: place for name, place in given.items() if place is not None}
-    paths = {f.name for kind in _SETTINGS for f in fields(kind) if f.metadata["path"]}
-    for name in paths & set(flags):
-        flags[name] = os.path.expanduser(os.fspath(flags[name]))
+    for name, value in flags.items():
+        if known[name].metadata["path"]:
+            flags[name] = os.path.expanduser(os.fspath(value))
     start = StartConfig.from_flags(flags)
     world = World.join(start.timeout)
     try:
@@ -94,7 +95,7 @@ def run(flags: Mapping[str, Any], start: StartConfig, world: World, display: Lin
     ``flags`` are fields of a run's configurations, and ``start`` is their StartConfig; an absent flag was not given.
     """
     with ExitStack() as held:
-        held.enter_context(world.explained())
+        held.enter_context(world.explained("use a smaller model, or --parallel fsdp on several GPUs"))
         plan = world.from_main(lambda: _decide(dict(flags), start, world, held))
         return Ended(plan.run_dir, _carry_out(plan, world, display, held))
 
@@ -144,7 +145,12 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
     if not resume or not run_folder.holds_run(run_dir):
         run_folder.refuse_other_run(run_dir)
         if resume and not flags.get("data_dir"):
-            raise ValueError(_no_run(run_dir))
+            there = sorted(str(path.parent) for path in run_dir.parent.glob("*/config.json"))
+            found = f"; there are {', '.join(there[:10])}" if there else ""
+            raise ValueError(
+                f"run_dir {run_dir} holds no run to resume: name another with --run-dir, or images with "
+                f"--data-dir{found}"
+            )
         if resume:
             notes.append(f"{run_dir} holds no run yet: starting from scratch")
         fixed = "num_classes" in flags
@@ -179,13 +185,6 @@ def _is_of(run_dir: Path | None, path: Path) -> bool:
             "another --run-dir to resume from here"
         )
     return True
-
-
-def _no_run(run_dir: Path) -> str:
-    """The error message for --resume without a run to resume or data to start one."""
-    there = sorted(str(path.parent) for path in run_dir.parent.glob("*/config.json"))
-    found = f"; there are {', '.join(there[:10])}" if there else ""
-    return f"run_dir {run_dir} holds no run to resume: name another with --run-dir, or images with --data-dir{found}"
 
 
 def _continued_run(
@@ -247,15 +246,19 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         resuming.resume_from(trainer, plan.resume_checkpoint)
     if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:
         log(f"fp16_scale_growth has no effect: precision {runtime.precision} needs no loss scale")
-    train = trainer.config.train
-    log(f"model: {_describe(config.model, trainer.state.num_parameters)}")
+    model = config.model
+    chosen = "" if is_table_size(model.image_size) or model.channel_mult else ", chosen for the size"
+    log(
+        f"model: {trainer.state.num_parameters / 1e6:.1f} M parameters, {model.image_size} pixels, "
+        f"channel_mult {','.join(map(str, model.multipliers))}{chosen}"
+    )
     log(f"on: {world.describe()}, {runtime.describe(trainer.model_calls)}")
     log(
-        f"run: {run_dir.resolve()}, step {trainer.state.step} of {train.steps}, "
-        f"a checkpoint every {train.save_interval} steps and at the end"
+        f"run: {run_dir.resolve()}, step {trainer.state.step} of {config.train.steps}, "
+        f"a checkpoint every {config.train.save_interval} steps and at the end"
     )
     try:
-        status = trainer.run(lambda step, steps, note: display.advance("step", step, steps, note))
+        status = trainer.run(partial(display.advance, "step"))
     except (ValueError, OSError):
         if world.main and not plan.resuming and trainer.state.step == 0:
             # nothing was trained: let a second attempt use the same folder
@@ -281,33 +284,23 @@ def _refuse_division(train: TrainConfig, processes: int) -> None:
 
 
 def _with_data(plan: _Plan, dataset: Dataset) -> tuple[RunConfig, list[str]]:
-    """The configuration with the data's classes, class counts and fingerprint, and lines for the log."""
-    config, notes = plan.config, []
+    """The configuration with the data's classes, class counts and fingerprint, and lines for the log.
+
+    ValueError if the run continues with other data, or its model has other classes or too few.
+    """
+    config, names, notes = plan.config, dataset.class_names, []
     if dataset.labels is not None:
-        config = _with_classes(config, dataset.class_names, given=plan.fixed_classes)
+        if not plan.fixed_classes:
+            config = replace(config, model=replace(config.model, num_classes=len(names)))
+        if config.class_names and config.class_names != names:
+            raise ValueError(f"the data has the classes {', '.join(names)}, the run {', '.join(config.class_names)}")
+        if len(names) > config.model.num_classes:
+            raise ValueError(f"num_classes {config.model.num_classes} is too small: the data has {len(names)} classes")
         counts = Counter(dataset.labels.tolist())
-        config = replace(config, class_counts=tuple(counts[i] for i in range(len(dataset.class_names))))
+        config = replace(config, class_names=names, class_counts=tuple(counts[i] for i in range(len(names))))
     if plan.resuming and config.data_fingerprint not in ("", dataset.fingerprint):
         said = f"the images in {config.data.data_dir} are not the ones this run was trained on"
         if not plan.allow_changes:
             raise ValueError(f"{said}: restore them, use --allow-changes, or start a new run with --init-from")
         notes.append(f"warning: {said}")
     return replace(config, data_fingerprint=dataset.fingerprint), notes
-
-
-def _with_classes(config: RunConfig, names: tuple[str, ...], given: bool) -> RunConfig:
-    """The configuration with the data's classes; if ``given``, num_classes must not change."""
-    if not given:
-        config = replace(config, model=replace(config.model, num_classes=len(names)))
-    if config.class_names and config.class_names != names:
-        raise ValueError(f"the data has the classes {', '.join(names)}, the run {', '.join(config.class_names)}")
-    if len(names) > config.model.num_classes:
-        raise ValueError(f"num_classes {config.model.num_classes} is too small: the data has {len(names)} classes")
-    return replace(config, class_names=names)
-
-
-def _describe(config: ModelConfig, parameters: int) -> str:
-    """One-line summary of a model's size and widths."""
-    chosen = "" if is_table_size(config.image_size) or config.channel_mult else ", chosen for the size"
-    mult = ",".join(map(str, config.multipliers))
-    return f"{parameters / 1e6:.1f} M parameters, {config.image_size} pixels, channel_mult {mult}{chosen}"

@@ -51,7 +51,8 @@ class Updater:
         state, train, world = self._state, self._config.train, self._world
 
         # Everything random is a function of seed, step and sample: a resumed run matches an uninterrupted one.
-        torch.manual_seed(dropout_seed(train.seed, state.step, world.rank))
+        dropout = np.random.SeedSequence([train.seed, state.step, world.rank]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(dropout >> 1))
         first = state.step * train.batch_size + world.rank * len(images)
         numbers = torch.arange(first, first + len(images), device=images.device)
         t, weights = draw(state.sampler, philox_uint32(train.seed, numbers, TIMESTEP_STREAM, 2))
@@ -144,11 +145,6 @@ def with_conditioning_noise(config: TrainConfig, low_res: Tensor, numbers: Tenso
     level = philox_uint32(config.seed, numbers, LOW_RES_LEVEL_STREAM, 1) * (config.conditioning_noise / 2**32)  # (N, 1)
     noise = philox_normal(config.seed, numbers, LOW_RES_STREAM, low_res.shape[1:])
     return low_res + level.to(low_res.dtype)[:, :, None, None] * noise
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of PyTorch's generator, which draws dropout, in an update."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
