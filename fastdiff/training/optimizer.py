@@ -1,7 +1,6 @@
 """Fused AdamW, also for channels_last weights on a CPU."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,17 +20,12 @@ class FusedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        with self._in_memory_order():
-            return super().step(closure)
-
-    @contextmanager
-    def _in_memory_order(self) -> Iterator[None]:
-        """While entered, channels_last weights (O, I, H, W), gradients and moments are viewed as (O, H, W, I)."""
+        """Update. Meanwhile channels_last weights (O, I, H, W), gradients and moments are viewed as (O, H, W, I)."""
         weights = [p for group in self.param_groups for p in group["params"] if self._is_turned(p)]
         gradients = [p.grad for p in weights]
         self._permute(weights, (0, 2, 3, 1))
         try:
-            yield
+            return super().step(closure)
         finally:
             self._permute(weights, (0, 3, 1, 2))
             for weight, gradient in zip(weights, gradients, strict=True):

@@ -1,7 +1,7 @@
 """One model on several processes: DistributedDataParallel, or FSDP2 if the model does not fit on one device."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -46,20 +46,20 @@ def parallelise(model: UNet, device: torch.device, world: World, parallel: Paral
     return model
 
 
-def accumulating(module: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def accumulating(module: nn.Module) -> Iterator[None]:
     """Context for a backward pass that accumulates gradients without synchronising them."""
     if isinstance(module, DistributedDataParallel):
-        return module.no_sync()
-    return _without_sync(module) if isinstance(module, FSDPModule) else nullcontext()
-
-
-@contextmanager
-def _without_sync(module: FSDPModule) -> Iterator[None]:
-    module.set_requires_gradient_sync(False)
-    try:
+        with module.no_sync():
+            yield
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+    else:
         yield
-    finally:
-        module.set_requires_gradient_sync(True)
 
 
 def own_part(parameter: Tensor) -> Tensor:

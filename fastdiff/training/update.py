@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ LOW_RES_STREAM, LOW_RES_LEVEL_STREAM = 0xFFFFFFFC, 0xFFFFFFFB
 """The Philox steps that training uses; sampling counts its steps from 0."""
 
 
+@dataclass(frozen=True, eq=False)
 class Updater:
     """Updates a TrainState from batches.
 
@@ -30,25 +32,16 @@ class Updater:
     compiled.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        state: TrainState,
-        diffusion: GaussianDiffusion,
-        module: nn.Module,
-        forward: Callable[..., Tensor],
-        world: World,
-    ) -> None:
-        self._config = config
-        self._state = state
-        self._diffusion = diffusion
-        self._module = module
-        self._forward = forward
-        self._world = world
+    config: RunConfig
+    state: TrainState
+    diffusion: GaussianDiffusion
+    module: nn.Module
+    forward: Callable[..., Tensor]
+    world: World
 
     def __call__(self, images: Tensor, labels: Tensor | None) -> None:
         """Run one update on this process's part of a batch: uint8 images (B, H, W, 3), int64 labels (B,)."""
-        state, train, world = self._state, self._config.train, self._world
+        state, train, world = self.state, self.config.train, self.world
 
         # Everything random is a function of seed, step and sample: a resumed run matches an uninterrupted one.
         dropout = np.random.SeedSequence([train.seed, state.step, world.rank]).generate_state(1, np.uint64)[0]
@@ -59,7 +52,7 @@ class Updater:
         x_start = normalised(images)
         if labels is not None and train.label_dropout:
             labels = with_null_class(train, labels, numbers)
-        conditions = conditions_of(self._config, x_start, labels)
+        conditions = conditions_of(self.config, x_start, labels)
         if train.conditioning_noise:
             conditions["low_res"] = with_conditioning_noise(train, conditions["low_res"], numbers)
 
@@ -68,8 +61,8 @@ class Updater:
         for part in parts:
             kwargs = {name: value[part] for name, value in conditions.items()}
             noise = philox_normal(train.seed, numbers[part], NOISE_STREAM, x_start.shape[1:])
-            with accumulating(self._module) if part is not parts[-1] else nullcontext():
-                terms = self._diffusion.training_losses(self._forward, x_start[part], t[part], kwargs, noise)
+            with accumulating(self.module) if part is not parts[-1] else nullcontext():
+                terms = self.diffusion.training_losses(self.forward, x_start[part], t[part], kwargs, noise)
                 # Divide by the full share, so that micro-batches and processes average to the gradient of one batch.
                 loss = (terms["loss"] * weights[part]).sum() / len(images)
                 # Make a non-finite loss spoil the gradient, so that every process detects it.
@@ -80,7 +73,7 @@ class Updater:
 
         # From here to the end the state is half updated.
         state.whole = False
-        state.sums.add(weighted, t, self._diffusion.num_timesteps)
+        state.sums.add(weighted, t, self.diffusion.num_timesteps)
         if state.sampler.learns:
             seen = world.all_gather(torch.stack([t.double(), terms["loss"].double()], dim=1))  # (B of all, 2)
             state.sampler.update(seen[:, 0].long(), seen[:, 1])
@@ -111,7 +104,7 @@ class Updater:
             state.optimizer.found_inf = skip  # type: ignore[attr-defined]
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        self._module.zero_grad(set_to_none=True)  # under FSDP the module's parameters are not the optimizer's
+        self.module.zero_grad(set_to_none=True)  # under FSDP the module's parameters are not the optimizer's
 
         for ema in state.emas:
             ema.update()

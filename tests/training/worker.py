@@ -36,11 +36,11 @@ def spoilt(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def update(self: Updater, *batch: Any) -> None:
-    number = self._state.step + 1
+    number = self.state.step + 1
     hook = None
     if number in wanted("NAN_AT_UPDATES"):
         # in one number of one layer's gradient, before the processes exchange it
-        hook = self._state.held[3].register_hook(spoilt)
+        hook = self.state.held[3].register_hook(spoilt)
     real_update(self, *batch)
     if hook is not None:
         hook.remove()
