@@ -142,7 +142,14 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
     if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
         resume = True
         notes.append("torchrun restarted this process: resuming the run")
-    if not resume or not run_folder.holds_run(run_dir):
+    continues = resume and run_folder.holds_run(run_dir)
+    if continues:
+        held.enter_context(Lease(run_dir, launcher()))
+        if init_from is not None and not saved_steps(run_dir):
+            init_from = fine_tuning.find_initial(init_from)  # a run without a checkpoint still starts from it
+        config, said = _continued(run_folder.read_config(run_dir), flags, run_dir, start.allow_changes)
+        fixed_classes = True
+    else:
         run_folder.refuse_other_run(run_dir)
         if resume and not flags.get("data_dir"):
             there = sorted(str(path.parent) for path in run_dir.parent.glob("*/config.json"))
@@ -153,23 +160,17 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
             )
         if resume:
             notes.append(f"{run_dir} holds no run yet: starting from scratch")
-        fixed = "num_classes" in flags
+        fixed_classes, said = "num_classes" in flags, []
         flags = with_preset(flags, start.preset)
         if init_from is not None:
             init_from = fine_tuning.find_initial(init_from)  # resolved once: a run may save another step meanwhile
             flags, said = fine_tuning.flags_to_fine_tune(init_from, flags)
-            notes += said
         elif resume_checkpoint is not None:
             flags, said = fine_tuning.flags_to_resume(resume_checkpoint, flags)
-            fixed = "num_classes" in flags
-            notes += said
+            fixed_classes = "num_classes" in flags
         config = RunConfig.from_flags(flags)
-        return _Plan(run_dir, config, False, fixed, start.allow_changes, init_from, resume_checkpoint, notes)
-    held.enter_context(Lease(run_dir, launcher()))
-    if init_from is not None and not saved_steps(run_dir):
-        init_from = fine_tuning.find_initial(init_from)  # a run without a checkpoint still starts from it
-    config, changes = _continued_run(run_folder.read_config(run_dir), flags, run_dir, start.allow_changes)
-    return _Plan(run_dir, config, True, True, start.allow_changes, init_from, resume_checkpoint, notes + changes)
+    notes += said
+    return _Plan(run_dir, config, continues, fixed_classes, start.allow_changes, init_from, resume_checkpoint, notes)
 
 
 def _is_of(run_dir: Path | None, path: Path) -> bool:
@@ -187,7 +188,7 @@ def _is_of(run_dir: Path | None, path: Path) -> bool:
     return True
 
 
-def _continued_run(
+def _continued(
     config: RunConfig, flags: Mapping[str, Any], run_dir: Path, allow_changes: bool
 ) -> tuple[RunConfig, list[str]]:
     """The folder's configuration with the flags that may change during a run, and lines for the log.

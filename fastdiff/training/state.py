@@ -68,11 +68,6 @@ class TrainState:
         """Number of learned values."""
         return sum(p.numel() for p in self.held)
 
-    @property
-    def saved_bytes(self) -> int:
-        """Approximate size of a checkpoint on the disk: weights, EMAs and two Adam moments."""
-        return 4 * self.num_parameters * (3 + len(self.emas))
-
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Load the weights of a file's state dict; ValueError if it has another architecture."""

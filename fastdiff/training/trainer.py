@@ -175,7 +175,8 @@ class Trainer:
     def _open_outputs(self) -> list[Sink]:
         for name in checkpoint.remove_leftovers(self.run_dir):
             self.log(f"removed {name}, which a killed process left behind")
-        free_space_check(self.run_dir, self.state.saved_bytes)
+        # approximately a checkpoint: weights, EMAs and two Adam moments in fp32
+        free_space_check(self.run_dir, 4 * self.state.num_parameters * (3 + len(self.state.emas)))
         sinks = open_sinks(self.config.train, self.run_dir, self.config.to_dict(), self.log)
         write_config(self.config, self.run_dir)
         return [ProgressFiles(self.run_dir, self.state.step, self.log), *sinks]
