@@ -13,6 +13,9 @@ from pathlib import Path
 from fastdiff.benchmarks.harness import Timing
 from fastdiff.checkpoint import refuse_unwritable
 
+Values = Mapping[str, object]
+"""A CSV row by its columns. Its figures are numbers or, if it was read from a file, text."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -38,25 +41,24 @@ class Row:
 
     def as_dict(self) -> dict[str, object]:
         """The columns of a CSV row."""
-        timing = self.timing
-        seconds = timing.median if timing else math.nan
-        columns = {
-            "median_s": seconds,
-            "p20_s": timing.quantile(0.2) if timing else math.nan,
-            "p80_s": timing.quantile(0.8) if timing else math.nan,
-            "speedup": timing.speedup() if timing else math.nan,
-            "speedup_p20": timing.speedup(0.2) if timing else math.nan,
-            "speedup_p80": timing.speedup(0.8) if timing else math.nan,
-            "gain": timing.speedup_over(self.before) if timing and self.before else math.nan,
-            "images_per_s": self.images / seconds if self.images else math.nan,
+        timing = self.timing or Timing("", [math.nan], [math.nan])
+        figures = {
+            "median_s": timing.median,
+            "p20_s": timing.quantile(0.2),
+            "p80_s": timing.quantile(0.8),
+            "speedup": timing.speedup(),
+            "speedup_p20": timing.speedup(0.2),
+            "speedup_p80": timing.speedup(0.8),
+            "gain": timing.speedup_over(self.before) if self.timing and self.before else math.nan,
+            "images_per_s": self.images / timing.median if self.images else math.nan,
             "gflop": self.flops / 1e9,
             "gbyte": self.n_bytes / 1e9,
-            "share_of_limit": self.limit_s / seconds,
+            "share_of_limit": self.limit_s / timing.median,
             "peak_gib": self.peak_gib,
         }
         about = {"suite": self.suite, "workload": self.workload, "candidate": self.candidate}
-        rounds = len(timing.seconds) if timing else 0
-        rounded = {name: float(f"{value:.4g}") for name, value in columns.items()}
+        rounds = len(timing.seconds) if self.timing else 0
+        rounded = {name: float(f"{figure:.4g}") for name, figure in figures.items()}
         return {**about, "rounds": rounds, "against": self.against, **rounded, "remark": self.remark}
 
 
@@ -65,6 +67,11 @@ def with_against(rows: Sequence[Row]) -> list[Row]:
     timed = [(row.candidate, row.timing) for row in rows if row.timing]
     first = next((name for name, timing in timed if list(timing.seconds) == list(timing.baseline)), "")
     return [replace(row, against=first if row.timing and not math.isnan(row.timing.speedup()) else "") for row in rows]
+
+
+def number(row: Values, column: str) -> float:
+    """A figure of a CSV row; NaN if it was not measured."""
+    return float(str(row[column]))
 
 
 def refuse_unwritable_file(option: str, path: Path) -> None:
@@ -96,12 +103,10 @@ def require_columns(path: Path, columns: Sequence[str]) -> None:
     """
     refuse_unwritable_file("csv", path)
     if path.exists() and path.stat().st_size:
-        header, _ = _read("csv", path)
-        if header != list(columns):
-            raise ValueError(f"csv {path} has different columns: move it away or name another file")
+        read_rows(path, columns=columns)
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+def append_rows(path: Path, rows: Sequence[Values]) -> None:
     """Add all rows to a CSV file, with a header if it is new; on an OSError none is added.
 
     ValueError if its columns are different.
@@ -122,14 +127,11 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         raise OSError(f"csv {path} cannot be written: {error.strerror}") from error
 
 
-def read_rows(path: Path, option: str = "csv") -> list[dict[str, str]]:
-    """The rows of a CSV file, as text; ValueError, naming the option, if it does not exist or is damaged."""
-    header, rows = _read(option, path)
-    return [dict(zip(header, row, strict=True)) for row in rows]
+def read_rows(path: Path, option: str = "csv", columns: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """The rows of a CSV file, as text.
 
-
-def _read(option: str, path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows."""
+    ValueError, naming the option, if it does not exist, is damaged, or has other columns than ``columns``.
+    """
     if not os.path.isfile(path):
         what = "is not a file" if os.path.exists(path) else "does not exist"
         raise ValueError(f"{option} {path} {what}: name one that fastdiff benchmark --csv wrote")
@@ -140,9 +142,11 @@ def _read(option: str, path: Path) -> tuple[list[str], list[list[str]]]:
         raise ValueError(f"{option} {path} is not a CSV file in UTF-8: name another file") from None
     except OSError as error:
         raise ValueError(f"{option} {path} cannot be read ({error.strerror}): name another file") from None
-    wrong = next((number for number, row in enumerate(rows, start=1) if len(row) != len(header)), 0)
-    if not wrong and rows and not text.endswith(("\n", "\r")):
-        wrong = len(rows)
-    if wrong:
-        raise ValueError(f"{option} {path} is damaged in its row {wrong}: name another file, or delete that row")
-    return header, rows
+    damaged = [place for place, row in enumerate(rows, start=1) if len(row) != len(header)]
+    if rows and not text.endswith(("\n", "\r")):
+        damaged.append(len(rows))
+    if damaged:
+        raise ValueError(f"{option} {path} is damaged in its row {damaged[0]}: name another file, or delete that row")
+    if columns is not None and header != list(columns):
+        raise ValueError(f"{option} {path} has different columns: move it away or name another file")
+    return [dict(zip(header, row, strict=True)) for row in rows]

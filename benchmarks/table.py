@@ -15,19 +15,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fastdiff.benchmarks.rows import Row, read_rows
-
-Values = Mapping[str, object]
-"""The columns of a CSV row."""
+from fastdiff.benchmarks.rows import Row, Values, number, read_rows
 
 EXPENDABLE = ("GiB", "p20 to p80", "of limit", "images/s", "× before")
 """Columns that are left out on a narrow terminal, in this order."""
 
 NAME_WIDTH = 20
 """Characters of a candidate's name that stay on one line before a column is left out."""
-
-UNITS = ((1.0, "s"), (1e-3, "ms"), (0.0, "us"))
-"""Each with the seconds from which it is used."""
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
@@ -62,59 +56,40 @@ def markdown(rows: Sequence[Values]) -> str:
     for (suite, workload), group in itertools.groupby(rows, lambda row: (row["suite"], row["workload"])):
         values = list(group)
         columns = _columns(values)
-        lines = [
-            f"**{suite}: {workload}**",
-            "",
-            "| | " + " | ".join(columns) + " |",
-            "|---" + "|---:" * len(columns) + "|",
-        ]
-        for value, *cells in zip(values, *columns.values(), strict=True):
-            lines.append("| " + " | ".join([str(value["candidate"]), *cells]) + " |")
-        remarks = [f"- {value['candidate']}: {value['remark']}" for value in values if value["remark"]]
+        titles = "| | " + " | ".join(columns) + " |"
+        lines = [f"**{suite}: {workload}**", "", titles, "|---" + "|---:" * len(columns) + "|"]
+        for row, *cells in zip(values, *columns.values(), strict=True):
+            lines.append("| " + " | ".join([str(row["candidate"]), *cells]) + " |")
+        remarks = [f"- {row['candidate']}: {row['remark']}" for row in values if row["remark"]]
         sections.append("\n".join([*lines, *[""] * bool(remarks), *remarks]))
     return "\n\n".join(sections)
 
 
-def _columns(values: Sequence[Values]) -> dict[str, list[str]]:
+def _columns(rows: Sequence[Values]) -> dict[str, list[str]]:
     """The cells of each column that has any, by title."""
-    fastest = min((s for v in values if not math.isnan(s := _number(v["median_s"]))), default=math.nan)
-    least, unit = next((found for found in UNITS if fastest >= found[0]), UNITS[0])
-    scale = least or 1e-6
+    fastest = min((s for row in rows if not math.isnan(s := number(row, "median_s"))), default=math.nan)
+    unit, scale = ("us", 1e-6) if fastest < 1e-3 else ("ms", 1e-3) if fastest < 1 else ("s", 1)
+
+    def cell(row: Values, column: str, form: str = "", divisor: float = 1) -> str:
+        value = number(row, column) / divisor
+        if math.isnan(value):
+            return ""
+        # by default at least three significant digits
+        return format(value, form or ",.0f") if form or value >= 1000 else f"{value:#.3g}".rstrip(".")
+
+    def spread(row: Values) -> str:
+        return " to ".join(cell(row, column, divisor=scale) for column in ("p20_s", "p80_s"))
+
     columns = {
-        f"median, {unit}": [_figure(_number(v["median_s"]) / scale) for v in values],
-        "p20 to p80": [_spread(v, scale) for v in values],
-        "images/s": [_figure(_number(v["images_per_s"])) for v in values],
-        "× first": [_times(v["speedup"]) for v in values],
-        "× before": [_times(v["gain"]) for v in values],
-        "of limit": [_share(v["share_of_limit"]) for v in values],
-        "GiB": [_figure(_number(v["peak_gib"])) for v in values],
+        f"median, {unit}": [cell(row, "median_s", divisor=scale) for row in rows],
+        "p20 to p80": [spread(row) if number(row, "rounds") > 1 else "" for row in rows],
+        "images/s": [cell(row, "images_per_s") for row in rows],
+        "× first": [cell(row, "speedup", ".2f") for row in rows],
+        "× before": [cell(row, "gain", ".2f") for row in rows],
+        "of limit": [cell(row, "share_of_limit", ".0%") for row in rows],
+        "GiB": [cell(row, "peak_gib") for row in rows],
     }
     return {title: cells for title, cells in columns.items() if any(cells)}
-
-
-def _number(value: object) -> float:
-    return float(str(value))
-
-
-def _spread(values: Values, scale: float) -> str:
-    if int(str(values["rounds"])) < 2:
-        return ""
-    return " to ".join(_figure(_number(values[name]) / scale) for name in ("p20_s", "p80_s"))
-
-
-def _figure(number: float) -> str:
-    """At least three significant digits."""
-    if math.isnan(number):
-        return ""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:#.3g}".rstrip(".")
-
-
-def _times(value: object) -> str:
-    return "" if math.isnan(number := _number(value)) else f"{number:.2f}"
-
-
-def _share(value: object) -> str:
-    return "" if math.isnan(number := _number(value)) else f"{number:.0%}"
 
 
 if __name__ == "__main__":
