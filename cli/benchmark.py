@@ -2,7 +2,7 @@
 
 import io
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,23 +18,14 @@ _SMALL = {"image_size": 32, "num_channels": 64, "learn_sigma": True, "noise_sche
 """The model of the published comparisons: 32 pixels, 64 channels, 9.9 M parameters."""
 
 
-class Suite(StrEnum):
-    """What can be measured."""
-
-    KERNELS = "kernels"
-    UNET = "unet"
-    TRAIN = "train"
-    SAMPLE = "sample"
-    STEP = "step"
-    DATA = "data"
-    GROWTH = "growth"
-    ALL = "all"
+Suite = StrEnum("Suite", ["kernels", "unet", "train", "sample", "step", "data", "growth", "all"])
+"""What can be measured."""
 
 
 @with_flags(ModelConfig, DiffusionConfig, RuntimeConfig)
 def benchmark(
     flags: Flags,
-    suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.ALL,
+    suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.all,
     preset: PresetFlag = None,
     batch_size: Annotated[str, typer.Option(help="Images per batch, or several sizes: 1,16.")] = "16",
     rounds: Annotated[
@@ -67,43 +58,38 @@ def benchmark(
     values = with_preset(flags, preset)
     if not {f.name for kind in (ModelConfig, DiffusionConfig) for f in fields(kind)} & set(values):
         values = _SMALL | values
-    model, diffusion, ours = (
-        ModelConfig.from_flags(values),
-        DiffusionConfig.from_flags(values),
-        RuntimeConfig.from_flags(flags),
-    )
+    model, diffusion = ModelConfig.from_flags(values), DiffusionConfig.from_flags(values)
+    ours = RuntimeConfig.from_flags(flags)
     sizes = tuple_of(int, "batch_size", batch_size)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"batch_size must be positive, such as 16 or 1,16, not {batch_size!r}")
     import torch
     from rich.console import Console
 
-    from fastdiff.benchmarks.command import SUITES, Request, run
+    from fastdiff.benchmarks.chart import PANELS
+    from fastdiff.benchmarks.command import measure_suites, report
     from fastdiff.benchmarks.workload import Workload
-    from fastdiff.runtime.device import resolve_device
-    from fastdiff.runtime.signals import signals_as_exceptions
-
-    device = resolve_device(ours.device)
-    _refuse_impossible(replace(ours, device=str(device)))
-    workloads = [Workload(model, diffusion, size, device, preset or "") for size in sizes]
-    asked = bool(set(flags) & {f.name for f in fields(RuntimeConfig)} - {"device"})
-    suites = SUITES if suite is Suite.ALL else (suite,)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without × still gets the figures
-    console = Console() if sys.stdout.isatty() else Console(width=100)  # wide enough for the tables in a file
-    with signals_as_exceptions(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        good = run(Request(suites, workloads, ours, asked, rounds, quick), console, csv, chart, compare)
-    if not good:
-        raise typer.Exit(1)
-
-
-def _refuse_impossible(config: RuntimeConfig) -> None:
-    """ValueError if this machine cannot run the configuration, which would otherwise be a failed row."""
     from fastdiff.kernels.backend import HAS_TRITON, INTERPRETED
     from fastdiff.runtime.device import Runtime
+    from fastdiff.runtime.signals import signals_as_exceptions
 
-    device = Runtime.resolve(config).device
-    if config.kernels is Kernels.TRITON and not HAS_TRITON:
+    # what this machine cannot run is refused here: it would otherwise be a failed row
+    device = Runtime.resolve(ours).device
+    if ours.kernels is Kernels.TRITON and not HAS_TRITON:
         raise ValueError("kernels triton: the package triton is not installed; use auto or torch")
-    if config.kernels is Kernels.TRITON and device.type == "cpu" and not INTERPRETED:
+    if ours.kernels is Kernels.TRITON and device.type == "cpu" and not INTERPRETED:
         raise ValueError("kernels triton: they need a GPU; use auto or torch on a CPU")
+    suites = list(Suite) if suite is Suite.all else [suite]
+    if chart is not None and not set(PANELS) & set(suites):
+        raise ValueError(f"chart shows {', '.join(PANELS)}: measure one of them, or leave --chart out")
+    workloads = [Workload(model, diffusion, size, device, preset or "") for size in sizes]
+    asked = bool(set(flags) & {f.name for f in fields(RuntimeConfig)} - {"device"})
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without × still gets the figures
+    width = None if sys.stdout.isatty() else 100  # wide enough for the tables in a file
+    console = Console(width=width, markup=False, highlight=False)
+    with signals_as_exceptions(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        tables = measure_suites(suites, workloads, ours, asked, rounds, quick, console)
+        good = report(tables, device, console, csv, chart, compare)
+    if not good:
+        raise typer.Exit(1)
