@@ -1,17 +1,17 @@
 """Compare two runs: which figures moved by more than the noise."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from fastdiff.benchmarks.rows import read_rows
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from fastdiff.benchmarks.rows import Values, number, read_rows
 
-Rows = Sequence[Mapping[str, object]]
 Key = tuple[str, str, str]
 
 LEAST = 0.02
@@ -34,13 +34,12 @@ LEAST_COUNT = 0.01
 
 KEY = ("suite", "workload", "candidate")
 ENVIRONMENT = ("machine", "gpu", "torch", "triton", "commit")
-_SPEEDUP, _SECONDS = (("speedup", "speedup_p20", "speedup_p80"), ("median_s", "p20_s", "p80_s"))
+_TIMED = {"speedup": ("speedup_p20", "speedup_p80"), "median_s": ("p20_s", "p80_s")}
 _COUNTED = ("peak_gib", "gflop")
 _UNITS = {"speedup": "×", "median_s": " s", "peak_gib": " GiB", "gflop": " GFLOP"}
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A changed figure of one candidate on one workload; NaN if it was not measured."""
 
     suite: str
@@ -54,11 +53,10 @@ class Change:
     def __str__(self) -> str:
         if math.isnan(self.before) or math.isnan(self.now):
             return self.remark
-        counted = self.figure in _COUNTED
         low, high = (self.now, self.before) if self.figure == "median_s" else (self.before, self.now)
         ratio = high / low if low else math.inf
-        words = ("more", "less") if counted else ("faster", "slower")
-        share = f"{abs(ratio - 1):.1%} {words[ratio < 1]}"
+        more, less = ("more", "less") if self.figure in _COUNTED else ("faster", "slower")
+        share = f"{abs(ratio - 1):.1%} {less if ratio < 1 else more}"
         return f"{share}; {self.remark}" if self.remark else share
 
 
@@ -68,112 +66,100 @@ def read_measured(path: Path) -> list[dict[str, str]]:
     Call it before anything is measured, because the run may add its rows to the same file.
     """
     rows = read_rows(path, "compare")
-    figures = (*_SPEEDUP, *_SECONDS, *_COUNTED, "rounds")
-    wanted = {*KEY, "against", *figures, "remark", *ENVIRONMENT}
-    if not rows or not wanted <= rows[0].keys():
+    figures = {"rounds", *_UNITS}.union(*_TIMED.values())
+    if not rows or not figures.union(KEY, ENVIRONMENT, ("against", "remark")) <= rows[0].keys():
         raise ValueError(f"compare {path} holds no rows that this version's fastdiff benchmark --csv wrote")
-    for number, row in enumerate(rows, start=1):
-        if not all(_is_number(row[name]) for name in figures):
-            raise ValueError(f"compare {path} is damaged in its row {number}: name another file, or delete that row")
+    for place, row in enumerate(rows, start=1):
+        try:
+            for name in figures:
+                number(row, name)
+        except ValueError:
+            remedy = "name another file, or delete that row"
+            raise ValueError(f"compare {path} is damaged in its row {place}: {remedy}") from None
     return rows
 
 
-def moved(old: Rows, new: Rows) -> list[Change]:
+def moved(old: Sequence[Values], new: Sequence[Values]) -> list[Change]:
     """Figures of both runs that differ by more than the noise. The last of several rows of one candidate counts.
 
     A time is compared as the speedup over another candidate of the same rounds, if both runs have the same one: this
     cancels the machine's speed. It has moved if the medians are LEAST and WIDTHS apart and the intervals from p20 to
     p80 do not overlap. The baseline candidate itself has only seconds, which also move with the machine.
     """
-    before, now = _latest(old), _latest(new)
-    found = []
-    for key in now:
+    before, found = _latest(old), []
+    for key, now in _latest(new).items():
         if key not in before:
             continue
-        a, b = before[key], now[key]
-        x, y = _number(a, "median_s"), _number(b, "median_s")
+        was = before[key]
+        x, y = number(was, "median_s"), number(now, "median_s")
+        few = _few(was, now)
+        relative = was["against"] == now["against"] not in ("", key[2])
+        timed = "speedup" if relative and not few else "median_s"
+        remarks: dict[str, str] = {}  # of each figure that moved
         if math.isnan(x) != math.isnan(y):
-            remark = "measured now" if math.isnan(x) else f"not measured now; {b['remark']}".removesuffix("; ")
-            found.append(Change(*key, "median_s", x, y, remark))
-        relative = a["against"] == b["against"] not in ("", key[2])
-        figures = _SPEEDUP if relative else _SECONDS
-        if _few(a, b):
-            figures, apart = _SECONDS, y > GROSS * x or x > GROSS * y
-        else:
-            apart = _apart(a, b, figures)
-        if apart:
-            remarks = ["perhaps the machine"] * (figures is _SECONDS) + ["few rounds"] * _few(a, b)
-            x, y = _number(a, figures[0]), _number(b, figures[0])
-            found.append(Change(*key, figures[0], x, y, "; ".join(remarks)))
+            missing = f"not measured now; {now['remark']}".removesuffix("; ")
+            remarks["median_s"] = "measured now" if math.isnan(x) else missing
+        elif (x > GROSS * y or y > GROSS * x) if few else _apart(was, now, timed):
+            remarks[timed] = "; ".join(["perhaps the machine"] * (timed == "median_s") + ["few rounds"] * few)
         for figure in _COUNTED:
-            x, y = _number(a, figure), _number(b, figure)
+            x, y = number(was, figure), number(now, figure)
             if abs(y - x) > LEAST_COUNT * max(x, y):
-                found.append(Change(*key, figure, x, y))
+                remarks[figure] = ""
+        found += [Change(*key, name, number(was, name), number(now, name), said) for name, said in remarks.items()]
     return found
 
 
-def _few(*rows: Mapping[str, object]) -> bool:
+def _few(*rows: Values) -> bool:
     """Whether all rows were timed, but one of them in too few rounds to know its spread."""
-    return 0 < min(_number(row, "rounds") for row in rows) < ENOUGH
+    return 0 < min(number(row, "rounds") for row in rows) < ENOUGH
 
 
-def _apart(a: Mapping[str, object], b: Mapping[str, object], figures: tuple[str, str, str]) -> bool:
-    median, low, high = figures
-    x, y = _number(a, median), _number(b, median)
-    if not (_number(a, high) < _number(b, low) or _number(b, high) < _number(a, low)):
+def _apart(was: Values, now: Values, median: str) -> bool:
+    low, high = _TIMED[median]
+    if not (number(was, high) < number(now, low) or number(now, high) < number(was, low)):
         return False
-    width = sum((_number(row, high) - _number(row, low)) / max(1, _number(row, "rounds")) for row in (a, b)) / 2
-    return abs(y - x) > max(LEAST * x, WIDTHS * width)
+    width = sum((number(row, high) - number(row, low)) / max(1, number(row, "rounds")) for row in (was, now)) / 2
+    return abs(number(now, median) - number(was, median)) > max(LEAST * number(was, median), WIDTHS * width)
 
 
-def print_comparison(old: Rows, new: Rows, console: "Console") -> None:
+def print_comparison(old: Sequence[Values], new: Sequence[Values], console: Console) -> None:
     """Print how two runs differ: their environments, their rows, and the figures that moved."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     before, now = _latest(old), _latest(new)
     both = now.keys() & before.keys()
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
-
-    differ = []
+    differ = set()
     for name in ENVIRONMENT:
         was, is_now = (", ".join(dict.fromkeys(str(r[key][name]) for key in r if key in both)) for r in (before, now))
         if was != is_now:
-            say(f"{name}: {was} before, {is_now} now")
-            differ.append(name)
-    if {"machine", "gpu"} & set(differ):
-        say("warning: the machines differ, so the times say nothing about the code")
+            console.print(f"{name}: {was} before, {is_now} now")
+            differ.add(name)
+    if differ & {"machine", "gpu"}:
+        console.print("warning: the machines differ, so the times say nothing about the code")
     for when, rows, others in (("before", before, now), ("now", now, before)):
         alone = [key for key in rows if key not in others]
         if alone:
-            say(f"rows only {when}: {len(alone)} ({_names(alone, {key[0] for key in others})})")
+            console.print(f"rows only {when}: {len(alone)} ({_names(alone, {key[0] for key in others})})")
     unclear = sum(_few(before[key], now[key]) for key in both)
     if unclear:
         named = f"fewer than {ENOUGH}, so only a factor of {GROSS} is reported"
-        say(f"too few rounds to tell: {unclear} of {len(both)} rows have {named}")
+        console.print(f"too few rounds to tell: {unclear} of {len(both)} rows have {named}")
     changes = moved(old, new)
     if not both:
-        say("nothing to compare: no row is in both runs")
+        console.print("nothing to compare: no row is in both runs")
     elif not changes:
-        say(f"nothing moved by more than the noise, of {len(both)} rows")
+        console.print(f"nothing moved by more than the noise, of {len(both)} rows")
     else:
-        rows_moved = {(c.suite, c.workload, c.candidate) for c in changes}
-        title = f"moved by more than the noise: {len(rows_moved)} of {len(both)} rows"
+        title = f"moved by more than the noise: {len({change[:3] for change in changes})} of {len(both)} rows"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True)
-        for name in ("suite", "workload", "candidate", "before", "now", "change"):
+        for name in (*KEY, "before", "now", "change"):
             table.add_column(name, overflow="fold", no_wrap=name in ("before", "now"))
         for change in changes:
             values = (change.before, change.now)
             figures = ["" if math.isnan(value) else f"{value:.4g}{_UNITS[change.figure]}" for value in values]
-            cells = (change.suite, change.workload, change.candidate, *figures, str(change))
-            table.add_row(*map(Text, cells))
+            table.add_row(*map(Text, (*change[:3], *figures, str(change))))
         console.print(table)
 
 
-def _latest(rows: Rows) -> dict[Key, Mapping[str, object]]:
+def _latest(rows: Sequence[Values]) -> dict[Key, Values]:
     return {(str(row["suite"]), str(row["workload"]), str(row["candidate"])): row for row in rows}
 
 
@@ -183,15 +169,3 @@ def _names(keys: Sequence[Key], suites: set[str]) -> str:
     for suite, workload, candidate in keys:
         tables.setdefault((suite, workload) if suite in suites else (suite,), []).append(candidate)
     return "; ".join(", ".join(t) + (f": {', '.join(c)}" if len(t) > 1 else "") for t, c in tables.items())
-
-
-def _number(row: Mapping[str, object], name: str) -> float:
-    return float(str(row[name]))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
