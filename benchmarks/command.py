@@ -22,46 +22,42 @@ MODEL_SUITES = ("unet", "train", "sample", "step")
 ROUNDS = {"cpu": {True: 3, False: 25}, "cuda": {True: 10, False: 40}}
 """By device, and by whether the run is quick."""
 
+Measured = Iterator[list[Row] | str]
+"""The rows of each table as soon as they are measured, and the lines to print between the tables."""
+
 
 def measure_suites(
-    suites: Sequence[str],
-    workloads: Sequence[Workload],
-    ours: RuntimeConfig,
-    asked: bool,
-    rounds: int | None,
-    quick: bool,
-    console: Console,
-) -> Iterator[list[Row]]:
-    """Measure the suites; yields the rows of each table as soon as they are measured.
+    suites: Sequence[str], workloads: Sequence[Workload], asked: RuntimeConfig | None, rounds: int | None, quick: bool
+) -> Measured:
+    """Measure the suites. ``workloads`` are the same model in several batch sizes.
 
-    ``workloads`` are the same model in several batch sizes. It climbs the ladder or, if ``asked``, only the plain path
-    and ``ours`` are measured.
+    The model climbs the ladder; with ``asked`` only the plain path and these settings are measured.
     """
     device = workloads[0].device
     each = rounds or ROUNDS[device.type][quick]
     if "kernels" in suites:
-        yield from _kernels(device, each, quick, console)
+        yield from _kernels(device, each, quick)
     from_model = [suite for suite in MODEL_SUITES if suite in suites]
     for workload in workloads if from_model else ():
-        yield from _models(from_model, workload, ours if asked else None, each, console)
+        yield from _models(from_model, workload, asked, each)
         gc.collect()  # frees the models' memory for the next ones
     if "data" in suites:
         yield from _grouped("data", _data(quick, device, rounds))
     if "growth" in suites:
         from fastdiff.benchmarks.growth import measure_growth
 
-        yield from _grouped("growth", measure_growth(workloads[0], ours, quick, rounds))
+        yield from _grouped("growth", measure_growth(workloads[0], asked or RuntimeConfig(), quick, rounds))
 
 
-def _kernels(device: torch.device, rounds: int, quick: bool, console: Console) -> Iterator[list[Row]]:
+def _kernels(device: torch.device, rounds: int, quick: bool) -> Measured:
     from fastdiff.benchmarks.cases import cases
     from fastdiff.benchmarks.kernels import measure_all
     from fastdiff.benchmarks.roofline import measure_roofline
 
     if device.type == "cpu":
-        console.print("kernels: no GPU, so these are CPU figures of the PyTorch implementations, at small sizes")
+        yield "kernels: no GPU, so these are CPU figures of the PyTorch implementations, at small sizes"
     roofline = measure_roofline(device, torch.bfloat16)
-    console.print(f"measured here in bf16: {roofline}")
+    yield f"measured here in bf16: {roofline}"
     found = list(cases(device))
     if quick:  # the first of each
         found = list({(case.op, case.layout): case for case in reversed(found)}.values())[::-1]
@@ -69,9 +65,7 @@ def _kernels(device: torch.device, rounds: int, quick: bool, console: Console) -
         yield [one.row(roofline) for one in measured]
 
 
-def _models(
-    suites: Sequence[str], workload: Workload, asked: RuntimeConfig | None, rounds: int, console: Console
-) -> Iterator[list[Row]]:
+def _models(suites: Sequence[str], workload: Workload, asked: RuntimeConfig | None, rounds: int) -> Measured:
     from fastdiff.benchmarks.ladder import Models, as_asked, ladder
     from fastdiff.benchmarks.peers import missing
     from fastdiff.benchmarks.suites import Ceilings, against_diffusers, measure, measure_step
@@ -80,8 +74,9 @@ def _models(
     device, models = workload.device, Models(workload)
     climbed = {s: as_asked(s, asked, device) if asked else ladder(s, device) for s in suites}
     roofline = Ceilings(workload, itertools.chain(*climbed.values()))
-    console.print(f"{workload}: {models.num_parameters / 1e6:.2f} M parameters", *missing(), sep="\n")
-    console.print("building and checking; compiling takes a minute or two when its cache is cold ...")
+    yield f"{workload}: {models.num_parameters / 1e6:.2f} M parameters"
+    yield from missing()
+    yield "building and checking; compiling takes a minute or two when its cache is cold ..."
     for suite, rungs in climbed.items():
         if suite == "step":
             rows = measure_step(models, rungs[-1], roofline, rounds)
@@ -89,9 +84,8 @@ def _models(
             rows = measure(suite, models, rungs, roofline, rounds)
         yield rows
         for precision, measured in roofline.best.items():
-            console.print(f"measured here in {precision}: {measured}")
-        for line in against_diffusers(rows):
-            console.print(line)
+            yield f"measured here in {precision}: {measured}"
+        yield from against_diffusers(rows)
 
 
 def _data(quick: bool, device: torch.device, rounds: int | None) -> Iterator[Row]:
@@ -115,7 +109,7 @@ def _grouped(suite: str, rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def report(
-    tables: Iterable[list[Row]],
+    tables: Measured,
     device: torch.device,
     console: Console,
     csv: Path | None,
@@ -136,17 +130,17 @@ def report(
         check_chart(chart)
     old = None if compare is None else read_measured(compare)
     rows: list[Values] = []
-    unsaved: list[Values] = []
-    refusal, good = "", True
+    saved, refusal, good = 0, "", True
     for table in tables:
+        if isinstance(table, str):
+            console.print(table)
+            continue
         measured = with_against(table)
-        values = [row.as_dict() | about for row in measured]
-        rows += values
-        unsaved += values
+        rows += [row.as_dict() | about for row in measured]
         try:  # before printing, which may fail
             if csv is not None:
-                append_rows(csv, unsaved)
-                unsaved, refusal = [], ""
+                append_rows(csv, rows[saved:])
+                saved, refusal = len(rows), ""
         except (ValueError, OSError) as error:
             refusal = str(error)
         print_rows(measured, console)
@@ -155,7 +149,8 @@ def report(
         good = good and not any(row.failed for row in measured)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     if csv is not None:
-        console.print(f"error: {refusal}: {len(unsaved)} rows are not saved" if refusal else f"rows added to {csv}")
+        lost = f"error: {refusal}: {len(rows) - saved} rows are not saved"
+        console.print(lost if refusal else f"rows added to {csv}")
         good = good and not refusal
     if old is not None:
         print_comparison(old, rows, console)

@@ -83,13 +83,13 @@ def benchmark(
     if chart is not None and not set(PANELS) & set(suites):
         raise ValueError(f"chart shows {', '.join(PANELS)}: measure one of them, or leave --chart out")
     workloads = [Workload(model, diffusion, size, device, preset or "") for size in sizes]
-    asked = bool(set(flags) & {f.name for f in fields(RuntimeConfig)} - {"device"})
+    asked = ours if set(flags) & {f.name for f in fields(RuntimeConfig)} - {"device"} else None
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without × still gets the figures
     width = None if sys.stdout.isatty() else 100  # wide enough for the tables in a file
     console = Console(width=width, markup=False, highlight=False)
     with signals_as_exceptions(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        tables = measure_suites(suites, workloads, ours, asked, rounds, quick, console)
+        tables = measure_suites(suites, workloads, asked, rounds, quick)
         good = report(tables, device, console, csv, chart, compare)
     if not good:
         raise typer.Exit(1)
