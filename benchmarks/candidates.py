@@ -335,7 +335,10 @@ def stepping(models: Models, rung: Rung) -> Job:
     def check() -> None:
         expected = models.plain("step", lambda plain: few_steps(loop_of(plain, graphs=False)))
         tolerance = TOLERANCE[candidate.runtime.precision]
-        require_close(few_steps(loop), expected, tolerance, "differs from the plain path", "step")
+        found = few_steps(loop)
+        require_close(found, expected, tolerance, "differs from the plain path", "step")
+        alone = few_steps(loop_of(candidate, graphs=False))
+        require_close(found, alone, TOLERANCE[Precision.FP32], "differs from the steps without a graph", "step")
 
     return Job(run, candidate.module.parameters, check, steady=True)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.benchmarks.rows import Values, number, refuse_unwritable_file
-from fastdiff.checkpoint import replacing
 from fastdiff.evaluation.plot import refuse_without_matplotlib
+from fastdiff.runtime.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

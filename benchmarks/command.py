@@ -22,13 +22,13 @@ MODEL_SUITES = ("unet", "train", "sample", "step")
 ROUNDS = {"cpu": {True: 3, False: 25}, "cuda": {True: 10, False: 40}}
 """By device, and by whether the run is quick."""
 
-Measured = Iterator[list[Row] | str]
+Tables = Iterator[list[Row] | str]
 """The rows of each table as soon as they are measured, and the lines to print between the tables."""
 
 
 def measure_suites(
     suites: Sequence[str], workloads: Sequence[Workload], asked: RuntimeConfig | None, rounds: int | None, quick: bool
-) -> Measured:
+) -> Tables:
     """Measure the suites. ``workloads`` are the same model in several batch sizes.
 
     The model climbs the ladder; with ``asked`` only the plain path and these settings are measured.
@@ -49,7 +49,7 @@ def measure_suites(
         yield from _grouped("growth", measure_growth(workloads[0], asked or RuntimeConfig(), quick, rounds))
 
 
-def _kernels(device: torch.device, rounds: int, quick: bool) -> Measured:
+def _kernels(device: torch.device, rounds: int, quick: bool) -> Tables:
     from fastdiff.benchmarks.cases import cases
     from fastdiff.benchmarks.kernels import measure_all
     from fastdiff.benchmarks.roofline import measure_roofline
@@ -65,7 +65,7 @@ def _kernels(device: torch.device, rounds: int, quick: bool) -> Measured:
         yield [one.row(roofline) for one in measured]
 
 
-def _models(suites: Sequence[str], workload: Workload, asked: RuntimeConfig | None, rounds: int) -> Measured:
+def _models(suites: Sequence[str], workload: Workload, asked: RuntimeConfig | None, rounds: int) -> Tables:
     from fastdiff.benchmarks.ladder import Models, as_asked, ladder
     from fastdiff.benchmarks.peers import missing
     from fastdiff.benchmarks.suites import Ceilings, against_diffusers, measure, measure_step
@@ -109,7 +109,7 @@ def _grouped(suite: str, rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def report(
-    tables: Measured,
+    tables: Tables,
     device: torch.device,
     console: Console,
     csv: Path | None,
@@ -131,23 +131,29 @@ def report(
     old = None if compare is None else read_measured(compare)
     rows: list[Values] = []
     saved, refusal, good = 0, "", True
+
+    def save() -> None:
+        nonlocal saved, refusal
+        try:
+            if csv is not None and len(rows) > saved:
+                append_rows(csv, rows[saved:])
+                saved, refusal = len(rows), ""
+        except (ValueError, OSError) as error:
+            refusal = str(error)
+
     for table in tables:
         if isinstance(table, str):
             console.print(table)
             continue
         measured = with_against(table)
         rows += [row.as_dict() | about for row in measured]
-        try:  # before printing, which may fail
-            if csv is not None:
-                append_rows(csv, rows[saved:])
-                saved, refusal = len(rows), ""
-        except (ValueError, OSError) as error:
-            refusal = str(error)
+        save()  # before printing, which may fail
         print_rows(measured, console)
         if refusal:
             console.print(f"warning: {refusal}")  # unsaved rows are added with the next ones
         good = good and not any(row.failed for row in measured)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    save()
     if csv is not None:
         lost = f"error: {refusal}: {len(rows) - saved} rows are not saved"
         console.print(lost if refusal else f"rows added to {csv}")

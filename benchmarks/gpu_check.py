@@ -1,6 +1,6 @@
 """The parts of gpu_check.sh that measure: ``python -m fastdiff.benchmarks.gpu_check targets --csv rows.csv``.
 
-Needs only PyTorch, Triton and numpy, and starts nothing more when its seconds are over.
+targets and tune need only PyTorch, Triton and numpy. Nothing more is started when the seconds are over.
 """
 
 import argparse
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 def targets(device: torch.device, csv: Path, deadline: float) -> None:
-    """Time every kernel and its alternatives, then print the verdicts on the marks."""
+    """Time every kernel and its alternatives, then print the verdicts on the targets."""
     about = environment(device)
     on_gpu = device.type == "cuda"
-    roofline = measure_roofline(device, torch.bfloat16 if on_gpu else torch.float32)  # the cases' dtype
-    print(f"in {'bf16' if on_gpu else 'fp32'}: {roofline}")
+    roofline = measure_roofline(device, torch.bfloat16)  # the dtype of norm and attention
+    print(f"in bf16: {roofline}")
     found: list[Measured] = []
     for measured in measure_all(cases(device), 20 if on_gpu else 2, device):
         _keep([one.row(roofline) for one in measured], csv, about)

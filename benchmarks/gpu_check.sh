@@ -3,10 +3,10 @@
 #
 #   benchmarks/gpu_check.sh [correct|sanitize|targets|tune|model|sample] ...     (without a part: all of them)
 #
-# Needs a checkout and a Python with PyTorch, Triton, numpy and pytest; model and sample also need Pillow and
-# safetensors. pytest-xdist and Liger are used if present. Only sample may need more than one run: it resumes. Rows are
-# written to $OUT (default: gpu_check) as soon as they are measured, so that an interrupted run keeps them. Without a
-# GPU the kernels are interpreted and the figures are those of a small CPU run, which only shows that the script works.
+# Needs a checkout and a Python with PyTorch, Triton, numpy, pytest, Pillow and safetensors. pytest-xdist and Liger are
+# used if present. Only sample may need more than one run: it resumes. Rows are written to $OUT (default: gpu_check) when
+# their table is complete, so that an interrupted run keeps them. Without a GPU the kernels are interpreted and the
+# figures are those of a small CPU run, which only shows that the script works.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=$(realpath -m "${OUT:-gpu_check}")

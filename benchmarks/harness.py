@@ -173,6 +173,8 @@ def host_calls(step: Callable[[], object], device: torch.device) -> str:
     try:
         for _ in range(STEPS):
             step()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         waits = f"waits for the device: {' '.join(str(error).split())[:200]}"
     finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdiff.benchmarks.harness import Timing
-from fastdiff.checkpoint import refuse_unwritable
+from fastdiff.runtime.files import refuse_unwritable
 
 Values = Mapping[str, object]
 """A CSV row by its columns. Its figures are numbers or, if it was read from a file, text."""

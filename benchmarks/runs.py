@@ -80,7 +80,7 @@ def _training(
 
 
 def _error(said: IO[str]) -> str:
-    """A run's first line with an error message, else the last line of its output, without torchrun's rules."""
+    """A run's first line with an error message, else the last line of its output, without torchrun's lines of =."""
     said.seek(0)
     lines = [text for line in said if (text := line.strip(" =\n"))] or ["fastdiff train printed nothing"]
     return next((line for line in lines if "error: " in line.lower()), lines[-1])

@@ -236,7 +236,10 @@ class _Table:
             if name in errors:
                 row = _without_time(row, errors[name], max(0, allocated - entry.held), entry.ours)
             elif entry.steady and entry.run is not None:
-                row = replace(row, remark=host_calls(entry.run, device))
+                try:
+                    row = replace(row, remark=host_calls(entry.run, device))
+                except RuntimeError as error:  # it has its time, and the others continue
+                    row = replace(row, remark=_without_time(row, error, 0, entry.ours).remark)
             if entry.precision is not None and entry.work is not None:
                 known = roofline.get(entry.precision, UNKNOWN)
                 row = replace(row, limit_s=known.limit(entry.work, DTYPES[entry.precision]))

@@ -1,4 +1,4 @@
-"""The marks that the kernels must reach on a GPU, and the worst figure of a run for each."""
+"""The targets that the kernels must reach on a GPU, and the worst figure of a run for each."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,30 +15,30 @@ LARGE = 64 * 2**20
 
 
 Figures = Iterable[tuple[float, str]]
-"""Values for a mark, each with where it was measured."""
+"""Values for a target, each with where it was measured."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A mark, and the worst figure of a run for it."""
+    """A target, and the worst figure of a run for it."""
 
     what: str
-    mark: float
+    target: float
     worst: float
     where: str
 
     @classmethod
-    def on(cls, what: str, mark: float, figures: Figures) -> Self:
+    def on(cls, what: str, target: float, figures: Figures) -> Self:
         """The verdict on the figures; neither met nor missed if there are none."""
-        return cls(what, mark, *min(figures, default=(math.nan, "not measured")))
+        return cls(what, target, *min(figures, default=(math.nan, "not measured")))
 
     def __str__(self) -> str:
-        met = "      " if math.isnan(self.worst) else "met   " if self.worst >= self.mark else "MISSED"
-        return f"{met} {self.what}: {self.worst:.2f}, expected at least {self.mark:.2f} ({self.where})"
+        met = "      " if math.isnan(self.worst) else "met   " if self.worst >= self.target else "MISSED"
+        return f"{met} {self.what}: {self.worst:.2f}, expected at least {self.target:.2f} ({self.where})"
 
 
 def verdicts(rows: Sequence[Measured], roofline: Roofline) -> list[Verdict]:
-    """Verdicts on every mark, from the rows: shares of the floor, and ratios of a rival's time to ours."""
+    """Verdicts on every target, from the rows: shares of the floor, and ratios of a rival's time to ours."""
 
     def ours(op: str, direction: str) -> list[Measured]:
         return [r for r in rows if (r.candidate, r.case.op, r.direction) == ("triton", op, direction)]
@@ -60,7 +60,7 @@ def verdicts(rows: Sequence[Measured], roofline: Roofline) -> list[Verdict]:
                 f"norm {direction}, 8 and 16 pixels, against eager and compile", 1.0, _ratios(small, rows, *rivals)
             ),
         ]
-    for direction, share, mark in (("forward", 0.6, 0.97), ("backward", 0.5, 1.0)):
+    for direction, share, target in (("forward", 0.6, 0.97), ("backward", 0.5, 1.0)):
         attentions = [(r, int(r.case.shape.split()[1].removeprefix("T"))) for r in ours("attention", direction)]
         short = [r for r, tokens in attentions if tokens in (64, 256)]
         up_to_512 = [r for r, tokens in attentions if tokens <= 512]
@@ -68,7 +68,7 @@ def verdicts(rows: Sequence[Measured], roofline: Roofline) -> list[Verdict]:
         found += [
             Verdict.on(f"attention {direction}, 64 and 256 tokens, share of the roof", share, shares(short)),
             Verdict.on(f"attention {direction}, up to 512 tokens, against SDPA", 1.0, _ratios(up_to_512, rows, "SDPA")),
-            Verdict.on(f"attention {direction}, 1024 tokens, against SDPA", mark, _ratios(with_1024, rows, "SDPA")),
+            Verdict.on(f"attention {direction}, 1024 tokens, against SDPA", target, _ratios(with_1024, rows, "SDPA")),
         ]
     found.append(Verdict.on("diffusion_step, share of the floor", 0.8, shares(ours("diffusion_step", "forward"))))
     for direction in ("forward", "backward"):
@@ -99,7 +99,7 @@ def _layouts(norms: Sequence[Measured]) -> Figures:
 
 
 def training_verdicts(rows: Sequence[Row], peak_flops: float | None = None) -> list[Verdict]:
-    """Verdicts on the marks of a training step, from the rows of the suite train on a GPU.
+    """Verdicts on the targets of a training step, from the rows of the suite train on a GPU.
 
     The model FLOPs utilisation refers to the device's ``peak_flops`` per second. If they are unknown, the share of the
     measured limit takes its place.
@@ -125,7 +125,7 @@ SAMPLING = {1: 1.6, 16: 1.6, 256: 1.0}
 
 
 def sampling_verdicts(rows: Sequence[Mapping[str, str]]) -> list[Verdict]:
-    """Verdicts on a sampling step's marks, from a CSV file's rows of the suite step: speed, one launch, no wait."""
+    """Verdicts on a sampling step's targets, from a CSV file's rows of the suite step: speed, one launch, no wait."""
     ours = {row["workload"]: row for row in rows if row["candidate"] == "model call and step"}
     faster: dict[int, list[tuple[float, str]]] = {size: [] for size in SAMPLING}
     for row in rows:
@@ -137,11 +137,14 @@ def sampling_verdicts(rows: Sequence[Mapping[str, str]]) -> list[Verdict]:
             ratio = seconds / float(ours[workload]["median_s"])
             figures += [] if math.isnan(ratio) else [(ratio, f"{workload}, {row['candidate']}")]
     found = [
-        Verdict.on(f"sampling step, batch {size}, against max-autotune", mark, faster[size])
-        for size, mark in SAMPLING.items()
+        Verdict.on(f"sampling step, batch {size}, against max-autotune", target, faster[size])
+        for size, target in SAMPLING.items()
     ]
     watched = {workload: row["remark"] for workload, row in ours.items() if row["remark"].startswith("graph launches")}
-    for what, said in (("is one graph's launch and nothing else", ALONE), ("waits never", "no wait for the device")):
+    for what, said in (
+        ("is one graph's launch and nothing else", ALONE),
+        ("never waits for the device", "no wait for the device"),
+    ):
         figures = [(float(said in remark), workload) for workload, remark in watched.items()]
         found.append(Verdict.on(f"sampling step {what}", 1.0, figures))
     return found

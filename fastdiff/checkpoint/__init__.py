@@ -35,7 +35,6 @@ from fastdiff.checkpoint.steps import (
     verify_step,
     write_manifest,
 )
-from fastdiff.runtime.files import refuse_unwritable, replacing
 
 __all__ = [
     "FORMAT",
@@ -58,9 +57,7 @@ __all__ = [
     "read_tensors",
     "read_weights",
     "refuse_other_architecture",
-    "refuse_unwritable",
     "remove_leftovers",
-    "replacing",
     "run_and_step",
     "save_checkpoint",
     "saved_steps",

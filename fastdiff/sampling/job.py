@@ -219,9 +219,8 @@ def settings_of(
     super_res: Path | None = None,
     base_samples: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the images of a job, as values for JSON, with the SHA-256 of every file that it reads.
-
-    No two different jobs have equal settings.
+    """Everything that determines the images of a job, as values for JSON: the SHA-256 of each file that it reads or, of
+    a folder's images, their names and sizes.
     """
     settings = plan.config.to_dict()
     del settings["batch_size"]  # does not determine the images, nor do device, kernels and torch.compile

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoint import replacing
+from fastdiff.runtime.files import replacing
 from fastdiff.training.trackers import Sink
 
 TERMS = ("loss", "mse", "vb")

@@ -41,8 +41,7 @@ class Saver:
         self.run_dir = run_dir
         self.config = config
         self.log = log
-        # of the newest checkpoint that this saver wrote or, if the caller sets it, that the run resumed from
-        self.saved_step = 0
+        self.saved_step = 0  # of the newest checkpoint that this saver wrote
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._last: Future[None] | None = None
 

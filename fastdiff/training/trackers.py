@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastdiff.checkpoint import replacing
 from fastdiff.config import Tracker, TrainConfig
+from fastdiff.runtime.files import replacing
 
 PROJECT = "fastdiff"
 """The project name of every run in Weights & Biases and trackio."""

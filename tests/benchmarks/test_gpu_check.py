@@ -33,7 +33,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu_check.targets(CPU, tmp_path / "rows.csv", math.inf)
     rows = rows_of(tmp_path / "rows.csv")
     assert {row["workload"].split(",")[0] for row in rows} == {"group_norm_silu forward", "group_norm_silu backward"}

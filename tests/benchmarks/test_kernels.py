@@ -1,4 +1,4 @@
-"""The kernels' benchmark: checked before it is timed, honest rows, and marks judged by the worst figure."""
+"""The kernels' benchmark: checked before it is timed, honest rows, and targets judged by the worst figure."""
 
 import dataclasses
 import math
@@ -171,7 +171,7 @@ def test_a_training_step_is_judged_by_the_slower_of_ours() -> None:
     _, utilisation = training_verdicts(rows, peak_flops=1e15)
     assert (utilisation.what, utilisation.worst) == ("training step, MFU", pytest.approx(0.5))
     faster, share = training_verdicts([step("+ compile", 1.2), step("trainer", None)])
-    assert (faster.worst, share.worst) == (0, 0)  # what has no time misses its mark
+    assert (faster.worst, share.worst) == (0, 0)  # what has no time misses its target
     assert all(math.isnan(v.worst) for v in training_verdicts([step("plain", 4.0), step("+ compile", 1.2)]))
 
 

@@ -337,7 +337,7 @@ def test_a_graph_that_changes_the_images_is_not_timed(monkeypatch: pytest.Monkey
 
     def wrong(loop: Loop) -> None:
         step(loop)
-        if loop._graphs_wanted and loop.left == 1:  # the second step, from which on a GPU replays the graph
+        if loop._graphs_wanted and loop.left == 1:  # on a GPU the graph is replayed from the second step on
             loop.x.mul_(1.5)
 
     monkeypatch.setattr(Loop, "step", wrong)

@@ -17,11 +17,11 @@ from fastdiff.checkpoint import (
     find_checkpoint,
     manifest_path,
     remove_leftovers,
-    replacing,
     saved_steps,
     verify_step,
     write_manifest,
 )
+from fastdiff.runtime.files import replacing
 
 from .support import names
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.runtime.files import replacing, whole
+from fastdiff.runtime.files import replacing, replacing_folder, whole
 
 from ..data.archive_support import found_below
 
@@ -44,6 +44,31 @@ def make(kind: str) -> Callable[[Path], object]:
     return {"file": lambda path: path.write_text("new"), "folder": lambda path: (path / "sub").mkdir(parents=True)}[
         kind
     ]
+
+
+def test_a_folder_returns_if_the_new_one_cannot_take_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "model", Path.rename
+
+    def write(text: str) -> None:
+        with replacing_folder(path) as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text(text)
+
+    def fails_for_the_new_one(own: Path, to: Path) -> Path:
+        if (own / "file").read_text() == "new":
+            raise OSError("no")
+        return rename(own, to)
+
+    write("old")
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="no"):
+        write("new")
+    assert (path / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    write("new")
+    assert (path / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
