@@ -87,6 +87,13 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if x.device.type in HAVE_AUTOCAST else nullcontext()
 
 
+def require_one_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise a ValueError that names the first tensor on another device than ``x``: a kernel would read its address."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but the input on {x.device}: move it there")
+
+
 def require(holds: bool, op: str, message: str, *values: Any) -> None:
     """Raise a ValueError that names the operation unless ``holds``. The message is formatted only if it is needed."""
     if not holds:

@@ -14,6 +14,8 @@ if HAS_TRITON:
 
 MOST_TOKENS = 4096
 FASTEST_UP_TO = 1024
+WIDE, WIDE_FASTEST_UP_TO = 96, 511
+"""Tokens up to which the kernels are expected to be the fastest, for head dimensions below WIDE and from it on."""
 
 
 def attention(qkv: Tensor, heads: int, *, backend: Backend | str = Backend.AUTO) -> Tensor:
@@ -30,7 +32,12 @@ def attention(qkv: Tensor, heads: int, *, backend: Backend | str = Backend.AUTO)
     qkv = _autocast(qkv)
     tokens, head_dim = qkv.shape[1], qkv.shape[2] // (3 * heads)
     run = choose(
-        "attention", backend, IMPLEMENTATIONS, qkv, _refusal(tokens, head_dim), _kernels_win(tokens, qkv.dtype)
+        "attention",
+        backend,
+        IMPLEMENTATIONS,
+        qkv,
+        _refusal(tokens, head_dim),
+        _kernels_win(tokens, head_dim, qkv.dtype),
     )
     return run(qkv, heads)
 
@@ -44,15 +51,15 @@ def _refusal(tokens: int, head_dim: int) -> str:
     return ""
 
 
-def _kernels_win(tokens: int, dtype: torch.dtype) -> bool:
+def _kernels_win(tokens: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernels are expected to be faster than the best SDPA with its split and concatenation.
 
     This is not measured yet: it rests on byte counts and published figures. Up to 256 tokens attention is memory-bound,
     and the packed gradient saves a concatenation. At 1024 tokens Triton's tutorial kernel reaches 0.75 to 0.95 of
-    FlashAttention-3, at more tokens less. In fp32 the kernels use no tensor cores. ``benchmarks/gpu_check.sh targets``
-    measures what this should be.
+    FlashAttention-3, at more tokens less; at larger head dimensions it falls behind from 512 tokens on. In fp32 the
+    kernels use no tensor cores. ``benchmarks/gpu_check.sh targets`` measures what this should be.
     """
-    return dtype is not torch.float32 and tokens <= FASTEST_UP_TO
+    return dtype is not torch.float32 and tokens <= (FASTEST_UP_TO if head_dim < WIDE else WIDE_FASTEST_UP_TO)
 
 
 def _autocast(qkv: Tensor) -> Tensor:

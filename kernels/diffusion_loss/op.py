@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require
+from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require, require_one_device
 from fastdiff.kernels.diffusion_loss import reference
 from fastdiff.kernels.gaussian import LossType, ModelMeanType, ModelVarType
 from fastdiff.kernels.gaussian.arguments import refusal, require_process
@@ -47,14 +47,15 @@ def diffusion_loss(
 
     model_output: (N, C, *spatial), or (N, 2C, *spatial) if the variance is learned. x_start, x_t, noise:
     (N, C, *spatial). All may have any strides. t: (N,) int64 in 0..T-1 on the device; its values are not checked.
-    tables: (T, len(TABLES)), float64 if x_t is float64, otherwise fp32. ValueError if shapes do not match or the
-    backend cannot run: the kernels have a gradient only for model_output.
+    tables: (T, len(TABLES)), float64 if x_t is float64, otherwise fp32. ValueError if shapes or devices do not match
+    or the backend cannot run: the kernels have a gradient only for model_output.
     """
     op = "diffusion_loss"
     mean_type, var_type, loss_type = ModelMeanType(mean_type), ModelVarType(var_type), LossType(loss_type)
     require_process(op, x_t, model_output, t, tables, var_type)
     for name, tensor in (("x_start", x_start), ("noise", noise)):
         require(tensor.shape == x_t.shape, op, "{} must be {}, not {}", name, tuple(x_t.shape), tuple(tensor.shape))
+    require_one_device(op, x_t, model_output=model_output, x_start=x_start, noise=noise, t=t, tables=tables)
     others = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_start, x_t, noise))
     unfit = "has a gradient for model_output alone" if others else refusal(model_output, x_start, noise)
     run = choose(op, backend, IMPLEMENTATIONS, x_t, unfit)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require
+from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require, require_one_device
 from fastdiff.kernels.diffusion_step import reference
 from fastdiff.kernels.gaussian import ModelMeanType, ModelVarType, Sampler
 from fastdiff.kernels.gaussian.arguments import refusal, require_process
@@ -53,7 +53,8 @@ def diffusion_step(
     neither batch nor layout. At t = 0 no noise is added.
 
     Returns sample and, if requested, pred_xstart, with x's shape and the tables' dtype. There is no host sync.
-    ValueError if shapes do not match, the noise is missing, or the backend cannot run: the kernel has no gradient.
+    ValueError if shapes or devices do not match, the noise is missing, or the backend cannot run: the kernel has no
+    gradient.
     """
     op = "diffusion_step"
     mean_type, var_type, sampler = ModelMeanType(mean_type), ModelVarType(var_type), Sampler(sampler)
@@ -68,6 +69,7 @@ def diffusion_step(
     if samples is not None:
         fits = samples.shape == t.shape and samples.dtype is torch.int64
         require(fits, op, "samples must be ({},) int64, not {} {}", len(x), tuple(samples.shape), samples.dtype)
+    require_one_device(op, x, model_output=model_output, t=t, tables=tables, noise=noise, samples=samples)
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, model_output, noise))
     differentiable = wanted and torch.is_grad_enabled()
     unfit = "has no gradient: call it under torch.no_grad()" if differentiable else refusal(model_output, noise)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require, without_autocast
+from fastdiff.kernels.backend import HAS_TRITON, Backend, choose, require, require_one_device, without_autocast
 from fastdiff.kernels.group_norm_silu import pytorch, reference
 
 IMPLEMENTATIONS = {Backend.TORCH: pytorch.group_norm_silu, Backend.REFERENCE: reference.group_norm_silu}
@@ -31,8 +31,8 @@ def group_norm_silu(
     per sample and group, in fp32.
 
     x: (N, C, *spatial) of any floating-point dtype, contiguous or channels_last; weight, bias: (C,); scale, shift:
-    (N, C) or None. Returns y with x's shape, dtype and memory format. ValueError if shapes do not match or the backend
-    cannot run.
+    (N, C) or None. Returns y with x's shape, dtype and memory format. ValueError if shapes or devices do not match,
+    or the backend cannot run.
     """
     op = "group_norm_silu"
     require(x.ndim >= 3, op, "x must be (N, C, *spatial), not {}", tuple(x.shape))
@@ -47,6 +47,7 @@ def group_norm_silu(
         require(
             fits, op, "{} must be (N, C) = {}, not {}", name, tuple(x.shape[:2]), tuple(getattr(optional, "shape", ()))
         )
+    require_one_device(op, x, weight=weight, bias=bias, scale=scale, shift=shift)
     run = choose(op, backend, IMPLEMENTATIONS, x, _refusal(weight, bias, scale, shift))
     # Autocast would run the norm, and with it everything after, in fp32. Here x's dtype decides the precision.
     with without_autocast(x):

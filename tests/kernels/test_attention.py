@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdiff.kernels import attention
+from fastdiff.kernels.attention.op import _kernels_win
 from fastdiff.kernels.attention.pytorch import CPU_PRODUCTS_UP_TO
 
 from .attention_formula import VIEWS, run
@@ -103,6 +104,22 @@ def test_runs_under_autocast(backend: str, tokens: int) -> None:
 def test_auto_is_torch_on_a_cpu() -> None:
     qkv = random(2, 17, 144, seed=1)
     assert torch.equal(attention(qkv, 3), attention(qkv, 3, backend="torch"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "dtype", "ours"),
+    [
+        (1024, 64, torch.bfloat16, True),
+        (1024, 88, torch.float16, True),
+        (1025, 64, torch.bfloat16, False),
+        (256, 192, torch.bfloat16, True),
+        (511, 96, torch.bfloat16, True),
+        (512, 96, torch.bfloat16, False),
+        (64, 64, torch.float32, False),
+    ],
+)
+def test_where_the_kernels_are_expected_to_win(tokens: int, head_dim: int, dtype: torch.dtype, ours: bool) -> None:
+    assert _kernels_win(tokens, head_dim, dtype) == ours
 
 
 BAD: list[tuple[tuple[int, ...], Any, str]] = [

@@ -61,6 +61,35 @@ def test_triton_runs(backend: str, op: str) -> None:
     assert torch.isfinite(OPS[op](backend)).all()
 
 
+ARGUMENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "group_norm_silu": (
+        group_norm_silu,
+        {"x": image(32), "weight": torch.ones(32), "bias": torch.ones(32), "scale": torch.ones(1, 32)},
+    ),
+    "diffusion_step": (
+        diffusion_step,
+        {"x": image(3), "model_output": image(6), "t": t(), "tables": TABLES_OF_10, "noise": image(3)},
+    ),
+    "diffusion_loss": (
+        diffusion_loss,
+        {"x_t": image(3), "model_output": image(6), "x_start": image(3), "noise": image(3), "t": t()}
+        | {"tables": TABLES_OF_10},
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_a_tensor_on_another_device_is_named(op: str, backend: str) -> None:
+    run, arguments = ARGUMENTS[op]
+    first, *others = arguments = {name: tensor.to(DEVICE) for name, tensor in arguments.items()}
+    run(**arguments, backend=backend)
+    for name in others:
+        message = f"^{op}: {name} is on meta, but the input on {arguments[first].device}: move it there$"
+        with pytest.raises(ValueError, match=message):
+            run(**arguments | {name: arguments[name].to("meta")}, backend=backend)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_triton_refuses_float64_and_auto_does_not(op: str) -> None:
     with pytest.raises(
