@@ -3,13 +3,15 @@
 Within kernels/ only files named kernel.py import this module, because it needs Triton.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
@@ -26,6 +28,8 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
+MOST_CALLS = 4096
+"""Different calls of one operator whose launches are kept."""
 
 
 @contextmanager
@@ -49,21 +53,138 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
     elif all(grid):
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        with _on(device):
+            compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        if _call.launches is not None:
+            _call.launches.append((compiled, Launch(kernel, grid, arguments, num_warps, num_stages)))
 
 
-def register(implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+class _Call(threading.local):
+    """The launches and temporaries of the operator that this thread prepares; autograd has threads of its own."""
+
+    launches: list[tuple[Any, Launch]] | None = None
+    temporaries: list[Tensor]
+
+
+_call = _Call()
+
+
+def temporary(size: Sequence[int], device: torch.device) -> Tensor:
+    """An uninitialised fp32 tensor that an operator's kernels write and read, and nothing else does."""
+    tensor = torch.empty(size, dtype=torch.float32, device=device)
+    if _call.launches is not None:
+        _call.temporaries.append(tensor)
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The launches of an operator for equal calls, and what they need: only the addresses differ."""
+
+    allocated: Sequence[tuple[Any, Any, torch.dtype]]  # size, stride and dtype of the outputs and temporaries
+    outputs: int
+    launches: Sequence[tuple[Any, list[Any], Sequence[tuple[int, int, int]]]]  # positions, tensors and byte offsets
+
+    def __call__(self, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Launch, and return the outputs."""
+        fresh = [
+            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.allocated
+        ]
+        addresses = [tensor.data_ptr() for tensor in (*inputs, *fresh)]
+        with _on(device):
+            for run, values, places in self.launches:
+                arguments = values.copy()
+                for position, tensor, offset in places:
+                    arguments[position] = addresses[tensor] + offset
+                run(*arguments)
+        return fresh[: self.outputs]
+
+
+def _prepared(
+    launches: Sequence[tuple[Any, Launch]], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> _Prepared | None:
+    """None if it is not clear which tensor an address is: of two equal inputs, or of none, such as an input's copy."""
+    fresh = [*outputs, *_call.temporaries]
+    ranges = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in (*inputs, *fresh)]
+    if len({start for start, _ in ranges[: len(inputs)]}) < len(inputs):
+        return None
+    prepared = []
+    for compiled, launch in launches:
+        values: list[Any] = []
+        places = []
+        for parameter in launch.kernel.params:
+            value = launch.arguments.get(parameter.name, parameter.default)
+            if isinstance(value, Tensor):
+                address = value.data_ptr()
+                found = [i for i, (start, _) in enumerate(ranges) if start == address]
+                found = found or [i for i, (start, end) in enumerate(ranges) if start <= address < end]
+                if not found:
+                    return None
+                places.append((len(values), found[0], address - ranges[found[0]][0]))
+                value = 0
+            values.append(value)
+        prepared.append((compiled[(*launch.grid, 1, 1)[:3]], values, places))
+    return _Prepared([(t.size(), t.stride(), t.dtype) for t in fresh], len(outputs), prepared)
+
+
+def _repeating(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation of an operator on GPUs, which works out its launches once for equal calls.
+
+    Calls are equal if their tensors have the same shapes, strides, dtypes and alignment, and their other arguments are
+    the same. Without this a norm and its gradient take the host 250 us: dictionaries, plans and Triton's binder.
+    """
+    known: dict[tuple[object, ...], _Prepared | None] = {}
+
+    def run(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        if _recorded is not None or not _repeats(tensors[0]):
+            return implementation(*arguments)
+        device = tensors[0].device
+        key = (device, *[
+            (v.dtype, v.shape, v.stride(), v.data_ptr() % 16) if isinstance(v, Tensor) else v for v in arguments
+        ])  # fmt: skip
+        if (prepared := known.get(key)) is not None:
+            outputs = prepared(tensors, device)
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        if key in known:
+            return implementation(*arguments)
+        _call.launches, _call.temporaries = [], []
+        try:
+            found = implementation(*arguments)
+            if len(known) >= MOST_CALLS:
+                known.clear()
+            known[key] = _prepared(_call.launches, tensors, found if isinstance(found, tuple) else (found,))
+        finally:
+            _call.launches, _call.temporaries = None, []
+        return found
+
+    return run
+
+
+def _repeats(x: Tensor) -> bool:
+    return x.is_cuda and x.numel() > 0
+
+
+def register(implementation: Callable[..., Any], fake: Callable[..., Any], repeats: bool = False) -> Any:
     """Register ``implementation`` as the PyTorch operator fastdiff::<its name>, which is opaque to torch.compile.
 
     ``fake`` creates outputs of the same shapes, dtypes and strides for tracing. A torch.autograd.Function around the
     operator, next to its registration, defines the gradient. This takes 8 us per call with gradients;
     torch.library.custom_op with register_autograd took 20 us.
+
+    With ``repeats`` equal calls on a GPU share the preparation of their launches. The operator then computes nothing
+    outside its kernels, and takes its temporaries from ``temporary``.
     """
     name = f"fastdiff::{implementation.__name__}"
     schema = torch.library.infer_schema(implementation, mutates_args=())
     torch.library.define(name, schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    torch.library.impl(name, ("CPU", "CUDA"), implementation)
+    torch.library.impl(name, ("CPU", "CUDA"), _repeating(implementation) if repeats else implementation)
     torch.library.register_fake(name, fake)
     return getattr(torch.ops.fastdiff, implementation.__name__).default
 

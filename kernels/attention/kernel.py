@@ -21,7 +21,7 @@ from fastdiff.kernels.attention.backward import (
     attention_backward_queries,
 )
 from fastdiff.kernels.attention.forward import attention_forward
-from fastdiff.kernels.launch import launch, register
+from fastdiff.kernels.launch import launch, register, temporary
 
 
 def _strides(name: str, x: Tensor) -> dict[str, int]:
@@ -107,7 +107,7 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | 
             launch(attention_backward_all_keys, (n * heads,), qkv.device, **known, **_blocks(tiles))
         return dqkv
     d, warpgroups = _head_dim(qkv, heads), plan.has_warpgroups(qkv.device)
-    delta = torch.empty((n, heads, t), dtype=torch.float32, device=qkv.device)
+    delta = temporary((n, heads, t), qkv.device)
     tiles = plan.backward_queries(d, qkv.dtype, warpgroups)
     launch(
         attention_backward_queries,
@@ -139,8 +139,8 @@ def _gradient(dy: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
 
 
-_forward = register(attention, _outputs)
-_backward = register(attention_backward, _gradient)
+_forward = register(attention, _outputs, repeats=True)
+_backward = register(attention_backward, _gradient, repeats=True)
 
 
 class Attention(torch.autograd.Function):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdiff.kernels.group_norm_silu import backward, forward, plan
-from fastdiff.kernels.launch import launch, processors, register
+from fastdiff.kernels.launch import launch, processors, register, temporary
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -131,7 +131,7 @@ def group_norm_silu(
         return y, mean, rstd
     size = (n, chosen.splits, groups)
     names = ("partial_mean", "partial_rest", "partial_deviation")
-    partial: dict[str, Any] = {name: torch.empty(size, dtype=torch.float32, device=x.device) for name in names}
+    partial: dict[str, Any] = {name: temporary(size, x.device) for name in names}
     shared["pixels_per_split"] = chosen.pixels_per_split
     launch(forward.group_norm_silu_statistics, grid, x.device, **tensors, **partial, **shared)
     shared["BLOCK_SPLITS"] = plan.next_power(chosen.splits)
@@ -190,7 +190,7 @@ def group_norm_silu_backward(
     x, steps = _with_steps(x, x)
     chosen, shared = _division(x, *steps[1:], groups, tensors=2)
     grid = n * chosen.blocks(groups), chosen.splits
-    sum_dz, sum_dz_xhat = (torch.empty((n, channels), dtype=torch.float32, device=x.device) for _ in range(2))
+    sum_dz, sum_dz_xhat = (temporary((n, channels), x.device) for _ in range(2))
     conditions = _conditions(scale, shift)
     layer: dict[str, Any] = {"weight": weight.contiguous(), "bias": bias.contiguous(), **conditions, "SILU": silu}
     tensors: dict[str, Any] = {
@@ -216,7 +216,7 @@ def group_norm_silu_backward(
         launch(backward.group_norm_silu_backward, grid, x.device, **tensors, **outputs, **shared, **whole)
     else:
         size = (n, chosen.splits, channels)
-        partial_dz, partial_dz_xhat = (torch.empty(size, dtype=torch.float32, device=x.device) for _ in range(2))
+        partial_dz, partial_dz_xhat = (temporary(size, x.device) for _ in range(2))
         shared["pixels_per_split"] = chosen.pixels_per_split
         partial: dict[str, Any] = {"partial_dz": partial_dz, "partial_dz_xhat": partial_dz_xhat}
         launch(backward.group_norm_silu_backward_sums, grid, x.device, **tensors, **partial, **shared)
@@ -250,8 +250,8 @@ def _fake_backward(
     return _gradients(x, weight, bias, scale, shift, parameters=rest[-1])
 
 
-_forward = register(group_norm_silu, _fake_forward)
-_backward = register(group_norm_silu_backward, _fake_backward)
+_forward = register(group_norm_silu, _fake_forward, repeats=True)
+_backward = register(group_norm_silu_backward, _fake_backward, repeats=True)
 
 
 class GroupNormSiLU(torch.autograd.Function):
