@@ -26,6 +26,7 @@ from fastdiff.benchmarks.targets import sampling_verdicts, training_verdicts, ve
 from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, Precision
 from fastdiff.kernels.attention.plan import Tiles
 from fastdiff.kernels.group_norm_silu import plan as norm_plan
+from fastdiff.kernels.launch import forget
 from fastdiff.presets import preset_named
 
 if TYPE_CHECKING:
@@ -154,6 +155,11 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
     if device.type != "cuda":
         print("nothing to tune without a GPU")
         return
+
+    def forget_plans() -> None:
+        norm_plan.plan.cache_clear()
+        forget()
+
     about = environment(device)
     roofline = measure_roofline(device, torch.bfloat16)
     for case in cases(device):
@@ -165,10 +171,10 @@ def tune(device: torch.device, csv: Path, deadline: float) -> None:
                 return
             plan = import_module(f"fastdiff.kernels.{case.op}.plan")
             with patch.multiple(plan, **changes) if changes else nullcontext():
-                norm_plan.plan.cache_clear()
+                forget_plans()
                 (one,) = measure(ours, direction, 10, device)
             _keep([replace(one.row(roofline), candidate=variant)], csv, about)
-        norm_plan.plan.cache_clear()
+        forget_plans()
 
 
 PARTS = {"targets": targets, "tune": tune, "model": model, "sample": sample}

@@ -109,45 +109,56 @@ class _Prepared:
 def _prepared(
     launches: Sequence[tuple[Any, Launch]], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> _Prepared | None:
-    """None if it is not clear which tensor an address is: of two equal inputs, or of none, such as an input's copy."""
+    """None if a launch was interpreted, or has an address of no known tensor (an input's copy) or of two of them."""
     fresh = [*outputs, *_call.temporaries]
-    ranges = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in (*inputs, *fresh)]
-    if len({start for start, _ in ranges[: len(inputs)]}) < len(inputs):
-        return None
+    spans = [_span(tensor) for tensor in (*inputs, *fresh)]
     prepared = []
     for compiled, launch in launches:
+        if compiled is None:
+            return None
         values: list[Any] = []
         places = []
         for parameter in launch.kernel.params:
             value = launch.arguments.get(parameter.name, parameter.default)
             if isinstance(value, Tensor):
                 address = value.data_ptr()
-                found = [i for i, (start, _) in enumerate(ranges) if start == address]
-                found = found or [i for i, (start, end) in enumerate(ranges) if start <= address < end]
-                if not found:
+                found = [i for i, (start, _) in enumerate(spans) if start == address]
+                found = found or [i for i, (start, end) in enumerate(spans) if start <= address < end]
+                if address and len(found) != 1:
                     return None
-                places.append((len(values), found[0], address - ranges[found[0]][0]))
+                if address:
+                    places.append((len(values), found[0], address - spans[found[0]][0]))
                 value = 0
             values.append(value)
         prepared.append((compiled[(*launch.grid, 1, 1)[:3]], values, places))
     return _Prepared([(t.size(), t.stride(), t.dtype) for t in fresh], len(outputs), prepared)
 
 
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first element to the end of its last one; an expanded tensor repeats elements."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size() if tensor.numel() else start
+
+
 def _repeating(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation of an operator on GPUs, which works out its launches once for equal calls.
 
     Calls are equal if their tensors have the same shapes, strides, dtypes and alignment, and their other arguments are
-    the same. Without this a norm and its gradient take the host 250 us: dictionaries, plans and Triton's binder.
+    the same: nothing else may decide the launches, see ``forget``. Without this a norm and its gradient take the host
+    250 us, for dictionaries, plans and Triton's binder.
     """
     known: dict[tuple[object, ...], _Prepared | None] = {}
+    _known.append(known)
 
     def run(*arguments: Any) -> Any:
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         if _recorded is not None or not _repeats(tensors[0]):
             return implementation(*arguments)
         device = tensors[0].device
-        key = (device, *[
-            (v.dtype, v.shape, v.stride(), v.data_ptr() % 16) if isinstance(v, Tensor) else v for v in arguments
+        key = tuple([
+            (v.dtype, v.device, v.shape, v.stride(), v.data_ptr() % 16) if isinstance(v, Tensor) else v
+            for v in arguments
         ])  # fmt: skip
         if (prepared := known.get(key)) is not None:
             outputs = prepared(tensors, device)
@@ -165,6 +176,15 @@ def _repeating(implementation: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return run
+
+
+_known: list[dict[tuple[object, ...], _Prepared | None]] = []
+
+
+def forget() -> None:
+    """Prepare every call anew, after something changed that is no argument of a call, such as a plan's constants."""
+    for known in _known:
+        known.clear()
 
 
 def _repeats(x: Tensor) -> bool:

@@ -14,8 +14,9 @@ if HAS_TRITON:
 
 MOST_TOKENS = 4096
 FASTEST_UP_TO = 1024
+"""Most tokens at which the kernels are expected to be the fastest implementation."""
 WIDE, WIDE_FASTEST_UP_TO = 96, 511
-"""Tokens up to which the kernels are expected to be the fastest, for head dimensions below WIDE and from it on."""
+"""The head dimension from which this is expected only up to fewer tokens, and their number."""
 
 
 def attention(qkv: Tensor, heads: int, *, backend: Backend | str = Backend.AUTO) -> Tensor:

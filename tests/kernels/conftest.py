@@ -6,8 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from fastdiff.kernels.launch import forget
+
 with torch.device("meta"):
     torch.empty(0)  # what a device context looks up once and for all must be the real functions, not those below
+
+
+@pytest.fixture(autouse=True)
+def _plans_count() -> None:
+    """A test may change a plan, which is no argument of a call."""
+    forget()
 
 
 @pytest.fixture(autouse=True)

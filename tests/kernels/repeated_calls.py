@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     y, qkv = torch.empty(2, 64, 128, dtype=BF16), torch.empty(2, 64, 384, dtype=BF16)
     long_y, long_qkv = torch.empty(1, 1024, 64, dtype=BF16), torch.empty(1, 1024, 192, dtype=BF16)
     streamed = [torch.empty_like(long_y), long_qkv, long_y, torch.empty(1, 1, 1024), 1]
+    layer = [vector(128), vector(128), None, None]
+    expanded, repeated = torch.empty(1).expand(2, 128, 8, 8), torch.empty(2, 128, 8, 1).expand(2, 128, 8, 8)
+    fp32 = image(2, 128, 8, torch.float32)
     return {
         "norm": (norm, [image(2, 128, 8), vector(128), vector(128), scale, shift, 32, 1e-5, True]),
         "split norm": (norm, [image(1, 128, 128, torch.float32), vector(128), vector(128), None, None, 32, 1e-5, True]),
@@ -48,6 +52,8 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
             norm_backward,
             [image(2, 128, 8), image(2, 128, 8), vector(128), vector(128), scale, shift, *statistics, True, True],
         ),
+        "expanded gradient": (norm_backward, [expanded, fp32, *layer, *statistics, True, True]),
+        "copied gradient": (norm_backward, [repeated, fp32, *layer, *statistics, True, True]),
         "attention": (attention, [qkv, 4]),
         "attention's gradient": (attention_backward, [y, qkv, None, None, 4]),
         "long attention's gradient": (attention_backward, streamed),
@@ -65,25 +71,31 @@ def moved(value: Any) -> Any:
 def called(op: Callable[..., Any], arguments: list[Any]) -> tuple[list[Any], list[Any]]:
     """The launches of a call, with its addresses named by the tensors there, and what its outputs are like."""
     driver.launched.clear()
-    found = op(*arguments)
+    allocated: list[Tensor] = []
+
+    def kept(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+            allocated.append(allocate(*args, **kwargs))
+            return allocated[-1]
+
+        return wrapped
+
+    with patch.multiple(torch, empty=kept(torch.empty), empty_strided=kept(torch.empty_strided)):
+        found = op(*arguments)
     outputs = found if isinstance(found, tuple) else (found,)
-    ranges = {
-        f"{kind} {i}": (tensor.data_ptr(), tensor)
-        for kind, tensors in (("input", arguments), ("output", outputs))
-        for i, tensor in enumerate(tensors)
-        if isinstance(tensor, Tensor) and tensor.numel()
-    }
-
-    def named(value: Any) -> Any:
-        if not isinstance(value, int) or value < 2**32:
-            return value
-        exact = [name for name, (start, _) in ranges.items() if start == value]
-        inside = [
-            f"{n} + {value - s}" for n, (s, t) in ranges.items() if t.is_contiguous() and s < value < s + t.nbytes
-        ]
-        return (exact or inside or ["a temporary"])[0]
-
-    launched = [(name, grid, [named(value) for value in arguments]) for name, grid, arguments in driver.launched]
+    returned = {output.data_ptr() for output in outputs}
+    temporaries = [tensor for tensor in allocated if tensor.data_ptr() not in returned]
+    names: dict[int, str] = {}
+    for kind, tensors in (("temporary", temporaries), ("output", outputs), ("input", arguments)):
+        for i, tensor in enumerate(tensors):
+            if isinstance(tensor, Tensor) and tensor.numel():
+                names[tensor.data_ptr()] = f"{kind} {i}"
+                if tensor.ndim == 3 and tensor.shape[0] == 2:  # the second part of a mean
+                    names.setdefault(tensor[1].data_ptr(), f"{kind} {i}, second half")
+    launched = [
+        (name, grid, [names.get(v, "unknown") if isinstance(v, int) and v > 2**32 else v for v in values])
+        for name, grid, values in driver.launched
+    ]
     return launched, [(tuple(t.shape), t.stride(), str(t.dtype)) for t in outputs]
 
 
@@ -101,7 +113,8 @@ def compared(op: Callable[..., Any], arguments: list[Any]) -> dict[str, object]:
     launch._Prepared.__call__ = counted  # type: ignore[method-assign]
     same = [called(op, [moved(value) for value in arguments]) == expected for _ in range(3)]
     launch._Prepared.__call__ = run  # type: ignore[method-assign]
-    return {"launches": len(expected[0]), "same": same, "prepared": len(prepared)}
+    unknown = any("unknown" in values for _, _, values in expected[0])
+    return {"launches": len(expected[0]), "same": same, "prepared": len(prepared), "unknown": unknown}
 
 
 def microseconds(op: Callable[..., Any], arguments: list[Any]) -> float:

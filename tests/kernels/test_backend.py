@@ -64,11 +64,12 @@ def test_triton_runs(backend: str, op: str) -> None:
 ARGUMENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "group_norm_silu": (
         group_norm_silu,
-        {"x": image(32), "weight": torch.ones(32), "bias": torch.ones(32), "scale": torch.ones(1, 32)},
+        {"x": image(32), "weight": torch.ones(32), "bias": torch.ones(32)}
+        | {"scale": torch.ones(1, 32), "shift": torch.ones(1, 32)},
     ),
     "diffusion_step": (
         diffusion_step,
-        {"x": image(3), "model_output": image(6), "t": t(), "tables": TABLES_OF_10, "noise": image(3)},
+        {"x": image(3), "model_output": image(6), "t": t(), "tables": TABLES_OF_10, "seed": 1} | {"samples": t()},
     ),
     "diffusion_loss": (
         diffusion_loss,
@@ -82,9 +83,11 @@ ARGUMENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_tensor_on_another_device_is_named(op: str, backend: str) -> None:
     run, arguments = ARGUMENTS[op]
-    first, *others = arguments = {name: tensor.to(DEVICE) for name, tensor in arguments.items()}
+    first, *others = arguments = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
     run(**arguments, backend=backend)
-    for name in others:
+    for name in (name for name in others if isinstance(arguments[name], Tensor)):
         message = f"^{op}: {name} is on meta, but the input on {arguments[first].device}: move it there$"
         with pytest.raises(ValueError, match=message):
             run(**arguments | {name: arguments[name].to("meta")}, backend=backend)
