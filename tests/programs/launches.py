@@ -17,6 +17,7 @@ from fastdiff.kernels.diffusion_step import op as step_op
 from fastdiff.kernels.gaussian import TABLES, LossType, ModelMeanType, ModelVarType, Sampler
 from fastdiff.kernels.group_norm_silu import op as norm_op
 from fastdiff.kernels.launch import recording
+from fastdiff.kernels.philox import op as philox_op
 
 from .program import TARGETS, TYPES, Program
 from .shapes import AttentionShape, NormShape, preset_shapes
@@ -26,8 +27,8 @@ BATCHES = [1, 2, 4, 8, 16, 64]  # from sampling one image to training
 
 
 def programs_in_use(thorough: bool, targets: Collection[str]) -> dict[Key, Program]:
-    """The programs of all four operations on ``targets``: in bf16 and channels_last or, if ``thorough``, in every dtype
-    and layout.
+    """The programs of the four operations and the generator on ``targets``: in bf16 and channels_last or, if
+    ``thorough``, in every dtype and layout.
     """
     found: dict[Key, Program] = {}
     for workload, run, dispatched in _workloads(thorough):
@@ -64,6 +65,17 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
             yield f"{sampler} {label}", partial(_step, n, size, layout, sampler, inside), tuple(TARGETS)
         for loss_type in ("rescaled_mse", "rescaled_kl"):
             yield f"{loss_type} {label}", partial(_loss, n, size, layout, loss_type), tuple(TARGETS)
+    for n in BATCHES:
+        samples = torch.zeros(n, dtype=torch.int64)
+        for elements in (3 * 32**2, 3 * 256**2):  # noise of an image
+            draw = partial(philox_op.NORMALS[Backend.TRITON], 1, samples, 1, elements)
+            yield f"normals {elements} N{n}", draw, tuple(TARGETS)
+        for elements in (1, 2):  # labels and noise levels; timesteps
+            yield (
+                f"words {elements} N{n}",
+                partial(philox_op.WORDS[Backend.TRITON], 1, samples, 1, elements),
+                tuple(TARGETS),
+            )
 
 
 def _norm(shape: NormShape, n: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
