@@ -94,8 +94,8 @@ class Program:
         text, registers, spills, accesses = _read_amd(built) if target.startswith("gfx") else _read_nvidia(built)
         loads, stores = ([wide for access, wide in accesses if access == kind] for kind in ("load", "store"))
         name = f"{self.source.name} {self.num_warps}w"
-        if not loads:  # too much of Blackwell's tensor memory silently compiles to a trap
-            raise ValueError(f"{name} for {target} reads nothing: the compiler gave up on it")
+        if not stores:  # too much of Blackwell's tensor memory silently compiles to a trap
+            raise ValueError(f"{name} for {target} writes nothing: the compiler gave up on it")
         memory = registers, spills, built.metadata.shared, len(loads), sum(loads), len(stores), sum(stores)
         newest_first = [target.matrix_units for target in reversed(TARGETS.values())]
         return Figures(name, self.workload, *memory, next((units for units in newest_first if units in text), ""))
