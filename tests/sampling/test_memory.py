@@ -47,14 +47,15 @@ def peak(folder: Path, model: Path, net: str, images: int) -> float:
     return int(found[1]) / 1024
 
 
-# How a net's own memory comes to lie differs by some MiB from run to run, that of its outer layers by up to four.
+# A net's own memory differs from run to run: that of its outer layers by up to four MiB, that of a whole net, on some
+# processors, by ten.
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count")
 @pytest.mark.parametrize(
-    ("net", "runs"),
-    [("two layers", 1), pytest.param("all layers", 3, marks=pytest.mark.slow)],
+    ("net", "further", "runs"),
+    [("two layers", 900, 1), pytest.param("all layers", 2200, 2, marks=pytest.mark.slow)],
 )
-def test_1100_images_take_the_memory_of_200(tmp_path: Path, net: str, runs: int) -> None:
-    """Held, the 900 more would take 10.5 MiB."""
+def test_many_images_take_the_memory_of_200(tmp_path: Path, net: str, further: int, runs: int) -> None:
     model = saved(tmp_path / "model.safetensors", image_size=SIDE, channel_mult=(1, 1, 1, 1))
-    few, many = (min(peak(tmp_path, model, net, images) for _ in range(runs)) for images in (200, 1100))
-    assert abs(many - few) < 6, (few, many)
+    few, many = (min(peak(tmp_path, model, net, images) for _ in range(runs)) for images in (200, 200 + further))
+    held = further * 3 * SIDE**2 / 2**20  # 10.5 and 25.8 MiB
+    assert many - few < 0.6 * held, (few, many)
