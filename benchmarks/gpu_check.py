@@ -7,7 +7,7 @@ import argparse
 import gc
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from fastdiff.benchmarks.cases import cases
+from fastdiff.benchmarks.cases import Case, cases
 from fastdiff.benchmarks.harness import environment, side_stream
 from fastdiff.benchmarks.kernels import Measured, measure, measure_all
 from fastdiff.benchmarks.roofline import measure_roofline
@@ -40,7 +40,7 @@ def targets(device: torch.device, csv: Path, deadline: float) -> None:
     roofline = measure_roofline(device, torch.bfloat16)  # the dtype of norm and attention
     print(f"in bf16: {roofline}")
     found: list[Measured] = []
-    for measured in measure_all(cases(device), 20 if on_gpu else 2, device):
+    for measured in measure_all(_by_turns(cases(device)), 20 if on_gpu else 2, device):
         _keep([one.row(roofline) for one in measured], csv, about)
         found += measured
         if time.monotonic() > deadline:
@@ -48,6 +48,15 @@ def targets(device: torch.device, csv: Path, deadline: float) -> None:
             break
     for verdict in verdicts(found, roofline):
         print(verdict)
+
+
+def _by_turns(cases: Iterable[Case]) -> list[Case]:
+    """One case of each operation and layout, then another one of each: little time still shows something of all."""
+    families: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        families.setdefault((case.op, case.layout), []).append(case)
+    turns = itertools.zip_longest(*families.values())
+    return [case for turn in turns for case in turn if case is not None]
 
 
 RESERVE = 120
