@@ -108,7 +108,7 @@ def _aten_norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Te
 def _liger_norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     from liger_kernel.ops.group_norm import LigerGroupNormFunction
 
-    y = LigerGroupNormFunction.apply(x, x.shape[1], 32, weight.to(x.dtype), bias.to(x.dtype), 1e-5)
+    y = LigerGroupNormFunction.apply(x, weight.to(x.dtype), bias.to(x.dtype), x.shape[1], 32, 1e-5)
     return F.silu(y * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
 

@@ -8,25 +8,20 @@ import gc
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastdiff.benchmarks.cases import Case, cases
 from fastdiff.benchmarks.harness import environment, side_stream
-from fastdiff.benchmarks.kernels import Measured, measure, measure_all
+from fastdiff.benchmarks.kernels import Measured, measure_all
 from fastdiff.benchmarks.roofline import measure_roofline
 from fastdiff.benchmarks.rows import Row, append_rows, read_rows, with_against
 from fastdiff.benchmarks.targets import sampling_verdicts, training_verdicts, verdicts
+from fastdiff.benchmarks.tuning import compile_share, faster, tuned, worth_tuning
 from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, Precision
-from fastdiff.kernels.attention.plan import Tiles
-from fastdiff.kernels.group_norm_silu import plan as norm_plan
-from fastdiff.kernels.launch import forget
 from fastdiff.presets import preset_named
 
 if TYPE_CHECKING:
@@ -139,51 +134,30 @@ def _keep(rows: Sequence[Row], csv: Path, about: Mapping[str, str]) -> None:
         print(f"{row.workload:64s} {row.candidate:24s} {'; '.join(filter(None, (time_of, row.remark)))}")
 
 
-Variants = Mapping[str, Mapping[str, Any]]
+def tune(device: torch.device, csv: Path, deadline: float, share: str = "") -> None:
+    """Time other divisions of the work than the plans choose; a faster one belongs in the plans.
 
-NORM_VARIANTS: Variants = {
-    "as it is": {},
-    "larger tiles": {"ON_CHIP": {1: 32768, 2: 16384}},
-    "smaller tiles": {"ON_CHIP": {1: 8192, 2: 4096}},
-    "larger chunks": {"CHUNK": 8192},
-    "smaller chunks": {"CHUNK": 2048},
-}
-ATTENTION_VARIANTS: Variants = {
-    "as it is": {},
-    "128 queries, 64 keys": {"forward": lambda *_: Tiles(128, 64, 8)},
-    "128 queries, 128 keys": {"forward": lambda *_: Tiles(128, 128, 8)},
-    "64 queries, 64 keys": {"forward": lambda *_: Tiles(64, 64, 4)},
-    "one tile up to 64 tokens": {"AT_ONCE_UP_TO": 64},
-    "never all keys at once": {"ALL_KEYS_UP_TO": 0},
-}
-"""Replacements of the plans' constants and tiles, by name."""
-
-
-def tune(device: torch.device, csv: Path, deadline: float) -> None:
-    """Time other divisions of the work than the plans choose; a faster one belongs in the plans."""
+    ``share``, "1/6", compiles the second sixth of them instead.
+    """
     if device.type != "cuda":
         print("nothing to tune without a GPU")
         return
-
-    def forget_plans() -> None:
-        norm_plan.plan.cache_clear()
-        forget()
-
+    turns = _by_turns(one for one in cases(device) if worth_tuning(one))
+    if share:
+        index, of = map(int, share.split("/"))
+        compile_share(turns, device, index, of, deadline)
+        return
     about = environment(device)
     roofline = measure_roofline(device, torch.bfloat16)
-    for case in cases(device):
-        variants = {"group_norm_silu": NORM_VARIANTS, "attention": ATTENTION_VARIANTS}.get(case.op, {})
-        ours = replace(case, candidates={"triton": case.candidates["triton"]})
-        for direction, (variant, changes) in itertools.product(case.directions, variants.items()):
-            if time.monotonic() > deadline:
-                print("time is up: the rest was not measured")
-                return
-            plan = import_module(f"fastdiff.kernels.{case.op}.plan")
-            with patch.multiple(plan, **changes) if changes else nullcontext():
-                forget_plans()
-                (one,) = measure(ours, direction, 10, device)
-            _keep([replace(one.row(roofline), candidate=variant)], csv, about)
-        forget_plans()
+    advice = []
+    for case, direction in [(one, direction) for one in turns for direction in one.directions]:
+        if time.monotonic() > deadline:
+            print("time is up: the rest was not measured")
+            break
+        found = tuned(case, direction, 10, device)
+        _keep([one.row(roofline) for one in found], csv, about)
+        advice.append(faster(found))
+    print(*filter(None, advice), sep="\n")
 
 
 PARTS = {"targets": targets, "tune": tune, "model": model, "sample": sample}
@@ -193,7 +167,9 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=440)
+    parser.add_argument("--share", default="")
     arguments = parser.parse_args()
     on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with side_stream(on):
-        PARTS[arguments.part](on, arguments.csv, time.monotonic() + arguments.seconds)
+        options = {"share": arguments.share} if arguments.share else {}
+        PARTS[arguments.part](on, arguments.csv, time.monotonic() + arguments.seconds, **options)

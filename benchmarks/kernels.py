@@ -75,8 +75,8 @@ def expected(case: Case, inputs: Inputs, direction: str) -> Expected:
         name: tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
         for name, tensor in inputs.items()
     }
-    truth = _results(case.reference, wide, direction)
-    return truth, 2 * _error(_results(case.reference, inputs, direction), truth) + torch.finfo(case.dtype).eps
+    truth = run_once(case.reference, wide, direction)
+    return truth, 2 * _error(run_once(case.reference, inputs, direction), truth) + torch.finfo(case.dtype).eps
 
 
 def checked(case: Case, direction: str, name: str, inputs: Sequence[Inputs], right: Expected) -> Callable[[], object]:
@@ -86,7 +86,7 @@ def checked(case: Case, direction: str, name: str, inputs: Sequence[Inputs], rig
     pass is called without its forward pass.
     """
     candidate, (truth, allowed) = case.candidates[name], right
-    error = _error(_results(candidate, inputs[0], direction), truth)
+    error = _error(run_once(candidate, inputs[0], direction), truth)
     if not error <= allowed:
         raise ValueError(f"not timed: error {error:.1e} of the norm, allowed {allowed:.1e}")
     if direction == "forward":
@@ -105,6 +105,12 @@ def checked(case: Case, direction: str, name: str, inputs: Sequence[Inputs], rig
     return run
 
 
+def input_sets(case: Case, direction: str, device: torch.device) -> list[Inputs]:
+    """A case's inputs, as many sets as a GPU's cache cannot hold."""
+    sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / case.costs[direction][0])))
+    return [case.inputs(seed, device) for seed in range(sets)]
+
+
 def measure(case: Case, direction: str, rounds: int, device: torch.device) -> Iterator[Measured]:
     """Time the case's candidates in one direction, "forward" or "backward"; wrong ones are not timed.
 
@@ -112,10 +118,9 @@ def measure(case: Case, direction: str, rounds: int, device: torch.device) -> It
     """
     # otherwise a compiled candidate would run eagerly after eight shapes
     torch.compiler.reset()
-    sets = 1 if device.type == "cpu" else min(MAX_SETS, max(2, math.ceil(CACHE_BYTES / case.costs[direction][0])))
     names = sorted(case.candidates, key=lambda name: name != Backend.REFERENCE)
     try:
-        inputs = [case.inputs(seed, device) for seed in range(sets)]
+        inputs = input_sets(case, direction, device)
         right = expected(case, inputs[0], direction)
     except Exception as reason:  # without the expected result no candidate can be checked
         yield from (Measured(case, direction, name, None, reason=reason) for name in names)
@@ -130,7 +135,7 @@ def measure(case: Case, direction: str, rounds: int, device: torch.device) -> It
             ready[name] = graphed(run, device)
         except Exception as reason:  # any failure or wrong result becomes its remark
             reasons[name] = reason.with_traceback(None)
-    timings = {t.name: t.divided(sets) for t in interleaved(ready, rounds, 2, device, names[0], reasons)}
+    timings = {t.name: t.divided(len(inputs)) for t in interleaved(ready, rounds, 2, device, names[0], reasons)}
     for name in names:
         yield Measured(case, direction, name, timings.get(name), peaks.get(name, math.nan), reasons.get(name))
 
@@ -144,8 +149,8 @@ def measure_all(cases: Iterable[Case], rounds: int, device: torch.device) -> Ite
                 yield list(measure(case, direction, rounds, device))
 
 
-def _results(candidate: Forward, tensors: Inputs, direction: str) -> list[Tensor]:
-    """The output, or every gradient."""
+def run_once(candidate: Forward, tensors: Inputs, direction: str) -> list[Tensor]:
+    """The output or, of a backward pass, which its forward pass precedes, every gradient."""
     if direction == "forward":
         with torch.no_grad():
             return [_call(candidate, tensors)]
@@ -163,7 +168,7 @@ def _leaves(tensors: Inputs) -> list[Tensor]:
 def _peak_gib(candidate: Forward, tensors: Inputs, direction: str, device: torch.device) -> float:
     """Peak memory of one call with its inputs; of a backward pass, including its forward pass."""
     held = sum(tensor.nbytes for tensor in tensors.values())
-    return (held + peak_bytes(lambda: _results(candidate, tensors, direction), device)) / 2**30
+    return (held + peak_bytes(lambda: run_once(candidate, tensors, direction), device)) / 2**30
 
 
 def _error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

@@ -58,12 +58,13 @@ def _sums(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sums of dz and of dz * xhat over the pixels from start to stop, for every channel."""
     p = tl.arange(0, BLOCK_PIXELS)
     sum_dz = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     sum_dz_xhat = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
-    for at in range(start, stop, BLOCK_PIXELS):
+    for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         xhat, dz = _xhat_and_dz(x, dy, high, low, rstd, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU)
         sum_dz += dz
@@ -145,6 +146,7 @@ def group_norm_silu_backward(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
     """dx, dscale, dshift, and the sums of dz and of dz * xhat over the pixels, fp32 (N, C).
@@ -185,6 +187,7 @@ def group_norm_silu_backward(
             BLOCK_CHANNELS,
             BLOCK_PIXELS,
             EVEN,
+            STAGES,
         )
     _write_sums(sum_dz, sum_dz_xhat, weight, bias, sum_dz_out, sum_dz_xhat_out, dscale, dshift, n, c, real, channels)
     middle = ratio(over_groups(a * sum_dz, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
@@ -193,7 +196,7 @@ def group_norm_silu_backward(
         value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
         write(dx, value, c, p, dx_c, dx_p, mask)
     else:
-        for done in range(0, pixels, BLOCK_PIXELS):
+        for done in tl.range(0, pixels, BLOCK_PIXELS, num_stages=STAGES):
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
             xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU)
@@ -233,6 +236,7 @@ def group_norm_silu_backward_sums(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sums of dz and of dz * xhat over the pixels of a split, fp32 (N, splits, C).
 
@@ -246,7 +250,26 @@ def group_norm_silu_backward_sums(
     start = tl.program_id(1) * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
     sum_dz, sum_dz_xhat = _sums(
-        x, dy, high, low, r, a, b, c, real, start, stop, x_c, x_p, dy_c, dy_p, SILU, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN
+        x,
+        dy,
+        high,
+        low,
+        r,
+        a,
+        b,
+        c,
+        real,
+        start,
+        stop,
+        x_c,
+        x_p,
+        dy_c,
+        dy_p,
+        SILU,
+        BLOCK_CHANNELS,
+        BLOCK_PIXELS,
+        EVEN,
+        STAGES,
     )
     at = (n * tl.num_programs(1) + tl.program_id(1)) * channels + c
     tl.store(partial_dz + at, sum_dz, mask=real)
@@ -293,6 +316,7 @@ def group_norm_silu_backward_apply(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Write the outputs of the single launch from the sums of ``group_norm_silu_backward_sums``.
@@ -335,7 +359,7 @@ def group_norm_silu_backward_apply(
     p = tl.arange(0, BLOCK_PIXELS)
     start = split * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
-    for at in range(start, stop, BLOCK_PIXELS):
+    for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU)
         value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))

@@ -35,6 +35,7 @@ def _moments(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Mean of x - ``first`` in two parts and sum of squared deviations of the group, for every channel.
 
@@ -45,7 +46,7 @@ def _moments(
     mean = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     deviation = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     chunks = 0.0
-    for at in range(start, stop, BLOCK_PIXELS):
+    for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         value = read(x, c, at + p, x_c, x_p, mask) - first[:, None]
         difference = value - mean
@@ -118,6 +119,7 @@ def group_norm_silu_forward(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
     """y, and the mean in two parts and rstd, fp32 (N, G).
@@ -155,12 +157,12 @@ def group_norm_silu_forward(
         write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, p, y_c, y_p, mask)
     else:
         mean, rest, deviation = _moments(
-            x, first, c, real, 0, pixels, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN
+            x, first, c, real, 0, pixels, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN, STAGES
         )
         rstd = _rstd(deviation, values, eps, EXACT)
         high, low = two_parts(first, mean)
         low += rest
-        for done in range(0, pixels, BLOCK_PIXELS):
+        for done in tl.range(0, pixels, BLOCK_PIXELS, num_stages=STAGES):
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
             apart = centred(read(x, c, at + p, x_c, x_p, mask), high, low, EXACT)
@@ -189,6 +191,7 @@ def group_norm_silu_statistics(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Mean of x minus its group's first value in two parts, and sum of squared deviations, fp32 (N, splits, G).
 
@@ -200,7 +203,7 @@ def group_norm_silu_statistics(
     start = tl.program_id(1) * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
     mean, rest, deviation = _moments(
-        x, first, c, real, start, stop, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN
+        x, first, c, real, start, stop, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN, STAGES
     )
     group = (n * tl.num_programs(1) + tl.program_id(1)) * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0)
@@ -243,6 +246,7 @@ def group_norm_silu_apply(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Write the outputs of the single launch from the results of ``group_norm_silu_statistics``.
@@ -275,7 +279,7 @@ def group_norm_silu_apply(
     p = tl.arange(0, BLOCK_PIXELS)
     start = split * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
-    for at in range(start, stop, BLOCK_PIXELS):
+    for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         apart = centred(read(x, c, at + p, x_c, x_p, mask), high, low, EXACT)
         write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)

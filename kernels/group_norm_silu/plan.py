@@ -7,6 +7,11 @@ ON_CHIP = {1: 16384, 2: 8192}
 """Largest tile in values, including padding, that a program keeps in registers: of x alone (1), or of x and dy (2)."""
 CHUNK = 4096
 """Values per chunk if a program walks over its pixels twice."""
+STAGES = 1
+"""Chunks of a walk that are being loaded or computed at the same time."""
+PER_WARP = 512
+"""Values of a tile per warp, as long as there are no more than MOST_WARPS."""
+MOST_WARPS = 8
 CACHE = 40 * 2**20
 """Bytes that are still cached when they are read a second time."""
 MOST_SPLITS = 64
@@ -14,6 +19,8 @@ PARTIALS = 2048
 """Most partial results, splits times channels, that one program can combine."""
 NEVER_SPLIT = 1024
 """Most pixels for which a second launch would cost more than idle processors."""
+ENOUGH = 1
+"""Programs per multiprocessor that make splitting needless."""
 
 # Costs, relative to reading and writing a value once at full speed.
 START = 1024  # starting a program, in values
@@ -33,6 +40,7 @@ class Plan:
     splits: int
     pixels_per_split: int
     warps: int
+    stages: int = 1
 
     @property
     def on_chip(self) -> bool:
@@ -93,8 +101,9 @@ def plan(
     width, height = tile(k)
     chunks, programs = -(-pixels // height), samples * -(-groups // k)
     splits, span = 1, pixels
-    if pixels > max(NEVER_SPLIT, height) and programs < processors:
+    if pixels > max(NEVER_SPLIT, height) and programs < ENOUGH * processors:
         splits = min(-(-4 * processors // programs), chunks, MOST_SPLITS, max(PARTIALS // width, 1))
         span = -(-chunks // splits) * height
         splits = -(-pixels // span)
-    return Plan(k, width, height, splits, span, warps=min(max(width * height // 512, 1), 8))
+    warps = min(max(width * height // PER_WARP, 1), MOST_WARPS)
+    return Plan(k, width, height, splits, span, warps, STAGES)

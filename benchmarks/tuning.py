@@ -1,0 +1,167 @@
+"""Other divisions of the work than the kernels' plans choose, timed side by side: a faster one belongs in the plans."""
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from fastdiff.benchmarks.cases import Case, Inputs
+from fastdiff.benchmarks.harness import graphed, interleaved
+from fastdiff.benchmarks.kernels import Measured, checked, expected, input_sets, run_once
+from fastdiff.kernels.attention.plan import Tiles
+from fastdiff.kernels.group_norm_silu import plan as norm_plan
+from fastdiff.kernels.launch import Launch, forget, recording
+
+AS_IT_IS = "as it is"
+
+Changes = Mapping[str, Any]
+"""Attributes of an operation's plan module and their replacements."""
+
+SMALL, LARGE = {1: 8192, 2: 4096}, {1: 32768, 2: 16384}
+NORMS: Mapping[str, Changes] = {
+    AS_IT_IS: {},
+    "16 warps": {"MOST_WARPS": 16, "PER_WARP": 512},
+    "4 warps": {"MOST_WARPS": 4},
+    "large tiles, 16 warps": {"ON_CHIP": LARGE, "MOST_WARPS": 16},
+    "small tiles": {"ON_CHIP": SMALL},
+    "short runs": {"FULL_RUN": 32},
+    "short runs, large tiles, 16 warps": {"FULL_RUN": 32, "ON_CHIP": LARGE, "MOST_WARPS": 16},
+    "2 stages": {"STAGES": 2},
+    "3 stages": {"STAGES": 3},
+    "chunks of 8192, 16 warps": {"CHUNK": 8192, "MOST_WARPS": 16},
+    "chunks of 2048, 4 stages": {"CHUNK": 2048, "STAGES": 4},
+    "4 programs a processor": {"ENOUGH": 4},
+    "4 programs a processor, 3 stages": {"ENOUGH": 4, "STAGES": 3},
+}
+
+
+def _tiles(name: str, queries: int, keys: int, warps: int, stages: int, **others: Any) -> tuple[str, Changes]:
+    """A variant in which the function ``name`` of attention's plan gives these tiles."""
+    found = Tiles(queries, keys, warps, stages)
+    said = f"{name.replace('_', ' ')} {queries} x {keys}, {warps} warps, {stages} stages"
+    return said, {name: lambda *_: found, **others}
+
+
+APART: Changes = {"backward_at_once": lambda *_: None}
+FORWARD = [
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+    (128, 64, 4, 2),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 8, 4),
+    (128, 128, 8, 2),
+    (128, 128, 4, 2),
+    (64, 128, 4, 2),
+]
+ATTENTIONS: Mapping[str, Changes] = {
+    AS_IT_IS: {},
+    **dict(_tiles("forward", *one) for one in FORWARD),
+    "backward in two launches": APART,
+    **dict(_tiles("backward_at_once", *one) for one in ((64, 64, 8, 2), (32, 256, 8, 2), (64, 256, 8, 2))),
+    **dict(_tiles("backward_queries", *one, **APART) for one in ((64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2))),
+    **dict(_tiles("backward_keys", *one, **APART) for one in ((64, 64, 4, 2), (64, 128, 8, 3), (128, 128, 8, 2))),
+}
+VARIANTS = {"group_norm_silu": NORMS, "attention": ATTENTIONS}
+
+
+RARE = re.compile(r"T(2048|4096)|d(32|144|192)$")
+"""Attentions that the released models have not."""
+
+
+def worth_tuning(case: Case) -> bool:
+    """Whether a case has variants, and released models have its shape or one like it."""
+    return case.op in VARIANTS and not RARE.search(case.shape)
+
+
+@contextmanager
+def changed(op: str, changes: Changes) -> Iterator[None]:
+    """Calls of the operation are divided as changed."""
+    plan = import_module(f"fastdiff.kernels.{op}.plan")
+    context: AbstractContextManager[object] = patch.multiple(plan, **changes) if changes else nullcontext()
+    with context:
+        _forget()
+        try:
+            yield
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    norm_plan.plan.cache_clear()
+    forget()
+
+
+def different(case: Case, direction: str, inputs: Inputs) -> dict[str, Changes]:
+    """The variants of a case whose launches differ, by name."""
+    found: dict[str, Changes] = {}
+    seen: list[object] = []
+    for name, changes in VARIANTS.get(case.op, {}).items():
+        if direction == "forward" and name.startswith("backward"):
+            continue
+        with changed(case.op, changes), recording() as launches:
+            run_once(case.candidates["triton"], inputs, direction)
+        wanted = [one for one in launches if ("backward" in one.kernel.fn.__name__) == (direction == "backward")]
+        if (division := [_division(one) for one in wanted]) not in seen:
+            seen.append(division)
+            found[name] = changes
+    return found
+
+
+def _division(launch: Launch) -> object:
+    plain = {name: value for name, value in launch.arguments.items() if not isinstance(value, torch.Tensor)}
+    return launch.kernel.fn.__name__, launch.grid, plain, launch.num_warps, launch.num_stages
+
+
+def compile_share(cases: Iterable[Case], device: torch.device, share: int, of: int, deadline: float) -> None:
+    """Compile every ``of``-th variant, so that several processes fill Triton's cache before they are timed."""
+    turn = itertools.count()
+    for case in cases:
+        inputs = case.inputs(0, device)
+        for direction in case.directions:
+            for changes in different(case, direction, inputs).values():
+                if time.monotonic() > deadline:
+                    return
+                if next(turn) % of == share:
+                    with changed(case.op, changes):
+                        try:
+                            run_once(case.candidates["triton"], inputs, direction)
+                        except Exception as reason:  # its remark comes with its time
+                            print(f"{case.op} {direction} {case.shape}: {type(reason).__name__}")
+
+
+def tuned(case: Case, direction: str, rounds: int, device: torch.device) -> list[Measured]:
+    """The time of each variant of our kernels on a case, checked as the plan's own division is."""
+    ours = replace(case, candidates={"triton": case.candidates["triton"]})
+    inputs = input_sets(ours, direction, device)
+    right = expected(ours, inputs[0], direction)
+    ready: dict[str, Callable[[], object]] = {}
+    reasons: dict[str, Exception] = {}
+    names = different(ours, direction, inputs[0])
+    for name, changes in names.items():
+        with changed(case.op, changes):
+            try:
+                ready[name] = graphed(checked(ours, direction, "triton", inputs, right), device)
+            except Exception as reason:  # any failure or wrong result becomes its remark
+                reasons[name] = reason.with_traceback(None)
+    timings = {t.name: t.divided(len(inputs)) for t in interleaved(ready, rounds, 2, device, AS_IT_IS, reasons)}
+    return [Measured(case, direction, name, timings.get(name), reason=reasons.get(name)) for name in names]
+
+
+def faster(found: Sequence[Measured], by: float = 1.03) -> str:
+    """The fastest variant, if it is faster than the plan's own division by more than noise."""
+    timed = {one.candidate: one.timing for one in found if one.timing is not None}
+    if AS_IT_IS not in timed:
+        return ""
+    best = min(timed, key=lambda name: timed[name].median)
+    gain = timed[AS_IT_IS].median / timed[best].median
+    one = found[0]
+    where = f"{one.case.op} {one.direction}, {one.case.shape}, {one.case.layout}"
+    return f"{where}: {best} is {gain:.2f} times as fast" if gain > by else ""
