@@ -16,8 +16,10 @@ import triton.language as tl
 from fastdiff.kernels.attention.tiles import (
     add_weighted,
     inner,
+    inverse,
     load,
     load_lse,
+    power_of_two,
     queries_keys_values,
     row_products,
     sample_and_head,
@@ -30,12 +32,12 @@ from fastdiff.kernels.attention.tiles import (
 
 
 @triton.jit
-def _softmax_over_keys(s, keys, T, EVEN: tl.constexpr):
+def _softmax_over_keys(s, keys, T, EVEN: tl.constexpr, EXACT: tl.constexpr):
     """Softmax over the keys of scores / ln 2, (keys, queries). Keys from T on get zero weight."""
     if not EVEN:
         s = tl.where((keys < T)[:, None], s, float("-inf"))
-    p = tl.exp2(s - tl.max(s, 0)[None, :])
-    return p * (1.0 / tl.sum(p, 0))[None, :]
+    p = power_of_two(s - tl.max(s, 0)[None, :], EXACT)
+    return p * inverse(tl.sum(p, 0), EXACT)[None, :]
 
 
 @triton.jit
@@ -73,7 +75,8 @@ def attention_backward_at_once(
     q = load(q_base, tokens, qkv_t, qkv_c, T, D, D1, D2, EVEN)
     v = load(v_base, tokens, qkv_t, qkv_c, T, D, D1, D2, EVEN)
     do = load(dy + n * dy_n + h * D * dy_c, tokens, dy_t, dy_c, T, D, D1, D2, EVEN)
-    p = _softmax_over_keys(inner(k, q) * scale_log2, tokens, T, EVEN)  # (keys, queries)
+    EXACT: tl.constexpr = qkv.dtype.element_ty == tl.float32
+    p = _softmax_over_keys(inner(k, q) * scale_log2, tokens, T, EVEN, EXACT)  # (keys, queries)
     dv = add_weighted(zeros(TOKENS, D1, D2), p, do)
     dp = inner(v, do)
     store(dq_base + 2 * D, dv, tokens, 3 * C, T, D, EVEN)
@@ -119,11 +122,12 @@ def attention_backward_all_keys(
     v = load(v_base, keys, qkv_t, qkv_c, T, D, D1, D2, EVEN)
     dk = zeros(KEYS, D1, D2)
     dv = zeros(KEYS, D1, D2)
+    EXACT: tl.constexpr = qkv.dtype.element_ty == tl.float32
     for start in range(0, T, QUERIES):
         rows = start + tl.arange(0, QUERIES)
         q = load(q_base, rows, qkv_t, qkv_c, T, D, D1, D2, EVEN)
         do = load(dy + n * dy_n + h * D * dy_c, rows, dy_t, dy_c, T, D, D1, D2, EVEN)
-        p = _softmax_over_keys(inner(k, q) * scale_log2, keys, T, EVEN)  # (KEYS, QUERIES)
+        p = _softmax_over_keys(inner(k, q) * scale_log2, keys, T, EVEN, EXACT)  # (KEYS, QUERIES)
         dv = add_weighted(dv, p, do)
         dp = inner(v, do)
         ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q[0].dtype)

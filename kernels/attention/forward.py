@@ -12,7 +12,9 @@ import triton.language as tl
 from fastdiff.kernels.attention.tiles import (
     add_weighted,
     inner,
+    inverse,
     load,
+    power_of_two,
     queries_keys_values,
     sample_and_head,
     store,
@@ -48,6 +50,7 @@ def attention_forward(
     kernel loops over blocks of keys and rescales the running sums when the maximum grows (Milakov & Gimelshein 2018;
     Dao 2023).
     """
+    EXACT: tl.constexpr = qkv.dtype.element_ty == tl.float32
     blocks = tl.cdiv(T, QUERIES)
     n, h = sample_and_head(tl.program_id(0) // blocks, heads)
     q_base, k_base, v_base = queries_keys_values(qkv, n, h, qkv_n, qkv_c, D)
@@ -61,7 +64,7 @@ def attention_forward(
         if not EVEN:
             s = tl.where((keys < T)[None, :], s, float("-inf"))
         highest = tl.max(s, 1)
-        p = tl.exp2(s - highest[:, None])
+        p = power_of_two(s - highest[:, None], EXACT)
         total = tl.sum(p, 1)
         o = add_weighted(zeros(QUERIES, D1, D2), p, v)
     else:
@@ -74,13 +77,13 @@ def attention_forward(
             if not EVEN:
                 s = tl.where((start + keys < T)[None, :], s, float("-inf"))
             higher = tl.maximum(highest, tl.max(s, 1))
-            p = tl.exp2(s - higher[:, None])
-            shrinkage = tl.exp2(highest - higher)
+            p = power_of_two(s - higher[:, None], EXACT)
+            shrinkage = power_of_two(highest - higher, EXACT)
             total = total * shrinkage + tl.sum(p, 1)
             v = load(v_base, start + keys, qkv_t, qkv_c, T, D, D1, D2, EVEN)
             o = add_weighted(times(o, shrinkage[:, None]), p, v)
             highest = higher
     C = heads * D
-    store(y + n * T * C + h * D, times(o, (1.0 / total)[:, None]), rows, C, T, D, EVEN)
+    store(y + n * T * C + h * D, times(o, inverse(total, EXACT)[:, None]), rows, C, T, D, EVEN)
     if SAVE_LSE:
-        store_lse(lse, highest, total, n * heads + h, rows, T, qkv.dtype.element_ty == tl.float32)
+        store_lse(lse, highest, total, n * heads + h, rows, T, EXACT)

@@ -9,6 +9,8 @@ one. A tile is a tuple of one or two blocks (rows, channels). D1 and D2 are thei
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.arithmetic import exp2, reciprocal
+
 
 @triton.jit
 def sample_and_head(index, heads):
@@ -71,6 +73,18 @@ def store(base, tile, rows, stride_t, T, D: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(x, EXACT: tl.constexpr):
+    """2^x; EXACT, for fp32 inputs, to one rounding instead of two."""
+    return exp2(x) if EXACT else tl.exp2(x)
+
+
+@triton.jit
+def inverse(x, EXACT: tl.constexpr):
+    """1 / x; EXACT, for fp32 inputs, to one rounding instead of two."""
+    return reciprocal(x) if EXACT else 1.0 / x
+
+
+@triton.jit
 def store_lse(base, highest, total, head, rows, T, APART: tl.constexpr):
     """Store the log2 of each row's sum of exponentials or, if APART, its maximum and the inverse of the remaining sum.
 
@@ -79,7 +93,7 @@ def store_lse(base, highest, total, head, rows, T, APART: tl.constexpr):
     if APART:
         pointers = base + head * (2 * T) + rows
         tl.store(pointers, highest, mask=rows < T)
-        tl.store(pointers + T, 1.0 / total, mask=rows < T)
+        tl.store(pointers + T, reciprocal(total), mask=rows < T)
     else:
         tl.store(base + head * T + rows, highest + tl.log2(total), mask=rows < T)
 
@@ -95,8 +109,9 @@ def load_lse(base, head, rows, T, APART: tl.constexpr):
 @triton.jit
 def softmax_again(s, lse, AXIS: tl.constexpr):
     """The softmax weights of scores / ln 2 with the keys along AXIS."""
-    p = tl.exp2(s - tl.expand_dims(lse[0], AXIS))
-    return p * tl.expand_dims(lse[1], AXIS) if len(lse) == 2 else p
+    APART: tl.constexpr = len(lse) == 2
+    p = power_of_two(s - tl.expand_dims(lse[0], AXIS), APART)
+    return p * tl.expand_dims(lse[1], AXIS) if APART else p
 
 
 @triton.jit

@@ -5,6 +5,7 @@
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.arithmetic import exp, log, reciprocal
 from fastdiff.kernels.gaussian.kernel import (
     FIXED_LARGE_LOG_VARIANCE,
     FIXED_LARGE_VARIANCE,
@@ -13,9 +14,7 @@ from fastdiff.kernels.gaussian.kernel import (
     POSTERIOR_MEAN_COEF1,
     POSTERIOR_MEAN_COEF2,
     POSTERIOR_VARIANCE,
-    exp,
     predict_xstart,
-    reciprocal,
     xstart_coefficients,
 )
 
@@ -29,7 +28,7 @@ def logistic(u):
     """
     w = 1.5957691216057308 * u * (1.0 + 0.044715 * u * u)
     e = exp(-tl.abs(w))
-    large = 1.0 / (1.0 + e)
+    large = reciprocal(1.0 + e)
     small = e * large
     slope = 1.5957691216057308 * (1.0 + 0.134145 * u * u)
     return tl.where(w < 0, small, large), tl.where(w < 0, large, small), slope
@@ -69,7 +68,7 @@ def negative_log_likelihood(x, mean, log_variance):
     by_log_scale = (upper * by_upper - lower * by_lower) + of_m * (scale * (1.0 + 3.0 * cubic))
     lost = p < 1e-12
     p = tl.maximum(p, 1e-12, propagate_nan=tl.PropagateNan.ALL)
-    return -tl.log(p), tl.where(lost, 0.0, by_mean), tl.where(lost, 0.0, 0.5 * by_log_scale)
+    return -log(p), tl.where(lost, 0.0, by_mean), tl.where(lost, 0.0, 0.5 * by_log_scale)
 
 
 @triton.jit
@@ -122,7 +121,7 @@ def bound(x_start, x_t, output, values, row, step, MEAN_TYPE: tl.constexpr, VAR_
         elif VAR_TYPE == "fixed_large":
             ratio = tl.math.div_rn(true_variance, fixed_variance)
             precision = reciprocal(fixed_variance)
-            u = -tl.log(ratio)
+            u = -log(ratio)
         else:
             ratio = 1.0
             precision = reciprocal(true_variance)

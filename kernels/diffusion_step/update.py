@@ -5,6 +5,7 @@
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.arithmetic import exp, reciprocal
 from fastdiff.kernels.gaussian.kernel import (
     ALPHAS_CUMPROD_PREV,
     FIXED_LARGE_VARIANCE,
@@ -17,10 +18,8 @@ from fastdiff.kernels.gaussian.kernel import (
     SQRT_RECIP_ALPHAS_CUMPROD,
     SQRT_RECIPM1_ALPHAS_CUMPROD,
     WIDTH,
-    exp,
     load,
     predict_xstart,
-    reciprocal,
     xstart_coefficients,
 )
 from fastdiff.kernels.philox.generator import draw_normals, in_a_row

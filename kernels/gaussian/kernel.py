@@ -51,23 +51,6 @@ def load(pointer, mask):
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def reciprocal(x):
-    """1 / x to one rounding, for x far from fp32's limits. tl.math.div_rn handles them in a call, which has a stack."""
-    r = 1.0 / x
-    return tl.fma(tl.fma(-x, r, 1.0), r, r)
-
-
-@triton.jit
-def exp(x):
-    """e^x to about one rounding. Far from 0, tl.exp is less accurate: it is 2 to the power of the rounded x log2 e."""
-    x = tl.clamp(x, -104.0, 89.0, propagate_nan=tl.PropagateNan.ALL)  # the results include 0 and infinity
-    k = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - k * 0.693359375) + k * 2.12194440e-4  # x - k ln 2; the first product is exact
-    p = 4.1665795894e-2 + r * (8.3334519073e-3 + r * (1.3981999507e-3 + r * 1.9875691500e-4))  # Moshier's Cephes
-    return (1.0 + (r + r * r * (5.0000001201e-1 + r * (1.6666665459e-1 + r * p)))) * tl.exp2(k)
-
-
 def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor of x's shape: channels_last if x is dense in that layout, else contiguous."""
     if x.movedim(1, -1).is_contiguous():

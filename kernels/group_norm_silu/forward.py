@@ -5,6 +5,7 @@
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.arithmetic import reciprocal
 from fastdiff.kernels.group_norm_silu.tile import (
     centred,
     first_of_group,
@@ -14,7 +15,7 @@ from fastdiff.kernels.group_norm_silu.tile import (
     place,
     ratio,
     read,
-    sigmoid,
+    silu,
     two_parts,
     write,
 )
@@ -42,6 +43,7 @@ def _moments(
     Both are over the pixels from start to stop. Every element of the tile has its own statistics over the chunks
     (Welford 1962), which are merged at the end (Chan et al. 1983), so that the loop has no sums across threads.
     """
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     p = tl.arange(0, BLOCK_PIXELS)
     mean = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     deviation = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
@@ -53,10 +55,9 @@ def _moments(
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
         chunks += 1.0
-        mean += difference * (1.0 / chunks)
+        mean += difference * (reciprocal(chunks) if EXACT else 1.0 / chunks)
         deviation += difference * (value - mean)
     count = tl.maximum((stop - start - p + BLOCK_PIXELS - 1) // BLOCK_PIXELS, 0).to(tl.float32)[None, :]
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     values = DEPTH * tl.cast(stop - start, tl.float32)
     middle = ratio(over_groups(tl.sum(mean * count, 1), GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
     apart = tl.where(real[:, None], mean - middle[:, None], 0.0)
@@ -82,10 +83,7 @@ def _activated(from_mean, rstd, w, b, gain, offset, SILU: tl.constexpr, EXACT: t
     z = from_mean * (rstd * w)[:, None] + b[:, None]  # separate factors: fewer roundings in sequence
     z = z * gain[:, None] + offset[:, None]
     if SILU:
-        if EXACT:  # one rounding fewer
-            z = z / (1.0 + tl.exp(-z))
-        else:
-            z *= sigmoid(z, EXACT)
+        z = silu(z, EXACT)
     return z
 
 

@@ -7,6 +7,8 @@ import math
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.arithmetic import divide, exp, reciprocal
+
 MINUS_LOG2_E: tl.constexpr = tl.constexpr(-math.log2(math.e))
 
 
@@ -102,13 +104,28 @@ def inside(real, p, stop, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _one_and_exp(z):
+    """1 + exp(-z), at most 2^126, so that its reciprocal is a normal number."""
+    return tl.minimum(1.0 + exp(-z), 8.507059173023462e37, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def sigmoid(z, EXACT: tl.constexpr):
     """1 / (1 + exp(-z)). Squaring rsqrt is a few roundings off but takes three instructions fewer than a division."""
     if EXACT:
-        return 1.0 / (1.0 + tl.exp(-z))
+        return reciprocal(_one_and_exp(z))
     else:
         root = tl.rsqrt(1.0 + tl.exp2(z * MINUS_LOG2_E))
         return root * root
+
+
+@triton.jit
+def silu(z, EXACT: tl.constexpr):
+    """z * sigmoid(z); if EXACT with one rounding fewer."""
+    if EXACT:
+        return divide(z, _one_and_exp(z))
+    else:
+        return z * sigmoid(z, EXACT)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from triton.language.random import philox, uint_to_uniform_float
 
+from fastdiff.kernels.arithmetic import log
+
 
 @triton.jit
 def draw_words(seed, sample, step, quads):
@@ -38,7 +40,7 @@ def cos_sin(angle):
 def pair_of_normals(word1, word2):
     """Two normals from two words (Box & Muller 1958)."""
     u1, u2 = uint_to_uniform_float(word1), uint_to_uniform_float(word2)
-    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(u1, 1e-7)))
+    radius = tl.sqrt(-2.0 * log(tl.maximum(u1, 1e-7)))
     cosine, sine = cos_sin(6.283185307179586 * u2)
     return radius * cosine, radius * sine
 
