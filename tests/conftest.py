@@ -16,9 +16,10 @@ if not torch.cuda.is_available():
 from fastdiff.data.shapes import write_shapes
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from .interpreter import speed_up
+    from .interpreter import round_like_a_gpu, speed_up
 
     speed_up()
+    round_like_a_gpu()
 
 # Tests send signals, which a shell may have them ignore (a job in the background, nohup), and their children with them.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -74,6 +74,22 @@ def test_an_outlier_comes_first(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     hold(case, "triton")
 
 
+def test_silu_at_its_ends() -> None:
+    """Where exp(-z) leaves the range of fp32."""
+    z = torch.tensor([-1e30, -1000, -105, -90, -88.5, -87, -80, -1, 0, 1, 80, 1e30, torch.nan])
+    x, dy = (random(1, 13, 4, 4, seed=seed).to(DEVICE) for seed in (0, 1))
+    bias = z.to(DEVICE).requires_grad_()
+    y = group_norm_silu(x, torch.zeros_like(bias), bias, groups=1, backend="triton")
+    (slope,) = torch.autograd.grad(y, bias, dy)
+    wide = z.double().requires_grad_()
+    expected = nn.functional.silu(wide)
+    (slope_expected,) = torch.autograd.grad(expected.nan_to_num().sum(), wide)
+    torch.testing.assert_close(y[0, :, 1, 2].double().cpu(), expected.detach(), equal_nan=True, rtol=3e-7, atol=1e-6)
+    finite = z.isfinite()
+    slope_expected *= dy.double().sum((0, 2, 3)).cpu()
+    torch.testing.assert_close(slope.double().cpu()[finite], slope_expected[finite], rtol=3e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float16])
 def test_parameters_in_half_precision(parameters: torch.dtype, dtype: torch.dtype) -> None:
