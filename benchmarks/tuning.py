@@ -42,34 +42,30 @@ NORMS: Mapping[str, Changes] = {
 }
 
 
-def _tiles(name: str, queries: int, keys: int, warps: int, stages: int, **others: Any) -> tuple[str, Changes]:
-    """A variant in which the function ``name`` of attention's plan gives these tiles."""
-    found = Tiles(queries, keys, warps, stages)
-    said = f"{name.replace('_', ' ')} {queries} x {keys}, {warps} warps, {stages} stages"
-    return said, {name: lambda *_: found, **others}
-
-
-APART: Changes = {"backward_at_once": lambda *_: None}
 FORWARD = [
-    (64, 64, 4, 2),
-    (64, 64, 4, 3),
-    (128, 64, 4, 2),
-    (128, 64, 8, 2),
-    (128, 64, 8, 3),
-    (128, 64, 8, 4),
-    (128, 128, 8, 2),
-    (128, 128, 4, 2),
-    (64, 128, 4, 2),
+    *((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4)),
+    *((128, 128, 8, 2), (128, 128, 4, 2), (64, 128, 4, 2), (128, 256, 8, 2), (64, 256, 4, 2)),
 ]
-ATTENTIONS: Mapping[str, Changes] = {
-    AS_IT_IS: {},
-    **dict(_tiles("forward", *one) for one in FORWARD),
-    "backward in two launches": APART,
-    **dict(_tiles("backward_at_once", *one) for one in ((64, 64, 8, 2), (32, 256, 8, 2), (64, 256, 8, 2))),
-    **dict(_tiles("backward_queries", *one, **APART) for one in ((64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2))),
-    **dict(_tiles("backward_keys", *one, **APART) for one in ((64, 64, 4, 2), (64, 128, 8, 3), (128, 128, 8, 2))),
-}
-VARIANTS = {"group_norm_silu": NORMS, "attention": ATTENTIONS}
+AT_ONCE = [(64, 64, 8, 2), (32, 256, 8, 2), (64, 256, 8, 2), (32, 256, 4, 2)]
+QUERIES = [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
+KEYS = [(64, 64, 4, 2), (64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2)]
+APART: Changes = {"backward_at_once": lambda *_: None}
+
+
+def _attentions(direction: str, tokens: int) -> dict[str, Changes]:
+    """Tiles that are no longer than the sequence."""
+
+    def tiles(name: str, choices: Iterable[tuple[int, int, int, int]], **others: Any) -> Iterator[tuple[str, Changes]]:
+        for queries, keys, warps, stages in choices:
+            if max(queries, keys) <= tokens:
+                said = f"{name.replace('_', ' ')} {queries} x {keys}, {warps} warps, {stages} stages"
+                found = Tiles(queries, keys, warps, stages)
+                yield said, {name: lambda *_, found=found: found, **others}
+
+    if direction == "forward":
+        return dict(tiles("forward", FORWARD))
+    split = [*tiles("backward_queries", QUERIES, **APART), *tiles("backward_keys", KEYS, **APART)]
+    return {"two launches": APART, **dict(tiles("backward_at_once", AT_ONCE)), **dict(split)}
 
 
 RARE = re.compile(r"T(2048|4096)|d(32|144|192)$")
@@ -78,7 +74,14 @@ RARE = re.compile(r"T(2048|4096)|d(32|144|192)$")
 
 def worth_tuning(case: Case) -> bool:
     """Whether a case has variants, and released models have its shape or one like it."""
-    return case.op in VARIANTS and not RARE.search(case.shape)
+    return case.op in ("group_norm_silu", "attention") and not RARE.search(case.shape)
+
+
+def _variants(case: Case, direction: str) -> Mapping[str, Changes]:
+    if case.op == "group_norm_silu":
+        return NORMS
+    tokens = int(case.shape.split()[1].removeprefix("T"))
+    return {AS_IT_IS: {}, **_attentions(direction, tokens)}
 
 
 @contextmanager
@@ -103,9 +106,7 @@ def different(case: Case, direction: str, inputs: Inputs) -> dict[str, Changes]:
     """The variants of a case whose launches differ, by name."""
     found: dict[str, Changes] = {}
     seen: list[object] = []
-    for name, changes in VARIANTS.get(case.op, {}).items():
-        if direction == "forward" and name.startswith("backward"):
-            continue
+    for name, changes in _variants(case, direction).items():
         with changed(case.op, changes), recording() as launches:
             run_once(case.candidates["triton"], inputs, direction)
         wanted = [one for one in launches if ("backward" in one.kernel.fn.__name__) == (direction == "backward")]

@@ -106,4 +106,4 @@ def plan(
         span = -(-chunks // splits) * height
         splits = -(-pixels // span)
     warps = min(max(width * height // PER_WARP, 1), MOST_WARPS)
-    return Plan(k, width, height, splits, span, warps, STAGES)
+    return Plan(k, width, height, splits, span, warps, stages=STAGES if span > height else 1)
