@@ -50,7 +50,7 @@ def _by_turns(cases: Iterable[Case]) -> list[Case]:
     families: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
         families.setdefault((case.op, case.layout), []).append(case)
-    turns = itertools.zip_longest(*families.values())
+    turns = itertools.zip_longest(*(families[name] for name in sorted(families)))
     return [case for turn in turns for case in turn if case is not None]
 
 

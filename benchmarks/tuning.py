@@ -24,21 +24,21 @@ AS_IT_IS = "as it is"
 Changes = Mapping[str, Any]
 """Attributes of an operation's plan module and their replacements."""
 
-SMALL, LARGE = {1: 8192, 2: 4096}, {1: 32768, 2: 16384}
 NORMS: Mapping[str, Changes] = {
     AS_IT_IS: {},
-    "16 warps": {"MOST_WARPS": 16, "PER_WARP": 512},
-    "4 warps": {"MOST_WARPS": 4},
-    "large tiles, 16 warps": {"ON_CHIP": LARGE, "MOST_WARPS": 16},
-    "small tiles": {"ON_CHIP": SMALL},
+    "cache hints": {"KEPT": True},
+    "twice the values per warp": {"PER_WARP": 1024},
+    "half the values per warp": {"PER_WARP": 256},
+    "chunks of 2048, 6 stages": {"CHUNKS": ((2048, 6), (2048, 6))},
+    "chunks of 4096, 3 stages": {"CHUNKS": ((4096, 3), (4096, 3))},
+    "chunks of 4096, 4 stages": {"CHUNKS": ((4096, 4), (4096, 4))},
+    "chunks of 1024, 6 stages": {"CHUNKS": ((1024, 6), (1024, 6))},
+    "chunks of 4096, 4 stages, 4 warps": {"CHUNKS": ((4096, 4), (4096, 4)), "MOST_WARPS": 4},
+    "16 warps for large tiles": {"FEW_WARPS": 16},
+    "small tiles": {"ON_CHIP": {1: 8192, 2: 4096}},
+    "smaller tiles": {"ON_CHIP": {1: 4096, 2: 2048}},
     "short runs": {"FULL_RUN": 32},
-    "short runs, large tiles, 16 warps": {"FULL_RUN": 32, "ON_CHIP": LARGE, "MOST_WARPS": 16},
-    "2 stages": {"STAGES": 2},
-    "3 stages": {"STAGES": 3},
-    "chunks of 8192, 16 warps": {"CHUNK": 8192, "MOST_WARPS": 16},
-    "chunks of 2048, 4 stages": {"CHUNK": 2048, "STAGES": 4},
     "4 programs a processor": {"ENOUGH": 4},
-    "4 programs a processor, 3 stages": {"ENOUGH": 4, "STAGES": 3},
 }
 
 

@@ -11,7 +11,7 @@ import torch
 
 AT_ONCE_UP_TO = 128
 """Longest sequence whose scores are one tile."""
-ALL_KEYS_UP_TO = 256
+ALL_KEYS_UP_TO = 128
 """Longest sequence whose backward pass may hold dk and dv of all keys in registers."""
 WARPGROUPS_WITHOUT_A_GPU = True
 """Whether plans are Hopper's if there is no GPU, where launches are only interpreted or recorded."""
@@ -75,7 +75,9 @@ def forward(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups: bool) ->
         return Tiles(64, 64 if head_dim <= 144 else 32, 4)
     if head_dim <= 64:
         return Tiles(128, 64, 8, 3)  # in 128 registers: two programs share a multiprocessor
-    return Tiles(128, 128 if tokens >= 512 and head_dim <= 144 else 64, 8)
+    if head_dim <= 144:  # of eight warps only one program fits on a multiprocessor
+        return Tiles(128, 64, 4) if head_dim <= 96 else Tiles(64, 64, 4, 3)
+    return Tiles(128, 64, 8)
 
 
 def backward_at_once(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Tiles | None:
@@ -97,7 +99,7 @@ def backward_queries(head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Til
     if dtype is torch.float32:
         return _fp32(head_dim)
     if warpgroups:
-        return Tiles(128, 64, 8) if head_dim <= 144 else Tiles(64, 64, 4)
+        return Tiles(64, 64, 4)
     return Tiles(64, 32, 4) if head_dim <= 192 else Tiles(32, 32, 4)
 
 
@@ -106,8 +108,10 @@ def backward_keys(head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Tiles:
     if dtype is torch.float32:
         return _fp32(head_dim)
     if warpgroups:
+        if head_dim <= 128:
+            return Tiles(64 if head_dim <= 96 else 32, 64, 4)
         if head_dim <= 144:
-            return Tiles(64 if head_dim <= 128 else 32, 128, 8)
+            return Tiles(32, 128, 8)
         return Tiles(32 if head_dim <= 192 else 16, 64, 8)
     if head_dim <= 144:
         return Tiles(32 if head_dim <= 128 else 16, 64, 4)

@@ -26,10 +26,12 @@ def _affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, s
 
 
 @triton.jit
-def _xhat_and_dz(x, dy, high, low, rstd, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU: tl.constexpr):
+def _xhat_and_dz(
+    x, dy, high, low, rstd, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU: tl.constexpr, HINT: tl.constexpr
+):
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
-    xhat = centred(read(x, c, p, x_c, x_p, mask), high, low, EXACT) * rstd[:, None]
-    dz = read(dy, c, p, dy_c, dy_p, mask)
+    xhat = centred(read(x, c, p, x_c, x_p, mask, HINT), high, low, EXACT) * rstd[:, None]
+    dz = read(dy, c, p, dy_c, dy_p, mask, HINT)
     if SILU:
         z = xhat * a[:, None] + b[:, None]
         s = sigmoid(z, EXACT)
@@ -59,6 +61,7 @@ def _sums(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Sums of dz and of dz * xhat over the pixels from start to stop, for every channel."""
     p = tl.arange(0, BLOCK_PIXELS)
@@ -66,7 +69,8 @@ def _sums(
     sum_dz_xhat = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        xhat, dz = _xhat_and_dz(x, dy, high, low, rstd, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU)
+        hint: tl.constexpr = "evict_last" if KEPT else ""
+        xhat, dz = _xhat_and_dz(x, dy, high, low, rstd, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint)
         sum_dz += dz
         sum_dz_xhat += dz * xhat
     return tl.sum(sum_dz, 1), tl.sum(sum_dz_xhat, 1)
@@ -147,6 +151,7 @@ def group_norm_silu_backward(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
     """dx, dscale, dshift, and the sums of dz and of dz * xhat over the pixels, fp32 (N, C).
@@ -164,7 +169,7 @@ def group_norm_silu_backward(
     p = tl.arange(0, BLOCK_PIXELS)
     if ON_CHIP:
         mask = inside(real, p, pixels, EVEN)
-        xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU)
+        xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU, "")
         sum_dz, sum_dz_xhat = tl.sum(dz, 1), tl.sum(dz * xhat, 1)
     else:
         sum_dz, sum_dz_xhat = _sums(
@@ -188,6 +193,7 @@ def group_norm_silu_backward(
             BLOCK_PIXELS,
             EVEN,
             STAGES,
+            KEPT,
         )
     _write_sums(sum_dz, sum_dz_xhat, weight, bias, sum_dz_out, sum_dz_xhat_out, dscale, dshift, n, c, real, channels)
     middle = ratio(over_groups(a * sum_dz, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
@@ -199,7 +205,8 @@ def group_norm_silu_backward(
         for done in tl.range(0, pixels, BLOCK_PIXELS, num_stages=STAGES):
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
-            xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU)
+            hint: tl.constexpr = "evict_first" if KEPT else ""
+            xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint)
             value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
             write(dx, value, c, at + p, dx_c, dx_p, mask)
 
@@ -237,6 +244,7 @@ def group_norm_silu_backward_sums(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Sums of dz and of dz * xhat over the pixels of a split, fp32 (N, splits, C).
 
@@ -270,6 +278,7 @@ def group_norm_silu_backward_sums(
         BLOCK_PIXELS,
         EVEN,
         STAGES,
+        KEPT,
     )
     at = (n * tl.num_programs(1) + tl.program_id(1)) * channels + c
     tl.store(partial_dz + at, sum_dz, mask=real)
@@ -317,6 +326,7 @@ def group_norm_silu_backward_apply(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Write the outputs of the single launch from the sums of ``group_norm_silu_backward_sums``.
@@ -361,7 +371,8 @@ def group_norm_silu_backward_apply(
     stop = tl.minimum(start + pixels_per_split, pixels)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU)
+        hint: tl.constexpr = "evict_first" if KEPT else ""
+        xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint)
         value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
         write(dx, value, c, at + p, dx_c, dx_p, mask)
 

@@ -37,6 +37,7 @@ def _moments(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Mean of x - ``first`` in two parts and sum of squared deviations of the group, for every channel.
 
@@ -50,7 +51,7 @@ def _moments(
     chunks = 0.0
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        value = read(x, c, at + p, x_c, x_p, mask) - first[:, None]
+        value = read(x, c, at + p, x_c, x_p, mask, "evict_last" if KEPT else "") - first[:, None]
         difference = value - mean
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
@@ -118,6 +119,7 @@ def group_norm_silu_forward(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
     """y, and the mean in two parts and rstd, fp32 (N, G).
@@ -134,7 +136,7 @@ def group_norm_silu_forward(
     p = tl.arange(0, BLOCK_PIXELS)
     if ON_CHIP:
         mask = inside(real, p, pixels, EVEN)
-        value = read(x, c, p, x_c, x_p, mask)
+        value = read(x, c, p, x_c, x_p, mask, "")
         difference = value - first[:, None]
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
@@ -155,7 +157,7 @@ def group_norm_silu_forward(
         write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, p, y_c, y_p, mask)
     else:
         mean, rest, deviation = _moments(
-            x, first, c, real, 0, pixels, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN, STAGES
+            x, first, c, real, 0, pixels, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN, STAGES, KEPT
         )
         rstd = _rstd(deviation, values, eps, EXACT)
         high, low = two_parts(first, mean)
@@ -163,7 +165,7 @@ def group_norm_silu_forward(
         for done in tl.range(0, pixels, BLOCK_PIXELS, num_stages=STAGES):
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
-            apart = centred(read(x, c, at + p, x_c, x_p, mask), high, low, EXACT)
+            apart = centred(read(x, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else ""), high, low, EXACT)
             write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
     group = n * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0)
@@ -190,6 +192,7 @@ def group_norm_silu_statistics(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Mean of x minus its group's first value in two parts, and sum of squared deviations, fp32 (N, splits, G).
 
@@ -201,7 +204,7 @@ def group_norm_silu_statistics(
     start = tl.program_id(1) * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
     mean, rest, deviation = _moments(
-        x, first, c, real, start, stop, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN, STAGES
+        x, first, c, real, start, stop, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN, STAGES, KEPT
     )
     group = (n * tl.num_programs(1) + tl.program_id(1)) * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0)
@@ -245,6 +248,7 @@ def group_norm_silu_apply(
     BLOCK_PIXELS: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Write the outputs of the single launch from the results of ``group_norm_silu_statistics``.
@@ -279,7 +283,7 @@ def group_norm_silu_apply(
     stop = tl.minimum(start + pixels_per_split, pixels)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        apart = centred(read(x, c, at + p, x_c, x_p, mask), high, low, EXACT)
+        apart = centred(read(x, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else ""), high, low, EXACT)
         write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
     group = n * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0) & (split == 0)

@@ -89,6 +89,7 @@ def _division(x: Tensor, x_c: int, x_p: int, groups: int, tensors: int) -> tuple
         "BLOCK_PIXELS": chosen.block_pixels,
         "EVEN": pixels % chosen.block_pixels == 0,
         "STAGES": chosen.stages,
+        "KEPT": plan.KEPT,
         "num_warps": chosen.warps,
         "num_stages": 1,
     }

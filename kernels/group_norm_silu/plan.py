@@ -5,13 +5,18 @@ from functools import cache
 
 ON_CHIP = {1: 16384, 2: 8192}
 """Largest tile in values, including padding, that a program keeps in registers: of x alone (1), or of x and dy (2)."""
-CHUNK = 4096
-"""Values per chunk if a program walks over its pixels twice."""
-STAGES = 1
-"""Chunks of a walk that are being loaded or computed at the same time."""
+CHUNKS = (2048, 4), (4096, 3)
+"""Values per chunk if a program walks over its pixels twice, and chunks that are being loaded or computed at a time.
+
+The second choice is for chunks of less than SHORT_ROW pixels in a row."""
+SHORT_ROW = 128
 PER_WARP = 512
 """Values of a tile per warp, as long as there are no more than MOST_WARPS."""
 MOST_WARPS = 8
+FEW_WARPS = 4
+"""Warps of a tile of more than SINGLE values, so that another program's registers fit beside it."""
+SINGLE = 8192
+"""Values of a tile in registers above which too few programs fit on a multiprocessor to hide each other's waits."""
 CACHE = 40 * 2**20
 """Bytes that are still cached when they are read a second time."""
 MOST_SPLITS = 64
@@ -19,14 +24,17 @@ PARTIALS = 2048
 """Most partial results, splits times channels, that one program can combine."""
 NEVER_SPLIT = 1024
 """Most pixels for which a second launch would cost more than idle processors."""
+KEPT = False
+"""Whether a walk's first reads are hinted to stay in the cache, and its second ones to leave it."""
 ENOUGH = 1
 """Programs per multiprocessor that make splitting needless."""
 
 # Costs, relative to reading and writing a value once at full speed.
-START = 1024  # starting a program, in values
-CACHED = 1.2  # a second read from the cache
-AGAIN = 1.5  # a second read from memory
+START = 512  # starting a program, in values
+CACHED = 1.35  # a second read from the cache
+AGAIN = 1.6  # a second read from memory
 UNALIGNED = 2.0  # accesses of less than 16 bytes
+ALONE = 1.1  # a tile of more than SINGLE values
 FULL_RUN = 64  # shortest contiguous run at full speed, in bytes
 
 
@@ -80,7 +88,11 @@ def plan(
     def tile(k: int) -> tuple[int, int]:
         """Channels and pixels of a tile of k groups."""
         width = next_power(k * depth)
-        return width, whole if width * whole <= ON_CHIP[tensors] else max(min(whole, CHUNK // width), 1)
+        return width, whole if width * whole <= ON_CHIP[tensors] else max(min(whole, chunk(width)[0] // width), 1)
+
+    def chunk(width: int) -> tuple[int, int]:
+        short = not channels_fastest and CHUNKS[0][0] // width < SHORT_ROW
+        return CHUNKS[1] if short else CHUNKS[0]
 
     def cost(k: int) -> float:
         width, height = tile(k)
@@ -90,6 +102,8 @@ def plan(
         if channels_fastest and blocks > 1 and run * element_size % 16:
             slowness *= UNALIGNED
         idle = max(2 * processors / (samples * blocks), 1.0)
+        if chunks == 1 and width * height > SINGLE:
+            slowness *= ALONE
         if chunks > 1:
             at_once = min(samples * blocks, 2 * processors) * k * depth * pixels * element_size * tensors
             slowness *= CACHED if at_once <= CACHE else AGAIN
@@ -105,5 +119,6 @@ def plan(
         splits = min(-(-4 * processors // programs), chunks, MOST_SPLITS, max(PARTIALS // width, 1))
         span = -(-chunks // splits) * height
         splits = -(-pixels // span)
-    warps = min(max(width * height // PER_WARP, 1), MOST_WARPS)
-    return Plan(k, width, height, splits, span, warps, stages=STAGES if span > height else 1)
+    tile_size = width * height
+    warps = min(max(tile_size // PER_WARP, 1), MOST_WARPS if tile_size <= SINGLE else FEW_WARPS)
+    return Plan(k, width, height, splits, span, warps, stages=chunk(width)[1] if span > height else 1)

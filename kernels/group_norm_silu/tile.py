@@ -129,10 +129,10 @@ def silu(z, EXACT: tl.constexpr):
 
 
 @triton.jit
-def read(x, c, p, x_c, x_p, mask):
-    """Load a tile (channels, pixels) in fp32, 0 outside the mask."""
+def read(x, c, p, x_c, x_p, mask, HINT: tl.constexpr):
+    """Load a tile (channels, pixels) in fp32, 0 outside the mask; HINT is the cache's eviction policy."""
     pointers = x + c.to(tl.int64)[:, None] * x_c + p.to(tl.int64)[None, :] * x_p
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=HINT).to(tl.float32)
 
 
 @triton.jit
