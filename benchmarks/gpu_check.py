@@ -1,175 +1,340 @@
-"""The parts of gpu_check.sh that measure: ``python -m fastdiff.benchmarks.gpu_check targets --csv rows.csv``.
+"""Everything that needs a GPU in one call with a budget: ``python -m fastdiff.benchmarks.gpu_check --minutes 8``.
 
-targets and tune need only PyTorch, Triton and numpy. Nothing more is started when the seconds are over.
+correct   the tests of the kernels, the golden numbers through them, an update that waits for nothing
+bars      every kernel beside its alternatives, against its target, and other divisions of the work than its plan's
+model     a training step and a sampling step of a released model, prepared on all cores while the tests run
+sanitize  compute-sanitizer on a smoke test
+
+It needs a checkout, PyTorch, Triton, numpy, pytest, Pillow and safetensors; pytest-xdist and Liger are used if
+present. Rows (rows.csv), a summary (summary.md), failures and the time of a step's kernels are written as they come. A
+stage that does not fit is not started. The exit status is 1 if a test fails or a candidate of ours is wrong.
 """
 
 import argparse
-import gc
-import itertools
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TextIO
 
 import torch
 
-from fastdiff.benchmarks.cases import Case, cases
-from fastdiff.benchmarks.harness import environment, side_stream
-from fastdiff.benchmarks.kernels import Measured, measure_all
-from fastdiff.benchmarks.roofline import measure_roofline
-from fastdiff.benchmarks.rows import Row, append_rows, read_rows, with_against
-from fastdiff.benchmarks.targets import sampling_verdicts, training_verdicts, verdicts
-from fastdiff.benchmarks.tuning import compile_share, faster, tuned, worth_tuning
-from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, Precision
-from fastdiff.presets import preset_named
+from fastdiff.benchmarks.gpu_stages import MARK, MODELS
+from fastdiff.benchmarks.harness import environment
+from fastdiff.benchmarks.rows import Row, append_rows
+from fastdiff.benchmarks.targets import sampling_verdicts, training_verdicts
 
-if TYPE_CHECKING:
-    from fastdiff.benchmarks.workload import Workload
-
-
-def targets(device: torch.device, csv: Path, deadline: float) -> None:
-    """Time every kernel and its alternatives, then print the verdicts on the targets."""
-    about = environment(device)
-    on_gpu = device.type == "cuda"
-    roofline = measure_roofline(device, torch.bfloat16)  # the dtype of norm and attention
-    print(f"in bf16: {roofline}")
-    found: list[Measured] = []
-    for measured in measure_all(_by_turns(cases(device)), 20 if on_gpu else 2, device):
-        _keep([one.row(roofline) for one in measured], csv, about)
-        found += measured
-        if time.monotonic() > deadline:
-            print("time is up: the rest was not measured")
-            break
-    for verdict in verdicts(found, roofline):
-        print(verdict)
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"correct": 120, "bars": 130, "model": 200, "sanitize": 30}
+"""Seconds of each stage in a run of eight minutes, in the order of their value."""
+TESTS = {  # by folder: arguments on a GPU, in a rehearsal, and the share of the cores
+    "tests/kernels": (["tests/kernels", "-m", "not slow"], ["tests/kernels/test_every_kernel.py", "-m", "not slow"], 2),
+    "tests/parity": (
+        ["tests/parity/test_unet.py", "tests/parity/test_training.py", "tests/parity/test_loops.py", "-k", "triton"],
+        ["tests/parity/test_loops.py", "-k", "reference and ddim and not slow"],
+        8,
+    ),
+    "tests/training": (["tests/training/test_update.py", "-k", "gpu"], [], 16),
+}
+LEAST = 20
+"""Seconds within which no stage is worth a start; none in a rehearsal."""
+SETTINGS = """[pytest]
+addopts = --import-mode=importlib
+markers = slow
+    timeout
+"""
 
 
-def _by_turns(cases: Iterable[Case]) -> list[Case]:
-    """One case of each operation and layout, then another one of each: little time still shows something of all."""
-    families: dict[tuple[str, str], list[Case]] = {}
-    for case in cases:
-        families.setdefault((case.op, case.layout), []).append(case)
-    turns = itertools.zip_longest(*(families[name] for name in sorted(families)))
-    return [case for turn in turns for case in turn if case is not None]
+class Process:
+    """A part that runs beside this process: its messages are received as they come, its other output goes to a log."""
+
+    def __init__(self, check: "Check", *arguments: str) -> None:
+        command = [sys.executable, "-m", "fastdiff.benchmarks.gpu_stages", *arguments, *["--rehearse"] * check.rehearse]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": check.log}
+        self._process = subprocess.Popen(command, cwd=ROOT, env=check.env, text=True, start_new_session=True, **pipes)
+        self.ready, self.ended = threading.Event(), threading.Event()
+        threading.Thread(target=self._read, args=(check,), daemon=True).start()
+
+    def _read(self, check: "Check") -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                message = json.loads(line.removeprefix(MARK))
+                if "ready" in message:
+                    self.ready.set()
+                check.receive(message)
+            elif line.strip():
+                check.log.write(line)
+        self._process.wait()
+        self.ready.set()
+        self.ended.set()
+
+    def go(self) -> None:
+        """Tell it to start its measurement."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has failed; the log says why
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to it and to the processes that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
 
-RESERVE = 120
-"""Seconds for compiling the last candidate that is started, for the rounds, and for the ceilings after them."""
+@dataclass
+class Check:
+    """A run: what is known so far, written as it comes."""
+
+    out: Path
+    scratch: Path
+    end: float  # of time.monotonic()
+    stages: Sequence[str]
+    rehearse: bool
+    log: TextIO
+    env: Mapping[str, str]
+    rows: list[dict[str, object]] = field(default_factory=list)
+    verdicts: dict[str, list[str]] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    peak: float | None = None
+    failed: bool = False
+    models: dict[str, Process] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.RLock)
+
+    def left(self) -> float:
+        """Seconds until the budget is spent."""
+        return self.end - time.monotonic()
+
+    def receive(self, message: Mapping[str, Any]) -> None:
+        """Keep what a process sends."""
+        with self.lock:
+            if rows := message.get("rows"):
+                append_rows(self.out / "rows.csv", rows)
+                self.rows += rows
+            if "verdicts" in message:
+                self.verdicts[message["of"]] = message["verdicts"]
+            if "kernels" in message:
+                with (self.out / "kernels.txt").open("a", encoding="utf-8") as file:
+                    file.write(message["kernels"] + "\n\n")
+            self.said += filter(None, [message.get("said")])
+            self.advice = message.get("advice", self.advice)
+            self.peak = message.get("peak", self.peak)
+            self.summarise()
+
+    def keep(self, workload: str, candidate: str, remark: str, failed: bool = False) -> None:
+        """Keep a result without a time."""
+        self.failed |= failed
+        values = Row("gpu_check", workload, candidate, None, remark=remark).as_dict()
+        self.receive({"rows": [{**values, **environment(torch.device("cpu" if self.rehearse else "cuda"))}]})
+
+    def summarise(self) -> None:
+        """Write the summary of all rows, on one page."""
+        about = self.rows[-1] if self.rows else {}
+        lines = [f"# GPU check of {about.get('gpu')}", ""]
+        lines += [
+            f"{about.get('date')}, PyTorch {about.get('torch')}, Triton {about.get('triton')}, {about.get('commit')}"
+        ]
+        lines += [self.said[-1], ""] if self.said else [""]
+        results = [row for row in self.rows if row["suite"] == "gpu_check"]
+        lines += [
+            "## Correct",
+            "",
+            *(f"- {row['workload']}, {row['candidate']}: {row['remark']}" for row in results),
+            "",
+        ]
+        models = [row for row in self.rows if row["suite"] in ("train", "step")]
+        text = [{name: str(value) for name, value in row.items()} for row in models]
+        self.verdicts["model"] = [
+            str(one)
+            for one in (
+                *training_verdicts([row for row in text if row["suite"] == "train"], self.peak),
+                *sampling_verdicts([row for row in text if row["suite"] == "step"]),
+            )
+        ]
+        verdicts = [line for found in self.verdicts.values() for line in found]
+        known = [line for line in verdicts if line.strip() and not line.startswith(" ")]
+        lines += ["## Targets", "", *(f"- {line}" for line in known)]
+        lines += [f"- not measured: {len(verdicts) - len(known)} of {len(verdicts)}", ""]
+        lines += ["## Whole model", "", "| | | ms | |", "|---|---|---:|---|"]
+        lines += [
+            f"| {row['workload']} | {row['candidate']} | {1000 * float(str(row['median_s'])):.2f} | {row['remark']} |"
+            for row in models
+        ]
+        wrong = [
+            row for row in self.rows if str(row["remark"]).startswith(("ValueError", "RuntimeError", "Accelerator"))
+        ]
+        lines += ["", "## Wrong or failed", "", *(f"- {r['workload']}, {r['candidate']}: {r['remark']}" for r in wrong)]
+        lines += ["", "## Faster divisions than the plans'", "", *(f"- {line}" for line in self.advice)]
+        fresh = self.out / "summary.md.tmp"
+        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        fresh.replace(self.out / "summary.md")
+
+    def run(self) -> None:
+        """All stages, each with its share of the time that is left."""
+        pending = list(reversed(MODELS)) if "model" in self.stages else []
+        cores = os.cpu_count() or 1
+        at_once = max(1, cores // 4)
+        while pending and len(self.models) < at_once:
+            self._prepare(pending.pop())
+        for place, stage in enumerate(self.stages):
+            rest = sum(STAGES[name] for name in self.stages[place:])
+            seconds = self.left() * STAGES[stage] / rest
+            if seconds < (0 if self.rehearse else LEAST):
+                self.keep(stage, "stage", "not started: the time is up")
+                continue
+            print(f"{stage}: {seconds:.0f} s", flush=True)
+            if stage == "model":
+                self._model(pending, time.monotonic() + seconds)
+            else:
+                {"correct": self._correct, "bars": self._bars, "sanitize": self._sanitize}[stage](seconds)
+        self.stop()
+
+    def stop(self) -> None:
+        """End all processes."""
+        for process in self.models.values():
+            process.signal(signal.SIGKILL)
+
+    def _prepare(self, name: str) -> None:
+        lock = str(self.scratch / "lock")
+        self.models[name] = Process(self, "model", "--name", name, "--lock", lock)
+
+    def _correct(self, seconds: float) -> None:
+        """Run the tests of each folder, all folders at a time."""
+        running = {
+            name: self._pytest(name, arguments, seconds, share)
+            for name, (on_gpu, rehearsed, share) in TESTS.items()
+            if (arguments := rehearsed if self.rehearse else on_gpu)
+        }
+        codes = {name: process.wait() for name, process in running.items()}
+        found = self._outcomes()
+        for name, code in codes.items():
+            mine = [one for one in found if one["test"].startswith(name)]
+            counts = Counter(one["outcome"] for one in mine)
+            failures = [one for one in mine if one["outcome"] == "failed"]
+            stopped = ", stopped when its time was up" * (code in (124, 137))
+            said = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped{stopped}"
+            self.keep("correct", name, said, failed=bool(failures) or code not in (0, 124, 137))
+            for one in failures:
+                self.keep("correct", one["test"], "failed, see failures.txt", failed=True)
+                with (self.out / "failures.txt").open("a", encoding="utf-8") as file:
+                    file.write(f"{one['test']}\n{one['why']}\n\n")
+
+    def _outcomes(self) -> list[dict[str, str]]:
+        """What the tests reported since the last call."""
+        report = self.scratch / "report"
+        found = (
+            [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()] if report.exists() else []
+        )
+        report.write_text("", encoding="utf-8")
+        return found
+
+    def _pytest(
+        self, folder: str, arguments: Sequence[str], seconds: float, share: int, *before: str
+    ) -> "subprocess.Popen[str]":
+        settings = self.scratch / "pytest.ini"
+        settings.write_text(SETTINGS, encoding="utf-8")
+        workers = max(1, (os.cpu_count() or 1) // share)
+        command = [*before, sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "fastdiff.benchmarks.gpu_report"]
+        command += ["-c", str(settings), "--rootdir", str(ROOT), "--confcutdir", folder, "-p", "no:cacheprovider"]
+        command += ["-p", "no:benchmark", *arguments]
+        if find_spec("xdist") and workers > 1 and not before:
+            command += ["-n", str(workers)]
+        limited = ["timeout", "--kill-after=5", f"{seconds:.0f}", *command]
+        env = {**self.env, "REPORT": str(self.scratch / "report")}
+        return subprocess.Popen(limited, cwd=ROOT, env=env, stdout=self.log, stderr=self.log, text=True)
+
+    def _bars(self, seconds: float) -> None:
+        process = Process(self, "bars", "--seconds", f"{seconds:.0f}")
+        if not process.ended.wait(seconds + 15):
+            process.signal(signal.SIGKILL)
+
+    def _model(self, pending: list[str], deadline: float) -> None:
+        """Let one process after the other measure, while the others are stopped: they would keep the host busy."""
+        waiting = dict(self.models)
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            prepared = [name for name, process in waiting.items() if process.ready.is_set()]
+            if not prepared:
+                time.sleep(min(0.2, left))
+                continue
+            measuring = prepared[0]
+            process = waiting.pop(measuring)
+            for other in waiting.values():
+                other.signal(signal.SIGSTOP)
+            process.go()
+            if not process.ended.wait(max(1.0, deadline - time.monotonic())):
+                self.keep("model", measuring, "stopped when its time was up")
+            for other in waiting.values():
+                other.signal(signal.SIGCONT)
+            if pending:
+                name = pending.pop()
+                self._prepare(name)
+                waiting[name] = self.models[name]
+        for name in (*waiting, *pending[::-1]):
+            self.keep("model", name, "not measured: the time is up")
+        self.stop()
+
+    def _sanitize(self, seconds: float) -> None:
+        tool = shutil.which("compute-sanitizer")
+        if tool is None or self.rehearse:
+            self.keep("sanitize", "memcheck", "not run: compute-sanitizer is not installed")
+            return
+        before = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+        # one allocation per tensor, to see accesses beyond its end
+        self.env = {**self.env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        smoke = ["tests/kernels/test_every_kernel.py"]
+        code = self._pytest("tests/kernels", smoke, seconds, os.cpu_count() or 1, *before).wait()
+        tests = len(self._outcomes())
+        said = {
+            0: f"no error in {tests} tests",
+            9: "errors, see log.txt",
+            124: f"stopped after {tests} tests, no error",
+        }
+        self.keep("sanitize", "memcheck", said.get(code, f"cannot run here (status {code})"), failed=code == 9)
 
 
-def model(device: torch.device, csv: Path, deadline: float) -> None:
-    """Time the training step of a released model, fused, compiled and the Trainer's, then print the verdicts."""
-    # these need Pillow and safetensors, unlike targets and tune
-    from fastdiff.benchmarks.ladder import Models, ladder
-    from fastdiff.benchmarks.suites import Ceilings, measure
-    from fastdiff.runtime.throughput import peak_flops
+def main() -> int:
+    """Run the stages within the minutes, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="the budget (default: 8)")
+    parser.add_argument("--only", choices=STAGES, help="one stage, with the whole budget")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on a CPU: small sizes, interpreted kernels, a GPU's double"
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="the folder of the results")
+    arguments = parser.parse_args()
+    if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
+        parser.error("--minutes must be a positive number")
+    if not arguments.rehearse and not torch.cuda.is_available():
+        parser.error("there is no GPU: --rehearse runs every stage on a CPU")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    env |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if arguments.rehearse else {}
+    stages = [arguments.only] if arguments.only else list(STAGES)
+    end = time.monotonic() + 60 * arguments.minutes
+    with tempfile.TemporaryDirectory() as scratch, (arguments.out / "log.txt").open("a", encoding="utf-8") as log:
+        check = Check(arguments.out.resolve(), Path(scratch), end, stages, arguments.rehearse, log, env)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            check.run()
+        finally:
+            check.stop()
+    print((check.out / "summary.md").read_text(encoding="utf-8"))
+    return int(check.failed)
 
-    on_gpu = device.type == "cuda"
-    workload = _workload("imagenet64_uncond", 64, device) if on_gpu else _workload("cifar10_uncond", 1, device)
-    rungs = [rung for rung in ladder("train", device) if rung.fused]
-    trainer = rungs[-1]
-    for name, changes in (("fp16", {"precision": Precision.FP16}), ("torch kernels", {"kernels": Kernels.TORCH})):
-        rungs.append(replace(trainer, name=f"trainer, {name}", config=replace(trainer.config, **changes)))
-    rungs = rungs if on_gpu else rungs[:1]
-    roofline = Ceilings(workload, rungs)
-    rows = measure("train", Models(workload), rungs, roofline, 10 if on_gpu else 2, False, deadline - RESERVE)
-    for precision, measured in roofline.best.items():
-        print(f"in {precision}: {measured}")
-    _keep(rows, csv, environment(device))
-    for verdict in training_verdicts(rows, peak_flops(device, trainer.config.precision)):
-        print(verdict)
-
-
-SAMPLED = tuple(itertools.product(("imagenet64_uncond", "cifar10_uncond", "fork_128"), (1, 16, 256)))
-
-
-def sample(device: torch.device, csv: Path, deadline: float) -> None:
-    """Time a sampling step of the released models of 64, 32 and 128 pixels, from one image at a time to many.
-
-    A further call of the same machine and commit measures only what ``csv`` lacks; the verdicts are on all its rows.
-    """
-    from fastdiff.benchmarks.ladder import Models, ladder, rivals
-    from fastdiff.benchmarks.suites import Ceilings, measure_step
-
-    on_gpu, about = device.type == "cuda", environment(device)
-    ours, others = ladder("step", device)[-1], rivals(device)
-    for name, batch_size in SAMPLED if on_gpu else [("cifar10_uncond", 1)]:
-        workload = _workload(name, batch_size, device)
-        measured = [row for row in _rows(csv, about) if row["workload"] == str(workload)]
-        if measured and not any(row["remark"].startswith("time was up") for row in measured):
-            continue
-        if time.monotonic() > deadline - RESERVE:
-            print("time is up: run the same command again to measure the rest")
-            break
-        torch.compiler.reset()  # a model compiled for another batch size counts towards Dynamo's limit of eight
-        roofline = Ceilings(workload, [ours])
-        rows = measure_step(Models(workload), ours, roofline, 10 if on_gpu else 2, others, deadline - RESERVE)
-        _keep(rows, csv, about)
-        del roofline
-        gc.collect()  # frees the models' memory for the next ones
-    for verdict in sampling_verdicts(_rows(csv, about)):
-        print(verdict)
-
-
-def _workload(name: str, batch_size: int, device: torch.device) -> "Workload":
-    from fastdiff.benchmarks.workload import Workload
-
-    preset = preset_named(name)
-    return Workload(preset.config(ModelConfig), preset.config(DiffusionConfig), batch_size, device, name)
-
-
-def _rows(csv: Path, about: Mapping[str, str]) -> list[dict[str, str]]:
-    """The file's rows of this machine and commit; the last row of each candidate."""
-    rows = read_rows(csv) if csv.exists() else []
-    mine = [row for row in rows if all(row[name] == value for name, value in about.items() if name != "date")]
-    return list({(row["workload"], row["candidate"]): row for row in mine}.values())
-
-
-def _keep(rows: Sequence[Row], csv: Path, about: Mapping[str, str]) -> None:
-    append_rows(csv, [{**row.as_dict(), **about} for row in with_against(rows)])
-    for row in rows:
-        values = row.as_dict()
-        time_of = f"{values['median_s']:g} s, {values['share_of_limit']:.0%} of limit" if row.timing else ""
-        print(f"{row.workload:64s} {row.candidate:24s} {'; '.join(filter(None, (time_of, row.remark)))}")
-
-
-def tune(device: torch.device, csv: Path, deadline: float, share: str = "") -> None:
-    """Time other divisions of the work than the plans choose; a faster one belongs in the plans.
-
-    ``share``, "1/6", compiles the second sixth of them instead.
-    """
-    if device.type != "cuda":
-        print("nothing to tune without a GPU")
-        return
-    turns = _by_turns(one for one in cases(device) if worth_tuning(one))
-    if share:
-        index, of = map(int, share.split("/"))
-        compile_share(turns, device, index, of, deadline)
-        return
-    about = environment(device)
-    roofline = measure_roofline(device, torch.bfloat16)
-    advice = []
-    for case, direction in [(one, direction) for one in turns for direction in one.directions]:
-        if time.monotonic() > deadline:
-            print("time is up: the rest was not measured")
-            break
-        found = tuned(case, direction, 10, device)
-        _keep([one.row(roofline) for one in found], csv, about)
-        advice.append(faster(found))
-    print(*filter(None, advice), sep="\n")
-
-
-PARTS = {"targets": targets, "tune": tune, "model": model, "sample": sample}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=440)
-    parser.add_argument("--share", default="")
-    arguments = parser.parse_args()
-    on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with side_stream(on):
-        options = {"share": arguments.share} if arguments.share else {}
-        PARTS[arguments.part](on, arguments.csv, time.monotonic() + arguments.seconds, **options)
+    sys.exit(main())

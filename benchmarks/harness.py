@@ -64,6 +64,11 @@ class Timing:
         return replace(self, seconds=seconds, baseline=baseline)
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether the device is a GPU, or stands for one in a rehearsal."""
+    return device.type == "cuda"
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -121,7 +126,7 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
     ``run`` must have been called before, so that the capture compiles nothing, and within ``side_stream``: no graph can
     be captured on the default stream, and a backward pass runs on the stream of its forward pass.
     """
-    if device.type != "cuda":
+    if not on_gpu(device):
         return run
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
@@ -135,7 +140,7 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
 
 def side_stream(device: torch.device) -> AbstractContextManager[object]:
     """A stream on which CUDA graphs can be captured; an empty context on a CPU."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu(device) else nullcontext()
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -144,7 +149,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     A library's own allocations are seen on a GPU only if they go through PyTorch, and on a CPU never. On a CPU,
     allocations of other threads than PyTorch's are not seen either, nor are frees of tensors from before the call.
     """
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -162,16 +167,26 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 ALONE = "graph launches 1, others 0,"
-"""A step that is one CUDA graph, in the words of ``host_calls``."""
+"""A step that is one CUDA graph, in the words of ``watched``."""
 
-STEPS = 20
+STEPS = 5
 """Steps that are watched or profiled at a time."""
 
+MOST_KERNELS = 40
 
-def host_calls(step: Callable[[], object], device: torch.device) -> str:
-    """The launches of a step and whether it waits for the device, as text; empty on a CPU."""
-    if device.type != "cuda":
-        return ""
+
+@dataclass(frozen=True)
+class Watched:
+    """What a step asks of the device."""
+
+    calls: str  # launches, and whether it waits for the device
+    kernels: str  # a line for each kernel: milliseconds and launches per step, name
+
+
+def watched(step: Callable[[], object], device: torch.device) -> Watched:
+    """The launches of a step, whether it waits for the device, and its kernels by time; empty on a CPU."""
+    if not on_gpu(device):
+        return Watched("", "")
     waits = "no wait for the device"
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -183,12 +198,21 @@ def host_calls(step: Callable[[], object], device: torch.device) -> str:
         waits = f"waits for the device: {' '.join(str(error).split())[:200]}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    there = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []  # in a rehearsal there is none
+    with profile(activities=[ProfilerActivity.CPU, *there]) as seen:
         for _ in range(STEPS):
             step()
         torch.cuda.synchronize(device)
-    graphs, others = launches({e.key: e.count for e in seen.key_averages() if e.device_type.name == "CPU"})
-    return f"graph launches {graphs / STEPS:g}, others {others / STEPS:g}, {waits}"
+    events = seen.key_averages()
+    graphs, others = launches({e.key: e.count for e in events if e.device_type.name == "CPU"})
+    kernels = sorted((e for e in events if e.device_type.name == "CUDA"), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in kernels) / 1000 / STEPS
+    lines = [f"{total:9.3f} ms on the device, {sum(e.count for e in kernels) / STEPS:g} kernels"]
+    lines += [
+        f"{e.self_device_time_total / 1000 / STEPS:9.3f} ms {e.count / STEPS:7.1f}  {e.key[:120]}"
+        for e in kernels[:MOST_KERNELS]
+    ]
+    return Watched(f"graph launches {graphs / STEPS:g}, others {others / STEPS:g}, {waits}", "\n".join(lines))
 
 
 def launches(counts: Mapping[str, int]) -> tuple[int, int]:
@@ -213,7 +237,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
+    if not on_gpu(device):
         began = time.perf_counter()
         run()
         return time.perf_counter() - began
@@ -233,7 +257,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{_cpu_name()}, {threads} thread{'s' * (threads != 1)}",
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "gpu": torch.cuda.get_device_name(device) if on_gpu(device) else "none",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": _commit(),

@@ -38,6 +38,7 @@ class Row:
     remark: str = ""
     failed: bool = False  # one of our candidates was wrong or failed; decides the command's exit status
     against: str = ""  # the baseline of the speedup, if there is one
+    kernels: str = ""  # of a steady step on a GPU, by time; not in the CSV file
 
     def as_dict(self) -> dict[str, object]:
         """The columns of a CSV row."""

@@ -1,7 +1,6 @@
 """The suites that measure a model: check every candidate, count its memory, then time all of them in turn."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import torch._dynamo
 
 from fastdiff.benchmarks.candidates import Job, forward, job_of, peer_job, sampling_steps, stepping
 from fastdiff.benchmarks.flops import Flops
-from fastdiff.benchmarks.harness import Timing, graphed, host_calls, interleaved, peak_bytes, side_stream
+from fastdiff.benchmarks.harness import Timing, graphed, interleaved, peak_bytes, side_stream, watched
 from fastdiff.benchmarks.ladder import TF32, Models, Rung
 from fastdiff.benchmarks.peers import Peer, peers
 from fastdiff.benchmarks.roofline import Roofline, measure_roofline
@@ -79,15 +78,15 @@ def measure(
     roofline: Measuring,
     rounds: int,
     with_peers: bool = True,
-    deadline: float = math.inf,
+    ready: Callable[[], object] = lambda: None,
 ) -> list[Row]:
     """A row for each rung of "unet", "train" or "sample", then one for each peer; a wrong or failing one has no time.
 
     The first rung is the baseline of the others, and each has its gain over the last one before it. ``roofline`` is
-    called after all were timed. After ``deadline``, of time.monotonic(), no further rung is started.
+    called after all were timed, ``ready`` when all are prepared and before any is timed.
     """
     workload = models.workload
-    table = _Table(suite, workload, roofline, deadline)
+    table = _Table(suite, workload, roofline)
     with ExitStack() as stack:
         stack.enter_context(_never_eager())
         work = Flops.of(workload.model, workload.batch_size, suite == "train")
@@ -95,6 +94,7 @@ def measure(
             table.enter(rung.name, rung.config.precision, work, partial(job_of, suite, models, rung, stack))
         for name, build in peers(workload).items() if with_peers else ():
             table.enter_peer(name, build, models.num_parameters, work)
+        ready()
         return table.timed(rounds)
 
 
@@ -104,12 +104,12 @@ def measure_step(
     roofline: Measuring,
     rounds: int,
     rivals: Sequence[Rung] = (),
-    deadline: float = math.inf,
+    ready: Callable[[], object] = lambda: None,
 ) -> list[Row]:
     """The cost of an ancestral step with its noise over the model call alone, both as the engine runs them.
 
-    On a GPU both are CUDA graphs. The same step of each of ``rivals`` follows. After ``deadline``, of time.monotonic(),
-    no further candidate is started.
+    On a GPU both are CUDA graphs. The same step of each of ``rivals`` follows. ``ready`` is called when all are
+    prepared.
     """
     workload, precision = models.workload, rung.config.precision
     model = workload.model
@@ -117,13 +117,14 @@ def measure_step(
     # x is read and written, the model's output read
     moved = 4 * workload.batch_size * (3 + 3 + model.out_channels) * model.image_size**2
     with_step = replace(work, fp32_bytes=moved)
-    table = _Table("step", workload, roofline, deadline)
+    table = _Table("step", workload, roofline)
     with side_stream(workload.device), _never_eager():
         table.enter("model call", precision, work, lambda: forward(workload, models.inference(rung.config)), graph=True)
         table.enter("model call and step", precision, with_step, partial(stepping, models, rung))
         for rival in rivals:
             build = partial(stepping, models, rival)
             table.enter(rival.name, rival.config.precision, with_step, build, ours=False)
+        ready()
         return table.timed(rounds)
 
 
@@ -160,10 +161,9 @@ class _Entry:
 class _Table:
     """The candidates of one suite on one workload, and their rows."""
 
-    def __init__(self, suite: str, workload: Workload, roofline: Measuring, deadline: float = math.inf) -> None:
+    def __init__(self, suite: str, workload: Workload, roofline: Measuring) -> None:
         self._workload = workload
         self._roofline = roofline
-        self._deadline = deadline
         self._times = sampling_steps(workload) if suite == "sample" else 1
         label = f"{workload}, {self._times} DDIM steps" if suite == "sample" else str(workload)
         self._blank = Row(suite, label, "", None, images=workload.batch_size)
@@ -188,9 +188,6 @@ class _Table:
         row = replace(self._blank, candidate=name, flops=work.flops, n_bytes=work.n_bytes(DTYPES[precision]))
         entry = _Entry(row, ours, precision, work)
         self._entries.append(entry)
-        if time.monotonic() > self._deadline:
-            entry.row = replace(row, remark="time was up before it was built")
-            return
         beside = self._allocated()
         try:
             job = build()
@@ -237,7 +234,8 @@ class _Table:
                 row = _without_time(row, errors[name], max(0, allocated - entry.held), entry.ours)
             elif entry.steady and entry.run is not None:
                 try:
-                    row = replace(row, remark=host_calls(entry.run, device))
+                    seen = watched(entry.run, device)
+                    row = replace(row, remark=seen.calls, kernels=seen.kernels)
                 except RuntimeError as error:  # it has its time, and the others continue
                     row = replace(row, remark=_without_time(row, error, 0, entry.ours).remark)
             if entry.precision is not None and entry.work is not None:

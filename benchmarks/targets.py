@@ -8,7 +8,6 @@ from typing import Self
 from fastdiff.benchmarks.harness import ALONE
 from fastdiff.benchmarks.kernels import Measured
 from fastdiff.benchmarks.roofline import Roofline
-from fastdiff.benchmarks.rows import Row
 
 LARGE = 64 * 2**20
 """Bytes of a tensor above which a norm must run at memory speed."""
@@ -98,22 +97,22 @@ def _layouts(norms: Sequence[Measured]) -> Figures:
     return [_figure(planar[r.case.shape], r) for r in last]
 
 
-def training_verdicts(rows: Sequence[Row], peak_flops: float | None = None) -> list[Verdict]:
-    """Verdicts on the targets of a training step, from the rows of the suite train on a GPU.
+def training_verdicts(rows: Sequence[Mapping[str, str]], peak_flops: float | None = None) -> list[Verdict]:
+    """Verdicts on the targets of a training step, from a CSV file's rows of the suite train on a GPU.
 
     The model FLOPs utilisation refers to the device's ``peak_flops`` per second. If they are unknown, the share of the
     measured limit takes its place.
     """
-    timed = {row.candidate: row for row in rows}
+    timed = {row["candidate"]: row for row in rows}
     ours = [timed[name] for name in ("+ Triton kernels", "trainer") if name in timed]
-    rival = timed["+ compile"].timing if "+ compile" in timed else None
+    rival = float(timed["+ compile"]["median_s"]) if "+ compile" in timed else math.nan
     faster, shares = [], []
     for row in ours:
-        timing = row.timing
-        if rival is not None:
-            faster.append((timing.speedup_over(rival) if timing else 0.0, row.candidate))
-        least = row.flops / peak_flops if peak_flops else row.limit_s
-        shares.append((least / timing.median if timing else 0.0, row.candidate))
+        seconds = float(row["median_s"])
+        share = float(row["gflop"]) * 1e9 / seconds / peak_flops if peak_flops else float(row["share_of_limit"])
+        figures = (rival / seconds, share) if seconds > 0 else (0.0, 0.0)
+        faster += [(figures[0], row["candidate"])] if not math.isnan(rival) else []
+        shares.append((figures[1], row["candidate"]))
     return [
         Verdict.on("training step against torch's kernels, compiled", 1.15, faster),
         Verdict.on(f"training step, {'MFU' if peak_flops else 'share of the limit'}", 0.4, shares),

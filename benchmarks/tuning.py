@@ -1,8 +1,6 @@
 """Other divisions of the work than the kernels' plans choose, timed side by side: a faster one belongs in the plans."""
 
-import itertools
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -77,7 +75,8 @@ def worth_tuning(case: Case) -> bool:
     return case.op in ("group_norm_silu", "attention") and not RARE.search(case.shape)
 
 
-def _variants(case: Case, direction: str) -> Mapping[str, Changes]:
+def variants(case: Case, direction: str) -> Mapping[str, Changes]:
+    """Changes of the plan's attributes for a case, by name; some of them change nothing for it."""
     if case.op == "group_norm_silu":
         return NORMS
     tokens = int(case.shape.split()[1].removeprefix("T"))
@@ -106,7 +105,7 @@ def different(case: Case, direction: str, inputs: Inputs) -> dict[str, Changes]:
     """The variants of a case whose launches differ, by name."""
     found: dict[str, Changes] = {}
     seen: list[object] = []
-    for name, changes in _variants(case, direction).items():
+    for name, changes in variants(case, direction).items():
         with changed(case.op, changes), recording() as launches:
             run_once(case.candidates["triton"], inputs, direction)
         wanted = [one for one in launches if ("backward" in one.kernel.fn.__name__) == (direction == "backward")]
@@ -119,23 +118,6 @@ def different(case: Case, direction: str, inputs: Inputs) -> dict[str, Changes]:
 def _division(launch: Launch) -> object:
     plain = {name: value for name, value in launch.arguments.items() if not isinstance(value, torch.Tensor)}
     return launch.kernel.fn.__name__, launch.grid, plain, launch.num_warps, launch.num_stages
-
-
-def compile_share(cases: Iterable[Case], device: torch.device, share: int, of: int, deadline: float) -> None:
-    """Compile every ``of``-th variant, so that several processes fill Triton's cache before they are timed."""
-    turn = itertools.count()
-    for case in cases:
-        inputs = case.inputs(0, device)
-        for direction in case.directions:
-            for changes in different(case, direction, inputs).values():
-                if time.monotonic() > deadline:
-                    return
-                if next(turn) % of == share:
-                    with changed(case.op, changes):
-                        try:
-                            run_once(case.candidates["triton"], inputs, direction)
-                        except Exception as reason:  # its remark comes with its time
-                            print(f"{case.op} {direction} {case.shape}: {type(reason).__name__}")
 
 
 def tuned(case: Case, direction: str, rounds: int, device: torch.device) -> list[Measured]:
@@ -165,4 +147,10 @@ def faster(found: Sequence[Measured], by: float = 1.03) -> str:
     gain = timed[AS_IT_IS].median / timed[best].median
     one = found[0]
     where = f"{one.case.op} {one.direction}, {one.case.shape}, {one.case.layout}"
-    return f"{where}: {best} is {gain:.2f} times as fast" if gain > by else ""
+    if gain <= by:
+        return ""
+    changed = ", ".join(
+        name if callable(value) else f"{name} = {value}"
+        for name, value in variants(one.case, one.direction)[best].items()
+    )
+    return f"{where}: {best} ({changed}) is {gain:.2f} times as fast"

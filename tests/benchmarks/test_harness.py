@@ -1,10 +1,12 @@
 """Timing and memory: pairs by rounds, and a program whose memory is known."""
 
 import functools
+import gc
 import itertools
 import math
 import re
 import subprocess
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 import fastdiff
 from fastdiff.benchmarks import harness
 from fastdiff.benchmarks.harness import Timing, interleaved, peak_bytes
+from fastdiff.benchmarks.rehearsal import rehearsed
 
 from .support import CPU
 
@@ -161,5 +164,32 @@ def test_on_a_gpu_it_says_what_a_step_costs_the_host() -> None:
     x = torch.zeros(4, device=gpu)
     with harness.side_stream(gpu):
         replay = harness.graphed(lambda: x.add_(1), gpu)
-        assert harness.host_calls(replay, gpu) == f"{harness.ALONE} no wait for the device"
-        assert "waits for the device" in harness.host_calls(x.sum().item, gpu)
+        assert harness.watched(replay, gpu).calls == f"{harness.ALONE} no wait for the device"
+        assert "waits for the device" in harness.watched(x.sum().item, gpu).calls
+
+
+def test_a_rehearsal_stands_for_a_gpu() -> None:
+    ran: list[int] = []
+    assert harness.watched(lambda: None, CPU) == harness.Watched("", "")
+    with rehearsed(), harness.side_stream(CPU):
+        assert harness.seconds_of(lambda: ran.append(1), 2, CPU, warmup=0) > [0, 0]
+        replay = harness.graphed(lambda: ran.append(2), CPU)
+        assert ran == [1, 1, 2]  # as if it were captured
+        replay()
+        assert ran == [1, 1, 2]
+        seen = harness.watched(lambda: ran.append(3), CPU)
+    assert seen.calls == "graph launches 0, others 0, no wait for the device"
+    assert ran == [1, 1, 2, *[3] * 2 * harness.STEPS]
+
+
+def test_a_graph_keeps_what_it_reads() -> None:
+    held = torch.zeros(1)
+    alive = weakref.ref(held)
+    with rehearsed():
+        replay = harness.graphed(functools.partial(held.add_, 1), CPU)
+    del held
+    gc.collect()
+    assert alive() is not None
+    del replay
+    gc.collect()
+    assert alive() is None

@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
+from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
 
 from fastdiff.benchmarks.cases import Case, attention_case, norm_case
-from fastdiff.benchmarks.gpu_check import ATTENTION_VARIANTS, NORM_VARIANTS, Variants
 from fastdiff.benchmarks.harness import Timing
 from fastdiff.benchmarks.kernels import Measured, measure
 from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.targets import training_verdicts, verdicts
+from fastdiff.benchmarks.tuning import AS_IT_IS, different, faster, tuned, variants
+from fastdiff.kernels import attention, group_norm_silu
 
 CPU = torch.device("cpu")
 ROOFS = Roofline(bytes_per_s=1e9, flops_per_s=1e12)
@@ -156,28 +158,63 @@ def test_layouts_are_compared_shape_by_shape() -> None:
     assert found["norm forward, channels_last against contiguous"].worst == pytest.approx(0.8)
 
 
-def step(candidate: str, seconds: float | None) -> Row:
+def step(candidate: str, seconds: float | None) -> dict[str, str]:
     timing = None if seconds is None else Timing(candidate, [seconds], [1.0])
-    return Row("train", "imagenet64_uncond, batch 64", candidate, timing, limit_s=0.3, flops=5e14)
+    row = Row("train", "imagenet64_uncond, batch 64", candidate, timing, limit_s=0.3, flops=5e14)
+    return {name: str(value) for name, value in row.as_dict().items()}
 
 
 def test_a_training_step_is_judged_by_the_slower_of_ours() -> None:
     rows = [step("plain", 4.0), step("+ compile", 1.2), step("+ Triton kernels", 0.5), step("trainer", 1.0)]
-    faster, share = training_verdicts(rows)
-    assert (faster.worst, faster.where) == (pytest.approx(1.2), "trainer")
-    assert str(faster).startswith("met")
+    quicker, share = training_verdicts(rows)
+    assert (quicker.worst, quicker.where) == (pytest.approx(1.2), "trainer")
+    assert str(quicker).startswith("met")
     assert share.worst == pytest.approx(0.3)
     assert str(share).startswith("MISSED")
     _, utilisation = training_verdicts(rows, peak_flops=1e15)
     assert (utilisation.what, utilisation.worst) == ("training step, MFU", pytest.approx(0.5))
-    faster, share = training_verdicts([step("+ compile", 1.2), step("trainer", None)])
-    assert (faster.worst, share.worst) == (0, 0)  # what has no time misses its target
+    quicker, share = training_verdicts([step("+ compile", 1.2), step("trainer", None)])
+    assert (quicker.worst, share.worst) == (0, 0)  # what has no time misses its target
     assert all(math.isnan(v.worst) for v in training_verdicts([step("plain", 4.0), step("+ compile", 1.2)]))
 
 
-@pytest.mark.parametrize(("op", "variants"), [("group_norm_silu", NORM_VARIANTS), ("attention", ATTENTION_VARIANTS)])
-def test_what_is_tuned_exists(op: str, variants: Variants) -> None:
-    plan = import_module(f"fastdiff.kernels.{op}.plan")
-    for changes in variants.values():
+def with_triton(case: Case) -> Case:
+    op = {"group_norm_silu": group_norm_silu, "attention": partial(attention, heads=1)}[case.op]
+    return dataclasses.replace(case, candidates={"triton": partial(op, backend="triton")})
+
+
+SMALL = [
+    with_triton(norm_case(1, 32, 8, torch.float16, "channels_last", False)),
+    with_triton(attention_case(1, 64, 1, 16, torch.float16, False)),
+]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.op)
+def test_what_is_tuned_exists_and_differs(case: Case, direction: str) -> None:
+    plan = import_module(f"fastdiff.kernels.{case.op}.plan")
+    for changes in variants(case, direction).values():
         for name, value in changes.items():
             assert callable(value) == callable(getattr(plan, name)), name
+    names = different(case, direction, case.inputs(0, CPU))
+    assert next(iter(names)) == AS_IT_IS
+    assert len(names) < len(variants(case, direction))
+
+
+def test_variants_are_timed_and_the_fastest_is_advice() -> None:
+    found = tuned(SMALL[1], "backward", 1, CPU)
+    assert all(one.timing and not one.reason for one in found)
+    slow, quick = (dataclasses.replace(found[i], timing=Timing("", [s], [s])) for i, s in ((0, 2.0), (1, 1.0)))
+    assert faster([slow, quick]) == (
+        "attention backward, N1 T64 H1 d16, packed: two launches (backward_at_once) is 2.00 times as fast"
+    )
+    assert faster([slow, dataclasses.replace(quick, timing=slow.timing)]) == ""
+
+
+def test_a_wrong_variant_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {AS_IT_IS: {}, "broken": {"next_power": lambda _: 1 / 0}}
+    monkeypatch.setattr("fastdiff.benchmarks.tuning.variants", lambda *_: wrong)
+    monkeypatch.setattr("fastdiff.benchmarks.tuning.different", lambda *_: wrong)
+    right, broken = tuned(SMALL[0], "forward", 1, CPU)
+    assert right.timing
+    assert broken.remark == "ZeroDivisionError: division by zero"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.benchmarks.compare import read_measured
+from fastdiff.benchmarks.rows import read_rows
 from fastdiff.benchmarks.table import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -86,3 +87,36 @@ def test_the_table_of_repeated_runs_is_of_the_rows() -> None:
     for row in read_measured(RESULTS / "cpu_repeated.csv"):
         found.setdefault((row["suite"], row["candidate"]), []).append(f"{float(row['speedup']):.2f}")
     assert told == found
+
+
+GPU_ROWS = read_rows(RESULTS / "h200.csv")
+OURS = ("reference", "triton")
+
+
+def gpu_table() -> list[str]:
+    """The kernels' figures: ours, its share of the floor, and the fastest of the others, with the ratio."""
+    lines = ["| | ours, us | of the floor | fastest other, us | × |", "|---|---:|---:|---|---:|"]
+    kernels = sorted((row for row in GPU_ROWS if row["suite"] == "kernels"), key=itemgetter("workload"))
+    for workload, rows in groupby(kernels, itemgetter("workload")):
+        found = {row["candidate"]: row for row in rows if row["median_s"] != "nan"}
+        own = found["triton"]
+        ours = float(own["median_s"])
+        others = [(float(row["median_s"]), name) for name, row in found.items() if name not in OURS]
+        best = "| |"
+        if others:
+            seconds, name = min(others)
+            best = f"{seconds * 1e6:.1f} ({name}) | {seconds / ours:.2f} |"
+        share = float(own["share_of_limit"])
+        lines.append(
+            f"| {workload.replace(', bfloat16', '').replace(', float32', '')} | {ours * 1e6:.1f} | {share:.0%} | {best}"
+        )
+    return lines
+
+
+def test_the_figures_of_a_gpu_are_of_the_rows() -> None:
+    text = document("docs/performance.md")
+    assert "\n".join(gpu_table()) in text
+    for row in GPU_ROWS:
+        if row["suite"] in ("train", "step"):
+            seconds = float(row["median_s"])
+            assert f"| {row['candidate']}, batch {row['workload'].split()[-1]} | {seconds * 1000:.2f} |" in text

@@ -239,13 +239,6 @@ def test_a_candidate_past_dynamos_limit_is_not_timed_as_compiled(monkeypatch: py
     assert row.remark.startswith("FailOnRecompileLimitHit")
 
 
-@pytest.mark.usefixtures("alone")
-def test_after_the_deadline_nothing_is_begun() -> None:
-    plain, *others = measure("unet", Models(WORKLOAD), ladder("unet", CPU), known, rounds=1, deadline=-1)
-    for row in (plain, *others):
-        assert (row.timing, row.failed, row.remark) == (None, False, "time was up before it was built")
-
-
 def test_peers_compute_as_pytorch_does_by_itself() -> None:
     gpu, found = torch.device("cuda"), []
     for precision in (Precision.FP32, Precision.TF32, None):
