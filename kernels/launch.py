@@ -54,7 +54,15 @@ def launch(
         _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
     elif all(grid):
         with _on(device):
-            compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+            try:
+                compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+            except RuntimeError as error:
+                if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+                    raise
+                raise RuntimeError(
+                    f"{kernel.fn.__name__} cannot run first during the capture of a CUDA graph ({error}): call it once "
+                    "before, with tensors of the same shapes, strides and alignment"
+                ) from error
         if _call.launches is not None:
             _call.launches.append((compiled, Launch(kernel, grid, arguments, num_warps, num_stages)))
 

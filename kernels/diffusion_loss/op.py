@@ -49,6 +49,9 @@ def diffusion_loss(
     (N, C, *spatial). All may have any strides. t: (N,) int64 in 0..T-1 on the device; its values are not checked.
     tables: (T, len(TABLES)), float64 if x_t is float64, otherwise fp32. ValueError if shapes or devices do not match
     or the backend cannot run: the kernels have a gradient only for model_output.
+
+    The Triton kernels add in an order that depends on the number of multiprocessors: bits are equal on the same kind of
+    GPU at the same batch size.
     """
     op = "diffusion_loss"
     mean_type, var_type, loss_type = ModelMeanType(mean_type), ModelVarType(var_type), LossType(loss_type)

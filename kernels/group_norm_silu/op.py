@@ -33,6 +33,9 @@ def group_norm_silu(
     x: (N, C, *spatial) of any floating-point dtype, contiguous or channels_last; weight, bias: (C,); scale, shift:
     (N, C) or None. Returns y with x's shape, dtype and memory format. ValueError if shapes or devices do not match,
     or the backend cannot run.
+
+    The Triton kernels add in an order that depends on the number of multiprocessors: bits are equal on the same kind of
+    GPU at the same batch size.
     """
     op = "group_norm_silu"
     require(x.ndim >= 3, op, "x must be (N, C, *spatial), not {}", tuple(x.shape))
