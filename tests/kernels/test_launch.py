@@ -53,10 +53,8 @@ def test_a_first_call_during_a_capture_says_what_to_do(monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", capturing.pop)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     gpu = torch.device("cuda", 0)
-    with pytest.raises(RuntimeError, match="^operation not permitted"):
+    with pytest.raises(RuntimeError, match=r"^operation not permitted"):
         launch(Kernel(), (1,), gpu, num_warps=4, num_stages=1)
-    with pytest.raises(
-        RuntimeError, match=r"^norm cannot run first during the capture of a CUDA graph .* call it once"
-    ):
+    with pytest.raises(RuntimeError, match=r"^norm cannot run first during the capture .* call it once"):
         launch(Kernel(), (1,), gpu, num_warps=4, num_stages=1)
     assert not capturing
