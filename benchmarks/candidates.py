@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff.benchmarks.ladder import Candidate, Models, Rung
+from fastdiff.benchmarks.ladder import NO_GRAPH, Candidate, Models, Rung
 from fastdiff.benchmarks.peers import Peer
 from fastdiff.benchmarks.workload import TOLERANCE, Workload, inputs, require_close
 from fastdiff.config import (
@@ -325,7 +325,7 @@ def stepping(models: Models, rung: Rung) -> Job:
             loop.step()
         return loop.x - x  # a small change: a few steps of thousands
 
-    loop = loop_of(candidate, graphs=True)
+    loop = loop_of(candidate, graphs=rung.name != NO_GRAPH)
 
     def run() -> None:
         if not loop.left:

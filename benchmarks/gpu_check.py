@@ -39,8 +39,15 @@ from fastdiff.benchmarks.targets import sampling_verdicts, training_verdicts
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"correct": 120, "bars": 130, "model": 200, "sanitize": 30}
 """Seconds of each stage in a run of eight minutes, in the order of their value."""
+KERNELS = ("every_kernel", "attention_triton", "group_norm_silu_full", "diffusion_loss", "diffusion_step", "arithmetic")
+"""Files of the kernels' tests that come before the others."""
+FIRST = [f"tests/kernels/test_{name}.py" for name in KERNELS]
 TESTS = {  # by folder: arguments on a GPU, in a rehearsal, and the share of the cores
-    "tests/kernels": (["tests/kernels", "-m", "not slow"], ["tests/kernels/test_every_kernel.py", "-m", "not slow"], 2),
+    "tests/kernels": (
+        [*FIRST, "tests/kernels", "-m", "not slow"],
+        ["tests/kernels/test_every_kernel.py", "-m", "not slow"],
+        2,
+    ),
     "tests/parity": (
         ["tests/parity/test_unet.py", "tests/parity/test_training.py", "tests/parity/test_loops.py", "-k", "triton"],
         ["tests/parity/test_loops.py", "-k", "reference and ddim and not slow"],

@@ -74,13 +74,17 @@ def ladder(suite: str, device: torch.device) -> list[Rung]:
     return rungs
 
 
+NO_GRAPH = "without a CUDA graph"
+
+
 def rivals(device: torch.device) -> list[Rung]:
-    """What a sampling step is compared with: PyTorch's kernels in the engine and, on a GPU, RIVALS."""
+    """What a sampling step is compared with: PyTorch's kernels in the engine and, on a GPU, RIVALS and NO_GRAPH."""
     arithmetic = Runtime.resolve(RuntimeConfig(device=str(device), kernels=Kernels.TORCH))
     compile = Compile.ON if device.type == "cuda" else Compile.OFF
     config = RuntimeConfig(str(device), arithmetic.precision, compile, Kernels.TORCH, arithmetic.memory_format)
     modes = RIVALS if device.type == "cuda" else ()
-    return [Rung("torch kernels", config), *(Rung(mode, config, mode=mode) for mode in modes)]
+    ours = [replace(ladder("step", device)[-1], name=NO_GRAPH)] if device.type == "cuda" else []
+    return [*ours, Rung("torch kernels", config), *(Rung(mode, config, mode=mode) for mode in modes)]
 
 
 def has_tf32(device: torch.device) -> bool:
