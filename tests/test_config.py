@@ -6,6 +6,7 @@ import re
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -235,6 +236,22 @@ def test_no_channel_mult_means_by_image_size(none: Any) -> None:
     assert config.multipliers == (1, 2, 3, 4)
     assert with_multipliers(config).channel_mult == (1, 2, 3, 4)
     assert with_multipliers(config).multipliers == config.multipliers
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    config = ModelConfig(
+        image_size=np.int64(16),
+        channel_mult=(np.int32(1), 2),
+        attention_resolutions=np.int64(8),
+        dropout=np.float32(0.5),
+    )
+    assert config == ModelConfig(image_size=16, channel_mult=(1, 2), attention_resolutions=(8,), dropout=0.5)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    for wrong in (np.float32(1.5), np.float64(1.5)):
+        with pytest.raises(ValueError, match="channel_mult must be numbers"):
+            ModelConfig(channel_mult=(wrong,))
+        with pytest.raises(ValueError, match="image_size must be a whole number"):
+            ModelConfig(image_size=wrong)
 
 
 @pytest.mark.parametrize(("name", "value"), [("channel_mult", (1.5, 2)), ("attention_resolutions", (16.5,))])

@@ -123,7 +123,7 @@ def load_checkpoint(
     given: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     kernels: Kernels | str = Kernels.AUTO,
-    memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
+    memory_format: MemoryFormat | str = MemoryFormat.CONTIGUOUS,
 ) -> Checkpoint:
     """Load a fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict, whose architecture is recognised.
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from enum import StrEnum
+from numbers import Integral, Real
 from typing import Any, Self
 
 
@@ -69,7 +70,8 @@ def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
 
 def number(kind: type, name: str, value: object) -> int | float:
     """``value`` as int or float; ValueError, naming the field, if it is not a number or not finite."""
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+    # NumPy's scalars are numbers, too
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         raise ValueError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, not {value!r}")
@@ -81,7 +83,7 @@ def tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
     parts: list[Any]
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",") if part.strip()]
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, Real):
         parts = [value]
     elif isinstance(value, Iterable):
         parts = list(value)
@@ -89,7 +91,7 @@ def tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
         raise ValueError(f"{name} must be numbers separated by commas, not {value!r}")
     try:
         numbers = tuple(kind(part) for part in parts)
-        if any(isinstance(part, float) and whole != part for whole, part in zip(numbers, parts, strict=True)):
+        if any(isinstance(part, Real) and whole != part for whole, part in zip(numbers, parts, strict=True)):
             raise ValueError  # 1.5 in a field of integers
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers separated by commas, not {value!r}") from None

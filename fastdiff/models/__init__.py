@@ -12,9 +12,13 @@ __all__ = ["NULL_CLASS", "SuperResUNet", "UNet", "build_model", "forward_flops"]
 def build_model(
     config: ModelConfig,
     kernels: Kernels | str = Kernels.AUTO,
-    memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
+    memory_format: MemoryFormat | str = MemoryFormat.CONTIGUOUS,
 ) -> UNet:
-    """The model that the configuration describes, with fresh weights; a SuperResUNet if it has a small_size."""
+    """The model that the configuration describes, with fresh weights; a SuperResUNet if it has a small_size.
+
+    Convolutions are faster in the format channels_last, in which fastdiff trains and samples; other code may need
+    contiguous weights, such as safetensors' save_file. ``lay_out`` changes it.
+    """
     return (SuperResUNet if config.small_size else UNet)(config, kernels, memory_format)
 
 

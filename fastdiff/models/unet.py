@@ -1,6 +1,6 @@
 """The UNet of Nichol & Dhariwal 2021 (after Ho et al. 2020), read top to bottom."""
 
-from typing import TypedDict
+from typing import Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,6 @@ from torch import Tensor, nn
 from fastdiff.config import Kernels, MemoryFormat, ModelConfig
 from fastdiff.models.blocks import AttentionBlock, ResBlock
 from fastdiff.models.layers import Downsample, GroupNormSiLU, TimestepEmbedding, Upsample, conv3x3, zeroed
-
-_MEMORY_FORMATS = {
-    MemoryFormat.CHANNELS_LAST: torch.channels_last,
-    MemoryFormat.CONTIGUOUS: torch.contiguous_format,
-}
 
 NULL_CLASS = -1
 """The class label that makes a class-conditional model predict without a class (Ho & Salimans 2022, section 3)."""
@@ -50,11 +45,10 @@ class UNet(nn.Module):
         self,
         config: ModelConfig,
         kernels: Kernels | str = Kernels.AUTO,
-        memory_format: MemoryFormat | str = MemoryFormat.CHANNELS_LAST,
+        memory_format: MemoryFormat | str = MemoryFormat.CONTIGUOUS,
     ) -> None:
         super().__init__()
         self.config = config
-        self.memory_format = _MEMORY_FORMATS[MemoryFormat(memory_format)]
         width = config.num_channels
         emb_channels = 4 * width
 
@@ -113,7 +107,13 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(conv3x3(channels, config.out_channels))
         )
-        self.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing from its annotations
+        self.lay_out(memory_format)
+
+    def lay_out(self, memory_format: MemoryFormat | str) -> Self:
+        """Put the weights of convolutions into a memory format, in which every activation will be, too."""
+        self.channels_last = MemoryFormat(memory_format) is MemoryFormat.CHANNELS_LAST
+        wanted = torch.channels_last if self.channels_last else torch.contiguous_format
+        return self.to(memory_format=wanted)  # type: ignore[call-overload]  # missing from its annotations
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The model's output at x.
@@ -144,7 +144,7 @@ class UNet(nn.Module):
         if y is not None:
             null = y == NULL_CLASS
             emb = emb + self.label_emb(y.masked_fill(null, 0)).masked_fill(null[:, None], 0)
-        h = x.contiguous(memory_format=self.memory_format)
+        h = x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb)

@@ -78,6 +78,6 @@ def _numbers(indices: NDArray[Any]) -> Int64Array:
 
 def _loaded(source: Source | None, runtime: Runtime, ema_rate: float | None) -> Checkpoint:
     if isinstance(source, Checkpoint):
-        return replace(source, model=deepcopy(source.model).to(runtime.device))
+        return replace(source, model=deepcopy(source.model).to(runtime.device).lay_out(runtime.memory_format))
     path = find_checkpoint(None if source is None else Path(source), ema_rate=ema_rate)
     return load_checkpoint(path, device=runtime.device, kernels=runtime.kernels, memory_format=runtime.memory_format)
