@@ -45,10 +45,10 @@ def diffusion_loss(
     loss = mse, plus vb if the variance is learned; vb then trains only the variance. RESCALED_MSE weights vb by
     T / 1000. KL: loss = vb. RESCALED_KL: loss = T vb.
 
-    model_output: (N, C, *spatial), or (N, 2C, *spatial) if the variance is learned. x_start, x_t, noise:
-    (N, C, *spatial). All may have any strides. t: (N,) int64 in 0..T-1 on the device; its values are not checked.
-    tables: (T, len(TABLES)), see fastdiff.kernels.gaussian.TABLES, float64 if x_t is float64, otherwise fp32. ValueError if shapes or devices do not match
-    or the backend cannot run: the kernels have a gradient only for model_output.
+    model_output: (N, C, *spatial), or (N, 2C, *spatial) if the variance is learned. x_start, x_t, noise: (N, C,
+    *spatial). All may have any strides. t: (N,) int64 in 0..T-1 on the device; its values are not checked. tables: (T,
+    len(TABLES)), see fastdiff.kernels.gaussian.TABLES, float64 if x_t is float64, otherwise fp32. ValueError if shapes
+    or devices do not match or the backend cannot run: the kernels have a gradient only for model_output.
 
     The Triton kernels add in an order that depends on the number of multiprocessors: bits are equal on the same kind of
     GPU at the same batch size.

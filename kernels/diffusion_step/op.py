@@ -45,8 +45,8 @@ def diffusion_step(
 
     x: (N, C, *spatial). model_output: the same shape, or (N, 2C, *spatial) if the variance is learned. Both may have
     any strides. t: (N,) int64 in 0..T-1 on the device; its values are not checked. tables: (T, len(TABLES)), see
-    fastdiff.kernels.gaussian.TABLES, float64 if x is float64, otherwise fp32. ``clip`` clamps the predicted x_0 to [-1, 1]. ``eta`` is DDIM's: 0 is deterministic, 1
-    has the ancestral noise.
+    fastdiff.kernels.gaussian.TABLES, float64 if x is float64, otherwise fp32. ``clip`` clamps the predicted x_0 to [-1,
+    1]. ``eta`` is DDIM's: 0 is deterministic, 1 has the ancestral noise.
 
     The noise is ``noise``, of x's shape, or Philox noise (fastdiff.kernels.philox) for ``seed`` in 0..2^64-1, the image
     numbers ``samples`` (N,) int64 (default 0..N-1), step T - t and the elements in NCHW order. Philox noise depends on

@@ -62,9 +62,10 @@ TABLES = (
 )
 """The columns of ``tables`` (T, 11), a row for each timestep, with which diffusion_step and diffusion_loss compute.
 
-With betas b_t, a_t = 1 - b_t and A_t = a_1 ... a_t, A_0 = 1 (Ho et al. 2020, equations 4 to 7), they are, in order: A_t;
-A_{t-1}; 1 - A_{t-1}; sqrt(1 / A_t); sqrt(1 / A_t - 1); the posterior mean's coefficients of x_0, sqrt(A_{t-1}) b_t /
-(1 - A_t), and of x_t, sqrt(a_t) (1 - A_{t-1}) / (1 - A_t); its variance b_t (1 - A_{t-1}) / (1 - A_t); the variance's
-logarithm, at the first timestep that of the second; b_t, at the first timestep the second's variance, and its logarithm;
-log b_t. GaussianDiffusion.step_tables(device, dtype) makes them from attributes of these names, computed in float64.
+With betas b_t, a_t = 1 - b_t and A_t = a_1 ... a_t, A_0 = 1 (Ho et al. 2020, equations 4 to 7), they are, in order:
+A_t; A_{t-1}; 1 - A_{t-1}; sqrt(1 / A_t); sqrt(1 / A_t - 1); the posterior mean's coefficients of x_0, sqrt(A_{t-1}) b_t
+/ (1 - A_t), and of x_t, sqrt(a_t) (1 - A_{t-1}) / (1 - A_t); its variance b_t (1 - A_{t-1}) / (1 - A_t); the variance's
+logarithm, at the first timestep that of the second; b_t, at the first timestep the second's variance, and its
+logarithm; log b_t. GaussianDiffusion.step_tables(device, dtype) makes them from attributes of these names, computed in
+float64.
 """
