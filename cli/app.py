@@ -1,5 +1,6 @@
 """The command line: one Typer application, one file per command. Nothing here imports torch before a command runs."""
 
+import io
 import os
 import shlex
 import sys
@@ -58,6 +59,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main() -> None:
     """Run the command line. Bad input prints one line on stderr, with exit status 2; ``--debug`` adds the traceback."""
     debug = "--debug" in sys.argv
+    _escape_what_cannot_be_encoded()
     warnings.showwarning = _show_warning
     try:
         refuse_mpi(sys.argv[1:])
@@ -73,6 +75,13 @@ def main() -> None:
         if (speaker := _speaker(error)) is not None:
             typer.echo(f"{speaker}error: {' '.join(text.split())}", err=True)
         sys.exit(2)
+
+
+def _escape_what_cannot_be_encoded() -> None:
+    """Let a name that the terminal's encoding lacks (cp1252, ASCII) be escaped; it must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _speaker(error: Exception) -> str | None:

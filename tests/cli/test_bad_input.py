@@ -1,5 +1,6 @@
 """Bad input is one line that names thing and remedy, exit status 2, no traceback, and nothing is lost."""
 
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastdiff import DiffusionConfig, build_model, save_checkpoint
+from fastdiff.cli import app
+from fastdiff.data.shapes import write_shapes
 
 from ..parity.support import load_json
 from .conftest import DIFFUSION, MODEL, Cli
@@ -405,3 +408,23 @@ def test_a_full_disk_is_an_error_like_any_other(
     saved = {name: data for name, data in contents(run_dir).items() if name.endswith(".safetensors")}
     assert saved == {name: data for name, data in before.items() if name.endswith(".safetensors")}
     assert [path.name for path in run_dir.glob(".*")] == [".lease"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_a_name_that_cannot_be_encoded_is_escaped(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "é写真"
+    write_shapes(folder, 2, 8, seed=0)
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    for arguments, status in ((["data", "check", folder], 0), (["sample", folder / "nothing"], 2)):
+        monkeypatch.setattr(sys, "argv", ["fastdiff", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        assert (ended.value.code or 0) == status
+    for stream in streams.values():
+        stream.flush()
+        written = stream.buffer.getvalue()  # type: ignore[attr-defined]
+        assert b"\\u5199" in written or "写".encode() in written  # click takes ASCII for a mistake, and UTF-8 instead
