@@ -52,7 +52,7 @@ def demo(
     from fastdiff.data.shapes import SHAPES, write_shapes
     from fastdiff.training.run_folder import refuse_other_run
 
-    refuse_other_run(run_dir)
+    refuse_other_run(run_dir, "name another folder with --run-dir, or delete this one")
     write_shapes(data, IMAGES, SIZE, seed=0)
     typer.echo(f"drew {IMAGES} images of {', '.join(SHAPES)} in {data}")
     status = run_training({**_TRAIN, "data_dir": str(data), "run_dir": str(run_dir)})

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdiff.runtime.files import replacing
+from fastdiff.runtime.files import refuse_other_kind, replacing
 from fastdiff.runtime.words import first_line
 
 FORMAT = "fastdiff-2"
@@ -71,6 +71,7 @@ def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[s
                 raise ValueError(f"{path} is a file of the kind {metadata['kind']}, not {kind}: name {other}")
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
+        refuse_other_kind(path)
         raise ValueError(f"{path} is damaged or incomplete ({first_line(error, limit=300)})") from None
 
 

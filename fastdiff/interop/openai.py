@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.runtime.files import refuse_other_kind
 from fastdiff.runtime.words import first_line
 
 _FIRST = "time_embed.0.weight"
@@ -62,6 +63,7 @@ def said_by_name(path: Path) -> dict[str, Any]:
 
 def read_file(path: Path) -> object:
     """The contents of a ``.pt`` file, on the CPU: tensors, numbers, text and containers of them, never code."""
+    refuse_other_kind(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about an unusual pickle protocol

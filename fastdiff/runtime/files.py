@@ -137,3 +137,30 @@ def refuse_unwritable(option: str, wanted: Path) -> None:
     folder = existing(wanted)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{option} {wanted} cannot be written: {folder} is not a folder that you may write to")
+
+
+_OTHER_KINDS = (
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: fetch that with git lfs pull"),
+    (rb"\s*<(!doctype|html|\?xml)", "is a web page, not a checkpoint: download the file itself"),
+    (rb"\x1f\x8b", "is compressed: unpack it with gunzip"),
+)
+
+
+def refuse_other_kind(path: Path) -> None:
+    """ValueError, which says what it is, if a checkpoint's first bytes are those of another kind of file.
+
+    An OSError is left to whoever reads the file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return
+    for pattern, what in _OTHER_KINDS:
+        if re.match(pattern, start, re.IGNORECASE):
+            raise ValueError(f"{path} {what}")
+    named = path.suffix == ".safetensors"
+    if named and start.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is a PyTorch file: rename it to end in .pt")
+    if not named and re.match(rb".{7}\x00\{", start, re.DOTALL):
+        raise ValueError(f"{path} is a safetensors file: rename it to end in .safetensors")

@@ -267,6 +267,8 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         raise
     again = ["fastdiff", "train", "--data-dir", config.data.data_dir, "--run-dir", str(run_dir), "--resume"]
     drawing = ["fastdiff", "sample", str(run_dir), "--out", "samples.npz"]
+    if small := config.model.small_size:
+        drawing += ["--base-samples", f"FOLDER-OF-{small}-PIXEL-IMAGES"]
     log(f"resume with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
     return status
 

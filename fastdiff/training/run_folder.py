@@ -75,8 +75,8 @@ def holds_run(run_dir: Path) -> bool:
     return (run_dir / "config.json").exists() or holds_checkpoint(run_dir)
 
 
-def refuse_other_run(run_dir: Path) -> None:
-    """ValueError if ``run_dir`` already holds a run, or is not a folder."""
+def refuse_other_run(run_dir: Path, remedy: str = "use --resume, or name another folder with --run-dir") -> None:
+    """ValueError if ``run_dir`` already holds a run, which ends in the ``remedy``, or is not a folder."""
     for path in (run_dir, *run_dir.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name another folder with --run-dir")
@@ -86,7 +86,7 @@ def refuse_other_run(run_dir: Path) -> None:
             f"another --run-dir with --resume-checkpoint {run_dir} or --init-from {run_dir}"
         )
     if holds_run(run_dir):
-        raise ValueError(f"{run_dir} already holds a run: use --resume, or name another folder with --run-dir")
+        raise ValueError(f"{run_dir} already holds a run: {remedy}")
 
 
 class Log:

@@ -118,7 +118,7 @@ def test_a_folder_that_holds_a_run_is_kept(train: Cli, run_dir: Path) -> None:
 
 def test_the_demo_keeps_a_run_too(cli: Cli, run_dir: Path) -> None:
     before = contents(run_dir)
-    refused(cli("demo", "--run-dir", run_dir), "already holds a run")
+    refused(cli("demo", "--run-dir", run_dir), "already holds a run: name another folder with --run-dir, or delete")
     assert contents(run_dir) == before
 
 
