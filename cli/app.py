@@ -1,7 +1,9 @@
 """The command line: one Typer application, one file per command. Nothing here imports torch before a command runs."""
 
+import difflib
 import io
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -71,10 +73,31 @@ def main() -> None:
     except (ValueError, OSError, _UsageError) as error:
         if debug:
             traceback.print_exc()
-        text = error.format_message() if isinstance(error, _UsageError) else str(error)
+        text = _with_neighbour(error) if isinstance(error, _UsageError) else str(error)
         if (speaker := _speaker(error)) is not None:
             typer.echo(f"{speaker}error: {' '.join(text.split())}", err=True)
         sys.exit(2)
+
+
+_SYNONYMS = {
+    "--learning-rate": "--lr",
+    "--iterations": "--steps",
+    "--num-steps": "--steps",
+    "--resolution": "--image-size",
+}
+"""Other projects' names of flags that are spelled too differently to be found."""
+
+
+def _with_neighbour(error: Any) -> str:
+    """A usage error's text, with the flag or the value that was probably meant."""
+    if (meant := _SYNONYMS.get(str(getattr(error, "option_name", "")).replace("_", "-"))) is not None:
+        error.possibilities = [meant]
+    text = str(error.format_message())
+    if (found := re.search(r"'([^']*)' is not one of (.*)\.$", text)) is not None:
+        values = {value.replace("+", "p"): value for value in re.findall(r"'([^']*)'", found[2])}  # dpm++ is also dpmpp
+        near = difflib.get_close_matches(found[1], values, 1)
+        text = f"{text[:-1]}; did you mean {values[near[0]]}?" if near else text
+    return text
 
 
 def _escape_what_cannot_be_encoded() -> None:

@@ -428,3 +428,17 @@ def test_a_name_that_cannot_be_encoded_is_escaped(
         stream.flush()
         written = stream.buffer.getvalue()  # type: ignore[attr-defined]
         assert b"\\u5199" in written or "写".encode() in written  # click takes ASCII for a mistake, and UTF-8 instead
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--learning-rate", "1e-4"], r"No such option: --learning-rate .*--lr"),
+        (["train", "--learning_rate", "1e-4"], r"No such option: --learning-rate .*--lr"),
+        (["train", "--resolution", "64"], r"No such option: --resolution .*--image-size"),
+        (["sample", "--sampler", "dpmpp"], r"'dpmpp' is not one of .*; did you mean dpm\+\+\?$"),
+        (["sample", "--sampler", "plms"], r"'plms' is not one of [^;]*$"),
+    ],
+)
+def test_what_was_probably_meant_is_named(arguments: list[str], said: str, cli: Cli) -> None:
+    refused(cli(*arguments), said)
