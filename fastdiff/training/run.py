@@ -32,7 +32,7 @@ from fastdiff.presets import with_preset
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World, launcher, restarted
-from fastdiff.training import fine_tuning, resuming, run_folder
+from fastdiff.training import fine_tuning, resuming, run_folder, trackers
 from fastdiff.training.trainer import Trainer
 
 _SETTINGS = (StartConfig, DataConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)
@@ -216,6 +216,8 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
     def resolve() -> Runtime:
         _refuse_division(config.train, world.size)
         build_diffusion(config.diffusion)  # an invalid respacing must fail before the images are read
+        if world.main:
+            trackers.refuse_missing(config.train)
         return Runtime.resolve(config.runtime, world.local_rank if world.size > 1 else None)
 
     runtime = world.on_all(resolve)

@@ -1,11 +1,13 @@
 """Experiment trackers, which receive the log besides the run folder's files: TensorBoard, Weights & Biases, trackio."""
 
+import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,11 +50,24 @@ def open_sinks(config: TrainConfig, run_dir: Path, about: Mapping[str, Any], log
     return [_Careful(name, start, log) for name, start in starts.items()]
 
 
+def refuse_missing(config: TrainConfig) -> None:
+    """ValueError if the package of a sink that ``config`` enables is missing; nothing is imported."""
+    wanted = ["tensorboard"] * config.tensorboard + [str(config.tracker)] * (config.tracker is not Tracker.NONE)
+    for name in wanted:
+        found = sys.modules[name] if name in sys.modules else find_spec(name)
+        if found is None:
+            raise _missing(name)
+
+
+def _missing(name: str) -> ValueError:
+    return ValueError(f"{name} is not installed: pip install {name}")
+
+
 def _package(module: str, name: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError:
-        raise ValueError(f"{name} is not installed: pip install {name}") from None
+        raise _missing(name) from None
 
 
 class _TensorBoard(Sink):

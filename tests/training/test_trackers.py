@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdiff import TrainConfig
+from fastdiff import TrainConfig, train
 from fastdiff.training.trackers import Sink, open_sinks
 
 ABOUT = {"train": {"lr": 1e-4}, "class_names": ["cat"]}
@@ -127,6 +127,17 @@ def test_a_service_does_not_swallow_ctrl_c(monkeypatch: pytest.MonkeyPatch, run_
     service.note = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         sink.write(ROW)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
+def test_a_missing_package_is_told_before_the_images_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    flags: dict[str, Any] = {"tensorboard": True} if name == "tensorboard" else {"tracker": name}
+    with pytest.raises(ValueError, match=rf"^{name} is not installed: pip install {name}$"):
+        train(tmp_path / "no images", tmp_path / "run", device="cpu", **flags)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
