@@ -21,8 +21,10 @@ def resume(trainer: Trainer) -> None:
         return
     if step > (steps := trainer.config.train.steps):
         world.refuse(f"{run_dir} is at step {step}, but steps is {steps}: give a larger --steps")
-    world.on_all(lambda: trainer.state.load(run_dir, step))
+    added = world.on_all(lambda: trainer.state.load(run_dir, step))
     trainer.log(f"resumed at step {step}")
+    for rate in added:
+        trainer.log(f"the EMA of rate {rate:g} is new: it starts from the weights")
 
 
 def _newest_whole(trainer: Trainer) -> int | None:
@@ -60,7 +62,8 @@ def resume_from(trainer: Trainer, path: Path) -> None:
                 f"{path} has the classes {listed(names)}, and the data {listed(ours) or 'none'}: "
                 "--init-from matches them by name"
             )
-        world.on_all(lambda: trainer.state.load(path.parent, step))
+        for rate in world.on_all(lambda: trainer.state.load(path.parent, step)):
+            trainer.log(f"no EMA of rate {rate:g} beside it: this one starts from the weights")
     trainer.log(f"resumed at step {step} from {path}")
 
 

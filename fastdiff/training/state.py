@@ -124,21 +124,24 @@ class TrainState:
                 found[prefix + name] = on_host(whole)
         return found
 
-    def load(self, run_dir: Path, step: int) -> None:
+    def load(self, run_dir: Path, step: int) -> list[float]:
         """Resume from the files of ``step``, which rank 0 has verified.
 
-        ValueError if one is missing, damaged or does not match the model.
+        Returns the EMA rates that the run did not have: those averages start from the weights. ValueError if a file is
+        damaged or does not match the model.
         """
         read = partial(checkpoint.read_tensors, verified=self.world.main)
         path = checkpoint.model_path(run_dir, step)
         weights, _ = read(path, kind="model")
         tensors, metadata = read(checkpoint.optimizer_path(run_dir, step), kind="optimizer")
-        averages = []
+        averages, added = [], []
         for ema in self.emas:
             ema_path = checkpoint.ema_path(run_dir, ema.rate, step)
-            if not ema_path.exists():
-                raise ValueError(f"{ema_path} is missing: resume with the ema_rate that the run was started with")
-            averages.append(read(ema_path, kind="model"))
+            if ema_path.exists():
+                averages.append(read(ema_path, kind="model"))
+            else:  # the manifest has it if the run did
+                averages.append((weights, {"ema_updates": 0}))
+                added.append(ema.rate)
         self.set_weights(weights, path)
         for ema, (average, about) in zip(self.emas, averages, strict=True):
             ema.load(self._parts(average), about["ema_updates"])
@@ -153,6 +156,7 @@ class TrainState:
         self.guard.load_state(tensors["guard"])
         self.sums.load_state(tensors["log_sums"], self.world.rank, self.world.size)
         self.step = self.first_step = step
+        return added
 
     def load_openai(self, run: OpenAIRun) -> None:
         """Resume from an improved-diffusion run; ValueError, before any change, if it belongs to another model.

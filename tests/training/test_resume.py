@@ -99,6 +99,28 @@ def test_what_is_resumed_is_all_of_it(tmp_path: Path, shapes: Path, trained: Tra
         assert not same(file(subject.run_dir / f"{kind}000006.safetensors")[0], want[kind]), forget.__name__
 
 
+def test_an_average_that_is_added_starts_from_the_weights(tmp_path: Path, shapes: Path, trained: Trained) -> None:
+    want = {kind: file(trained("fp32", 6).run_dir / f"{kind}000006.safetensors")[0] for kind in KINDS}
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained("fp32", 3).run_dir, run_dir)
+    subject = trainer(run_dir, shapes, steps=6, **EVERYTHING | {"ema_rate": "0.9999,0.9"})  # and one is removed
+    said: list[str] = []
+    subject.log = said.append  # type: ignore[assignment]
+    resume(subject)
+    added = subject.state.emas[1]
+    assert (added.rate, added.updates) == (0.9, 0)
+    assert all(map(torch.equal, added.tensors(), subject.state.parameters))
+    assert said == ["resumed at step 3", "the EMA of rate 0.9 is new: it starts from the weights"]
+    subject.run()
+    for kind in ("model", "ema_0.9999_", "opt"):
+        assert same(file(run_dir / f"{kind}000006.safetensors")[0], want[kind]), kind
+    average, about = file(run_dir / "ema_0.9_000006.safetensors")
+    assert about["ema_updates"] == 3
+    assert not same(average, want["model"])
+    again = trainer(run_dir, shapes, steps=6, **EVERYTHING | {"ema_rate": "0.9999,0.9"})
+    assert again.state.load(run_dir, 6) == []
+
+
 def test_the_same_run_twice_is_the_same_and_another_seed_is_not(tmp_path: Path, shapes: Path, trained: Trained) -> None:
     for name, seed in (("b", 0), ("c", 1)):
         trainer(tmp_path / name, shapes, steps=3, seed=seed, **EVERYTHING).run()
