@@ -105,7 +105,7 @@ def test_an_average_that_is_added_starts_from_the_weights(tmp_path: Path, shapes
     shutil.copytree(trained("fp32", 3).run_dir, run_dir)
     subject = trainer(run_dir, shapes, steps=6, **EVERYTHING | {"ema_rate": "0.9999,0.9"})  # and one is removed
     said: list[str] = []
-    subject.log = said.append  # type: ignore[assignment]
+    subject.log = lambda line, **_: said.append(line)  # type: ignore[assignment]
     resume(subject)
     added = subject.state.emas[1]
     assert (added.rate, added.updates) == (0.9, 0)
