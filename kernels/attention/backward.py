@@ -87,57 +87,6 @@ def attention_backward_at_once(
 
 
 @triton.jit
-def attention_backward_all_keys(
-    dy,
-    qkv,
-    dqkv,
-    dy_n,
-    dy_t,
-    dy_c,
-    qkv_n,
-    qkv_t,
-    qkv_c,
-    T,
-    heads,
-    scale,
-    scale_log2,
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """All keys of a head in one tile; dk and dv stay in registers during a loop over blocks of queries.
-
-    One program per sample and head. Every block sees all its scores, so the kernel needs nothing of the forward pass,
-    not even y.
-    """
-    n, h = sample_and_head(tl.program_id(0), heads)
-    q_base, k_base, v_base = queries_keys_values(qkv, n, h, qkv_n, qkv_c, D)
-    C = heads * D
-    dq_base = dqkv + n * T * (3 * C) + 3 * h * D
-    keys = tl.arange(0, KEYS)
-    k = load(k_base, keys, qkv_t, qkv_c, T, D, D1, D2, EVEN)
-    v = load(v_base, keys, qkv_t, qkv_c, T, D, D1, D2, EVEN)
-    dk = zeros(KEYS, D1, D2)
-    dv = zeros(KEYS, D1, D2)
-    EXACT: tl.constexpr = qkv.dtype.element_ty == tl.float32
-    for start in range(0, T, QUERIES):
-        rows = start + tl.arange(0, QUERIES)
-        q = load(q_base, rows, qkv_t, qkv_c, T, D, D1, D2, EVEN)
-        do = load(dy + n * dy_n + h * D * dy_c, rows, dy_t, dy_c, T, D, D1, D2, EVEN)
-        p = _softmax_over_keys(inner(k, q) * scale_log2, keys, T, EVEN, EXACT)  # (KEYS, QUERIES)
-        dv = add_weighted(dv, p, do)
-        dp = inner(v, do)
-        ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q[0].dtype)
-        dk = add_weighted(dk, ds, q)
-        store(dq_base, times(weighted_by_columns(ds, k), scale), rows, 3 * C, T, D, EVEN)
-    store(dq_base + D, times(dk, scale), keys, 3 * C, T, D, EVEN)
-    store(dq_base + 2 * D, dv, keys, 3 * C, T, D, EVEN)
-
-
-@triton.jit
 def attention_backward_queries(
     dy,
     qkv,

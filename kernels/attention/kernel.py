@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from fastdiff.kernels.attention import plan
 from fastdiff.kernels.attention.backward import (
-    attention_backward_all_keys,
     attention_backward_at_once,
     attention_backward_keys,
     attention_backward_queries,
@@ -101,10 +100,7 @@ def attention_backward(dy: Tensor, qkv: Tensor, y: Tensor | None, lse: Tensor | 
     tiles = _backward_at_once(qkv, heads)
     if tiles is not None:
         known = _shared(qkv, heads, tiles) | gradients
-        if t <= tiles.queries:
-            launch(attention_backward_at_once, (n * heads,), qkv.device, **known, TOKENS=tiles.keys)
-        else:
-            launch(attention_backward_all_keys, (n * heads,), qkv.device, **known, **_blocks(tiles))
+        launch(attention_backward_at_once, (n * heads,), qkv.device, **known, TOKENS=tiles.keys)
         return dqkv
     d, warpgroups = _head_dim(qkv, heads), plan.has_warpgroups(qkv.device)
     delta = temporary((n, heads, t), qkv.device)

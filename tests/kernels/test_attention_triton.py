@@ -107,26 +107,23 @@ def plan_for(warpgroups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 LONG = 70
 """Tokens that take few programs and blocks, and yet more than one block of the kernels of long sequences."""
-LIMITS = {"all keys": {"AT_ONCE_UP_TO": 0}, "streamed": {"AT_ONCE_UP_TO": 0, "ALL_KEYS_UP_TO": 0}}
-"""With these, LONG tokens have the backward pass of 129 to 256 tokens, and that of more."""
 
 
 def take_for_long(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences take the kernels of long ones, which the interpreter would take seconds for."""
-    for limit, tokens in LIMITS.get(kind, {}).items():
-        monkeypatch.setattr(plan, limit, tokens)
+    """If streamed, sequences take the kernels of long ones, which the interpreter would take seconds for."""
+    if kind == "streamed":
+        monkeypatch.setattr(plan, "AT_ONCE_UP_TO", 0)
 
 
 BACKWARD = {
     "at once": ["attention_backward_at_once"],
-    "all keys": ["attention_backward_all_keys"],
     "streamed": ["attention_backward_queries", "attention_backward_keys"],
 }
 
 
 @pytest.mark.parametrize("kind", BACKWARD)
 def test_long_sequences_have_kernels_of_their_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that the limits above choose are those that the length chooses."""
+    """Those that the limit above chooses are those that the length chooses."""
     monkeypatch.setattr(plan, "has_warpgroups", lambda device: True)
 
     def launched(tokens: int) -> list[str]:
@@ -136,7 +133,7 @@ def test_long_sequences_have_kernels_of_their_own(kind: str, monkeypatch: pytest
         return [launch.kernel.fn.__name__ for launch in launches]
 
     names = ["attention_forward", *BACKWARD[kind]]
-    assert launched({"at once": 128, "all keys": 256, "streamed": 257}[kind]) == names
+    assert launched({"at once": 128, "streamed": 129}[kind]) == names
     take_for_long(kind, monkeypatch)
     assert launched(LONG) == names
 
@@ -145,7 +142,6 @@ def test_long_sequences_have_kernels_of_their_own(kind: str, monkeypatch: pytest
     ("warpgroups", "tokens", "head_dim", "dtype"),
     [
         *[(True, *rest) for rest in itertools.product([64, 100], [24, 64, 144], LOW)],
-        *[(True, 250, 64, dtype) for dtype in LOW],  # where all keys but not all queries are held
         *[(False, 64, head_dim, dtype) for head_dim in (24, 96) for dtype in LOW],
         (True, 16, 144, torch.float32),
     ],
@@ -161,7 +157,6 @@ def test_both_plans_at_the_same_size(
     assert plan.backward_at_once(tokens, head_dim, dtype, warpgroups) is not None
     hold(qkv, 1, grad)
     monkeypatch.setattr(plan, "AT_ONCE_UP_TO", 0)
-    monkeypatch.setattr(plan, "ALL_KEYS_UP_TO", 0)
     assert plan.backward_at_once(tokens, head_dim, dtype, warpgroups) is None
     hold(qkv, 1, grad)
 
@@ -189,7 +184,7 @@ def test_budget_of_the_longest_sequence() -> None:
     [
         *((view, 19, dtype) for view in VIEWS for dtype in (torch.float32, HALF)),
         # the kernels of longer sequences address as those of the short ones do: a stride of each kind
-        *((view, kind, HALF) for view in STRIDED for kind in LIMITS),
+        *((view, "streamed", HALF) for view in STRIDED),
         *(pytest.param(view, tokens, HALF, marks=pytest.mark.slow) for view in VIEWS for tokens in (256, 270)),
     ],
     ids=str,
@@ -204,7 +199,7 @@ def test_any_strides(view: str, tokens: int | str, dtype: torch.dtype, monkeypat
 @pytest.mark.parametrize("kind", BACKWARD)
 def test_gradients_with_any_strides(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take_for_long(kind, monkeypatch)
-    tokens = LONG if kind in LIMITS else 19
+    tokens = LONG if kind == "streamed" else 19
     qkv = random(2, tokens, 48, seed=1, dtype=HALF)
     hold(qkv, 1, grad=torch.ones((), dtype=HALF).expand(2, tokens, 16))  # that of a sum
     hold(qkv, 1, grad=random(1, tokens, 16, seed=2, dtype=HALF).expand(2, -1, -1))
@@ -225,7 +220,7 @@ def test_the_same_bits_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_large_scores_stay_finite(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """q k^T alone would be 64 * 50 * 50 = 160,000, which fp16 does not hold."""
     take_for_long(kind, monkeypatch)
-    tokens = LONG if kind in LIMITS else 19
+    tokens = LONG if kind == "streamed" else 19
     qkv = random(1, tokens, 3 * 64, seed=1, dtype=dtype)
     qkv[:, :, :128] = 50
     found = run("triton", qkv.to(DEVICE), 1, random(1, tokens, 64, seed=2, dtype=dtype).to(DEVICE))
@@ -269,7 +264,7 @@ def test_no_samples(tokens: int) -> None:
 @pytest.mark.parametrize("kind", ["at once", "streamed"])
 def test_runs_under_autocast(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     take_for_long(kind, monkeypatch)
-    tokens = LONG if kind in LIMITS else 17
+    tokens = LONG if kind == "streamed" else 17
     qkv, grad = random(2, tokens, 144, seed=1).to(DEVICE), random(2, tokens, 48, seed=2).to(DEVICE)
     truth = run("truth", qkv, 3, grad)
     with torch.autocast(DEVICE.type, dtype=dtype):
@@ -374,8 +369,7 @@ def test_compiles_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compiled model: what it makes of a length, it must not have learnt from another."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    for limit in ("AT_ONCE_UP_TO", "ALL_KEYS_UP_TO"):
-        monkeypatch.setattr(plan, limit, 64)
+    monkeypatch.setattr(plan, "AT_ONCE_UP_TO", 64)
     module = Attending().to(DEVICE, HALF)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (17, 40, LONG):
