@@ -75,6 +75,31 @@ def round_like_a_gpu() -> None:
         "fma": lambda a, b, c: _rounded(a.astype(np.float64) * b + c),  # the product is exact in float64
     }.items():
         _replace_for_fp32(f"create_{name}", function)
+    _sum_products_like_a_gpu()
+
+
+def _sum_products_like_a_gpu() -> None:
+    """A product of fp32 matrices is a chain of fma for every element; NumPy sums in blocks, with smaller errors.
+
+    Triton's compiler makes x + tl.dot(a, b) into tl.dot(a, b, x), which is one chain, and so does this.
+    """
+    _replace_for_fp32("create_dot", _dot)
+    make, add = (getattr(interpreter.InterpreterBuilder, f"create_{name}") for name in ("dot", "fadd"))
+
+    def product(self: Any, a: Any, b: Any, total: Any, *options: Any) -> Any:
+        result = make(self, a, b, total, *options)
+        if a.data.dtype == np.float32 and not total.data.any():
+            result.factors = a, b
+        return result
+
+    def added(self: Any, x: Any, y: Any) -> Any:
+        for one, other in ((y, x), (x, y)):
+            if hasattr(one, "factors"):
+                return make(self, *one.factors, other, None, None)
+        return add(self, x, y)
+
+    interpreter.InterpreterBuilder.create_dot = product
+    interpreter.InterpreterBuilder.create_fadd = added
 
 
 def _replace_for_fp32(name: str, function: Callable[..., Any]) -> None:
@@ -85,7 +110,8 @@ def _replace_for_fp32(name: str, function: Callable[..., Any]) -> None:
         if operands[0].data.dtype != np.float32:
             return of_others(self, *operands)
         with np.errstate(all="ignore"):  # a GPU does not warn
-            return interpreter.TensorHandle(function(*(x.data for x in operands)), operands[0].dtype.scalar)
+            numbers = (x.data for x in operands if isinstance(x, interpreter.TensorHandle))
+            return interpreter.TensorHandle(function(*numbers), operands[0].dtype.scalar)
 
     setattr(builder, name, operation)
 
@@ -115,6 +141,13 @@ def _log2(x: Any) -> Any:
     exact = np.log2(x.astype(np.float64))
     y = _rounded(exact)
     return np.where((x >= 0.5) & (x <= 2.0), _rounded(exact + _error(y) * 2.0**-22), _off(y, 2))
+
+
+def _dot(a: Any, b: Any, total: Any) -> Any:
+    """fma(a[:, k], b[k], total) for one k after the other, as the units for fp32 do it."""
+    for column, row in zip(a.astype(np.float64).T, b.astype(np.float64), strict=True):
+        total = _rounded(total + column[:, None] * row)  # the products are exact in float64
+    return total
 
 
 def _share_shapes() -> None:

@@ -190,3 +190,33 @@ def test_fma_rounds_once() -> None:
     exact = x.astype(np.float64) ** 2 - (x * x)
     np.testing.assert_array_equal(run(rest_of_square, x), exact)
     assert exact.any()
+
+
+@triton.jit
+def product_of_halves(out, a, b, APART: tl.constexpr):
+    """a b^T of (16, 32) matrices as the sum of two products."""
+    row, channel = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    at = row * 32 + channel
+    first = tl.dot(tl.load(a + at), tl.trans(tl.load(b + at)), input_precision="ieee")
+    second = tl.dot(tl.load(a + at + 16), tl.trans(tl.load(b + at + 16)), input_precision="ieee")
+    tl.store(out + row * 16 + channel, tl.fma(second, 1.0, first) if APART else first + second)
+
+
+def chain(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    for x, y in zip(a.astype(np.float64).T, b.astype(np.float64).T, strict=True):
+        total = (total + np.outer(x, y)).astype(np.float32)
+    return total
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD's matrix units take fp32")
+def test_products_are_chains_and_their_sum_a_longer_one() -> None:
+    a, b = (np.random.default_rng(seed).normal(size=(16, 32)).astype(np.float32) for seed in (1, 2))
+    zero = np.zeros((16, 16), np.float32)
+    first = chain(a[:, :16], b[:, :16], zero)
+    for apart, truth in (
+        (False, chain(a[:, 16:], b[:, 16:], first)),
+        (True, first + chain(a[:, 16:], b[:, 16:], zero)),
+    ):
+        out = torch.empty(16, 16, device=DEVICE)
+        product_of_halves[(1,)](out, *(torch.from_numpy(x).to(DEVICE) for x in (a, b)), apart)
+        np.testing.assert_array_equal(out.cpu().numpy(), truth)
