@@ -34,8 +34,8 @@ def next_power(value: int) -> int:
 def parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Two powers of two of at least 16, or one and 0, that cover the head dimension: 144 = 128 + 16, 64 = 64 + 0.
 
-    fp32 uses two parts if possible: its sums over channels are chains of additions, and two chains of half the length
-    have a smaller error than one.
+    fp32 uses two parts if possible: its sums over channels are chains of fma, and two chains of half the length have a
+    smaller error than one (see ``inner`` in tiles.py).
     """
     whole = next_power(head_dim)
     first = whole // 2
@@ -60,7 +60,7 @@ def has_warpgroups(device: torch.device) -> bool:
 
 def _fp32(head_dim: int) -> Tiles:
     """The same in every pass, so that recomputed scores have the same rounding errors: a softmax cancels those."""
-    return Tiles(16, 32 if head_dim <= 192 else 16, 4)
+    return Tiles(16, 32, 4) if head_dim <= 192 else Tiles(16, 16, 8)
 
 
 def forward(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups: bool) -> Tiles:
@@ -85,7 +85,7 @@ def backward_at_once(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups:
         return None
     block = max(next_power(tokens), 16)
     if tokens <= min(AT_ONCE_UP_TO, 64) and (warpgroups or head_dim <= 96):
-        return Tiles(block, block, 4)
+        return Tiles(block, block, _fp32(head_dim).warps if dtype is torch.float32 else 4)
     if warpgroups and tokens <= AT_ONCE_UP_TO and head_dim <= 144:
         return Tiles(block, block, 8)
     return None

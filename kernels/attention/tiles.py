@@ -128,12 +128,18 @@ def times(tile, factor):
 
 
 @triton.jit
+def _plus(a, product):
+    """a + product, a result of tl.dot. Of + the compiler makes tl.dot(..., a): one chain of fma, as long as both."""
+    return tl.fma(product, 1.0, a)
+
+
+@triton.jit
 def inner(a, b):
     """a b^T: every row of a with every row of b, in fp32."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     if len(a) == 2:
         if a[0].dtype == tl.float32:
-            product += tl.dot(a[1], tl.trans(b[1]), input_precision="ieee")
+            product = _plus(product, tl.dot(a[1], tl.trans(b[1]), input_precision="ieee"))
         else:
             product = tl.dot(a[1], tl.trans(b[1]), product, input_precision="ieee")
     return product
