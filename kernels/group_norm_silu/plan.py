@@ -120,5 +120,7 @@ def plan(
         span = -(-chunks // splits) * height
         splits = -(-pixels // span)
     tile_size = width * height
-    warps = min(max(tile_size // PER_WARP, 1), MOST_WARPS if tile_size <= SINGLE else FEW_WARPS)
+    narrow = channels_fastest and k < groups and k * depth * element_size % 8 > 0  # loads, whose addresses spill
+    few = tile_size > SINGLE and not narrow
+    warps = min(max(tile_size // PER_WARP, 1), FEW_WARPS if few else MOST_WARPS)
     return Plan(k, width, height, splits, span, warps, stages=chunk(width)[1] if span > height else 1)
