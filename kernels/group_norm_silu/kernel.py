@@ -88,7 +88,7 @@ def _division(x: Tensor, x_c: int, x_p: int, groups: int, tensors: int) -> tuple
         "BLOCK_CHANNELS": chosen.block_channels,
         "BLOCK_PIXELS": chosen.block_pixels,
         "EVEN": pixels % chosen.block_pixels == 0,
-        "STAGES": chosen.stages,
+        "STAGES": chosen.stages if plan.pipelines(x.device) else 1,
         "KEPT": plan.KEPT,
         "num_warps": chosen.warps,
         "num_stages": 1,

@@ -16,6 +16,7 @@ from fastdiff.kernels.diffusion_loss import op as loss_op
 from fastdiff.kernels.diffusion_step import op as step_op
 from fastdiff.kernels.gaussian import TABLES, LossType, ModelMeanType, ModelVarType, Sampler
 from fastdiff.kernels.group_norm_silu import op as norm_op
+from fastdiff.kernels.group_norm_silu import plan as norm_plan
 from fastdiff.kernels.launch import recording
 from fastdiff.kernels.philox import op as philox_op
 
@@ -52,7 +53,8 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
     norms, attentions = preset_shapes()
     for dtype, n, layout, shape in itertools.product(dtypes, BATCHES, layouts, norms):
         label = f"C{shape.channels} {shape.size}x{shape.size} N{n} {TYPES[dtype]} {layout}"
-        yield f"norm {label}", partial(_norm, shape, n, dtype, LAYOUTS[layout]), tuple(TARGETS)
+        for pipelined, targets in ((True, ("sm_80", "sm_90", "sm_100")), (False, ("gfx942",))):
+            yield f"norm {label}", partial(_norm, shape, n, dtype, LAYOUTS[layout], pipelined), targets
     for dtype, n, attended in itertools.product(dtypes, BATCHES, attentions):
         d = attended.channels // attended.heads
         if d <= 256 and dtype is not torch.float32:  # dispatch chooses SDPA for the others
@@ -78,15 +80,16 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
             )
 
 
-def _norm(shape: NormShape, n: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def _norm(shape: NormShape, n: int, dtype: torch.dtype, memory_format: torch.memory_format, pipelined: bool) -> None:
     size = (n, shape.channels, shape.size, shape.size)
     x = torch.empty(size, dtype=dtype, memory_format=memory_format).requires_grad_()
     weight, bias = torch.empty(2, shape.channels).requires_grad_().unbind(0)
     scale, shift = None, None
     if shape.conditioned:
         scale, shift = torch.empty(n, 2 * shape.channels, dtype=dtype).requires_grad_().chunk(2, dim=1)
-    y = norm_op.IMPLEMENTATIONS[Backend.TRITON](x, weight, bias, 32, 1e-5, scale, shift, shape.silu)
-    torch.autograd.grad(y, [t for t in (x, weight, bias, scale, shift) if t is not None], torch.empty_like(y))
+    with patch.object(norm_plan, "PIPELINES_WITHOUT_A_GPU", pipelined):
+        y = norm_op.IMPLEMENTATIONS[Backend.TRITON](x, weight, bias, 32, 1e-5, scale, shift, shape.silu)
+        torch.autograd.grad(y, [t for t in (x, weight, bias, scale, shift) if t is not None], torch.empty_like(y))
 
 
 def _attention(shape: AttentionShape, n: int, dtype: torch.dtype, warpgroups: bool) -> None:
