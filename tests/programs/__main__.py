@@ -4,6 +4,7 @@ import argparse
 import datetime
 import multiprocessing
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
@@ -12,7 +13,8 @@ import triton
 
 from .launches import programs_in_use
 from .program import TARGETS, Program
-from .table import TABLE, Figures, Key, read, write
+from .sources import launched, launched_directly
+from .table import TABLE, TESTS, Figures, Key, operation_of, read, write
 
 T = TypeVar("T")
 
@@ -21,6 +23,8 @@ MAY_SPILL = {"group_norm_silu": 16}
 loop and restores them after it, to fit one more program on a multiprocessor; with ``maxnreg`` it would not."""
 SHARE = 8
 """Programs of the table that a test run compiles again: about 7 s of one core."""
+LISTED = 20
+"""Most programs that the table lacks, or that are not in use, whose names are printed."""
 
 Programs = Mapping[Key, Program]
 
@@ -52,6 +56,8 @@ def faults(target: str, built: Figures) -> list[str]:
     long = built.workload.startswith("attention") and not built.workload.startswith("attention T16 ")
     if long and built.matrix_units != units:
         found.append(f"multiplies matrices with {built.matrix_units or 'nothing'}, not {units}")
+    if not operation_of(built.kernel):
+        found.append("has no tests in table.py")
     return found
 
 
@@ -60,8 +66,8 @@ def show(compiled: Iterable[tuple[Key, Figures]], kept: Mapping[Key, Figures]) -
 
     A program whose figures differ from the table's also has a fault.
     """
-    layout = "{:39} {:48} {:7} {:>9} {:>6} {:>7} {:>8} {:>8}  {} {}"
-    columns = "registers", "spills", "shared", "loads", "stores", "matrix units"
+    layout = "{:39} {:48} {:7} {:>9} {:>6} {:>7} {:>8} {:>8} {:>8}  {} {}"
+    columns = "registers", "spills", "shared", "resident", "loads", "stores", "matrix units"
     print(layout.format("kernel", "workload", "target", *columns, ""))
     found: dict[Key, Figures] = {}
     wrong = 0
@@ -69,10 +75,17 @@ def show(compiled: Iterable[tuple[Key, Figures]], kept: Mapping[Key, Figures]) -
         found[key] = built
         faults_of = [*faults(key.target, built), *(built.differences(kept[key]) if key in kept else [])]
         loads, stores = f"{built.wide_loads}/{built.loads}", f"{built.wide_stores}/{built.stores}"
-        numbers = built.registers, built.spills, built.shared, loads, stores, built.matrix_units
+        numbers = built.registers, built.spills, built.shared, built.resident, loads, stores, built.matrix_units
         print(layout.format(built.kernel, built.workload, key.target, *numbers, "; ".join(faults_of).upper()))
         wrong += bool(faults_of)
-    print(f"{len(found)} programs compiled, {wrong} with a fault (loads and stores: those of 16 bytes / all)")
+    counts = Counter(operation_of(built.kernel) for built in found.values())
+    for operation, tests in TESTS.items():
+        if counts[operation]:
+            print(f"{operation}: {counts[operation]} programs, held by {', '.join(tests)}")
+    print(
+        f"{len(found)} programs compiled, {wrong} with a fault "
+        "(resident: programs per multiprocessor; loads and stores: those of 16 bytes / all)"
+    )
     return found, wrong
 
 
@@ -85,8 +98,8 @@ def share_of_today(items: Sequence[T], size: int, day: int | None = None) -> lis
 def check(programs: Programs) -> bool:
     """Check the table against the programs in use: compile a share of the missing ones and of the rest, new ones daily.
 
-    Returns False if a program has a fault, or if the table lacks programs of this Triton release or has unused ones. A
-    release without any entry is checked by the share alone.
+    Returns False if a program has a fault, if the table lacks programs of this Triton release or has unused ones, or if
+    the sources launch a kernel of which it has none. A release without any entry is checked by the share alone.
     """
     kept = {key: figures for key, figures in read().items() if key.triton == triton.__version__}
     missing, unused = sorted(programs.keys() - kept), kept.keys() - programs
@@ -95,12 +108,22 @@ def check(programs: Programs) -> bool:
     if not kept:
         print(f"{TABLE.name} has no programs of Triton {triton.__version__}: only these were compiled")
         return not wrong
-    if missing or unused:
+    names = [f"lacks {programs[key].name} {programs[key].workload} {key.target}" for key in missing]
+    names += [
+        f"has {kept[key].kernel} {kept[key].workload} {key.target}, which is not in use" for key in sorted(unused)
+    ]
+    print("".join(f"{TABLE.name} {name}\n" for name in names[:LISTED]), end="")
+    if names:
         print(
             f"{TABLE.name} lacks {len(missing)} programs and has {len(unused)} that are not in use: "
             "run python -m tests.programs --update"
         )
-    return not (wrong or missing or unused)
+    unknown = launched() - {figures.kernel.split()[0] for figures in kept.values()} | launched_directly()
+    for kernel in sorted(unknown):
+        print(
+            f"{kernel} is launched, but {TABLE.name} has no program of it: no preset's model runs it through launch()"
+        )
+    return not (wrong or names or unknown)
 
 
 def update(programs: Programs) -> bool:

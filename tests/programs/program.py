@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from fastdiff.kernels.launch import Launch
 
+from .occupancy import resident
 from .table import Figures
 
 
@@ -77,6 +78,11 @@ class Program:
         return cls(source, launch.num_warps, launch.num_stages, workload)
 
     @property
+    def name(self) -> str:
+        """Of the kernel, and its warps."""
+        return f"{self.source.name} {self.num_warps}w"
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the source and of all compile-time choices, independent of comments, docstrings and line numbers.
 
@@ -93,12 +99,13 @@ class Program:
         built = triton.compile(self.source, target=TARGETS[target].gpu, options=options)
         text, registers, spills, accesses = _read_amd(built) if target.startswith("gfx") else _read_nvidia(built)
         loads, stores = ([wide for access, wide in accesses if access == kind] for kind in ("load", "store"))
-        name = f"{self.source.name} {self.num_warps}w"
         if not stores:  # too much of Blackwell's tensor memory silently compiles to a trap
-            raise ValueError(f"{name} for {target} writes nothing: the compiler gave up on it")
-        memory = registers, spills, built.metadata.shared, len(loads), sum(loads), len(stores), sum(stores)
+            raise ValueError(f"{self.name} for {target} writes nothing: the compiler gave up on it")
+        shared = built.metadata.shared
+        together = resident(target, registers, shared, self.num_warps)
+        memory = registers, spills, shared, together, len(loads), sum(loads), len(stores), sum(stores)
         newest_first = [target.matrix_units for target in reversed(TARGETS.values())]
-        return Figures(name, self.workload, *memory, next((units for units in newest_first if units in text), ""))
+        return Figures(self.name, self.workload, *memory, next((units for units in newest_first if units in text), ""))
 
 
 @cache

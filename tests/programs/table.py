@@ -11,6 +11,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("programs.csv")
+TESTS = {
+    "attention": ("tests/kernels/test_attention_triton.py", "tests/kernels/test_every_kernel.py"),
+    "diffusion_loss": ("tests/kernels/test_diffusion_loss.py", "tests/kernels/test_every_kernel.py"),
+    "diffusion_step": ("tests/kernels/test_diffusion_step.py", "tests/kernels/test_every_kernel.py"),
+    "group_norm_silu": (
+        "tests/kernels/test_group_norm_silu.py",
+        "tests/kernels/test_group_norm_silu_full.py",
+        "tests/kernels/test_every_kernel.py",
+    ),
+    "philox": ("tests/kernels/test_philox.py", "tests/kernels/test_every_kernel.py"),
+}
+"""The tests of each operation, with whose name those of its kernels begin."""
+
+
+def operation_of(kernel: str) -> str:
+    """The operation of TESTS that a kernel belongs to, or an empty string."""
+    return next((operation for operation in TESTS if kernel.startswith(operation)), "")
 
 
 class Key(NamedTuple):
@@ -32,6 +49,7 @@ class Figures(NamedTuple):
     registers: int  # per thread
     spills: int  # bytes of stack on CUDA, registers on ROCm
     shared: int  # bytes
+    resident: int  # programs per multiprocessor by these three and the warps
     loads: int
     wide_loads: int
     stores: int
