@@ -16,7 +16,7 @@ PER_WARP = 512
 """Values of a tile per warp, as long as there are no more than MOST_WARPS."""
 MOST_WARPS = 8
 FEW_WARPS = 4
-"""Warps of a tile of more than SINGLE values, so that another program's registers fit beside it."""
+"""Warps of a tile of more than SINGLE values, so that another program's registers fit beside it. In fp32 they spill."""
 WIDE = 128
 """Most channels of such a tile that FEW_WARPS hold without spilling."""
 SINGLE = 8192
@@ -132,6 +132,6 @@ def plan(
         splits = -(-pixels // span)
     tile_size = width * height
     narrow = channels_fastest and k < groups and k * depth * element_size % 8 > 0  # loads, whose addresses spill
-    few = tile_size > SINGLE and width <= WIDE and not narrow
+    few = tile_size > SINGLE and width <= WIDE and element_size < 4 and not narrow
     warps = min(max(tile_size // PER_WARP, 1), FEW_WARPS if few else MOST_WARPS)
     return Plan(k, width, height, splits, span, warps, stages=chunk(width)[1] if span > height else 1)
