@@ -146,12 +146,6 @@ def test_resume_with_other_classes(train: Cli, run_dir: Path, tmp_path: Path) ->
     assert contents(run_dir) == before
 
 
-def test_resume_with_an_average_that_the_run_does_not_have(train: Cli, run_dir: Path) -> None:
-    before = contents(run_dir)
-    refused(train("runs/a", "--steps", 3, "--resume", "--ema-rate", "0.5"), "runs/a")
-    assert contents(run_dir) == before
-
-
 def test_a_damaged_config_json(train: Cli, run_dir: Path) -> None:
     for text in ("{", "[]", '{"model": 3}', json.dumps({"model": {"image_size": "x"}})):
         (run_dir / "config.json").write_text(text)
