@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,12 +40,9 @@ from fastdiff.benchmarks.targets import sampling_verdicts, training_verdicts
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"correct": 120, "bars": 130, "model": 200, "sanitize": 30}
 """Seconds of each stage in a run of eight minutes, in the order of their value."""
-KERNELS = ("every_kernel", "attention_triton", "group_norm_silu_full", "diffusion_loss", "diffusion_step", "arithmetic")
-"""Files of the kernels' tests that come before the others."""
-FIRST = [f"tests/kernels/test_{name}.py" for name in KERNELS]
 TESTS = {  # by folder: arguments on a GPU, in a rehearsal, and the share of the cores
     "tests/kernels": (
-        [*FIRST, "tests/kernels", "-m", "not slow"],
+        ["tests/kernels", "-m", "not slow"],
         ["tests/kernels/test_every_kernel.py", "-m", "not slow"],
         2,
     ),
@@ -55,6 +53,8 @@ TESTS = {  # by folder: arguments on a GPU, in a rehearsal, and the share of the
     ),
     "tests/training": (["tests/training/test_update.py", "-k", "gpu"], [], 16),
 }
+STOPPED = (124, 137, -9)
+"""Exit statuses of ``timeout`` after it ended a command, in the end with SIGKILL."""
 LEAST = 20
 """Seconds within which no stage is worth a start; none in a rehearsal."""
 SETTINGS = """[pytest]
@@ -70,28 +70,39 @@ class Process:
     def __init__(self, check: "Check", *arguments: str) -> None:
         command = [sys.executable, "-m", "fastdiff.benchmarks.gpu_stages", *arguments, *["--rehearse"] * check.rehearse]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": check.log}
+        self._what = " ".join(arguments)
         self._process = subprocess.Popen(command, cwd=ROOT, env=check.env, text=True, start_new_session=True, **pipes)
         self.ready, self.ended = threading.Event(), threading.Event()
         threading.Thread(target=self._read, args=(check,), daemon=True).start()
 
     def _read(self, check: "Check") -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                message = json.loads(line.removeprefix(MARK))
-                if "ready" in message:
-                    self.ready.set()
-                check.receive(message)
-            elif line.strip():
-                check.log.write(line)
-        self._process.wait()
-        self.ready.set()
-        self.ended.set()
+        try:
+            for line in self._process.stdout:
+                if line.startswith(MARK):
+                    message = json.loads(line.removeprefix(MARK))
+                    if "ready" in message:
+                        self.ready.set()
+                    check.receive(message)
+                elif line.strip():
+                    check.log.write(line)
+            if self._process.wait() > 0:
+                check.keep(
+                    "process", self._what, f"ended with status {self._process.returncode}, see log.txt", failed=True
+                )
+        finally:
+            if not self.ready.is_set():
+                check.prepare_next()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()  # type: ignore[union-attr]  # both are pipes
+            self.ready.set()
+            self.ended.set()
 
     def go(self) -> None:
         """Tell it to start its measurement."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has failed; the log says why
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended; the log says why
             self._process.stdin.write("\n")
             self._process.stdin.flush()
 
@@ -118,6 +129,9 @@ class Check:
     advice: list[str] = field(default_factory=list)
     peak: float | None = None
     failed: bool = False
+    wrong: list[str] = field(default_factory=list)
+    tests: list["subprocess.Popen[str]"] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
     models: dict[str, Process] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.RLock)
 
@@ -131,6 +145,8 @@ class Check:
             if rows := message.get("rows"):
                 append_rows(self.out / "rows.csv", rows)
                 self.rows += rows
+            self.wrong += message.get("failed", [])
+            self.failed |= bool(message.get("failed"))
             if "verdicts" in message:
                 self.verdicts[message["of"]] = message["verdicts"]
             if "kernels" in message:
@@ -140,6 +156,8 @@ class Check:
             self.advice = message.get("advice", self.advice)
             self.peak = message.get("peak", self.peak)
             self.summarise()
+            if "ready" in message:
+                self.prepare_next()
 
     def keep(self, workload: str, candidate: str, remark: str, failed: bool = False) -> None:
         """Keep a result without a time."""
@@ -180,10 +198,7 @@ class Check:
             f"| {row['workload']} | {row['candidate']} | {1000 * float(str(row['median_s'])):.2f} | {row['remark']} |"
             for row in models
         ]
-        wrong = [
-            row for row in self.rows if str(row["remark"]).startswith(("ValueError", "RuntimeError", "Accelerator"))
-        ]
-        lines += ["", "## Wrong or failed", "", *(f"- {r['workload']}, {r['candidate']}: {r['remark']}" for r in wrong)]
+        lines += ["", "## Wrong or failed", "", *(f"- {line}" for line in self.wrong)]
         lines += ["", "## Faster divisions than the plans'", "", *(f"- {line}" for line in self.advice)]
         fresh = self.out / "summary.md.tmp"
         fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -191,11 +206,11 @@ class Check:
 
     def run(self) -> None:
         """All stages, each with its share of the time that is left."""
-        pending = list(reversed(MODELS)) if "model" in self.stages else []
+        self.pending = list(reversed(MODELS)) if "model" in self.stages else []
         cores = os.cpu_count() or 1
         at_once = max(1, cores // 4)
-        while pending and len(self.models) < at_once:
-            self._prepare(pending.pop())
+        for _ in range(at_once):
+            self.prepare_next()
         for place, stage in enumerate(self.stages):
             rest = sum(STAGES[name] for name in self.stages[place:])
             seconds = self.left() * STAGES[stage] / rest
@@ -204,19 +219,29 @@ class Check:
                 continue
             print(f"{stage}: {seconds:.0f} s", flush=True)
             if stage == "model":
-                self._model(pending, time.monotonic() + seconds)
+                self._model(time.monotonic() + seconds)
             else:
                 {"correct": self._correct, "bars": self._bars, "sanitize": self._sanitize}[stage](seconds)
         self.stop()
 
     def stop(self) -> None:
         """End all processes."""
-        for process in self.models.values():
+        with self.lock:
+            self.pending.clear()
+            running = list(self.models.values())
+        for process in running:
             process.signal(signal.SIGKILL)
+        for tests in self.tests:
+            if tests.poll() is None:
+                os.killpg(tests.pid, signal.SIGKILL)
 
-    def _prepare(self, name: str) -> None:
-        lock = str(self.scratch / "lock")
-        self.models[name] = Process(self, "model", "--name", name, "--lock", lock)
+    def prepare_next(self) -> None:
+        """Start the process of the next model, if one is left."""
+        with self.lock:
+            if self.pending:
+                name = self.pending.pop()
+                lock = str(self.scratch / "lock")
+                self.models[name] = Process(self, "model", "--name", name, "--lock", lock)
 
     def _correct(self, seconds: float) -> None:
         """Run the tests of each folder, all folders at a time."""
@@ -231,9 +256,9 @@ class Check:
             mine = [one for one in found if one["test"].startswith(name)]
             counts = Counter(one["outcome"] for one in mine)
             failures = [one for one in mine if one["outcome"] == "failed"]
-            stopped = ", stopped when its time was up" * (code in (124, 137))
+            stopped = ", stopped when its time was up" * (code in STOPPED)
             said = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped{stopped}"
-            self.keep("correct", name, said, failed=bool(failures) or code not in (0, 124, 137))
+            self.keep("correct", name, said, failed=bool(failures) or code not in (0, *STOPPED))
             for one in failures:
                 self.keep("correct", one["test"], "failed, see failures.txt", failed=True)
                 with (self.out / "failures.txt").open("a", encoding="utf-8") as file:
@@ -259,25 +284,32 @@ class Check:
         command += ["-p", "no:benchmark", *arguments]
         if find_spec("xdist") and workers > 1 and not before:
             command += ["-n", str(workers)]
-        limited = ["timeout", "--kill-after=5", f"{seconds:.0f}", *command]
+        limited = ["timeout", "--kill-after=3", f"{max(1, seconds):.0f}", *command]
         env = {**self.env, "REPORT": str(self.scratch / "report")}
-        return subprocess.Popen(limited, cwd=ROOT, env=env, stdout=self.log, stderr=self.log, text=True)
+        pipes: dict[str, Any] = {"stdout": self.log, "stderr": self.log, "start_new_session": True}
+        self.tests.append(subprocess.Popen(limited, cwd=ROOT, env=env, text=True, **pipes))
+        return self.tests[-1]
 
     def _bars(self, seconds: float) -> None:
         process = Process(self, "bars", "--seconds", f"{seconds:.0f}")
         if not process.ended.wait(seconds + 15):
             process.signal(signal.SIGKILL)
 
-    def _model(self, pending: list[str], deadline: float) -> None:
+    def _model(self, deadline: float) -> None:
         """Let one process after the other measure, while the others are stopped: they would keep the host busy."""
-        waiting = dict(self.models)
-        while waiting and (left := deadline - time.monotonic()) > 0:
+        measured: set[str] = set()
+        while (left := deadline - time.monotonic()) > 0:
+            with self.lock:
+                waiting = {name: process for name, process in self.models.items() if name not in measured}
+            if not waiting and not self.pending:
+                break
             prepared = [name for name, process in waiting.items() if process.ready.is_set()]
             if not prepared:
                 time.sleep(min(0.2, left))
                 continue
             measuring = prepared[0]
             process = waiting.pop(measuring)
+            measured.add(measuring)
             for other in waiting.values():
                 other.signal(signal.SIGSTOP)
             process.go()
@@ -285,31 +317,32 @@ class Check:
                 self.keep("model", measuring, "stopped when its time was up")
             for other in waiting.values():
                 other.signal(signal.SIGCONT)
-            if pending:
-                name = pending.pop()
-                self._prepare(name)
-                waiting[name] = self.models[name]
-        for name in (*waiting, *pending[::-1]):
+        left_out = [name for name in MODELS if name not in measured]
+        self.pending.clear()
+        for name in left_out:
             self.keep("model", name, "not measured: the time is up")
         self.stop()
 
     def _sanitize(self, seconds: float) -> None:
         tool = shutil.which("compute-sanitizer")
-        if tool is None or self.rehearse:
+        if tool is None and not self.rehearse:
             self.keep("sanitize", "memcheck", "not run: compute-sanitizer is not installed")
             return
-        before = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+        report = self.scratch / "memcheck"
+        report.touch()
+        before = ["env"] if tool is None else [tool, "--tool", "memcheck", "--log-file", str(report)]
         # one allocation per tensor, to see accesses beyond its end
         self.env = {**self.env, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         smoke = ["tests/kernels/test_every_kernel.py"]
         code = self._pytest("tests/kernels", smoke, seconds, os.cpu_count() or 1, *before).wait()
         tests = len(self._outcomes())
-        said = {
-            0: f"no error in {tests} tests",
-            9: "errors, see log.txt",
-            124: f"stopped after {tests} tests, no error",
-        }
-        self.keep("sanitize", "memcheck", said.get(code, f"cannot run here (status {code})"), failed=code == 9)
+        text = report.read_text(encoding="utf-8", errors="replace")
+        found = re.findall(r"^=+ +(Invalid .*|.* out of bounds.*|Misaligned .*)$", text, re.MULTILINE)
+        for line in dict.fromkeys(found):
+            self.keep("sanitize", "memcheck", line, failed=True)
+        how = f"{tests} tests, {len(found)} errors" if tests else "no test ended"
+        refused = "" if code in (0, 1, *STOPPED) else f"; it cannot run here (status {code})"
+        self.keep("sanitize", "memcheck", how + ", stopped when its time was up" * (code in STOPPED) + refused)
 
 
 def main() -> int:

@@ -13,34 +13,39 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 
 from fastdiff.benchmarks.cases import LAYOUTS, Case, attention_case, cases, loss_case, norm_case, step_case
 from fastdiff.benchmarks.harness import environment, side_stream
 from fastdiff.benchmarks.kernels import Measured, measure
 from fastdiff.benchmarks.ladder import Models, Rung, ladder, rivals
 from fastdiff.benchmarks.rehearsal import rehearsed
-from fastdiff.benchmarks.roofline import measure_roofline
+from fastdiff.benchmarks.roofline import Roofline, measure_roofline
 from fastdiff.benchmarks.rows import Row, with_against
 from fastdiff.benchmarks.suites import ceilings, measure_step
 from fastdiff.benchmarks.suites import measure as measure_suite
 from fastdiff.benchmarks.targets import verdicts
 from fastdiff.benchmarks.tuning import faster, tuned, worth_tuning
 from fastdiff.benchmarks.workload import Workload
-from fastdiff.config import DiffusionConfig, Kernels, ModelConfig
+from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, Precision
 from fastdiff.presets import preset_named
 from fastdiff.runtime.throughput import peak_flops
 
 MARK = "gpu_check "
 
 SLOW = ("compile", "eager ATen", "torch", "Liger norm, then eager")
-"""Candidates that take seconds to prepare: timed on the first case of a family alone."""
+"""Candidates that take seconds to prepare: timed on the first case of a family, and where a target needs them."""
+JUDGED = ("C512 8x8", "noise given")
+"""The ends of such cases' shapes."""
 
 
 def send(**message: object) -> None:
@@ -51,7 +56,8 @@ def send(**message: object) -> None:
 def send_rows(rows: Sequence[Row], device: torch.device) -> None:
     """Send rows, with the machine's environment, and the kernels of steady steps."""
     about = environment(device)
-    send(rows=[{**row.as_dict(), **about} for row in with_against(rows)])
+    failed = [f"{row.workload}, {row.candidate}: {row.remark}" for row in rows if row.failed]
+    send(rows=[{**row.as_dict(), **about} for row in with_against(rows)], failed=failed)
     for row in rows:
         if row.kernels:
             send(kernels=f"{row.workload}, {row.candidate}\n{row.kernels}")
@@ -78,16 +84,15 @@ def cases_of(device: torch.device) -> Iterator[Case]:
     yield attention_case(1, 64, 1, 16, torch.float16, on_gpu=True)
 
 
-def bars(device: torch.device, deadline: float, tune: bool = True) -> None:
+def bars(device: torch.device, deadline: float) -> None:
     """Time every kernel beside its alternatives, then other divisions of the work than its plan's."""
     with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
         roofline = measure_roofline(device, torch.bfloat16)  # the dtype of norm and attention
         send(said=f"in bf16: {roofline}")
         found: list[Measured] = []
-        advice: list[str] = []
         gc.freeze()  # each capture of a graph collects garbage
         for case, first in by_turns(cases_of(device)):
-            if not first:
+            if not first and not case.shape.endswith(JUDGED):
                 few = {name: call for name, call in case.candidates.items() if name not in SLOW}
                 case = replace(case, candidates=few)
             for direction in case.directions:
@@ -97,11 +102,16 @@ def bars(device: torch.device, deadline: float, tune: bool = True) -> None:
                 found += measured
                 send_rows([one.row(roofline) for one in measured], device)
                 send(verdicts=list(map(str, verdicts(found, roofline))), of="kernels")
-                if tune and worth_tuning(case) and "triton" in case.candidates:
-                    variants = tuned(case, direction, 10, device)
-                    send_rows([replace(one.row(roofline), suite="tune") for one in variants], device)
-                    advice += filter(None, [faster(variants)])
-                    send(advice=advice)
+        advice: list[str] = []
+        for case, _ in by_turns(case for case in cases_of(device) if worth_tuning(case)):
+            for direction in case.directions:
+                if time.monotonic() > deadline:
+                    return
+                variants = tuned(case, direction, 10, device, deadline)
+                rows = [replace(one.row(roofline), suite="tune", failed=False) for one in variants]
+                send_rows(rows, device)
+                advice += filter(None, [faster(variants)])
+                send(advice=advice)
 
 
 @contextmanager
@@ -125,6 +135,7 @@ def workload_of(batch_size: int, device: torch.device) -> Workload:
     return Workload(model, DiffusionConfig(learn_sigma=True), batch_size, device, "a rehearsal")
 
 
+REINDEXING = "loop_reindexing_after_fusion"
 NO_REINDEXING = "+ compile, loops not reindexed after fusion"
 """Inductor's setting with which some fusions around a norm are several times as fast (pytorch issue 189488)."""
 
@@ -153,8 +164,16 @@ TRAINED = {
 """Training steps by the name of their process."""
 SAMPLED = {"sample 16": (16, False), "sample 1": (1, False), "sample 256": (256, False), "rivals 16": (16, True)}
 """Sampling steps: the batch, and whether torch.compile's slowest modes are timed as well, which take minutes."""
-MODELS = ("trainer", "compile", "sample 16", "eager", "sample 1", "ladder", "sample 256", NO_REINDEXING, "rivals 16")
+MODELS = ("trainer", "compile", "sample 16", "rivals 16", "eager", "sample 1", "ladder", "sample 256", NO_REINDEXING)
 """All of them, in the order of their value."""
+
+
+def _limits(name: str, workload: Workload, rungs: list[Rung]) -> Mapping[Precision, Roofline]:
+    """The device's ceilings, measured in the two first processes alone; without them the timings are still kept."""
+    if name in ("trainer", "sample 16"):
+        with suppress(RuntimeError):
+            return ceilings(workload, rungs, 5)
+    return {}
 
 
 def model(name: str, device: torch.device, lock: Path, ready: Callable[[], object]) -> None:
@@ -163,15 +182,18 @@ def model(name: str, device: torch.device, lock: Path, ready: Callable[[], objec
     if name in TRAINED:
         rungs = TRAINED[name](device)
         if name == NO_REINDEXING:
-            os.environ["TORCHINDUCTOR_LOOP_REINDEXING_AFTER_FUSION"] = "0"  # read when Inductor is imported
+            if not hasattr(torch._inductor.config, REINDEXING):
+                send(said=f"{name}: this PyTorch has no such setting")
+                return
+            setattr(torch._inductor.config, REINDEXING, False)
             rungs = [replace(rung, name=name) for rung in rungs]
         if not rungs:  # in a rehearsal there is no rung of Triton's kernels
             return
         models = Models(workload_of(64 if on_gpu else 2, device))
         with exclusively(lock):
             models.compute_plain(training=True)
-        best = lambda: ceilings(models.workload, rungs, 5)  # noqa: E731
-        send_rows(measure_suite("train", models, rungs, best, 10, with_peers=False, ready=ready), device)
+        limits = partial(_limits, name, models.workload, rungs)
+        send_rows(measure_suite("train", models, rungs, limits, 10, with_peers=False, ready=ready), device)
         send(peak=peak_flops(device, rungs[-1].config.precision))
         return
     batch_size, with_rivals = SAMPLED[name]
@@ -180,8 +202,8 @@ def model(name: str, device: torch.device, lock: Path, ready: Callable[[], objec
         models.compute_plain(training=False)
     rung = ladder("step", device)[-1]
     others = [one for one in rivals(device) if with_rivals or not one.mode]
-    step_ceilings = lambda: ceilings(models.workload, [rung], 5)  # noqa: E731
-    send_rows(measure_step(models, rung, step_ceilings, 10, others, ready), device)
+    limits = partial(_limits, name, models.workload, [rung])
+    send_rows(measure_step(models, rung, limits, 10, others, ready), device)
 
 
 def main() -> None:

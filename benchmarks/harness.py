@@ -205,7 +205,8 @@ def watched(step: Callable[[], object], device: torch.device) -> Watched:
         torch.cuda.synchronize(device)
     events = seen.key_averages()
     graphs, others = launches({e.key: e.count for e in events if e.device_type.name == "CPU"})
-    kernels = sorted((e for e in events if e.device_type.name == "CUDA"), key=lambda e: -e.self_device_time_total)
+    on_device = [e for e in events if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)]
+    kernels = sorted(on_device, key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in kernels) / 1000 / STEPS
     lines = [f"{total:9.3f} ms on the device, {sum(e.count for e in kernels) / STEPS:g} kernels"]
     lines += [

@@ -1,6 +1,8 @@
 """Other divisions of the work than the kernels' plans choose, timed side by side: a faster one belongs in the plans."""
 
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +15,7 @@ import torch
 from fastdiff.benchmarks.cases import Case, Inputs
 from fastdiff.benchmarks.harness import graphed, interleaved
 from fastdiff.benchmarks.kernels import Measured, checked, expected, input_sets, run_once
-from fastdiff.kernels.attention.plan import Tiles
+from fastdiff.kernels.attention.plan import Tiles, next_power
 from fastdiff.kernels.group_norm_silu import plan as norm_plan
 from fastdiff.kernels.launch import Launch, forget, recording
 
@@ -42,9 +44,9 @@ NORMS: Mapping[str, Changes] = {
 
 FORWARD = [
     *((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4)),
-    *((128, 128, 8, 2), (128, 128, 4, 2), (64, 128, 4, 2), (128, 256, 8, 2), (64, 256, 4, 2)),
+    *((128, 128, 4, 2), (64, 128, 4, 2)),
 ]
-AT_ONCE = [(64, 64, 8, 2), (32, 256, 8, 2), (64, 256, 8, 2), (32, 256, 4, 2)]
+AT_ONCE = [(64, 64, 8, 2), (128, 128, 8, 2), (128, 128, 4, 2)]
 QUERIES = [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
 KEYS = [(64, 64, 4, 2), (64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2)]
 APART: Changes = {"backward_at_once": lambda *_: None}
@@ -62,8 +64,9 @@ def _attentions(direction: str, tokens: int) -> dict[str, Changes]:
 
     if direction == "forward":
         return dict(tiles("forward", FORWARD))
+    whole = [one for one in AT_ONCE if one[1] == next_power(tokens)]  # one tile holds the sequence
     split = [*tiles("backward_queries", QUERIES, **APART), *tiles("backward_keys", KEYS, **APART)]
-    return {"two launches": APART, **dict(tiles("backward_at_once", AT_ONCE)), **dict(split)}
+    return {"two launches": APART, **dict(tiles("backward_at_once", whole)), **dict(split)}
 
 
 RARE = re.compile(r"T(2048|4096)|d(32|144|192)$")
@@ -120,8 +123,11 @@ def _division(launch: Launch) -> object:
     return launch.kernel.fn.__name__, launch.grid, plain, launch.num_warps, launch.num_stages
 
 
-def tuned(case: Case, direction: str, rounds: int, device: torch.device) -> list[Measured]:
-    """The time of each variant of our kernels on a case, checked as the plan's own division is."""
+def tuned(case: Case, direction: str, rounds: int, device: torch.device, deadline: float = math.inf) -> list[Measured]:
+    """The time of each variant of our kernels on a case, checked as the plan's own division is.
+
+    After ``deadline``, of time.monotonic(), no further one is prepared.
+    """
     ours = replace(case, candidates={"triton": case.candidates["triton"]})
     inputs = input_sets(ours, direction, device)
     right = expected(ours, inputs[0], direction)
@@ -129,13 +135,15 @@ def tuned(case: Case, direction: str, rounds: int, device: torch.device) -> list
     reasons: dict[str, Exception] = {}
     names = different(ours, direction, inputs[0])
     for name, changes in names.items():
+        if time.monotonic() > deadline:
+            break
         with changed(case.op, changes):
             try:
                 ready[name] = graphed(checked(ours, direction, "triton", inputs, right), device)
             except Exception as reason:  # any failure or wrong result becomes its remark
                 reasons[name] = reason.with_traceback(None)
     timings = {t.name: t.divided(len(inputs)) for t in interleaved(ready, rounds, 2, device, AS_IT_IS, reasons)}
-    return [Measured(case, direction, name, timings.get(name), reason=reasons.get(name)) for name in names]
+    return [Measured(case, direction, name, timings.get(name), reason=reasons.get(name)) for name in (*ready, *reasons)]
 
 
 def faster(found: Sequence[Measured], by: float = 1.03) -> str:

@@ -23,8 +23,17 @@ def resume(trainer: Trainer) -> None:
         world.refuse(f"{run_dir} is at step {step}, but steps is {steps}: give a larger --steps")
     added = world.on_all(lambda: trainer.state.load(run_dir, step))
     trainer.log(f"resumed at step {step}")
+    for left_out in _rates_left_out(trainer, step):
+        trainer.log(f"warning: the EMA of rate {left_out} ends here: add the rate to --ema-rate to continue it")
     for rate in added:
         trainer.log(f"the EMA of rate {rate:g} is new: it starts from the weights")
+
+
+def _rates_left_out(trainer: Trainer, step: int) -> list[str]:
+    """Rates of the EMAs that were saved with ``step`` and are not continued."""
+    kept = {checkpoint.ema_path(trainer.run_dir, ema.rate, step).name for ema in trainer.state.emas}
+    found = sorted(path.name for path in trainer.run_dir.glob(f"ema_*_{step:06}.safetensors"))
+    return [name.split("_")[1] for name in found if name not in kept]
 
 
 def _newest_whole(trainer: Trainer) -> int | None:

@@ -1,8 +1,8 @@
 """How attention is divided among programs: a pure function of sequence length, head dimension, dtype and kind of GPU.
 
-Hopper's tiles for 256 tokens and head dimensions of 64, 96 and 128 were chosen by measurements on an H200. Others are
-the largest that compile for sm_80, sm_90, sm_100 and gfx942 without spilling registers and fit the shared memory (on
-Blackwell also the tensor memory) of each.
+Hopper's tiles of the forward pass for 256 tokens and head dimensions of 96 and 128, and of the backward pass for 64 and
+96, were chosen by measurements on an H200. Others are the largest that compile for sm_80, sm_90, sm_100 and gfx942
+without spilling registers and fit the shared memory (on Blackwell also the tensor memory) of each.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def forward(tokens: int, head_dim: int, dtype: torch.dtype, warpgroups: bool) ->
     if head_dim <= 64:
         return Tiles(128, 64, 8, 3)  # in 128 registers: two programs share a multiprocessor
     if head_dim <= 144:  # of eight warps only one program fits on a multiprocessor
-        return Tiles(128, 64, 4) if head_dim <= 96 else Tiles(64, 64, 4, 3)
+        return Tiles(128, 64, 4) if head_dim <= 96 else Tiles(64, 64, 4, 3 if head_dim <= 128 else 2)
     return Tiles(128, 64, 8)
 
 

@@ -194,22 +194,76 @@ class Prepared:
 def test_one_model_is_measured_while_the_others_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "Process", Prepared)
     monkeypatch.setattr(gpu_check, "MODELS", ("trainer", "compile", "eager"))
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
     Prepared.events = events = []
     subject = check(tmp_path, 1.5, ("model",))
     subject.run()
     first = [("trainer", "go"), ("eager", "go")]
     assert [event for event in events if event[1] == "go"] == first
-    assert events[:3] == [("compile", "SIGSTOP"), ("trainer", "go"), ("compile", "SIGCONT")]
+    stopped, told, continued = events[:2], events[2], events[3:5]
+    assert (stopped, told) == ([("compile", "SIGSTOP"), ("eager", "SIGSTOP")], ("trainer", "go"))
+    assert continued == [("compile", "SIGCONT"), ("eager", "SIGCONT")]
     assert [(row["candidate"], row["remark"]) for row in subject.rows] == [("compile", "not measured: the time is up")]
     assert ("compile", "SIGKILL") in events
 
 
 def test_without_compute_sanitizer_that_is_a_row(tmp_path: Path) -> None:
     subject = check(tmp_path)
-    subject._sanitize(10)
+    subject.rehearse = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_check, "environment", lambda _: environment(CPU))
+        patch.setattr("shutil.which", lambda _: None)
+        subject._sanitize(10)
     (row,) = subject.rows
     assert (row["candidate"], row["remark"]) == ("memcheck", "not run: compute-sanitizer is not installed")
+
+
+def test_what_compute_sanitizer_finds_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = check(tmp_path)
+
+    def run(*_: object) -> object:
+        invalid = "========= Invalid __global__ read of size 4 bytes\n=========     at norm+0x90\n"
+        (subject.scratch / "memcheck").write_text("========= COMPUTE-SANITIZER\n" + 2 * invalid)
+        (subject.scratch / "report").write_text('{"test": "a", "outcome": "passed"}\n')
+        return SimpleNamespace(wait=lambda: 124)
+
+    monkeypatch.setattr(subject, "_pytest", run)
+    subject._sanitize(10)
+    assert [row["remark"] for row in subject.rows] == [
+        "Invalid __global__ read of size 4 bytes",
+        "1 tests, 2 errors, stopped when its time was up",
+    ]
+    assert subject.failed
+
+
+def test_a_process_that_fails_is_a_failure(tmp_path: Path) -> None:
+    subject = check(tmp_path)
+    subject.pending = ["neither", "no such model"]
+    with (tmp_path / "log.txt").open("a") as subject.log:
+        subject.prepare_next()
+        for name in ("no such model", "neither"):  # the next one is prepared although the first was never ready
+            assert subject.models[name].ended.wait(60)
+    row, _ = subject.rows
+    assert "ended with status 1, see log.txt" in str(row["remark"])
+    assert subject.failed
+    assert "KeyError" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_wrong_candidate_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = Row("kernels", "norm", "triton", None, remark="ValueError: not timed", failed=True)
+    gpu_stages.send_rows([row], CPU)
+    (message,) = messages(capsys)
+    subject = check(tmp_path)
+    subject.receive(message)
+    assert subject.failed
+    assert "- norm, triton: ValueError: not timed" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_first_tests_come_first() -> None:
+    names = ("test_backend", "test_arithmetic", "test_every_kernel", "test_attention_triton")
+    items = [SimpleNamespace(path=Path(f"tests/kernels/{name}.py")) for name in names]
+    gpu_report.pytest_collection_modifyitems(items)
+    assert [item.path.stem for item in items] == [names[2], names[3], names[1], names[0]]
 
 
 def row(candidate: str, batch: int = 1, seconds: float = 1.0, remark: str = "") -> dict[str, str]:

@@ -246,17 +246,17 @@ def far_below_zero(tokens: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize(
     ("qkv", "largest", "norm"),
-    [(far_below_zero(5, torch.float32), 1, 1.36e-4), (random(1, 64, 3 * 256, seed=1), 1.37e-6, 1)],
+    [(far_below_zero(5, torch.float32), None, 1.36e-4), (random(1, 64, 3 * 256, seed=1), 1.37e-6, None)],
     ids=["far below zero", "256 channels"],
 )
-def test_budgets_of_a_gpu(qkv: Tensor, largest: float, norm: float) -> None:
+def test_budgets_of_a_gpu(qkv: Tensor, largest: float | None, norm: float | None) -> None:
     """An H200's, where the reference sums in blocks; on a CPU it sums in chains, with errors twice to five times as
     large. Of each score summed as one chain, y was over both.
     """
     qkv, grad = qkv.to(DEVICE), torch.zeros_like(qkv[:, :, ::3]).to(DEVICE)
     off = (run("triton", qkv, 1, grad)["y"].double() - run("truth", qkv, 1, grad)["y"]).abs()
-    assert off.max() <= largest
-    assert off.norm() <= norm
+    assert largest is None or off.max() <= largest
+    assert norm is None or off.norm() <= norm
 
 
 @pytest.mark.parametrize("tokens", [5, 200, 300])

@@ -110,7 +110,11 @@ def test_an_average_that_is_added_starts_from_the_weights(tmp_path: Path, shapes
     added = subject.state.emas[1]
     assert (added.rate, added.updates) == (0.9, 0)
     assert all(map(torch.equal, added.tensors(), subject.state.parameters))
-    assert said == ["resumed at step 3", "the EMA of rate 0.9 is new: it starts from the weights"]
+    assert said == [
+        "resumed at step 3",
+        "warning: the EMA of rate 0.5 ends here: add the rate to --ema-rate to continue it",
+        "the EMA of rate 0.9 is new: it starts from the weights",
+    ]
     subject.run()
     for kind in ("model", "ema_0.9999_", "opt"):
         assert same(file(run_dir / f"{kind}000006.safetensors")[0], want[kind]), kind
