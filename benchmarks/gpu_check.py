@@ -172,7 +172,7 @@ class Check:
         lines += [
             f"{about.get('date')}, PyTorch {about.get('torch')}, Triton {about.get('triton')}, {about.get('commit')}"
         ]
-        lines += [self.said[-1], ""] if self.said else [""]
+        lines += [*self.said, ""]
         results = [row for row in self.rows if row["suite"] == "gpu_check"]
         lines += [
             "## Correct",

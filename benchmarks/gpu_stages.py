@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config
 import torch._inductor.config
 
 from fastdiff.benchmarks.cases import LAYOUTS, Case, attention_case, cases, loss_case, norm_case, step_case
-from fastdiff.benchmarks.harness import environment, side_stream
-from fastdiff.benchmarks.kernels import Measured, measure
+from fastdiff.benchmarks.harness import environment
+from fastdiff.benchmarks.kernels import Measured, measure, repeatable
 from fastdiff.benchmarks.ladder import Models, Rung, ladder, rivals
 from fastdiff.benchmarks.rehearsal import rehearsed
 from fastdiff.benchmarks.roofline import Roofline, measure_roofline
@@ -86,7 +85,7 @@ def cases_of(device: torch.device) -> Iterator[Case]:
 
 def bars(device: torch.device, deadline: float) -> None:
     """Time every kernel beside its alternatives, then other divisions of the work than its plan's."""
-    with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
+    with repeatable(device):
         roofline = measure_roofline(device, torch.bfloat16)  # the dtype of norm and attention
         send(said=f"in bf16: {roofline}")
         found: list[Measured] = []

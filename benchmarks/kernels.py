@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -140,10 +141,16 @@ def measure(case: Case, direction: str, rounds: int, device: torch.device) -> It
         yield Measured(case, direction, name, timings.get(name), peaks.get(name, math.nan), reasons.get(name))
 
 
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Calls can be captured, and backward passes repeated: by default a compiled one may overwrite what it needs."""
+    with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
+        yield
+
+
 def measure_all(cases: Iterable[Case], rounds: int, device: torch.device) -> Iterator[list[Measured]]:
     """The rows of each case, direction by direction."""
-    # by default a compiled backward pass may overwrite what its second call needs
-    with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
+    with repeatable(device):
         for case in cases:
             for direction in case.directions:
                 yield list(measure(case, direction, rounds, device))

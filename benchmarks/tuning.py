@@ -38,7 +38,6 @@ NORMS: Mapping[str, Changes] = {
     "small tiles": {"ON_CHIP": {1: 8192, 2: 4096}},
     "smaller tiles": {"ON_CHIP": {1: 4096, 2: 2048}},
     "short runs": {"FULL_RUN": 32},
-    "4 programs a processor": {"ENOUGH": 4},
 }
 
 

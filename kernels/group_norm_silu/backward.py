@@ -1,4 +1,4 @@
-"""The backward pass: one launch, two if the pixels are split, and one more for the parameters."""
+"""The backward pass: one launch, two if the pixels are split, and one more for the parameters (parameters.py)."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -375,38 +375,3 @@ def group_norm_silu_backward_apply(
         xhat, dz = _xhat_and_dz(x, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint)
         value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
         write(dx, value, c, at + p, dx_c, dx_p, mask)
-
-
-@triton.jit
-def group_norm_silu_backward_parameters(
-    sum_dz,
-    sum_dz_xhat,
-    scale,
-    dweight,
-    dbias,
-    samples,
-    channels,
-    scale_n,
-    scale_c,
-    BLOCK_SAMPLES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    """dweight = sum_n (1 + scale) * sum dz * xhat, dbias = sum_n (1 + scale) * sum dz. Grid: blocks of channels."""
-    c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    dw = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
-    db = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
-    for at in range(0, samples, BLOCK_SAMPLES):
-        n = at + tl.arange(0, BLOCK_SAMPLES).to(tl.int64)
-        mask = (n < samples)[:, None] & (c < channels)[None, :]
-        offset = n[:, None] * channels + c[None, :]
-        of_dz = tl.load(sum_dz + offset, mask=mask, other=0.0)
-        of_dz_xhat = tl.load(sum_dz_xhat + offset, mask=mask, other=0.0)
-        if scale is not None:
-            pointers = scale + n[:, None] * scale_n + c.to(tl.int64)[None, :] * scale_c
-            gain = 1.0 + tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-            of_dz *= gain
-            of_dz_xhat *= gain
-        dw += of_dz_xhat
-        db += of_dz
-    tl.store(dweight + c, tl.sum(dw, 0).to(dweight.dtype.element_ty), mask=c < channels)
-    tl.store(dbias + c, tl.sum(db, 0).to(dbias.dtype.element_ty), mask=c < channels)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdiff.kernels.group_norm_silu import backward, forward, plan
+from fastdiff.kernels.group_norm_silu import parameters as parameter_gradients
 from fastdiff.kernels.launch import launch, processors, register, temporary
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -226,7 +227,7 @@ def group_norm_silu_backward(
         launch(backward.group_norm_silu_backward_apply, grid, x.device, **tensors, **partial, **outputs, **shared)
     if parameters:
         launch(
-            backward.group_norm_silu_backward_parameters,
+            parameter_gradients.group_norm_silu_backward_parameters,
             (triton.cdiv(channels, 32),),
             x.device,
             sum_dz=sum_dz,

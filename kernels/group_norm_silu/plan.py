@@ -30,8 +30,6 @@ NEVER_SPLIT = 1024
 """Most pixels for which a second launch would cost more than idle processors."""
 KEPT = False
 """Whether a walk's first reads are hinted to stay in the cache, and its second ones to leave it."""
-ENOUGH = 1
-"""Programs per multiprocessor that make splitting needless."""
 PIPELINES_WITHOUT_A_GPU = True
 """Whether walks are pipelined if there is no GPU, where launches are only interpreted or recorded."""
 
@@ -126,7 +124,7 @@ def plan(
     width, height = tile(k)
     chunks, programs = -(-pixels // height), samples * -(-groups // k)
     splits, span = 1, pixels
-    if pixels > max(NEVER_SPLIT, height) and programs < ENOUGH * processors:
+    if pixels > max(NEVER_SPLIT, height) and programs < processors:
         splits = min(-(-4 * processors // programs), chunks, MOST_SPLITS, max(PARTIALS // width, 1))
         span = -(-chunks // splits) * height
         splits = -(-pixels // span)
