@@ -44,10 +44,10 @@ def diffusers_unet(workload: Workload) -> Peer:
         in_channels=3,
         out_channels=model.out_channels,
         layers_per_block=model.num_res_blocks,
-        block_out_channels=tuple(model.num_channels * m for m in model.multipliers),
+        block_out_channels=model.widths,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        attention_head_dim=model.num_channels * model.multipliers[-1] // model.num_heads,
+        attention_head_dim=model.widths[-1] // model.heads_of(model.widths[-1]),
         resnet_time_scale_shift="scale_shift" if model.use_scale_shift_norm else "default",
         dropout=model.dropout,
     )

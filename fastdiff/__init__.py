@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from fastdiff.config import (
+        ClassifierConfig,
         DataConfig,
         DiffusionConfig,
         ModelConfig,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
         build_diffusion,
         space_timesteps,
     )
-    from fastdiff.models import SuperResUNet, UNet, build_model
+    from fastdiff.models import Classifier, SuperResUNet, UNet, build_classifier, build_model
     from fastdiff.presets import PRESETS, Preset
     from fastdiff.sampling import sample
     from fastdiff.training import train
@@ -34,6 +35,8 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Checkpoint",
+    "Classifier",
+    "ClassifierConfig",
     "DataConfig",
     "DiffusionConfig",
     "GaussianDiffusion",
@@ -50,6 +53,7 @@ __all__ = [
     "TrainConfig",
     "UNet",
     "UniformSampler",
+    "build_classifier",
     "build_diffusion",
     "build_model",
     "load_checkpoint",
@@ -61,13 +65,16 @@ __all__ = [
 
 _HOMES = {
     "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
-    "config": ("DataConfig", "DiffusionConfig", "ModelConfig", "RuntimeConfig", "SampleConfig", "TrainConfig"),
+    "config": (
+        *("ClassifierConfig", "DataConfig", "DiffusionConfig", "ModelConfig", "RuntimeConfig", "SampleConfig"),
+        "TrainConfig",
+    ),
     "data": ("ImageFolder",),
     "diffusion": (
         *("GaussianDiffusion", "LossSecondMomentSampler", "LossType", "ModelMeanType", "ModelVarType"),
         *("UniformSampler", "build_diffusion", "space_timesteps"),
     ),
-    "models": ("SuperResUNet", "UNet", "build_model"),
+    "models": ("Classifier", "SuperResUNet", "UNet", "build_classifier", "build_model"),
     "presets": ("PRESETS", "Preset"),
     "sampling": ("sample",),
     "training": ("train",),

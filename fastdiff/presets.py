@@ -1,7 +1,8 @@
-"""The released improved-diffusion models and the recipe of its 128x128 fork, as one table.
+"""The released models of improved-diffusion and guided-diffusion, and the recipe of a 128x128 fork, as tables.
 
-A preset maps flag names to values; a flag given together with ``--preset`` overrides it. The first eight presets are the
-flag groups of improved-diffusion's README, one per released checkpoint.
+A preset maps flag names to values; a flag given together with ``--preset`` overrides it. The flags are those of the
+projects' READMEs, one preset per released checkpoint; guided-diffusion's have its file names, and the learning rates and
+batch sizes of Dhariwal & Nichol 2021, appendix I.
 """
 
 from collections.abc import Mapping
@@ -61,9 +62,40 @@ _FORK_128 = {
     "class_cond": False,
 }
 
+_ADM = {
+    "num_res_blocks": 2,
+    "learn_sigma": True,
+    "class_cond": True,
+    "attention_resolutions": (32, 16, 8),
+    "resblock_updown": True,
+}
+_ADM_64 = {
+    **_ADM,
+    "image_size": 64,
+    "num_channels": 192,
+    "num_res_blocks": 3,
+    "num_head_channels": 64,
+    "use_new_attention_order": True,
+    "dropout": 0.1,
+}
+_ADM_128 = {**_ADM, "image_size": 128, "num_channels": 256, "num_heads": 4}
+_ADM_256 = {**_ADM, "image_size": 256, "num_channels": 256, "num_head_channels": 64}
+_ADM_512 = {**_ADM_256, "image_size": 512}
+_ADM_LSUN = {**_ADM_256, "class_cond": False, "dropout": 0.1}
+_ADM_64_256 = {**_ADM, "image_size": 256, "small_size": 64, "num_channels": 192, "num_heads": 4}
+_ADM_128_512 = {
+    **_ADM,
+    "image_size": 512,
+    "small_size": 128,
+    "num_channels": 192,
+    "num_head_channels": 64,
+    "attention_resolutions": (32, 16),
+}
+
 _COSINE = {"diffusion_steps": 4000, "noise_schedule": "cosine"}
 _LINEAR = {"diffusion_steps": 4000, "noise_schedule": "linear"}
 _LINEAR_1000 = {"diffusion_steps": 1000, "noise_schedule": "linear"}
+_COSINE_1000 = {"diffusion_steps": 1000, "noise_schedule": "cosine"}
 _UNSCALED = {"rescale_learned_sigmas": False, "rescale_timesteps": False}
 _VLB = {"use_kl": True, "schedule_sampler": "loss-second-moment"}
 
@@ -74,16 +106,31 @@ def _optimised(lr: float, batch_size: int) -> dict[str, Any]:
 
 # fmt: off
 PRESETS: Mapping[str, Preset] = {
-    "imagenet64_uncond":     Preset("ImageNet 64x64, hybrid loss",                        _IMAGENET64      | _COSINE                  | _optimised(1e-4, 128)),
-    "cifar10_uncond":        Preset("CIFAR-10, hybrid loss",                              _CIFAR10         | _COSINE                  | _optimised(1e-4, 128)),
-    "imagenet64_cond":       Preset("ImageNet 64x64, class-conditional, 270M parameters", _IMAGENET64_COND | _COSINE | _UNSCALED      | _optimised(3e-4, 2048)),
-    "upsample_256":          Preset("64x64 to 256x256, class-conditional",                _UPSAMPLE        | _LINEAR | _UNSCALED      | _optimised(3e-4, 256)),
-    "lsun_bedroom":          Preset("LSUN bedrooms 256x256, lr 1e-4",                     _LSUN            | _LINEAR_1000 | _UNSCALED | _optimised(1e-4, 128)),
-    "lsun_bedroom_lr2e-5":   Preset("LSUN bedrooms 256x256, lr 2e-5",                     _LSUN            | _LINEAR_1000 | _UNSCALED | _optimised(2e-5, 128)),
-    "imagenet64_uncond_vlb": Preset("ImageNet 64x64, variational bound",                  _IMAGENET64      | _COSINE | _VLB           | _optimised(1e-4, 128)),
-    "cifar10_uncond_vlb":    Preset("CIFAR-10, variational bound",                        _CIFAR10         | _COSINE | _VLB           | _optimised(1e-4, 128)),
-    "fork_128":              Preset("128x128, the fork's recipe",                         _FORK_128        | _LINEAR                  | _optimised(1e-4, 16)
-                                    | {"precision": "fp16", "save_interval": 20_000}),
+    # improved-diffusion
+    "imagenet64_uncond":        Preset("ImageNet 64x64, hybrid loss",                        _IMAGENET64      | _COSINE                   | _optimised(1e-4, 128)),
+    "cifar10_uncond":           Preset("CIFAR-10, hybrid loss",                              _CIFAR10         | _COSINE                   | _optimised(1e-4, 128)),
+    "imagenet64_cond":          Preset("ImageNet 64x64, class-conditional, 270M parameters", _IMAGENET64_COND | _COSINE | _UNSCALED       | _optimised(3e-4, 2048)),
+    "upsample_256":             Preset("64x64 to 256x256, class-conditional",                _UPSAMPLE        | _LINEAR | _UNSCALED       | _optimised(3e-4, 256)),
+    "lsun_uncond":              Preset("LSUN bedrooms 256x256, lr 1e-4",                     _LSUN            | _LINEAR_1000 | _UNSCALED  | _optimised(1e-4, 128)),
+    "lsun_uncond_lr2e-5":       Preset("LSUN bedrooms 256x256, lr 2e-5",                     _LSUN            | _LINEAR_1000 | _UNSCALED  | _optimised(2e-5, 128)),
+    "imagenet64_uncond_vlb":    Preset("ImageNet 64x64, variational bound",                  _IMAGENET64      | _COSINE | _VLB            | _optimised(1e-4, 128)),
+    "cifar10_uncond_vlb":       Preset("CIFAR-10, variational bound",                        _CIFAR10         | _COSINE | _VLB            | _optimised(1e-4, 128)),
+    "fork_128":                 Preset("128x128, the fork's recipe",                         _FORK_128        | _LINEAR                   | _optimised(1e-4, 16)
+                                       | {"precision": "fp16", "save_interval": 20_000}),
+    # guided-diffusion
+    "64x64_diffusion":          Preset("ImageNet 64x64, class-conditional, 296M parameters", _ADM_64      | _COSINE_1000 | _UNSCALED      | _optimised(3e-4, 2048)),
+    "128x128_diffusion":        Preset("ImageNet 128x128, class-conditional",                _ADM_128     | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)),
+    "256x256_diffusion":        Preset("ImageNet 256x256, class-conditional",                _ADM_256     | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)),
+    "256x256_diffusion_uncond": Preset("ImageNet 256x256, unconditional",                    _ADM_256     | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)
+                                       | {"class_cond": False}),
+    "512x512_diffusion":        Preset("ImageNet 512x512, class-conditional",                _ADM_512     | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)),
+    "64_256_upsampler":         Preset("64x64 to 256x256, class-conditional",                _ADM_64_256  | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)),
+    "128_512_upsampler":        Preset("128x128 to 512x512, class-conditional",              _ADM_128_512 | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)),
+    "lsun_bedroom":             Preset("LSUN bedrooms 256x256",                              _ADM_LSUN    | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)),
+    "lsun_cat":                 Preset("LSUN cats 256x256",                                  _ADM_LSUN    | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)),
+    "lsun_horse":               Preset("LSUN horses 256x256",                                _ADM_LSUN    | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)),
+    "lsun_horse_nodropout":     Preset("LSUN horses 256x256, no dropout",                    _ADM_LSUN    | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)
+                                       | {"dropout": 0.0}),
 }
 # fmt: on
 

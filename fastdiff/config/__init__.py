@@ -7,6 +7,7 @@ help text and its default the flag's default. Names and defaults match improved-
 from fastdiff.config.base import Config, option
 from fastdiff.config.choices import (
     Cache,
+    ClassifierPool,
     ClassMix,
     Compile,
     Kernels,
@@ -19,6 +20,7 @@ from fastdiff.config.choices import (
     ScheduleSampler,
     Tracker,
 )
+from fastdiff.config.classifier import ClassifierConfig
 from fastdiff.config.evaluation import NllConfig
 from fastdiff.config.job import MOST_SAMPLES, DataConfig, DiffusionConfig, RuntimeConfig, SampleConfig, TrainConfig
 from fastdiff.config.model import (
@@ -37,6 +39,8 @@ __all__ = [
     "NUM_CLASSES",
     "Cache",
     "ClassMix",
+    "ClassifierConfig",
+    "ClassifierPool",
     "Compile",
     "Config",
     "DataConfig",

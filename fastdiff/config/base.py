@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from enum import StrEnum
 from numbers import Integral, Real
@@ -78,7 +78,7 @@ def number(kind: type, name: str, value: object) -> int | float:
     return kind(value)
 
 
-def tuple_of(kind: type, name: str, value: object) -> tuple[Any, ...]:
+def tuple_of(kind: Callable[[Any], Any], name: str, value: object) -> tuple[Any, ...]:
     """Parse '16,8', 16, [16, 8] or (16, 8) into a tuple of ``kind``; ValueError names the field."""
     parts: list[Any]
     if isinstance(value, str):

@@ -25,6 +25,18 @@ class Cache(StrEnum):
     DISK = "disk"
 
 
+class ClassifierPool(StrEnum):
+    """How a classifier's feature map becomes logits.
+
+    attention is attention over its pixels, adaptive their average; the spatial ones average every block's output.
+    """
+
+    ATTENTION = "attention"
+    ADAPTIVE = "adaptive"
+    SPATIAL = "spatial"
+    SPATIAL_V2 = "spatial_v2"
+
+
 class ScheduleSampler(StrEnum):
     """How training draws timesteps (Nichol & Dhariwal 2021, section 3.3)."""
 

@@ -31,10 +31,15 @@ class ModelConfig(Config):
     num_classes: int = option(NUM_CLASSES, "Number of classes; training takes it from the data unless given.")
     use_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
     use_scale_shift_norm: bool = option(True, "Condition by scaling and shifting the norm's output, not by addition.")
-    channel_mult: tuple[int, ...] | None = option(
-        None, "Width multiplier per level, e.g. 1,2,3,4; by default chosen from the image size."
+    channel_mult: tuple[float, ...] | None = option(
+        None, "Width multiplier per level, e.g. 1,2,3,4 or 0.5,1,2; by default chosen from the image size."
     )
     small_size: int | None = option(None, "Side of the low-resolution input of a super-resolution model.")
+    num_head_channels: int = option(-1, "Channels per attention head, instead of num_heads; -1 means num_heads.")
+    resblock_updown: bool = option(False, "Resize in residual blocks (guided-diffusion), not in convolutions.")
+    use_new_attention_order: bool = option(
+        False, "Order of the qkv rows in the weights: q, k, v outermost (guided-diffusion), not heads."
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -43,7 +48,7 @@ class ModelConfig(Config):
         if self.channel_mult in (None, "", ()):
             object.__setattr__(self, "channel_mult", None)
         else:
-            object.__setattr__(self, "channel_mult", tuple_of(int, "channel_mult", self.channel_mult))
+            object.__setattr__(self, "channel_mult", tuple_of(multiplier, "channel_mult", self.channel_mult))
         super().__post_init__()
 
     def check(self) -> None:
@@ -56,14 +61,21 @@ class ModelConfig(Config):
         self.require(
             self.num_heads_upsample == -1 or self.num_heads_upsample > 0, "num_heads_upsample", "positive, or -1"
         )
+        self.require(self.num_head_channels == -1 or self.num_head_channels > 0, "num_head_channels", "positive, or -1")
         self.require(
             all(r > 0 for r in self.attention_resolutions), "attention_resolutions", "positive numbers such as 16,8"
         )
         self.require(
-            self.channel_mult is None or all(m > 0 for m in self.channel_mult),
+            self.channel_mult is None or all(0 < m < math.inf for m in self.channel_mult),
             "channel_mult",
             "positive numbers such as 1,2,3,4",
         )
+        for mult, width in zip(self.multipliers, self.widths, strict=True):
+            if width == 0 or width % GROUPS:
+                raise ValueError(
+                    f"channel_mult {mult} gives a level {mult * self.num_channels:g} channels: every width must be a "
+                    f"multiple of {GROUPS}"
+                )
         if self.small_size is not None:
             number(int, "small_size", self.small_size)
             self.require(
@@ -83,25 +95,42 @@ class ModelConfig(Config):
             )
 
     def _check_heads(self) -> None:
-        widths = {self.num_channels * m for level, m in enumerate(self.multipliers) if level in self.attention_levels}
-        middle = {self.num_channels * self.multipliers[-1]}  # the middle block always has attention
-        for name, heads, attending in (
-            ("num_heads", self.num_heads, widths | middle),
-            ("num_heads_upsample", self.heads_upsample, widths),
-        ):
-            for width in sorted(attending):
-                if width % heads:
-                    raise ValueError(f"{name} {heads} does not divide the {width} channels of a level with attention")
+        attending = {self.widths[level] for level in self.attention_levels}
+        middle = {self.widths[-1]}  # the middle block always has attention
+        divisors = {
+            "num_heads": (self.num_heads, attending | middle),
+            "num_heads_upsample": (self.heads_upsample, attending),
+        }
+        if self.num_head_channels != -1:
+            divisors = {"num_head_channels": (self.num_head_channels, attending | middle)}
+        for name, (divisor, widths) in divisors.items():
+            for width in sorted(widths):
+                if width % divisor:
+                    raise ValueError(f"{name} {divisor} does not divide the {width} channels of a level with attention")
 
     @property
-    def multipliers(self) -> tuple[int, ...]:
+    def multipliers(self) -> tuple[float, ...]:
         """channel_mult, or the default for this image size."""
-        return self.channel_mult or channel_mult_for(self.image_size)
+        return self.channel_mult or channel_mult_for(
+            self.image_size, self.num_channels, super_resolution=self.small_size is not None
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The channels of each level."""
+        # rounded down, but 5 / 3 * 96 is 160
+        return tuple(int(mult * self.num_channels + 1e-6) for mult in self.multipliers)
 
     @property
     def heads_upsample(self) -> int:
-        """Attention heads in the upsampling half."""
+        """Attention heads in the upsampling half, unless num_head_channels is given."""
         return self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
+
+    def heads_of(self, width: int, *, upsample: bool = False) -> int:
+        """Attention heads of a block of ``width`` channels, in the upsampling half or before it."""
+        if self.num_head_channels != -1:
+            return width // self.num_head_channels
+        return self.heads_upsample if upsample else self.num_heads
 
     @property
     def attention_levels(self) -> frozenset[int]:
@@ -123,12 +152,35 @@ class ModelConfig(Config):
         return 6 if self.learn_sigma else 3
 
 
-_CHANNEL_MULT = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
-"""improved-diffusion's width multipliers by image size (at 128 pixels, those of its fork)."""
+def multiplier(value: str | float) -> float:
+    """A width multiplier; whole ones are integers, as improved-diffusion writes them."""
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
-def channel_mult_for(image_size: int) -> tuple[int, ...]:
-    """The original's multipliers at its four sizes; other sizes get enough levels to reach 4 to 8 pixels."""
+_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+"""The originals' width multipliers by image size: 128 pixels are from improved-diffusion's fork and guided-diffusion,
+512 from guided-diffusion."""
+
+
+def channel_mult_for(
+    image_size: int, num_channels: int = 2 * GROUPS, *, super_resolution: bool = False
+) -> tuple[float, ...]:
+    """The originals' multipliers at their five sizes; other sizes get enough levels to reach 4 to 8 pixels.
+
+    At 512 pixels the first level has half of ``num_channels``, or all of it where half is no multiple of 32. A
+    super-resolution model to 512 pixels has the multipliers of 256 pixels, as in guided-diffusion.
+    """
+    if super_resolution and image_size == 512:
+        return _CHANNEL_MULT[256]
+    if image_size == 512 and num_channels % (2 * GROUPS):
+        return (1, *_CHANNEL_MULT[512][1:])
     if image_size in _CHANNEL_MULT:
         return _CHANNEL_MULT[image_size]
     halvings = max(2, math.ceil(math.log2(image_size / 8)))
@@ -137,7 +189,7 @@ def channel_mult_for(image_size: int) -> tuple[int, ...]:
 
 
 def is_table_size(image_size: int) -> bool:
-    """Whether improved-diffusion (or its fork) defines the multipliers for this image size."""
+    """Whether improved-diffusion, its fork or guided-diffusion defines the multipliers for this image size."""
     return image_size in _CHANNEL_MULT
 
 

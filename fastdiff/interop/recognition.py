@@ -1,6 +1,6 @@
 """Recognise the model of a bare state dict: keys and shapes determine the architecture, except the number of heads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import count
@@ -14,10 +14,20 @@ from fastdiff.config.base import number
 from fastdiff.models import build_model
 from fastdiff.presets import PRESETS
 
-UNSAID = ("image_size", "small_size", "num_heads", "diffusion_steps", "noise_schedule")
-"""Fields that a state dict may not determine."""
-
-_SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256)}
+UNSAID = (
+    "image_size",
+    "small_size",
+    "num_heads",
+    "use_new_attention_order",
+    "diffusion_steps",
+    "noise_schedule",
+)
+"""Fields that a state dict may not determine; num_head_channels may take the place of num_heads."""
+_FLAGS = {
+    "num_heads": "--num-heads (or --num-head-channels)",
+    "use_new_attention_order": "--use-new-attention-order (or --no-use-new-attention-order)",
+}
+_SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256, 512)}
 _LONGEST_KEY = 80
 
 Shapes = dict[str, tuple[int, ...]]
@@ -29,13 +39,14 @@ class Architecture:
 
     num_channels: int
     num_res_blocks: int
-    channel_mult: tuple[int, ...]
+    channel_mult: tuple[float, ...]
     attention_levels: frozenset[int]
     learn_sigma: bool
     num_classes: int | None
     """None if the model is not class-conditional."""
     use_scale_shift_norm: bool
     super_resolution: bool
+    resblock_updown: bool
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Architecture":
@@ -49,12 +60,13 @@ class Architecture:
             num_classes=config.num_classes if config.class_cond else None,
             use_scale_shift_norm=config.use_scale_shift_norm,
             super_resolution=config.small_size is not None,
+            resblock_updown=config.resblock_updown,
         )
 
     @property
     def image_size(self) -> int | None:
-        """The image size with these widths in improved-diffusion's table, or None."""
-        return _SIZES.get(self.channel_mult)
+        """The image size with these widths in the originals' table, or None; two sizes of upsamplers have the same."""
+        return None if self.super_resolution and self.resblock_updown else _SIZES.get(self.channel_mult)
 
     @property
     def smallest_size(self) -> int:
@@ -78,6 +90,7 @@ class Architecture:
             "learn_sigma": self.learn_sigma,
             "class_cond": self.num_classes is not None,
             "use_scale_shift_norm": self.use_scale_shift_norm,
+            "resblock_updown": self.resblock_updown,
         }
 
     @property
@@ -119,14 +132,15 @@ def _read(state: Mapping[str, Tensor]) -> Architecture:
     widths: list[int] = []  # of each level
     blocks: list[int] = []
     attending = set()
-    level = 0
+    level, per_level = 0, _blocks_until_resized(state)
     for i in count(1):
         block = f"input_blocks.{i}"
-        if f"{block}.0.op.weight" in state:
+        residual = state.get(f"{block}.0.in_layers.2.weight")
+        if f"{block}.0.op.weight" in state or (residual is not None and per_level and i % (per_level + 1) == 0):
             level += 1
-        elif f"{block}.0.in_layers.2.weight" in state:
+        elif residual is not None:
             if level == len(widths):
-                widths.append(state[f"{block}.0.in_layers.2.weight"].shape[0])
+                widths.append(residual.shape[0])
                 blocks.append(0)
             blocks[level] += 1
             if f"{block}.1.qkv.weight" in state:
@@ -136,13 +150,28 @@ def _read(state: Mapping[str, Tensor]) -> Architecture:
     return Architecture(
         num_channels=width,
         num_res_blocks=blocks[0],
-        channel_mult=tuple(w // width for w in widths),
+        channel_mult=tuple(w / width if w % width else w // width for w in widths),
         attention_levels=frozenset(attending),
         learn_sigma=state["out.2.weight"].shape[0] == 6,
         num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
         use_scale_shift_norm=state["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0],
         super_resolution=state["input_blocks.0.0.weight"].shape[1] == 6,
+        resblock_updown=per_level is not None,
     )
+
+
+def _blocks_until_resized(state: Mapping[str, Tensor]) -> int | None:
+    """The residual blocks per level before one that resizes, None if no residual block does.
+
+    A residual block that halves has the keys of any other, but one that doubles is the second of its output block.
+    """
+    for i in count():
+        block = f"output_blocks.{i}"
+        if f"{block}.0.in_layers.2.weight" not in state:
+            return None
+        if any(f"{block}.{second}.in_layers.2.weight" in state for second in (1, 2)):
+            return i
+    return None
 
 
 def _shapes(state: Mapping[str, Tensor]) -> Shapes:
@@ -191,7 +220,7 @@ def describe(
     found = recognise(state, name)
     given = {field: value for field, value in given.items() if value is not None}
     known = given if found.image_size is None else {"image_size": found.image_size} | given
-    unsaid = [f for f in UNSAID if f not in known and (f != "small_size" or found.super_resolution)]
+    unsaid = [f for f in UNSAID if f not in known and f not in _known_without(found, known)]
     if "image_size" in unsaid:  # attention_resolutions has no meaning without it
         _ask(found, name, unsaid)
     size = int(number(int, "image_size", known["image_size"]))
@@ -207,8 +236,18 @@ def describe(
     )
 
 
+def _known_without(found: Architecture, known: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of UNSAID that need not be given."""
+    if not found.super_resolution:
+        yield "small_size"
+    if known.get("num_head_channels", -1) != -1:
+        yield "num_heads"
+    if not found.resblock_updown:
+        yield "use_new_attention_order"  # the file is improved-diffusion's, which has one order
+
+
 def _ask(found: Architecture, name: object, unsaid: list[str]) -> NoReturn:
-    flags = ["--" + field.replace("_", "-") for field in unsaid]
+    flags = [_FLAGS.get(field, "--" + field.replace("_", "-")) for field in unsaid]
     wanted = " and ".join(part for part in (", ".join(flags[:-1]), flags[-1]) if part)
     presets = f"or --preset {' or '.join(found.presets)}" if found.presets else "no --preset has this architecture"
     raise ValueError(f"{name} is a bare state dict: {found}; what it lacks must be given: {wanted} ({presets})")

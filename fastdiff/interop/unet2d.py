@@ -36,8 +36,6 @@ _FAMILY = {
     "mid_block_type": "UNetMidBlock2D",
     "mid_block_scale_factor": 1,
     "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
     "act_fn": "silu",
     "norm_num_groups": GROUPS,
     "attn_norm_num_groups": GROUPS,  # the default drops the middle attention's norm if scale_shift is used
@@ -57,19 +55,22 @@ def unet_options(config: ModelConfig, learn_sigma: bool) -> dict[str, Any]:
         )
     if config.multipliers[0] != 1:
         raise ValueError(
-            f"diffusers cannot express channel_mult {','.join(map(str, config.multipliers))}: its first convolution is "
-            "as wide as the first level; a model whose channel_mult starts with 1 works"
+            f"diffusers cannot express channel_mult {','.join(map(str, config.multipliers))}: it embeds timesteps in "
+            "as many channels as the first level has; a model whose channel_mult starts with 1 works"
         )
     levels = range(len(config.multipliers))
     attends = [level in config.attention_levels for level in levels]
-    widths = [config.num_channels * mult for mult in config.multipliers]
+    plain = "Resnet{}sampleBlock2D" if config.resblock_updown else "{}Block2D"
+    resize = "resnet" if config.resblock_updown else "conv"
     return {
         "sample_size": config.image_size,
         "in_channels": 3,
         "out_channels": 6 if learn_sigma else 3,
-        "down_block_types": tuple("AttnDownBlock2D" if attends[level] else "DownBlock2D" for level in levels),
-        "up_block_types": tuple("AttnUpBlock2D" if attends[level] else "UpBlock2D" for level in reversed(levels)),
-        "block_out_channels": tuple(widths),
+        "down_block_types": tuple("AttnDownBlock2D" if attends[i] else plain.format("Down") for i in levels),
+        "up_block_types": tuple("AttnUpBlock2D" if attends[i] else plain.format("Up") for i in reversed(levels)),
+        "downsample_type": resize,
+        "upsample_type": resize,
+        "block_out_channels": config.widths,
         "layers_per_block": config.num_res_blocks,
         "dropout": config.dropout,
         "attention_head_dim": _head_dim(config),
@@ -81,6 +82,8 @@ def unet_options(config: ModelConfig, learn_sigma: bool) -> dict[str, Any]:
 
 def _head_dim(config: ModelConfig) -> int | None:
     """The head dimension of every attention layer; None for one head, which diffusers takes as the level's width."""
+    if config.num_head_channels != -1:
+        return config.num_head_channels
     if config.heads_upsample != config.num_heads and config.attention_levels:
         raise ValueError(
             f"diffusers cannot express num_heads_upsample {config.heads_upsample} beside num_heads "
@@ -100,7 +103,7 @@ def _head_dim(config: ModelConfig) -> int | None:
 
 def attending(config: ModelConfig) -> set[int]:
     """The widths of all attention layers, including the middle block's."""
-    return {config.num_channels * config.multipliers[level] for level in (*config.attention_levels, -1)}
+    return {config.widths[level] for level in (*config.attention_levels, -1)}
 
 
 def _modules(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
@@ -112,6 +115,13 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
             yield f"{ours}.0.{name}", f"{theirs}.resnets.{layer}.{their}", False
         if attends:
             yield from attention(f"{ours}.1", f"{theirs}.attentions.{layer}")
+
+    def resize(ours: str, conv: str, theirs: str) -> Iterator[tuple[str, str, bool]]:
+        if not config.resblock_updown:
+            yield f"{ours}.{conv}", f"{theirs}.conv", False
+            return
+        for name, their in _RESIDUAL.items():
+            yield f"{ours}.{name}", f"{theirs}.{their}", False
 
     def attention(ours: str, theirs: str) -> Iterator[tuple[str, str, bool]]:
         for name, their in _ATTENTION.items():
@@ -125,7 +135,7 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
             yield from block(f"input_blocks.{number}", f"down_blocks.{level}", layer, level in config.attention_levels)
             number += 1
         if level < last:
-            yield f"input_blocks.{number}.0.op", f"down_blocks.{level}.downsamplers.0.conv", False
+            yield from resize(f"input_blocks.{number}.0", "op", f"down_blocks.{level}.downsamplers.0")
             number += 1
     yield from block("middle_block", "mid_block", 0, False)
     yield from attention("middle_block.1", "mid_block.attentions.0")
@@ -139,7 +149,7 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
             yield from block(f"output_blocks.{number}", theirs, layer, attends)
             number += 1
         if level:
-            yield f"output_blocks.{number - 1}.{1 + attends}.conv", f"{theirs}.upsamplers.0.conv", False
+            yield from resize(f"output_blocks.{number - 1}.{1 + attends}", "conv", f"{theirs}.upsamplers.0")
 
 
 def unet_state(state: Mapping[str, Tensor], config: ModelConfig, learn_sigma: bool) -> dict[str, Tensor]:
@@ -156,10 +166,25 @@ def unet_state(state: Mapping[str, Tensor], config: ModelConfig, learn_sigma: bo
                 result[f"{theirs}.{leaf}"] = tensor.squeeze(-1) if "proj_out" in ours else tensor
                 continue
             width = len(tensor) // 3
-            parts = tensor.reshape(config.num_heads, 3, width // config.num_heads, -1)  # kernels/attention's layout
-            for i, name in enumerate(_QKV):
-                result[f"{theirs}.{name}.{leaf}"] = parts[:, i].reshape(width, *tensor.shape[1:-1])
+            parts = _heads_inside(tensor.reshape(3 * width, -1), config)
+            for name, part in zip(_QKV, parts, strict=True):
+                result[f"{theirs}.{name}.{leaf}"] = part.reshape(width, *tensor.shape[1:-1])
     return result
+
+
+def _heads_inside(rows: Tensor, config: ModelConfig) -> Tensor:
+    """The rows of a qkv (3C, ...) as q, k and v (3, heads, d, ...)."""
+    heads = config.heads_of(len(rows) // 3)
+    if config.use_new_attention_order:
+        return rows.unflatten(0, (3, heads, -1))
+    return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1)
+
+
+def _outside(parts: Tensor, config: ModelConfig) -> Tensor:
+    """The inverse of _heads_inside for q, k and v (3, C, ...)."""
+    if config.use_new_attention_order:
+        return parts.flatten(0, 1)
+    return parts.unflatten(1, (config.heads_of(parts.shape[1]), -1)).transpose(0, 1).flatten(0, 2)
 
 
 def our_state(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -179,9 +204,8 @@ def our_state(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
         for part, theirs_key in zip(parts, keys, strict=True):
             if tuple(part.shape) != shape:
                 raise ValueError(f"has {theirs_key} as {tuple(part.shape)} instead of {shape}")
-        if is_qkv:
-            parts = [part.reshape(config.num_heads, 1, -1, *part.shape[1:]) for part in parts]
-        state[key] = torch.cat(parts, dim=1 if is_qkv else 0).reshape(own.shape).float()
+        whole = _outside(torch.stack(parts), config) if is_qkv else parts[0]
+        state[key] = whole.reshape(own.shape).float()
         used.update(keys)
     if more := sorted(theirs.keys() - used):
         raise ValueError(f"has {more[0]}, which no model of this family has")

@@ -2,11 +2,12 @@
 
 import torch
 
-from fastdiff.config import Kernels, MemoryFormat, ModelConfig
+from fastdiff.config import ClassifierConfig, Kernels, MemoryFormat, ModelConfig
+from fastdiff.models.classifier import Classifier
 from fastdiff.models.super_res import SuperResUNet
 from fastdiff.models.unet import NULL_CLASS, UNet
 
-__all__ = ["NULL_CLASS", "SuperResUNet", "UNet", "build_model", "forward_flops"]
+__all__ = ["NULL_CLASS", "Classifier", "SuperResUNet", "UNet", "build_classifier", "build_model", "forward_flops"]
 
 
 def build_model(
@@ -20,6 +21,15 @@ def build_model(
     contiguous weights, such as safetensors' save_file. ``lay_out`` changes it.
     """
     return (SuperResUNet if config.small_size else UNet)(config, kernels, memory_format)
+
+
+def build_classifier(
+    config: ClassifierConfig,
+    kernels: Kernels | str = Kernels.AUTO,
+    memory_format: MemoryFormat | str = MemoryFormat.CONTIGUOUS,
+) -> Classifier:
+    """The classifier of noisy images that the configuration describes, with fresh weights."""
+    return Classifier(config, kernels, memory_format)
 
 
 def forward_flops(config: ModelConfig) -> float:

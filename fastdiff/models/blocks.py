@@ -1,18 +1,21 @@
 """The two blocks of the UNet: a residual block conditioned on the timestep, and self-attention over pixels."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff import kernels
-from fastdiff.models.layers import GroupNormSiLU, TokenLinear, conv3x3, zeroed
+from fastdiff.models.layers import GroupNormSiLU, Resize, TokenLinear, conv3x3, zeroed
 
 
 class ResBlock(nn.Module):
     """norm, SiLU, conv; the embedding; norm, SiLU, dropout, conv; plus the input.
 
     The embedding scales and shifts the second norm's output, or is added before it (Nichol & Dhariwal 2021, section 2).
-    The nn.Identity layers replace the original's separate SiLU modules, to keep the indices in the state-dict keys.
+    ``resize`` halves or doubles the feature map between the first norm and its convolution, and the input likewise
+    (Dhariwal & Nichol 2021, section 3). The nn.Identity layers replace the original's separate SiLU modules, to keep
+    the indices in the state-dict keys.
     """
 
     def __init__(
@@ -24,8 +27,10 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: bool,
         use_checkpoint: bool,
         backend: str,
+        resize: Resize = None,
     ) -> None:
         super().__init__()
+        self.resize = resize
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.in_layers = nn.Sequential(GroupNormSiLU(channels, backend), nn.Identity(), conv3x3(channels, out_channels))
@@ -41,13 +46,17 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: (N, C, H, W), emb: (N, E) -> (N, C', H, W)."""
+        """x: (N, C, H, W), emb: (N, E) -> (N, C', H', W')."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)
+        norm, _, conv = self.in_layers
+        h = norm(x)
+        if self.resize is not None:
+            h, x = self.resize(h), self.resize(x)
+        h = conv(h)
         condition = self.emb_layers(emb)  # (N, C') or (N, 2C')
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
@@ -59,11 +68,16 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention over the pixels of a feature map."""
+    """Residual self-attention over the pixels of a feature map.
 
-    def __init__(self, channels: int, heads: int, use_checkpoint: bool, backend: str) -> None:
+    The rows of ``qkv`` are heads and then q, k, v within each; with ``new_order`` they are q, k, v and then heads
+    within each (guided-diffusion's use_new_attention_order).
+    """
+
+    def __init__(self, channels: int, heads: int, use_checkpoint: bool, backend: str, new_order: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.new_order = new_order
         self.backend = backend
         self.use_checkpoint = use_checkpoint
         self.norm = GroupNormSiLU(channels, backend, silu=False)
@@ -78,5 +92,18 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C), a view if x is channels_last
-        h = self.proj_out(kernels.attention(self.qkv(tokens), self.heads, backend=self.backend))
+        qkv = project_in_new_order(self.qkv, tokens, self.heads) if self.new_order else self.qkv(tokens)
+        h = self.proj_out(kernels.attention(qkv, self.heads, backend=self.backend))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def project_in_new_order(qkv: TokenLinear, tokens: Tensor, heads: int) -> Tensor:
+    """``qkv`` applied to tokens (N, T, C), its output (N, T, 3C) brought from q, k, v outermost to heads outermost.
+
+    The weights are reordered and not the output: they are smaller, and their cast under autocast copies them anyway.
+    """
+    assert qkv.bias is not None
+    weight, bias = (
+        rows.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2) for rows in (qkv.weight.squeeze(-1), qkv.bias)
+    )
+    return F.linear(tokens, weight, bias)

@@ -12,6 +12,8 @@ from fastdiff import kernels
 from fastdiff.config import GROUPS
 
 M = TypeVar("M", bound=nn.Module)
+Resize = Callable[[Tensor], Tensor] | None
+"""Halves or doubles a feature map, (N, C, H, W) -> (N, C, H', W'); None keeps its size."""
 
 
 class TimestepEmbedding(nn.Module):
@@ -95,10 +97,15 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 2H, 2W)."""
-        return self.conv(_repeat_pixels(x))
+        return self.conv(repeat_pixels(x))
 
 
-def _repeat_pixels(x: Tensor) -> Tensor:
+def average_pixels(x: Tensor) -> Tensor:
+    """Average over squares of 2x2 pixels. (N, C, H, W) -> (N, C, H/2, W/2)"""
+    return F.avg_pool2d(x, 2)
+
+
+def repeat_pixels(x: Tensor) -> Tensor:
     """Repeat every pixel twice in both directions. (N, C, H, W) -> (N, C, 2H, 2W)"""
     if not torch.compiler.is_compiling():
         return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -1,4 +1,4 @@
-"""The UNet of Nichol & Dhariwal 2021 (after Ho et al. 2020), read top to bottom."""
+"""The UNet of Nichol & Dhariwal 2021 (after Ho et al. 2020) and Dhariwal & Nichol 2021, read top to bottom."""
 
 from typing import Self, TypedDict
 
@@ -7,7 +7,17 @@ from torch import Tensor, nn
 
 from fastdiff.config import Kernels, MemoryFormat, ModelConfig
 from fastdiff.models.blocks import AttentionBlock, ResBlock
-from fastdiff.models.layers import Downsample, GroupNormSiLU, TimestepEmbedding, Upsample, conv3x3, zeroed
+from fastdiff.models.layers import (
+    Downsample,
+    GroupNormSiLU,
+    Resize,
+    TimestepEmbedding,
+    Upsample,
+    average_pixels,
+    conv3x3,
+    repeat_pixels,
+    zeroed,
+)
 
 NULL_CLASS = -1
 """The class label that makes a class-conditional model predict without a class (Ho & Salimans 2022, section 3)."""
@@ -31,12 +41,94 @@ class EmbedSequential(nn.Sequential):
         return x
 
 
-class UNet(nn.Module):
+class Encoder(nn.Module):
+    """The timestep embedding, the downsampling half and the middle block, shared by the UNet and the classifier.
+
+    In the downsampling half each level has ``num_res_blocks`` residual blocks. The middle block is a residual block,
+    attention and a residual block.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: Kernels | str, in_channels: int) -> None:
+        super().__init__()
+        self.kernels = kernels
+        width = config.num_channels
+        self.emb_channels = 4 * width
+        self.timestep_embedding = TimestepEmbedding(width)
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, self.emb_channels), nn.SiLU(), nn.Linear(self.emb_channels, self.emb_channels)
+        )
+        if config.class_cond:
+            self.label_emb = nn.Embedding(config.num_classes, self.emb_channels)
+
+        channels = config.widths[0]
+        self.input_blocks = nn.ModuleList([EmbedSequential(conv3x3(in_channels, channels))])
+        self.skips = [channels]
+        """The channels of every input block's output."""
+        for level, width in enumerate(config.widths):
+            for _ in range(config.num_res_blocks):
+                layers: list[nn.Module] = [self._res_block(config, channels, width)]
+                channels = width
+                if level in config.attention_levels:
+                    layers.append(self._attention(config, channels))
+                self.input_blocks.append(EmbedSequential(*layers))
+                self.skips.append(channels)
+            if level != len(config.widths) - 1:
+                half = (
+                    self._res_block(config, channels, channels, average_pixels)
+                    if config.resblock_updown
+                    else Downsample(channels)
+                )
+                self.input_blocks.append(EmbedSequential(half))
+                self.skips.append(channels)
+        self.middle_block = EmbedSequential(
+            self._res_block(config, channels, channels),
+            self._attention(config, channels),
+            self._res_block(config, channels, channels),
+        )
+
+    def _res_block(self, config: ModelConfig, channels: int, out_channels: int, resize: Resize = None) -> ResBlock:
+        return ResBlock(
+            channels,
+            out_channels,
+            self.emb_channels,
+            config.dropout,
+            config.use_scale_shift_norm,
+            config.use_checkpoint,
+            self.kernels,
+            resize,
+        )
+
+    def _attention(self, config: ModelConfig, channels: int, upsample: bool = False) -> AttentionBlock:
+        heads = config.heads_of(channels, upsample=upsample)
+        return AttentionBlock(
+            channels, heads, config.use_checkpoint, self.kernels, new_order=config.use_new_attention_order
+        )
+
+    def lay_out(self, memory_format: MemoryFormat | str) -> Self:
+        """Put the weights of convolutions into a memory format, in which every activation will be, too."""
+        self.channels_last = MemoryFormat(memory_format) is MemoryFormat.CHANNELS_LAST
+        wanted = torch.channels_last if self.channels_last else torch.contiguous_format
+        return self.to(memory_format=wanted)  # type: ignore[call-overload]  # missing from its annotations
+
+    def embed(self, timesteps: Tensor) -> Tensor:
+        """The embedding (N, E) of timesteps (N,), which may be fractional."""
+        return self.time_embed(self.timestep_embedding(timesteps).to(self.time_embed[0].weight.dtype))
+
+    def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The middle block's output and that of every input block, for x (N, C, H, W) and emb (N, E)."""
+        h = x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        return self.middle_block(h, emb), skips
+
+
+class UNet(Encoder):
     """Predicts the noise (epsilon) or x_0 of noisy images, and with learn_sigma also the variance.
 
-    In the downsampling half each level has ``num_res_blocks`` residual blocks. In the upsampling half it has one more,
-    and each takes the matching skip connection. The middle block is a residual block, attention and a residual block.
-    State-dict keys and shapes match improved-diffusion's.
+    In the upsampling half each level has one residual block more than in the downsampling half, and each takes the
+    matching skip connection. State-dict keys and shapes match improved-diffusion's and guided-diffusion's.
     """
 
     in_channels = 3
@@ -47,73 +139,27 @@ class UNet(nn.Module):
         kernels: Kernels | str = Kernels.AUTO,
         memory_format: MemoryFormat | str = MemoryFormat.CONTIGUOUS,
     ) -> None:
-        super().__init__()
+        super().__init__(config, kernels, self.in_channels)
         self.config = config
-        width = config.num_channels
-        emb_channels = 4 * width
-
-        def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(
-                channels,
-                out_channels,
-                emb_channels,
-                config.dropout,
-                config.use_scale_shift_norm,
-                config.use_checkpoint,
-                kernels,
-            )
-
-        def attention(channels: int, heads: int) -> AttentionBlock:
-            return AttentionBlock(channels, heads, config.use_checkpoint, kernels)
-
-        self.timestep_embedding = TimestepEmbedding(width)
-        self.time_embed = nn.Sequential(
-            nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
-        if config.class_cond:
-            self.label_emb = nn.Embedding(config.num_classes, emb_channels)
-
-        channels = width
-        self.input_blocks = nn.ModuleList([EmbedSequential(conv3x3(self.in_channels, channels))])
-        skips = [channels]
-        levels = list(enumerate(config.multipliers))
-        for level, mult in levels:
-            for _ in range(config.num_res_blocks):
-                layers: list[nn.Module] = [res_block(channels, width * mult)]
-                channels = width * mult
-                if level in config.attention_levels:
-                    layers.append(attention(channels, config.num_heads))
-                self.input_blocks.append(EmbedSequential(*layers))
-                skips.append(channels)
-            if level != len(levels) - 1:
-                self.input_blocks.append(EmbedSequential(Downsample(channels)))
-                skips.append(channels)
-
-        self.middle_block = EmbedSequential(
-            res_block(channels, channels), attention(channels, config.num_heads), res_block(channels, channels)
-        )
-
+        skips, channels = list(self.skips), config.widths[-1]
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(levels):
+        for level, width in reversed(list(enumerate(config.widths))):
             for i in range(config.num_res_blocks + 1):
-                layers = [res_block(channels + skips.pop(), width * mult)]
-                channels = width * mult
+                layers: list[nn.Module] = [self._res_block(config, channels + skips.pop(), width)]
+                channels = width
                 if level in config.attention_levels:
-                    layers.append(attention(channels, config.heads_upsample))
+                    layers.append(self._attention(config, channels, upsample=True))
                 if level and i == config.num_res_blocks:
-                    layers.append(Upsample(channels))
+                    layers.append(
+                        self._res_block(config, channels, channels, repeat_pixels)
+                        if config.resblock_updown
+                        else Upsample(channels)
+                    )
                 self.output_blocks.append(EmbedSequential(*layers))
-
         self.out = nn.Sequential(
             GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(conv3x3(channels, config.out_channels))
         )
         self.lay_out(memory_format)
-
-    def lay_out(self, memory_format: MemoryFormat | str) -> Self:
-        """Put the weights of convolutions into a memory format, in which every activation will be, too."""
-        self.channels_last = MemoryFormat(memory_format) is MemoryFormat.CHANNELS_LAST
-        wanted = torch.channels_last if self.channels_last else torch.contiguous_format
-        return self.to(memory_format=wanted)  # type: ignore[call-overload]  # missing from its annotations
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The model's output at x.
@@ -140,16 +186,11 @@ class UNet(nn.Module):
             raise ValueError(
                 f"the model has class_cond {self.config.class_cond}: pass class indices as y if true, no y if false"
             )
-        emb = self.time_embed(self.timestep_embedding(timesteps).to(self.time_embed[0].weight.dtype))
+        emb = self.embed(timesteps)
         if y is not None:
             null = y == NULL_CLASS
             emb = emb + self.label_emb(y.masked_fill(null, 0)).masked_fill(null[:, None], 0)
-        h = x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
-        skips = []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            skips.append(h)
-        h = self.middle_block(h, emb)
+        h, skips = self.encode(x, emb)
         if seen is not None:
             seen += [*skips, h]
         for block in self.output_blocks:

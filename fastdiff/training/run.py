@@ -251,6 +251,8 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         log(f"fp16_scale_growth has no effect: precision {runtime.precision} needs no loss scale")
     model = config.model
     chosen = "" if is_table_size(model.image_size) or model.channel_mult else ", chosen for the size"
+    if not model.channel_mult and model.image_size == 512 and not model.small_size and model.multipliers[0] == 1:
+        chosen = ", whose first 1 is 0.5 if num_channels is a multiple of 64"
     log(
         f"model: {trainer.state.num_parameters / 1e6:.1f} M parameters, {model.image_size} pixels, "
         f"channel_mult {','.join(map(str, model.multipliers))}{chosen}"

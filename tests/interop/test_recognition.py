@@ -21,7 +21,7 @@ PROCESS = {"num_heads": 4, "diffusion_steps": 4000, "noise_schedule": "cosine"}
 ARCHITECTURE = {  # of each preset, by its entry in the golden file
     "imagenet64_uncond_vlb": "imagenet64_uncond",
     "cifar10_uncond_vlb": "cifar10_uncond",
-    "lsun_bedroom_lr2e-5": "lsun_bedroom",
+    "lsun_uncond_lr2e-5": "lsun_bedroom",
 }
 
 

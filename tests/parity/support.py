@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from fastdiff import (
+    ClassifierConfig,
     DiffusionConfig,
     GaussianDiffusion,
     LossType,
     ModelConfig,
     ModelMeanType,
     ModelVarType,
+    build_classifier,
     build_model,
     space_timesteps,
 )
@@ -95,7 +97,22 @@ def diffusion_config(flags: Mapping[str, Any]) -> DiffusionConfig:
 
 def golden_model(flags: Mapping[str, Any], kernels: str, memory_format: str) -> torch.nn.Module:
     """A float32 model with these flags and the golden weights."""
-    model = build_model(model_config(flags), kernels=kernels, memory_format=memory_format)
+    return golden(build_model(model_config(flags), kernels=kernels, memory_format=memory_format))
+
+
+def classifier_config(flags: Mapping[str, Any]) -> ClassifierConfig:
+    """The classifier half of guided-diffusion's flags."""
+    names = {f.name for f in fields(ClassifierConfig)}
+    return ClassifierConfig(**{name: value for name, value in flags.items() if name in names})
+
+
+def golden_classifier(flags: Mapping[str, Any], kernels: str, memory_format: str) -> torch.nn.Module:
+    """A float32 classifier with these flags and the golden weights."""
+    return golden(build_classifier(classifier_config(flags), kernels=kernels, memory_format=memory_format))
+
+
+def golden(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with the golden weights, on the device."""
     state = {key: torch.from_numpy(tensor_for(key, value.shape)) for key, value in model.state_dict().items()}
     model.load_state_dict(state, strict=True)
     return model.to(DEVICE)

@@ -1,10 +1,12 @@
 """UNet outputs and gradients for given weights, under every implementation that runs on a CPU."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from .support import assert_close, golden_model, golden_names, load, projection, tensor
 
@@ -36,6 +38,11 @@ def test_output_and_gradients(name: str, kernels: str, memory_format: str) -> No
     (out * tensor(data["out_weight"])).sum().backward()
     assert_close(x.grad, data["grad_x"], TOLERANCE, "grad_x")
 
+    assert_gradients(model, data)
+
+
+def assert_gradients(model: torch.nn.Module, data: Mapping[str, Any]) -> None:
+    """Every parameter's gradient, by its norm and its projection, in the originals' order."""
     parameters = dict(model.named_parameters())
     assert list(parameters) == data["grad_names"].tolist()
     # What only shifts the one channel of a norm's group has no effect: its gradient is rounding.

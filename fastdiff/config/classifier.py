@@ -1,0 +1,74 @@
+"""The architecture of a classifier of noisy images."""
+
+from dataclasses import dataclass
+
+from fastdiff.config.base import Config, option, tuple_of
+from fastdiff.config.choices import ClassifierPool
+from fastdiff.config.model import NUM_CLASSES, ModelConfig, multiplier
+
+HEAD_CHANNELS = 64
+"""Channels per attention head, fixed in guided-diffusion's classifiers."""
+
+_NAMES = {
+    "num_channels": "classifier_width",
+    "num_res_blocks": "classifier_depth",
+    "attention_resolutions": "classifier_attention_resolutions",
+    "num_head_channels": "the head width",
+}
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(Config):
+    """The architecture of a Classifier: the downsampling half of a UNet, and a pool (Dhariwal & Nichol 2021).
+
+    The defaults are guided-diffusion's. Raises ValueError, naming the field, if the fields do not describe a valid
+    model.
+    """
+
+    image_size: int = option(64, "Side of the square images in pixels.")
+    classifier_width: int = option(128, "Base width; every level's width is a multiple of it.")
+    classifier_depth: int = option(2, "Residual blocks per level.")
+    classifier_attention_resolutions: tuple[int, ...] = option(
+        (32, 16, 8), "Feature-map sizes with attention, e.g. 32,16,8."
+    )
+    classifier_use_scale_shift_norm: bool = option(
+        True, "Condition by scaling and shifting the norm's output, not by addition."
+    )
+    classifier_resblock_updown: bool = option(True, "Halve the feature maps in residual blocks, not in convolutions.")
+    classifier_pool: ClassifierPool = option(ClassifierPool.ATTENTION, "How the last feature map becomes logits.")
+    channel_mult: tuple[float, ...] | None = option(
+        None, "Width multiplier per level, e.g. 1,2,3,4; by default chosen from the image size."
+    )
+    num_classes: int = option(NUM_CLASSES, "Number of classes; training takes it from the data unless given.")
+
+    def __post_init__(self) -> None:
+        name = "classifier_attention_resolutions"
+        object.__setattr__(self, name, tuple_of(int, name, getattr(self, name)))
+        if self.channel_mult in (None, "", ()):
+            object.__setattr__(self, "channel_mult", None)
+        else:
+            object.__setattr__(self, "channel_mult", tuple_of(multiplier, "channel_mult", self.channel_mult))
+        super().__post_init__()
+
+    def check(self) -> None:
+        try:
+            self.encoder()
+        except ValueError as error:
+            text = str(error)
+            for ours, name in _NAMES.items():
+                text = text.replace(ours, name)
+            raise ValueError(text) from None
+
+    def encoder(self) -> ModelConfig:
+        """The UNet of which a classifier has the downsampling half and the middle block."""
+        return ModelConfig(
+            image_size=self.image_size,
+            num_channels=self.classifier_width,
+            num_res_blocks=self.classifier_depth,
+            num_head_channels=HEAD_CHANNELS,
+            attention_resolutions=self.classifier_attention_resolutions,
+            use_scale_shift_norm=self.classifier_use_scale_shift_norm,
+            resblock_updown=self.classifier_resblock_updown,
+            channel_mult=self.channel_mult,
+            num_classes=self.num_classes,
+        )
