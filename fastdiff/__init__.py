@@ -4,7 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdiff.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from fastdiff.checkpoint import (
+        Checkpoint,
+        ClassifierCheckpoint,
+        load_checkpoint,
+        load_classifier,
+        save_checkpoint,
+        save_classifier,
+    )
     from fastdiff.config import (
         ClassifierConfig,
         DataConfig,
@@ -36,6 +43,7 @@ __all__ = [
     "PRESETS",
     "Checkpoint",
     "Classifier",
+    "ClassifierCheckpoint",
     "ClassifierConfig",
     "DataConfig",
     "DiffusionConfig",
@@ -57,14 +65,19 @@ __all__ = [
     "build_diffusion",
     "build_model",
     "load_checkpoint",
+    "load_classifier",
     "sample",
     "save_checkpoint",
+    "save_classifier",
     "space_timesteps",
     "train",
 ]
 
 _HOMES = {
-    "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
+    "checkpoint": (
+        *("Checkpoint", "ClassifierCheckpoint", "load_checkpoint", "load_classifier", "save_checkpoint"),
+        "save_classifier",
+    ),
     "config": (
         *("ClassifierConfig", "DataConfig", "DiffusionConfig", "ModelConfig", "RuntimeConfig", "SampleConfig"),
         "TrainConfig",

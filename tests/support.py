@@ -64,7 +64,7 @@ def gradients(
     return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def refusal(call: Callable[[], object], match: str = "") -> str:
+def refusal(call: Callable[[], object], match: str | None = None) -> str:
     """The one line of the ValueError with which a call refuses bad input."""
     with pytest.raises(ValueError, match=match) as caught:
         call()

@@ -1,5 +1,13 @@
 """Checkpoints: self-describing files that are written atomically."""
 
+from fastdiff.checkpoint.classifier import (
+    ClassifierCheckpoint,
+    ClassifierWeights,
+    classifier_metadata,
+    load_classifier,
+    read_classifier,
+    save_classifier,
+)
 from fastdiff.checkpoint.files import (
     FORMAT,
     NewerFormat,
@@ -39,20 +47,25 @@ from fastdiff.checkpoint.steps import (
 __all__ = [
     "FORMAT",
     "Checkpoint",
+    "ClassifierCheckpoint",
+    "ClassifierWeights",
     "Lease",
     "NewerFormat",
     "Weights",
     "begin_step",
+    "classifier_metadata",
     "delete_step",
     "ema_path",
     "find_checkpoint",
     "holds_checkpoint",
     "load_checkpoint",
+    "load_classifier",
     "load_weights",
     "manifest_path",
     "model_metadata",
     "model_path",
     "optimizer_path",
+    "read_classifier",
     "read_metadata",
     "read_tensors",
     "read_weights",
@@ -60,6 +73,7 @@ __all__ = [
     "remove_leftovers",
     "run_and_step",
     "save_checkpoint",
+    "save_classifier",
     "saved_steps",
     "sha256",
     "verify_file",

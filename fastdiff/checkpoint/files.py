@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,7 +20,13 @@ FORMAT = "fastdiff-2"
 UNSIGNED_FORMAT = "fastdiff-1"
 """Files of this format contain no SHA-256 of themselves."""
 _FORMATS = re.compile(r"fastdiff-(\d+)")
-_DESCRIBED = {"model_config", "diffusion_config"}
+_DESCRIBED = {
+    "model": {"model_config", "diffusion_config"},
+    "classifier": {"classifier_config", "diffusion_config"},
+    "optimizer": set[str](),
+}
+"""What the metadata of each kind of file contain."""
+_CALLED = {"model": "a diffusion model", "classifier": "a classifier"}
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'("%b":"\{\\"sha256\\": \\")([0-9a-f]{64})' % FORMAT.encode())  # JSON inside a JSON string
 _CHUNK = 2**20
@@ -33,7 +39,7 @@ class NewerFormat(ValueError):
 
 
 def read_tensors(path: Path, kind: str, verified: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a fastdiff file of ``kind`` "model" or "optimizer"; ValueError if it is not one.
+    """Tensors and metadata of a fastdiff file of ``kind`` "model", "classifier" or "optimizer"; ValueError if not one.
 
     Unless the file is ``verified`` already, its SHA-256 must match the one in its header, which covers every byte.
     Files of the older format have no SHA-256 and are not checked.
@@ -59,20 +65,26 @@ def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[s
             if (
                 not isinstance(metadata, dict)
                 or "kind" not in metadata
-                or (kind == "model" and not metadata.keys() >= _DESCRIBED and metadata["kind"] == kind)
+                or (metadata["kind"] == kind and not metadata.keys() >= _DESCRIBED[kind])
             ):
                 raise ValueError(f"{path} is a safetensors file, but not a fastdiff checkpoint")
             said = metadata.pop("sha256", None)
             if FORMAT in raw and not verified and said != _own_digest(path):
                 raise ValueError(f"{path} is damaged: its SHA-256 does not match the saved one; copy it again")
             if metadata["kind"] != kind:
-                models = "the model*.safetensors or ema_*.safetensors file beside it"
-                other = models if kind == "model" else "the opt* file"
-                raise ValueError(f"{path} is a file of the kind {metadata['kind']}, not {kind}: name {other}")
+                _refuse_kind(path, metadata["kind"], kind)
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
         refuse_other_kind(path)
         raise ValueError(f"{path} is damaged or incomplete ({first_line(error, limit=300)})") from None
+
+
+def _refuse_kind(path: Path, found: object, wanted: str) -> NoReturn:
+    if str(found) in _CALLED and wanted in _CALLED:
+        raise ValueError(f"{path} is {_CALLED[str(found)]}, not {_CALLED[wanted]}")
+    models = "the model*.safetensors or ema_*.safetensors file beside it"
+    other = "the opt* file" if wanted == "optimizer" else models
+    raise ValueError(f"{path} is a file of the kind {found}, not {wanted}: name {other}")
 
 
 def refuse_newer(path: Path, written: str) -> None:

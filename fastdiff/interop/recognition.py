@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastdiff.config import DiffusionConfig, ModelConfig, channel_mult_for
+from fastdiff.config import ClassifierPool, DiffusionConfig, ModelConfig, channel_mult_for
 from fastdiff.config.base import number
 from fastdiff.models import build_model
 from fastdiff.presets import PRESETS
@@ -27,7 +27,8 @@ _FLAGS = {
     "num_heads": "--num-heads (or --num-head-channels)",
     "use_new_attention_order": "--use-new-attention-order (or --no-use-new-attention-order)",
 }
-_SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256, 512)}
+SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256, 512)}
+"""The image size for which the originals have these width multipliers."""
 _LONGEST_KEY = 80
 
 Shapes = dict[str, tuple[int, ...]]
@@ -66,7 +67,7 @@ class Architecture:
     @property
     def image_size(self) -> int | None:
         """The image size with these widths in the originals' table, or None; two sizes of upsamplers have the same."""
-        return None if self.super_resolution and self.resblock_updown else _SIZES.get(self.channel_mult)
+        return None if self.super_resolution and self.resblock_updown else SIZES.get(self.channel_mult)
 
     @property
     def smallest_size(self) -> int:
@@ -104,7 +105,7 @@ class Architecture:
             del said["image_size"], said["attention_resolutions"]
             said["attention at levels"] = tuple(sorted(self.attention_levels))
         kind = "a super-resolution model" if self.super_resolution else "a model"
-        return f"{kind} of {', '.join(f'{name} {_word(value)}' for name, value in said.items())}"
+        return f"{kind} of {', '.join(f'{name} {word(value)}' for name, value in said.items())}"
 
 
 def recognise(state: Mapping[str, Tensor], name: object) -> Architecture:
@@ -112,18 +113,41 @@ def recognise(state: Mapping[str, Tensor], name: object) -> Architecture:
 
     ValueError if it is not a model of this family, naming the nearest preset and the first key that differs from it.
     """
+    if classifier_pool(state) is not None:
+        raise ValueError(f"{name} is a classifier, not a diffusion model")
     own: Shapes = {}
     try:
         found = _read(state)
-        own = _shapes_of(ModelConfig(**found.flags(found.smallest_size), **found.made_up))
+        own = _shapes_of_model(ModelConfig(**found.flags(found.smallest_size), **found.made_up))
     except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError):  # sizes of no valid model
         _refuse(state, name, {})
-    if own != _shapes(state):
+    if own != shapes_of(state):
         _refuse(state, name, own)
+    refuse_integers(state, name)
+    return found
+
+
+def classifier_pool(state: Mapping[str, Tensor]) -> ClassifierPool | None:
+    """The pool of the classifier whose state dict is ``state``; None if it is not a classifier's."""
+    if any(key.startswith("output_blocks.") for key in state):
+        return None
+    if "out.2.positional_embedding" in state:
+        return ClassifierPool.ATTENTION
+    for key, dimensions, pool in (
+        ("out.3.weight", 4, ClassifierPool.ADAPTIVE),
+        ("out.3.weight", 2, ClassifierPool.SPATIAL_V2),
+        ("out.2.weight", 2, ClassifierPool.SPATIAL),
+    ):
+        if key in state and state[key].ndim == dimensions:
+            return pool
+    return None
+
+
+def refuse_integers(state: Mapping[str, Tensor], name: object) -> None:
+    """ValueError, naming the first such tensor, if a tensor does not hold floating-point numbers."""
     for key, tensor in state.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} holds no weights: {key} has dtype {tensor.dtype}")
-    return found
 
 
 def _read(state: Mapping[str, Tensor]) -> Architecture:
@@ -174,14 +198,15 @@ def _blocks_until_resized(state: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _shapes(state: Mapping[str, Tensor]) -> Shapes:
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    """The shape of every tensor."""
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
 @cache
-def _shapes_of(config: ModelConfig) -> Shapes:
+def _shapes_of_model(config: ModelConfig) -> Shapes:
     with torch.device("meta"):
-        return _shapes(build_model(config).state_dict())
+        return shapes_of(build_model(config).state_dict())
 
 
 def _refuse(state: Mapping[str, Tensor], name: object, own: Shapes) -> NoReturn:
@@ -189,9 +214,9 @@ def _refuse(state: Mapping[str, Tensor], name: object, own: Shapes) -> NoReturn:
 
     ``own`` are the shapes of the model that the tensors suggest, or empty; that model may be nearer than any preset.
     """
-    theirs = _shapes(state)
+    theirs = shapes_of(state)
     known = {"a model of its sizes": own} if own else {}
-    known |= {f"--preset {preset}": _shapes_of(values.config(ModelConfig)) for preset, values in PRESETS.items()}
+    known |= {f"--preset {preset}": _shapes_of_model(values.config(ModelConfig)) for preset, values in PRESETS.items()}
     differing = {
         what: [key for key in ours | theirs if ours.get(key) != theirs.get(key)] for what, ours in known.items()
     }
@@ -262,11 +287,12 @@ def _refuse_contradiction(found: Architecture, values: Mapping[str, Any], size: 
         # Check one field at a time, so that no other value changes its meaning.
         theirs = ModelConfig.from_dict({**said, **found.made_up, field: values[field]})
         if Architecture.of(theirs) != found:
-            given = _word(getattr(theirs, field))
+            given = word(getattr(theirs, field))
             raise ValueError(
-                f"{field} is {_word(said[field])} in {name}, but given as {given}: leave out the flag, or --preset"
+                f"{field} is {word(said[field])} in {name}, but given as {given}: leave out the flag, or --preset"
             )
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
+    """A setting's value as it is given on the command line."""
     return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
