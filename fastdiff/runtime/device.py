@@ -51,7 +51,7 @@ class Runtime:
             rounded = precision is Precision.TF32
             torch.set_float32_matmul_precision("high" if rounded else "highest")
             torch.backends.cudnn.allow_tf32 = rounded
-        if config.compile is Compile.ON and not _has_compiler(device):
+        if config.compile is Compile.ON and not has_compiler(device):
             raise ValueError("compile on: torch.compile needs a C++ compiler (g++): install one, or use --compile off")
         return cls(device, precision, config.compile, config.kernels, config.memory_format)
 
@@ -64,7 +64,7 @@ class Runtime:
     def compiles(self, calls: int) -> bool:
         """Whether a job that calls the model ``calls`` times compiles it."""
         if self.compile is Compile.AUTO:
-            return _has_compiler(self.device) and calls >= COMPILE_PAYS_AFTER[self.device.type]
+            return has_compiler(self.device) and calls >= COMPILE_PAYS_AFTER[self.device.type]
         return self.compile is Compile.ON
 
     def prepare(self, model: nn.Module, calls: int) -> Callable[..., Tensor]:
@@ -88,7 +88,8 @@ class Runtime:
         if self.precision in _DTYPES:
             for module in model.modules():
                 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-                    module.to(_DTYPES[self.precision])
+                    # PyTorch's matmul sums in another order if the weight requires a gradient; autocast's copy does not
+                    module.to(_DTYPES[self.precision]).requires_grad_(False)
         return model
 
     def describe(self, calls: int) -> str:
@@ -147,7 +148,8 @@ def has_native_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
-def _has_compiler(device: torch.device) -> bool:
+def has_compiler(device: torch.device) -> bool:
+    """Whether the compiler that torch.compile needs on the device is installed."""
     # the compilers that Triton and Inductor look for
     name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
     return shutil.which(name) is not None

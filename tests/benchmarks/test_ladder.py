@@ -22,7 +22,7 @@ BF16 = RuntimeConfig(device="cpu", compile=Compile.OFF, precision=Precision.BF16
 def able(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A machine with bf16 and a compiler, or without both."""
     monkeypatch.setattr(module, "has_native_bf16", lambda _: request.param)
-    monkeypatch.setattr(runtime_device, "_has_compiler", lambda _: request.param)
+    monkeypatch.setattr(runtime_device, "has_compiler", lambda _: request.param)
     return bool(request.param)
 
 

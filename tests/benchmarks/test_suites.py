@@ -38,7 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a compiler, which would take minutes."""
-    monkeypatch.setattr(runtime_device, "_has_compiler", lambda _: False)
+    monkeypatch.setattr(runtime_device, "has_compiler", lambda _: False)
 
 
 @pytest.fixture

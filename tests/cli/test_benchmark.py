@@ -24,7 +24,7 @@ PLAIN = ["--compile", "off"]
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a compiler, which would take minutes, and nothing but the measurement."""
-    monkeypatch.setattr(runtime_device, "_has_compiler", lambda _: False)
+    monkeypatch.setattr(runtime_device, "has_compiler", lambda _: False)
     measure_little(monkeypatch)
     count_no_memory(monkeypatch, suites)
     monkeypatch.setattr(suites, "peers", lambda _: {})
