@@ -4,9 +4,28 @@ import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 from fastdiff.runtime.display import Lines
+
+
+class _Note(ProgressColumn):
+    """As many parts of a job's note as fit beside the bar, the first ones; before the first note, the job's speed."""
+
+    def __init__(self, console: Console, bar_width: int) -> None:
+        super().__init__()
+        self._console = console
+        self._bar_width = bar_width
+
+    def render(self, task: Task) -> Text:
+        """The note on one line."""
+        note = task.fields["note"] or (f"{task.speed:.2g} per s" if task.speed else "")
+        room = self._console.width - len(f"{task.description} {task.total:.0f}/{task.total:.0f}") - self._bar_width - 2
+        parts = note.split("  ")
+        while parts and len("  ".join(parts)) > room:
+            parts.pop()
+        return Text("  ".join(parts), no_wrap=True)
 
 
 class Display(Lines):
@@ -17,11 +36,12 @@ class Display(Lines):
 
     def __init__(self, silent: bool = False) -> None:
         self.console = Console(soft_wrap=True, highlight=False, markup=False, quiet=silent)
+        bar_width = max(8, min(40, self.console.width // 5))
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            _Note(self.console, bar_width),
             console=self.console,
             disable=not self.live,
         )

@@ -35,6 +35,7 @@ class SampleFiles:
     png_dir: Path | None = None
     trajectory: Path | None = None
     overwrite: bool = False
+    trajectory_images: int = 1
 
     @property
     def grid(self) -> Path:

@@ -22,6 +22,12 @@ Uint8Array = NDArray[np.uint8]
 GAP = 2
 """Pixels between a grid's images, before they are enlarged."""
 
+CELL = 64
+"""Pixels that each image of a grid has at least in width and height, after it is enlarged."""
+
+MOST_LINES = 6
+"""Most lines of a name in a grid; a longer name is shortened."""
+
 HELD = 1.5
 """Seconds for which a GIF shows its last frame."""
 
@@ -71,12 +77,13 @@ def save_grid(path: Path, images: Uint8Array, columns: int | None = None, names:
     columns = columns or _square(len(images))
     height, width = images.shape[1:3]
     rows = math.ceil(len(images) / columns)
-    factor = _factor(max(rows * (height + GAP), columns * (width + GAP)) + GAP)
+    factor = _factor(max(rows * (height + GAP), columns * (width + GAP)) + GAP, min(height, width))
     if names is None:
         save_png(path, _enlarged(make_grid(images, columns), factor))
         return
     text = _Text(factor * width)
-    band = math.ceil(text.height / factor)
+    written = {name: text.wrapped(name) for name in set(names)}
+    band = math.ceil(text.height(max(map(len, written.values()), default=1)) / factor)
     if shared := all(name == names[i % columns] for i, name in enumerate(names)):
         grid = np.pad(make_grid(images, columns), ((band, 0), (0, 0), (0, 0)), constant_values=255)
     else:
@@ -86,27 +93,46 @@ def save_grid(path: Path, images: Uint8Array, columns: int | None = None, names:
     for i, name in enumerate(names[:columns] if shared else names):
         row, column = divmod(i, columns)
         top = 0 if shared else GAP + row * (height + band + GAP) + height
-        text.draw(draw, name, factor * (GAP + column * (width + GAP)), factor * top)
+        text.draw(draw, written[name], factor * (GAP + column * (width + GAP)), factor * top)
     _save(path, picture, "PNG")
 
 
 class _Text:
-    """One line of small text, at most ``width`` pixels wide, in Pillow's built-in font."""
+    """Lines of small text, at most ``width`` pixels wide, in Pillow's built-in font."""
 
     def __init__(self, width: int) -> None:
         self._width = width
         size = min(max(width // 9, 11), 16)
         # Without FreeType the font has a single size.
         self._font = ImageFont.load_default(size) if features.check("freetype2") else ImageFont.load_default()
-        self.height = math.ceil(self._font.getbbox("gjpqy")[3]) + 2
+        self._line = math.ceil(self._font.getbbox("gjpqy")[3])
 
-    def draw(self, draw: ImageDraw.ImageDraw, name: str, left: int, top: int) -> None:
-        """Draw the name, shortened if it is too long, centred in the pixels that start at ``left``."""
-        text = _ascii(name)
-        if self._length(text) > self._width:
-            fits = bisect_right(range(1, self._width), self._width, key=lambda n: self._length(text[:n] + "..."))
-            text = text[:fits].rstrip() + "..."
-        draw.text((left + (self._width - self._length(text)) // 2, top), text, fill=(0, 0, 0), font=self._font)
+    def height(self, lines: int) -> int:
+        """The pixels that so many lines take."""
+        return max(lines, 1) * self._line + 2
+
+    def wrapped(self, name: str) -> list[str]:
+        """The name in lines, broken after spaces, hyphens and underscores where it can be; shortened if too long."""
+        lines: list[str] = []
+        rest = _ascii(name).strip()
+        while rest and len(lines) < MOST_LINES - 1 and self._length(rest) > self._width:
+            fits = max(1, self._fitting(rest))
+            broken = max(rest.rfind(mark, 0, fits + (mark == " ")) for mark in " -_") + 1
+            lines.append(rest[: broken or fits].rstrip())
+            rest = rest[broken or fits :].lstrip()
+        if self._length(rest) > self._width:
+            rest = rest[: self._fitting(rest, "...")].rstrip() + "..."
+        return [*lines, rest]
+
+    def draw(self, draw: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int) -> None:
+        """Draw the lines, each centred in the pixels that start at ``left``."""
+        for i, text in enumerate(lines):
+            place = (left + (self._width - self._length(text)) // 2, top + i * self._line)
+            draw.text(place, text, fill=(0, 0, 0), font=self._font)
+
+    def _fitting(self, text: str, end: str = "") -> int:
+        """The number of letters that fit, followed by ``end``."""
+        return bisect_right(range(1, self._width), self._width, key=lambda n: self._length(text[:n] + end))
 
     def _length(self, text: str) -> int:
         return math.ceil(self._font.getlength(text))
@@ -130,14 +156,14 @@ def save_png(path: Path, image: Uint8Array) -> None:
     _save(path, Image.fromarray(image), "PNG")
 
 
-def save_trajectory(path: Path, frames: Uint8Array) -> None:
-    """Save an image's steps from noise, frames (F, H, W, 3): as an animation (.gif) or side by side (.png)."""
+def save_trajectories(path: Path, frames: Uint8Array) -> None:
+    """Save the steps of images from noise, frames (N, F, H, W, 3): as an animation (.gif), or a row each (.png)."""
     if path.suffix not in (".gif", ".png"):
         raise ValueError(f"trajectory {path} must end in .gif, for an animation, or in .png, for a strip")
     if path.suffix == ".gif":
-        save_gif(path, frames)
+        save_gif(path, frames[0] if len(frames) == 1 else np.stack([make_grid(step) for step in frames.swapaxes(0, 1)]))
     else:
-        save_grid(path, frames, columns=len(frames))
+        save_grid(path, frames.reshape(-1, *frames.shape[2:]), columns=frames.shape[1])
 
 
 def save_gif(path: Path, frames: Uint8Array, seconds: float = 3.0) -> None:
@@ -146,7 +172,7 @@ def save_gif(path: Path, frames: Uint8Array, seconds: float = 3.0) -> None:
     If more frames are given than fit into that time, it shows evenly spread ones, including the first and the last.
     """
     shown = np.linspace(0, len(frames) - 1, min(len(frames), round(seconds / FRAME))).round().astype(int)
-    factor = _factor(max(frames.shape[1:3]))
+    factor = _factor(max(frames.shape[1:3]), min(frames.shape[1:3]))
     pictures = []
     for frame in frames[shown]:
         picture = Image.fromarray(frame).quantize()  # one palette per frame: noise and image share no colours
@@ -161,9 +187,9 @@ def _square(count: int) -> int:
     return math.ceil(math.sqrt(count))
 
 
-def _factor(side: int) -> int:
-    """The factor that enlarges a picture of ``side`` pixels."""
-    return max(1, min(4, 800 // side))
+def _factor(side: int, cell: int) -> int:
+    """The factor that enlarges a picture of ``side`` pixels, each of whose images has ``cell`` pixels."""
+    return max(1, math.ceil(CELL / cell), min(4, 800 // side))
 
 
 def _enlarged(image: Uint8Array, factor: int) -> Uint8Array:

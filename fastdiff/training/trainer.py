@@ -196,8 +196,8 @@ class Trainer:
             output.write(row)
         left = (train.steps - state.step) * train.batch_size / row["images_per_s"]
         note = (
-            f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  {row['images_per_s']:.1f} images/s  "
-            f"data wait {row['data_wait']:.0%}  {duration(left)} left"
+            f"loss {row['loss']:.4f}  {duration(left)} left  {row['images_per_s']:.1f} images/s  "
+            f"grad norm {row['grad_norm']:.3f}  data wait {row['data_wait']:.0%}"
         )
         self.log(f"step {state.step}/{train.steps}  {note}", shown=False)
         if row["skipped"]:
