@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.improved_diffusion import log_folder
 from fastdiff.cli.options import Flags
-from fastdiff.config import DiffusionConfig, ModelConfig, with_multipliers
+from fastdiff.config import ClassifierConfig, DiffusionConfig, ModelConfig, with_multipliers
 from fastdiff.config.base import refuse_contradiction
 from fastdiff.presets import preset_named, with_preset
 
 if TYPE_CHECKING:
-    from fastdiff.checkpoint import Checkpoint
+    from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
     from fastdiff.runtime.device import Runtime
 
 _NAMES = frozenset(f.name for config in (ModelConfig, DiffusionConfig) for f in fields(config))
@@ -40,6 +40,19 @@ def load_for(runtime: "Runtime", path: Path, flags: Flags | None = None, preset:
     return load_with_flags(path, described, preset, **where)
 
 
+def load_classifier_for(runtime: "Runtime", path: Path, model: "Checkpoint", flags: Flags) -> "ClassifierCheckpoint":
+    """The classifier at ``path``; what a bare state dict does not say comes from the flags and the model it guides."""
+    from fastdiff.checkpoint import load_classifier
+
+    own = {f.name for f in fields(ClassifierConfig)} - {f.name for f in fields(ModelConfig)}
+    given = {name: value for name, value in flags.items() if name in own}
+    if path.suffix != ".safetensors":
+        given["image_size"] = model.model_config.image_size
+    return load_classifier(
+        path, given=given, device=runtime.device, kernels=runtime.kernels, memory_format=runtime.memory_format
+    )
+
+
 def load_with_flags(path: Path, flags: Flags, preset: str | None = None, **where: Any) -> "Checkpoint":
     """Load the checkpoint at ``path``; ValueError if a model or diffusion flag contradicts it.
 
@@ -64,7 +77,7 @@ def _whole(preset: str | None) -> Flags:
     return {**known.config(DiffusionConfig).to_dict(), **with_multipliers(known.config(ModelConfig)).to_dict()}
 
 
-def young_average(loaded: "Checkpoint") -> str:
+def young_average(loaded: "Checkpoint | ClassifierCheckpoint") -> str:
     """A warning if an EMA without warm-up still consists of more than 1% initial weights; else empty."""
     rate, updates = loaded.metadata.get("ema_rate", 0.0), loaded.metadata.get("ema_updates", 0)
     share = 0.0 if loaded.metadata.get("ema_warmup", True) else rate**updates

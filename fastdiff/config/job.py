@@ -23,6 +23,8 @@ from fastdiff.config.choices import (
 class DiffusionConfig(Config):
     """The diffusion process: noise schedule, what the model predicts, and the loss."""
 
+    panel = "Diffusion process"
+
     diffusion_steps: int = option(1000, "Timesteps of the process.")
     noise_schedule: NoiseSchedule = option(NoiseSchedule.LINEAR, "Noise schedule: how the betas grow over time.")
     timestep_respacing: str = option("", "Use fewer timesteps: a count (250), counts per section (10,15,20) or ddimN.")
@@ -46,7 +48,13 @@ class DiffusionConfig(Config):
 class DataConfig(Config):
     """A folder of images and how it is read."""
 
-    data_dir: str = option("", "Folder of images, including sub-folders, or a .zip or .npz of images.", path=True)
+    panel = "Data"
+
+    data_dir: str = option(
+        "",
+        "Folder of images, including sub-folders, or a .zip or .npz of images. Required, unless --resume.",
+        path=True,
+    )
     labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
     flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
     strict: bool = option(False, "Refuse a folder with unreadable images instead of skipping them.")
@@ -57,6 +65,8 @@ class DataConfig(Config):
 @dataclass(frozen=True)
 class TrainConfig(Config):
     """The settings of training. A step is one update of the weights."""
+
+    panel = "Training"
 
     steps: int = option(200_000, "Total number of updates; if not given, --lr-anneal-steps sets it.")
     batch_size: int = option(16, "Images per update, over all processes.")
@@ -81,13 +91,17 @@ class TrainConfig(Config):
         0.0, "fp16: increase log2 of the loss scale by this every update, starting at 20; 0 uses PyTorch's rule."
     )
     seed: int = option(0, "Seed of the initial weights, the image order and the noise.")
-    log_interval: int = option(10, "Updates between log lines.")
-    save_interval: int = option(10_000, "Updates between checkpoints; the last update is always saved.")
-    keep_last: int = option(0, "Keep only this many of the newest checkpoints; 0 keeps all.")
-    keep_every: int = option(0, "Never delete checkpoints at multiples of this many updates; 0 protects none.")
-    preview_interval: int = option(1000, "Updates between preview grids; 0 disables them.")
-    tensorboard: bool = option(False, "Also write TensorBoard event files (extra 'tensorboard').")
-    tracker: Tracker = option(Tracker.NONE, "Also send the log to wandb or trackio (extra of the same name).")
+    log_interval: int = option(10, "Updates between log lines.", panel="Output")
+    save_interval: int = option(10_000, "Updates between checkpoints; the last update is always saved.", panel="Output")
+    keep_last: int = option(0, "Keep only this many of the newest checkpoints; 0 keeps all.", panel="Output")
+    keep_every: int = option(
+        0, "Never delete checkpoints at multiples of this many updates; 0 protects none.", panel="Output"
+    )
+    preview_interval: int = option(1000, "Updates between preview grids; 0 disables them.", panel="Output")
+    tensorboard: bool = option(False, "Also write TensorBoard event files (extra 'tensorboard').", panel="Output")
+    tracker: Tracker = option(
+        Tracker.NONE, "Also send the log to wandb or trackio (extra of the same name).", panel="Output"
+    )
     spike_guard: float = option(
         0.0, "Skip an update whose loss exceeds this multiple of the recent mean loss; 0 disables it."
     )
@@ -137,6 +151,8 @@ MOST_SAMPLES = 10**8
 class SampleConfig(Config):
     """How images are sampled from a trained model."""
 
+    panel = "Sampling"
+
     num_samples: int = option(16, "Number of images to sample.")
     batch_size: int = option(16, "Images per batch.")
     sampler: Sampler = option(
@@ -152,13 +168,17 @@ class SampleConfig(Config):
     guidance_scale: float = option(
         1.0, "Classifier-free guidance: above 1, images match their class more (needs --label-dropout; twice the work)."
     )
+    classifier_scale: float = option(
+        1.0, "Classifier guidance: scale of the classifier's gradient; above 1, images match their class more."
+    )
     seed: int = option(0, "Seed of the noise; the same seed gives the same images.")
 
     def check(self) -> None:
         for name in ("num_samples", "batch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
         self.require(self.num_samples <= MOST_SAMPLES, "num_samples", f"at most {MOST_SAMPLES:,}")
-        self.require(0 <= self.guidance_scale <= 1000, "guidance_scale", "between 0 and 1000")
+        for name in ("guidance_scale", "classifier_scale"):
+            self.require(0 <= getattr(self, name) <= 1000, name, "between 0 and 1000")
         self.require(0 <= self.eta <= 1, "eta", "between 0 and 1")
         if self.eta and self.sampler is not Sampler.DDIM:
             raise ValueError(f"eta {self.eta} is the noise of DDIM: use it with sampler ddim, not {self.sampler}")
@@ -177,6 +197,8 @@ class SampleConfig(Config):
 @dataclass(frozen=True)
 class RuntimeConfig(Config):
     """Where and how the model runs. Only the precision affects what it computes."""
+
+    panel = "Machine"
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Precision = option(Precision.AUTO, "Precision of the model; auto is bf16 if the device supports it.")

@@ -1,6 +1,7 @@
 """Sampling from a diffusion process: single steps, and the loops over all timesteps.
 
-Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Lu et al. 2022 (DPM-Solver++), Karras et al. 2022 (Heun).
+Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Dhariwal & Nichol 2021 (guidance), Lu et al. 2022 (DPM-Solver++), Karras
+et al. 2022 (Heun).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from fastdiff.diffusion import samplers
 from fastdiff.diffusion.noise import Philox
-from fastdiff.diffusion.process import Denoised, GaussianProcess, Model, ModelKwargs
+from fastdiff.diffusion.process import Denoised, GaussianProcess, Guidance, Model, ModelKwargs
 from fastdiff.kernels import diffusion_step
 from fastdiff.kernels.diffusion_step.reference import advance
 from fastdiff.kernels.gaussian import Sampler
+from fastdiff.kernels.gaussian.reference import Coefficients, Prediction
+
+Noise = Tensor | Philox | None
 
 
 class GaussianDiffusion(GaussianProcess):
@@ -37,15 +41,23 @@ class GaussianDiffusion(GaussianProcess):
         clip_denoised: bool = True,
         denoised_fn: Denoised = None,
         model_kwargs: ModelKwargs = None,
-        noise: Tensor | Philox | None = None,
+        noise: Noise = None,
         pred_xstart: bool = True,
+        cond_fn: Guidance = None,
     ) -> dict[str, Tensor]:
         """One ancestral step to x_{t-1} (DDPM algorithm 2): a dict with sample and pred_xstart.
 
-        ``noise`` defaults to fresh noise. ``pred_xstart=False`` omits that entry, which saves its memory.
+        ``noise`` defaults to fresh noise. ``pred_xstart=False`` omits that entry, which saves its memory. ``cond_fn``
+        shifts the mean by variance times its gradient (Dhariwal & Nichol 2021, algorithm 1).
         """
         output = self.model_output(model, x, t, model_kwargs)
-        return self._update(Sampler.DDPM, x, t, output, clip_denoised, denoised_fn, 0.0, noise, pred_xstart)
+        if cond_fn is None and denoised_fn is None:
+            return self._fused(Sampler.DDPM, x, t, output, clip_denoised, 0.0, noise, pred_xstart)
+        at = self._coefficients(x, t)
+        p = self._predict(x, output, at, clip_denoised, denoised_fn)
+        if cond_fn is not None:
+            p = p._replace(mean=p.mean + p.variance * self._gradient(cond_fn, x, t, model_kwargs))
+        return self._advanced(Sampler.DDPM, p, x, t, at, 0.0, noise)
 
     def ddim_sample(
         self,
@@ -56,37 +68,58 @@ class GaussianDiffusion(GaussianProcess):
         denoised_fn: Denoised = None,
         model_kwargs: ModelKwargs = None,
         eta: float = 0.0,
-        noise: Tensor | Philox | None = None,
+        noise: Noise = None,
         pred_xstart: bool = True,
+        cond_fn: Guidance = None,
     ) -> dict[str, Tensor]:
         """One DDIM step to x_{t-1} (Song et al. 2021, equation 12): a dict like p_sample's.
 
-        ``eta`` 0 is deterministic, 1 has the ancestral step's noise.
+        ``eta`` 0 is deterministic, 1 has the ancestral step's noise. ``cond_fn`` guides by the score (Dhariwal & Nichol
+        2021, algorithm 2).
         """
         output = self.model_output(model, x, t, model_kwargs)
-        return self._update(Sampler.DDIM, x, t, output, clip_denoised, denoised_fn, eta, noise, pred_xstart)
+        if cond_fn is None and denoised_fn is None:
+            return self._fused(Sampler.DDIM, x, t, output, clip_denoised, eta, noise, pred_xstart)
+        at = self._coefficients(x, t)
+        p = self._predict(x, output, at, clip_denoised, denoised_fn)
+        p = p._replace(pred_xstart=self._guided_xstart(p.pred_xstart, cond_fn, x, t, model_kwargs))
+        return self._advanced(Sampler.DDIM, p, x, t, at, eta, noise)
 
-    def _update(
+    def _gradient(self, cond_fn: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> Tensor:
+        return cond_fn(x, self.model_timesteps(t), **(model_kwargs or {})).to(x.dtype)
+
+    def _guided_xstart(
+        self, x_start: Tensor, cond_fn: Guidance, x: Tensor, t: Tensor, model_kwargs: ModelKwargs
+    ) -> Tensor:
+        """The x_0 that eps - sqrt(1 - alpha_bar) gradient implies (Dhariwal & Nichol 2021, equation 14)."""
+        if cond_fn is None:
+            return x_start
+        alpha_bar = self.table("alphas_cumprod", t, x)
+        return x_start + (1 - alpha_bar) / alpha_bar.sqrt() * self._gradient(cond_fn, x, t, model_kwargs)
+
+    def _advanced(
+        self, sampler: Sampler, p: Prediction, x: Tensor, t: Tensor, at: Coefficients, eta: float, noise: Noise
+    ) -> dict[str, Tensor]:
+        """A step from a prediction that a function of the caller's has changed, which no kernel can call."""
+        if isinstance(noise, Philox):
+            noise = noise.of_update(self.num_timesteps - t, x.shape)
+        elif noise is None and (sampler is Sampler.DDPM or eta):
+            noise = torch.randn_like(x)
+        return {"sample": advance(p, x, t, at, sampler, eta, noise), "pred_xstart": p.pred_xstart}
+
+    def _fused(
         self,
         sampler: Sampler,
         x: Tensor,
         t: Tensor,
         output: Tensor,
         clip_denoised: bool,
-        denoised_fn: Denoised,
         eta: float,
-        noise: Tensor | Philox | None,
+        noise: Noise,
         pred_xstart: bool,
     ) -> dict[str, Tensor]:
         if noise is None and (sampler is Sampler.DDPM or eta):
             noise = torch.randn_like(x)
-        if denoised_fn is not None:
-            # a kernel cannot call the caller's function
-            at = self._coefficients(x, t)
-            p = self._predict(x, output, at, clip_denoised, denoised_fn)
-            given = noise.of_update(self.num_timesteps - t, x.shape) if isinstance(noise, Philox) else noise
-            sample = advance(p, x, t, at, sampler, eta, given)
-            return {"sample": sample, "pred_xstart": p.pred_xstart}
         philox = noise if isinstance(noise, Philox) else None
         step = diffusion_step(
             x,
@@ -117,12 +150,13 @@ class GaussianDiffusion(GaussianProcess):
         model_kwargs: ModelKwargs = None,
         previous: Tensor | None = None,
         sde: bool = False,
-        noise: Tensor | Philox | None = None,
+        noise: Noise = None,
+        cond_fn: Guidance = None,
     ) -> dict[str, Tensor]:
         """One step of DPM-Solver++(2M), or with ``sde`` of its SDE variant, to x_{t-1}: a dict like p_sample's.
 
         ``previous`` is the previous step's pred_xstart; without it the step is first order: DDIM, with eta 1 for the
-        SDE. The SDE's ``noise`` defaults to fresh noise.
+        SDE. The SDE's ``noise`` defaults to fresh noise. ``cond_fn`` guides by the score, as in ddim_sample.
         """
         table = self.cached(
             "sde-dpm-solver++" if sde else "dpm-solver++",
@@ -136,7 +170,7 @@ class GaussianDiffusion(GaussianProcess):
                 return noise.of_update(self.num_timesteps - t, x.shape)
             return torch.randn_like(x) if noise is None else noise
 
-        predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs)
+        predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs, cond_fn)
         return samplers.dpm_solver_step(predict, table, x, t, previous, draw if sde else None)
 
     def heun_sample(
@@ -148,22 +182,27 @@ class GaussianDiffusion(GaussianProcess):
         denoised_fn: Denoised = None,
         model_kwargs: ModelKwargs = None,
         last: bool = False,
+        cond_fn: Guidance = None,
     ) -> dict[str, Tensor]:
-        """One step of Heun's method to x_{t-1}, two model calls: a dict like p_sample's. ``last`` means that t is 0."""
+        """One step of Heun's method to x_{t-1}, two model calls: a dict like p_sample's. ``last`` means that t is 0.
+
+        ``cond_fn`` guides both by the score, as in ddim_sample.
+        """
         table = self.cached(
             "heun",
             x.device,
             x.dtype,
             lambda: samplers.heun_coefficients(self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod),
         )
-        predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs)
+        predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs, cond_fn)
         return samplers.heun_step(predict, table, x, t, last)
 
     def _predictor(
-        self, model: Model, clip: bool, denoised_fn: Denoised, model_kwargs: ModelKwargs
+        self, model: Model, clip: bool, denoised_fn: Denoised, model_kwargs: ModelKwargs, cond_fn: Guidance
     ) -> samplers.PredictXstart:
         def predict_xstart(x: Tensor, t: Tensor) -> Tensor:
-            return self.p_mean_variance(model, x, t, clip, denoised_fn, model_kwargs)["pred_xstart"]
+            x_start = self.p_mean_variance(model, x, t, clip, denoised_fn, model_kwargs)["pred_xstart"]
+            return self._guided_xstart(x_start, cond_fn, x, t, model_kwargs)
 
         return predict_xstart
 
@@ -212,9 +251,9 @@ class GaussianDiffusion(GaussianProcess):
         """Yield each ancestral step's dict (sample, pred_xstart), t = T-1 first.
 
         Keywords: ``noise`` is x_T (default: fresh), ``step_noise`` one tensor per step in the order of the steps, as a
-        stacked tensor or any iterable (default: fresh), ``clip_denoised``, ``denoised_fn``, ``model_kwargs``, and
-        ``device`` (default: the noise's, else the model's parameters'). Either noise may be a ``Philox``, which is
-        generated where it is used. ``pred_xstart=False`` omits the predicted x_0.
+        stacked tensor or any iterable (default: fresh), ``clip_denoised``, ``denoised_fn``, ``cond_fn``,
+        ``model_kwargs``, and ``device`` (default: the noise's, else the model's parameters'). Either noise may be a
+        ``Philox``, which is generated where it is used. ``pred_xstart=False`` omits the predicted x_0.
         """
         return self._loop(self.p_sample, model, shape, **kwargs)
 

@@ -23,6 +23,9 @@ from fastdiff.kernels.gaussian.reference import Coefficients, Prediction, coeffi
 Model = Callable[..., Tensor]
 ModelKwargs = Mapping[str, Any] | None
 Denoised = Callable[[Tensor], Tensor] | None
+Guidance = Callable[..., Tensor] | None
+"""``cond_fn(x, timesteps, **model_kwargs)``: the gradient on x_t of log p(y | x_t), of x's shape, at the timesteps that
+the model receives."""
 
 
 class GaussianProcess(Tables):

@@ -1,7 +1,7 @@
 """Draws images from a trained model: loops over batches, resumable jobs, and their output files."""
 
 from fastdiff.sampling.api import sample
-from fastdiff.sampling.classes import split_classes
+from fastdiff.sampling.classes import Classes, split_classes
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.files import SampleFiles
 from fastdiff.sampling.job import Job, settings_of
@@ -10,6 +10,7 @@ from fastdiff.sampling.output import save_grid, save_npz
 from fastdiff.sampling.plan import Plan, slerp
 
 __all__ = [
+    "Classes",
     "Engine",
     "Job",
     "Loop",

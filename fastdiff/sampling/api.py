@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from fastdiff.checkpoint import (
+    Checkpoint,
+    ClassifierCheckpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_classifier,
+)
 from fastdiff.config import RuntimeConfig, SampleConfig
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.loop import Int64Array
@@ -30,6 +36,7 @@ def sample(
     ema_rate: float | None = None,
     base_samples: str | os.PathLike[str] | None = None,
     super_res: Source | None = None,
+    classifier: str | os.PathLike[str] | ClassifierCheckpoint | None = None,
     interpolate: tuple[str | int, str | int] | None = None,
     **settings: Any,
 ) -> Uint8Array:
@@ -39,7 +46,9 @@ def sample(
     images are numbered 0 to num_samples - 1 (by default 16, or the number of base samples); ``indices`` draws other
     numbers instead. An image depends only on the seed and its number. ``classes`` are class names or indices, drawn in
     turn. ``base_samples`` is an npz or a folder of images for a super-resolution model to enlarge. ``super_res`` is a
-    super-resolution checkpoint that enlarges the images of this one. ``interpolate`` is a pair of seeds or image files.
+    super-resolution checkpoint that enlarges the images of this one. ``classifier`` is a classifier's checkpoint or run
+    that guides this one by ``classifier_scale``; an unconditional model then draws the classifier's classes.
+    ``interpolate`` is a pair of seeds or image files.
     ``settings`` are the fields of SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of
     RuntimeConfig (device, precision, compile, ...).
 
@@ -58,6 +67,7 @@ def sample(
         _loaded(checkpoint, runtime, ema_rate),
         config,
         super_res=None if super_res is None else _loaded(super_res, runtime, None),
+        classifier=None if classifier is None else _loaded_classifier(classifier, runtime),
         base_samples=None if base_samples is None else Path(base_samples),
         ends=None if interpolate is None else (str(interpolate[0]), str(interpolate[1])),
         classes=[classes] if isinstance(classes, (str, int, np.integer)) else list(classes),
@@ -74,6 +84,12 @@ def _numbers(indices: NDArray[Any]) -> Int64Array:
     if indices.min() < 0 or indices.max() >= 2**63:
         raise ValueError("indices must be at least 0 and below 2^63")
     return indices.astype(np.int64)
+
+
+def _loaded_classifier(source: str | os.PathLike[str] | ClassifierCheckpoint, runtime: Runtime) -> ClassifierCheckpoint:
+    if isinstance(source, ClassifierCheckpoint):
+        return replace(source, model=deepcopy(source.model).to(runtime.device).lay_out(runtime.memory_format))
+    return load_classifier(source, device=runtime.device, kernels=runtime.kernels, memory_format=runtime.memory_format)
 
 
 def _loaded(source: Source | None, runtime: Runtime, ema_rate: float | None) -> Checkpoint:

@@ -2,13 +2,15 @@
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdiff.checkpoint import Checkpoint
+from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
 from fastdiff.config import ClassMix
 from fastdiff.data.classes import completed, composed
 from fastdiff.kernels import philox_uint32
@@ -17,58 +19,76 @@ CLASS_STREAM = 0xFFFFFFFF
 """The Philox step reserved for classes; a sampling loop counts its steps from 0."""
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The classes to draw: those of a model or, if it is unconditional, of the classifier that guides it.
+
+    ``names`` has a name for every class, its number if it has no other; ``named`` are the given ones. ``counts`` are
+    the training images of each class, or empty.
+    """
+
+    names: tuple[str, ...]
+    named: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, classifier: ClassifierCheckpoint | None = None) -> Self | None:
+        """The classes of a checkpoint, of its classifier, or None."""
+        config, names = checkpoint.model_config, checkpoint.class_names
+        if classifier is not None:
+            names = names or classifier.class_names
+        elif not config.class_cond:
+            return None
+        count = classifier.config.num_classes if classifier is not None else config.num_classes
+        metadata = checkpoint.metadata if config.class_cond or classifier is None else classifier.metadata
+        return cls(completed(names, count), names, tuple(metadata.get("class_counts", ())))
+
+    def number(self, wanted: str | int) -> int:
+        """The index of a class given by its name or, unless some class has a number as its name, by its index."""
+        text = composed(str(wanted))
+        if text in self.names:
+            return self.names.index(text)
+        count, called = len(self.names), self.named
+        if text.isdecimal() and len(text) < 10 and int(text) < count and not any(name.isdecimal() for name in called):
+            return int(text)
+        near = difflib.get_close_matches(text, called, n=3, cutoff=0.4) or called[:10]
+        known = f"; there are {', '.join(near)}{' and more' if len(called) > len(near) else ''}" if called else ""
+        raise ValueError(f"class {text!r} is none of the model's {count} classes{known}")
+
+
 def labels_of(
-    checkpoint: Checkpoint,
+    known: Classes | None,
     indices: NDArray[np.int64],
     classes: Sequence[str | int] = (),
     mix: ClassMix = ClassMix.BALANCED,
     seed: int = 0,
 ) -> NDArray[np.int64] | None:
-    """The class indices (N,) of the images ``indices`` (N,); None for an unconditional model.
+    """The class indices (N,) of the images ``indices`` (N,); None if no classes are ``known``.
 
-    ``classes`` are taken in turn, each a name or, unless some class has a number as its name, an index. Without them
-    all classes are taken in turn, or drawn with the frequencies stored in the checkpoint if ``mix`` is data. ValueError
-    if a class is unknown, the model is unconditional, or the checkpoint stores no frequencies.
+    ``classes`` are taken in turn, as Classes.number reads them. Without them all classes are taken in turn, or drawn
+    with the frequencies stored in the checkpoint if ``mix`` is data. ValueError if a class is unknown, there are no
+    classes, or the checkpoint stores no frequencies.
     """
-    config = checkpoint.model_config
-    if not config.class_cond:
+    if known is None:
         if classes:
-            raise ValueError(f"class {classes[0]}: this model was trained without classes (class_cond)")
+            raise ValueError(
+                f"class {classes[0]}: this model was trained without classes (class_cond); a classifier can guide it "
+                "(--classifier)"
+            )
         return None
     if classes:
-        return np.array([_number(checkpoint, wanted) for wanted in classes])[indices % len(classes)]
+        return np.array([known.number(wanted) for wanted in classes])[indices % len(classes)]
     if mix is ClassMix.BALANCED:
-        return indices % config.num_classes
-    counts = checkpoint.metadata.get("class_counts")
-    if not counts:
+        return indices % len(known.names)
+    if not known.counts:
         raise ValueError(
             "class_mix data: the checkpoint does not say how many images of a class it was trained on; leave it out"
         )
     words = philox_uint32(seed, torch.from_numpy(indices), CLASS_STREAM, 1)[:, 0].numpy()
     # in integers: no rounding can exceed the last class
-    return np.searchsorted(list(accumulate(counts)), (words * sum(counts)) >> 32, side="right")
-
-
-def _number(checkpoint: Checkpoint, wanted: str | int) -> int:
-    names, count = checkpoint.class_names, checkpoint.model_config.num_classes
-    text, called = composed(str(wanted)), names_of(checkpoint)
-    if text in called:
-        return called.index(text)
-    if text.isdecimal() and len(text) < 10 and int(text) < count and not any(name.isdecimal() for name in names):
-        return int(text)
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.4) or names[:10]
-    known = f"; there are {', '.join(near)}{' and more' if len(names) > len(near) else ''}" if names else ""
-    raise ValueError(f"class {text!r} is none of the model's {count} classes{known}")
+    return np.searchsorted(list(accumulate(known.counts)), (words * sum(known.counts)) >> 32, side="right")
 
 
 def split_classes(text: str, names: Sequence[str]) -> tuple[str, ...]:
     """Split "cat,dog,7" into its classes; a class name that contains a comma is not split."""
     return (text,) if composed(text) in names else tuple(part.strip() for part in text.split(","))
-
-
-def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The names of the model's classes, or their numbers if they have none; () for an unconditional model."""
-    config = checkpoint.model_config
-    if not config.class_cond:
-        return ()
-    return completed(checkpoint.class_names, config.num_classes)

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoint import Checkpoint
+from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
 from fastdiff.config import SampleConfig, Sampler
 from fastdiff.data import normalised, to_uint8
 from fastdiff.diffusion import Philox, build_diffusion
+from fastdiff.models import Classifier
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import BaseSamples
-from fastdiff.sampling.loop import Int64Array, OfImages, StopSampling, batch_slices, generate, guided
+from fastdiff.sampling.guidance import class_gradient, guided, without_class
+from fastdiff.sampling.loop import Int64Array, OfImages, StopSampling, batch_slices, generate
 from fastdiff.sampling.output import Uint8Array
 
 SUPER_RES_KEY = 0x9E3779B97F4A7C15
@@ -27,8 +29,9 @@ class Engine:
 
     ``images`` is the number of images to expect, which decides whether compilation pays. ``base`` supplies the inputs
     of a super-resolution model: small images, or the engine that draws them (a cascade: Nichol & Dhariwal 2021,
-    section 4), whose class labels ``upper_labels`` maps to this model's. The attribute ``start``, set after encoding
-    with the engine, supplies x_T if it is not noise. The engine takes ownership of the checkpoint's model and casts its
+    section 4), whose class labels ``upper_labels`` maps to this model's. ``classifier`` guides the sampling by
+    ``config.classifier_scale``. The attribute ``start``, set after encoding
+    with the engine, supplies x_T if it is not noise. The engine takes ownership of the models and casts their
     weights. ValueError if ``config`` asks for timesteps that the diffusion process does not have.
     """
 
@@ -41,6 +44,7 @@ class Engine:
         *,
         base: "BaseSamples | Engine | None" = None,
         upper_labels: Callable[[Int64Array], Int64Array] | None = None,
+        classifier: ClassifierCheckpoint | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.runtime = runtime
@@ -57,6 +61,12 @@ class Engine:
         self.calls = 2 * calls if config.sampler is Sampler.HEUN else calls
         self._module = runtime.cast(checkpoint.model.eval())
         self._model = runtime.prepare(self._module, self.calls)
+        self._classifier: Classifier | None = None
+        if classifier is not None and config.classifier_scale:
+            # no gradient of its weights is wanted, nor the memory that one would take
+            self._classifier = runtime.cast(classifier.model.eval().requires_grad_(False))
+            self._logits = runtime.prepare(self._classifier, self.calls)
+        self._labelled = checkpoint.model_config.class_cond or classifier is not None
 
     @property
     def steps(self) -> int:
@@ -75,12 +85,11 @@ class Engine:
             low_res = partial(_next_of, self.base.draw(indices, labels, on_step))  # split into the same batches
         elif self.base is not None:
             low_res = self._given
-        return generate(
-            self._model, self.diffusion, self.config, **self._inputs(indices, labels, low_res), on_step=on_step
-        )
+        inputs = self._inputs(indices, labels, low_res, self._logits if self._classifier is not None else None)
+        return generate(self._without_class(self._model), self.diffusion, self.config, **inputs, on_step=on_step)
 
-    def trajectory(self, index: int, label: int | None, most: int) -> Uint8Array:
-        """At most ``most`` evenly spread frames uint8 (F, H, W, 3) of the image ``index`` from x_T to x_0."""
+    def trajectories(self, indices: Int64Array, labels: Int64Array | None, most: int) -> Uint8Array:
+        """The images ``indices`` (N,) from x_T to x_0, at most ``most`` evenly spread frames: uint8 (N, F, H, W, 3)."""
         steps = self.diffusion.num_timesteps
         chosen = np.linspace(steps, 0, min(steps + 1, most)).round().astype(int).tolist()
         frames: list[Uint8Array] = []
@@ -89,21 +98,35 @@ class Engine:
         def watch(x: Tensor) -> None:
             nonlocal seen
             if seen in chosen:
-                frames.append(to_uint8(x)[0].cpu().numpy())
+                frames.append(to_uint8(x).cpu().numpy())
             seen += 1
 
         low_res: OfImages | None = self._given if self.base is not None else None
         if isinstance(self.base, Engine):
-            small = normalised(torch.from_numpy(self.base.trajectory(index, label, 1)))
+            small = normalised(torch.from_numpy(self.base.trajectories(indices, labels, 1)[:, -1]))
             low_res = lambda _: small  # noqa: E731
-        inputs = self._inputs(np.array([index]), None if label is None else np.array([label]), low_res)
-        model = self.runtime.eager(self._module)  # a batch of one would be compiled again
-        for _ in generate(model, self.diffusion, self.config, **inputs, watch=watch):
+        # another batch size would be compiled again
+        model, classifier = self.runtime.eager(self._module), self._classifier
+        logits = None if classifier is None else self.runtime.eager(classifier)
+        config = replace(self.config, batch_size=len(indices))
+        inputs = self._inputs(indices, labels, low_res, logits)
+        for _ in generate(self._without_class(model), self.diffusion, config, **inputs, watch=watch):
             pass
-        return np.stack(frames)
+        return np.stack(frames, axis=1)
 
-    def _inputs(self, indices: Int64Array, labels: Int64Array | None, low_res: OfImages | None) -> dict[str, Any]:
-        """The arguments of ``generate`` that follow from the model and the images."""
+    def _without_class(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The model as ``generate`` calls it: an unconditional one gets no class, which only its classifier uses."""
+        conditional = self.checkpoint.model_config.class_cond or not self._labelled
+        return model if conditional else without_class(model)
+
+    def _inputs(
+        self,
+        indices: Int64Array,
+        labels: Int64Array | None,
+        low_res: OfImages | None,
+        logits: Callable[..., Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of ``generate`` that follow from the models and the images."""
         config = self.checkpoint.model_config
         if labels is not None and self.upper_labels is not None:
             labels = self.upper_labels(labels)
@@ -111,8 +134,9 @@ class Engine:
             "image_size": config.image_size,
             "device": self.runtime.device,
             "indices": indices,
-            "labels": labels if config.class_cond else None,
+            "labels": labels if self._labelled else None,
             "low_res": low_res,
+            "cond_fn": None if logits is None else class_gradient(logits, self.config.classifier_scale),
             "start": self.start,
             "graphs": True,
         }

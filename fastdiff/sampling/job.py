@@ -1,6 +1,7 @@
 """A sampling job: draws images into files, with one process or many, and resumes if it was interrupted."""
 
 import hashlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +18,10 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.words import duration
-from fastdiff.sampling.classes import names_of
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.files import FRAMES, SampleFiles, png_names
 from fastdiff.sampling.loop import Int64Array, StopSampling
-from fastdiff.sampling.output import save_grid, save_trajectory
+from fastdiff.sampling.output import save_grid, save_trajectories
 from fastdiff.sampling.plan import Plan
 
 MOST_COLUMNS = 16
@@ -51,7 +51,7 @@ class Job:
         self.plan = plan
         self.indices = indices
         self.labels = plan.labels(indices)
-        self.class_names = names_of(plan.checkpoint)
+        self.class_names = plan.known.names if plan.known is not None else ()
         if files.png_dir is not None:
             # refuses names that are too long for a file
             png_names(indices[:1], None if self.labels is None else self.labels[:1], self.class_names)
@@ -184,7 +184,7 @@ class Job:
             names = [self.class_names[label] for label in shown]
             in_turn = len(np.unique(shown))
             if 1 < in_turn <= MOST_COLUMNS and np.array_equal(shown[in_turn:], shown[:-in_turn]):
-                columns = in_turn
+                columns = in_turn * max(1, round(math.sqrt(len(shown)) / in_turn))  # one class per column, near square
         if self.plan.ends is not None:
             columns = min(len(first), MOST_COLUMNS)  # from one endpoint to the other
         save_grid(files.grid, first, columns, names)
@@ -192,10 +192,10 @@ class Job:
         if files.png_dir is not None:
             log(f"wrote {len(self.indices)} PNG files in {files.png_dir}")
         if files.trajectory is not None:
-            label = None if labels is None else int(labels[0])
-            most = FRAMES[files.trajectory.suffix]
-            save_trajectory(files.trajectory, engine.trajectory(int(self.indices[0]), label, most))
-            log(f"wrote {files.trajectory}, the steps of image {self.indices[0]}")
+            chosen, most = slice(files.trajectory_images), FRAMES[files.trajectory.suffix]
+            frames = engine.trajectories(self.indices[chosen], None if labels is None else labels[chosen], most)
+            save_trajectories(files.trajectory, frames)
+            log(f"wrote {files.trajectory}, the steps of image {', '.join(map(str, self.indices[chosen]))}")
 
 
 def _difference(found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
@@ -216,6 +216,7 @@ def settings_of(
     indices: Int64Array,
     runtime: Runtime,
     model: Path,
+    classifier: Path | None = None,
     super_res: Path | None = None,
     base_samples: Path | None = None,
 ) -> dict[str, Any]:
@@ -229,6 +230,11 @@ def settings_of(
     settings["class"] = ",".join(map(str, plan.classes)) or None
     settings["precision"] = str(runtime.precision)
     settings["model"] = _described(model, plan.checkpoint)
+    if classifier is None or plan.classifier is None:
+        del settings["classifier_scale"]
+    else:
+        about = {"file": classifier.name, "step": plan.classifier.step, "sha256": sha256(classifier)}
+        settings["classifier"] = {**about, **plan.classifier.config.to_dict()}
     if super_res is not None and plan.super_res is not None:
         settings["super_res"] = _described(super_res, plan.super_res)
     if base_samples is not None:

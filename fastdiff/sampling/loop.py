@@ -17,7 +17,8 @@ from torch import Tensor
 from fastdiff.config import SampleConfig, Sampler
 from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox
-from fastdiff.models import NULL_CLASS
+from fastdiff.diffusion.process import Guidance
+from fastdiff.sampling.guidance import guided
 from fastdiff.sampling.output import Uint8Array
 
 _MULTISTEP = (Sampler.DPM, Sampler.DPM_SDE)
@@ -42,6 +43,7 @@ def generate(
     labels: Int64Array | None = None,
     low_res: OfImages | None = None,
     start: OfImages | None = None,
+    cond_fn: Guidance = None,
     on_step: Callable[[int], None] | None = None,
     watch: Callable[[Tensor], None] | None = None,
     graphs: bool = False,
@@ -50,7 +52,8 @@ def generate(
 
     ``indices`` (num_samples,) are the image numbers, by default 0, 1, 2, ... ``labels`` (num_samples,) are the class
     labels for a class-conditional model. ``low_res`` gives the inputs (n, 3, h, w) in [-1, 1] of a super-resolution
-    model, and ``start`` gives x_T (n, 3, H, W) if it is not noise. ``on_step`` is called after each step with the
+    model, and ``start`` gives x_T (n, 3, H, W) if it is not noise. ``cond_fn`` guides every step (GaussianDiffusion's
+    argument), with the labels as ``y``. ``on_step`` is called after each step with the
     number of images that took it. It may raise StopSampling to end the sampling; finished batches are still yielded.
     ``watch`` is called with x_T and every later x_t, a buffer that the next step overwrites. With ``graphs`` a step is
     one CUDA graph on a GPU.
@@ -63,7 +66,7 @@ def generate(
     numbers = np.arange(config.num_samples) if indices is None else indices
     if config.guidance_scale != 1 and labels is not None:
         model = guided(model, config.guidance_scale)
-    loop = Loop(model, diffusion, config, graphs=graphs)
+    loop = Loop(model, diffusion, config, cond_fn=cond_fn, graphs=graphs)
     parts = batch_slices(len(numbers), config.batch_size)
     size = parts[0].stop
     steps = _Steps(on_step or (lambda images: None), device)
@@ -105,26 +108,6 @@ def generate(
         yield leaving.popleft().arrived(steps)
 
 
-def guided(model: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
-    """Classifier-free guidance (Ho & Salimans 2022): u + ``scale`` (c - u), c predicted with the class, u without it.
-
-    Scale 1 is the model itself, scale 0 the unconditional model. One call on twice the batch computes both predictions;
-    a learned variance is taken from the one with the class. This is equation 6 of the paper with w = scale - 1. It also
-    holds for a prediction of x_0 or of the mean, since each is a linear function of the noise at a given x_t.
-    """
-
-    def predict(x: Tensor, timesteps: Tensor, y: Tensor, **conditions: Any) -> Tensor:
-        doubled = {name: torch.cat([value, value]) for name, value in conditions.items()}
-        classes = torch.cat([y, torch.full_like(y, NULL_CLASS)])
-        output = model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), y=classes, **doubled)
-        with_class, without = output.chunk(2)
-        channels = x.shape[1]
-        mean = torch.lerp(without[:, :channels], with_class[:, :channels], scale)
-        return torch.cat([mean, with_class[:, channels:]], dim=1)
-
-    return predict
-
-
 @dataclass(frozen=True)
 class _Buffers:
     """The buffers of a step: x_t, t, the previous step's prediction of x_0, the noise, the model's conditions."""
@@ -145,12 +128,19 @@ class Loop:
     """
 
     def __init__(
-        self, model: Callable[..., Tensor], diffusion: GaussianDiffusion, config: SampleConfig, *, graphs: bool = True
+        self,
+        model: Callable[..., Tensor],
+        diffusion: GaussianDiffusion,
+        config: SampleConfig,
+        *,
+        cond_fn: Guidance = None,
+        graphs: bool = True,
     ) -> None:
         self.left = 0
         self._graphs_wanted = graphs
         self._capturing = False
         self._model = model
+        self._cond_fn = cond_fn
         self._diffusion = diffusion
         self._config = config
         self._buffers: _Buffers | None = None
@@ -198,7 +188,11 @@ class Loop:
         x, t, noise = held.x, held.t, held.noise
         if isinstance(noise, Tensor):
             noise = noise.index_select(0, process.num_timesteps - 1 - t[:1])[0]
-        options: dict[str, Any] = {"clip_denoised": config.clip_denoised, "model_kwargs": held.conditions}
+        options: dict[str, Any] = {
+            "clip_denoised": config.clip_denoised,
+            "model_kwargs": held.conditions,
+            "cond_fn": self._cond_fn,
+        }
         match config.sampler:
             case Sampler.DDPM:
                 out = process.p_sample(model, x, t, noise=noise, pred_xstart=False, **options)

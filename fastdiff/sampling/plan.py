@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -10,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.checkpoint import Checkpoint
+from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
 from fastdiff.config import ClassMix, SampleConfig
 from fastdiff.data import load
 from fastdiff.data.classes import renumbered
 from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.words import printable
 from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
-from fastdiff.sampling.classes import labels_of, names_of
+from fastdiff.sampling.classes import Classes, labels_of
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.loop import Int64Array, OfImages, to_device
 
@@ -25,6 +27,7 @@ from fastdiff.sampling.loop import Int64Array, OfImages, to_device
 class Plan:
     """Defines the images of the numbers 0, 1, 2, ...
 
+    ``classifier`` guides ``checkpoint``, which may be unconditional: then the images have the classifier's classes.
     ``super_res`` enlarges the images of ``checkpoint``; ``base`` holds the images that a super-resolution checkpoint
     enlarges; ``ends`` are two seeds or image files to interpolate between. ``classes`` (names or indices) are drawn in
     turn; without them ``config.class_mix`` decides. ValueError if these are incompatible.
@@ -32,6 +35,7 @@ class Plan:
 
     checkpoint: Checkpoint
     config: SampleConfig
+    classifier: ClassifierCheckpoint | None = None
     super_res: Checkpoint | None = None
     base: BaseSamples | None = None
     ends: tuple[str, str] | None = None
@@ -48,6 +52,7 @@ class Plan:
         super_res: Checkpoint | None,
         ends: tuple[str, str] | None,
         classes: Sequence[str | int],
+        classifier: ClassifierCheckpoint | None = None,
     ) -> Self:
         """Create a plan: load the base samples and, unless ``num_samples`` is given, draw one image for each."""
         base = None
@@ -60,9 +65,13 @@ class Plan:
             num_samples = len(base) if num_samples is None else num_samples
         if num_samples is not None:
             config = replace(config, num_samples=num_samples)
-        return cls(checkpoint, config, super_res, base, ends, classes)
+        return cls(checkpoint, config, classifier, super_res, base, ends, classes)
 
     def __post_init__(self) -> None:
+        if self.classifier is not None:
+            _refuse_classifier(self.checkpoint, self.classifier)
+        elif self.config.classifier_scale != 1:
+            raise ValueError(f"classifier_scale {self.config.classifier_scale:g}: name the classifier (--classifier)")
         enlarges = self.checkpoint.model_config.small_size
         if enlarges and self.base is None:
             raise ValueError(
@@ -73,7 +82,7 @@ class Plan:
         if self.base is not None and self.super_res is not None:
             raise ValueError("super_res: not after base_samples; enlarge the images again with a second command")
         if self.super_res is not None:
-            _refuse_unlike(self.checkpoint, self.super_res)
+            _refuse_unlike(self.checkpoint, self.super_res, self.known is not None)
         if self.base is not None and self.classes:
             raise ValueError(f"class {self.classes[0]}: the images have the classes of the base samples")
         if self.ends is not None:
@@ -85,7 +94,7 @@ class Plan:
         reasons = {
             "class already selects the classes": bool(self.classes),
             "the base samples have their own classes": self.base is not None,
-            "this model was trained without classes": not self.checkpoint.model_config.class_cond,
+            "this model was trained without classes": self.known is None,
         }
         for reason, holds in reasons.items():
             if holds:
@@ -102,8 +111,15 @@ class Plan:
             )
         if self.base is not None or self.super_res is not None:
             raise ValueError("interpolate: not with a super-resolution model; enlarge the images afterwards")
-        if self.checkpoint.model_config.class_cond and len(self.classes) != 1:
+        if self.classifier is not None and not all(end.isdecimal() for end in ends):
+            raise ValueError("interpolate: not between image files with a classifier; use seeds, or leave it out")
+        if self.known is not None and len(self.classes) != 1:
             raise ValueError("interpolate: this model has classes: name the class of these images with --class")
+
+    @property
+    def known(self) -> Classes | None:
+        """The classes that can be drawn, None without classes."""
+        return Classes.of(self.checkpoint, self.classifier)
 
     @property
     def image_size(self) -> int:
@@ -116,14 +132,14 @@ class Plan:
             raise ValueError("indices: not with interpolate, whose images are numbered from one end to the other")
         if self.base is not None:
             return self.base.labels_of(indices)
-        labels = labels_of(self.checkpoint, indices, self.classes, self.config.class_mix, self.config.seed)
+        labels = labels_of(self.known, indices, self.classes, self.config.class_mix, self.config.seed)
         if labels is not None and self.super_res is not None and self.super_res.model_config.class_cond:
             self._upper_labels(labels)  # names a missing class before anything is drawn
         return labels
 
     def engine(self, runtime: Runtime, images: int) -> Engine:
         """An engine that draws ``images`` images of this plan; it takes ownership of the models."""
-        engine = Engine(self.checkpoint, self.config, runtime, images, base=self.base)
+        engine = Engine(self.checkpoint, self.config, runtime, images, base=self.base, classifier=self.classifier)
         if self.ends is not None:
             engine.start = self._between(engine, self.ends)
         if self.super_res is None:
@@ -139,7 +155,8 @@ class Plan:
         assert self.super_res is not None
         names, count = self.super_res.class_names, self.super_res.model_config.num_classes
         remedy = "draw classes that it was trained on (--class)"
-        return renumbered(labels, names_of(self.checkpoint), names, count, "the base", remedy, npz=True)
+        ours = self.known.names if self.known is not None else ()
+        return renumbered(labels, ours, names, count, "the base", remedy, npz=True)
 
     def _between(self, engine: Engine, ends: tuple[str, str]) -> OfImages:
         """x_T of the images 0 to num_samples - 1, interpolated from one endpoint to the other."""
@@ -156,7 +173,7 @@ class Plan:
         if end.isdecimal():
             return engine.noise_of(int(end))
         image = load(end, self.checkpoint.model_config.image_size)
-        labels = labels_of(self.checkpoint, np.zeros(1, dtype=np.int64), self.classes)
+        labels = labels_of(self.known, np.zeros(1, dtype=np.int64), self.classes)
         return engine.encode(image[None], labels)
 
 
@@ -168,7 +185,34 @@ def _refuse_guidance(checkpoint: Checkpoint, config: SampleConfig) -> None:
         raise ValueError(f"{asked} label dropout, so it cannot predict without a class: train with --label-dropout 0.1")
 
 
-def _refuse_unlike(base: Checkpoint, upper: Checkpoint) -> None:
+def _refuse_classifier(checkpoint: Checkpoint, classifier: ClassifierCheckpoint) -> None:
+    """ValueError, naming what differs, if the classifier does not know the images of the model."""
+    model, config = checkpoint.model_config, classifier.config
+    if model.small_size:
+        raise ValueError("classifier: not with a super-resolution model; guide the model that draws the small images")
+    if model.image_size != config.image_size:
+        raise ValueError(
+            f"classifier: it knows images of {config.image_size} pixels, and the model draws {model.image_size}"
+        )
+    if model.class_cond:
+        ours, theirs = checkpoint.class_names, classifier.class_names
+        if model.num_classes != config.num_classes:
+            raise ValueError(f"classifier: it has {config.num_classes} classes, and the model {model.num_classes}")
+        if ours and theirs and ours != theirs:
+            i = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if len(set(pair)) > 1)
+            here, there = (printable(names[i]) if i < len(names) else "absent" for names in (ours, theirs))
+            raise ValueError(f"classifier: its class {i} is {there}, and the model's {here}: train it on the same data")
+    if (process := classifier.diffusion_config) is not None:
+        for name in ("diffusion_steps", "noise_schedule", "rescale_timesteps"):
+            here, there = getattr(checkpoint.diffusion_config, name), getattr(process, name)
+            if here != there and not (name == "rescale_timesteps" and process.diffusion_steps == 1000):
+                raise ValueError(
+                    f"classifier: it was trained with {name} {there}, and the model with {here}: train it with the "
+                    "model's process"
+                )
+
+
+def _refuse_unlike(base: Checkpoint, upper: Checkpoint, classes: bool) -> None:
     small, large = base.model_config, upper.model_config
     if not large.small_size:
         raise ValueError("super_res: this is not a super-resolution model")
@@ -176,7 +220,7 @@ def _refuse_unlike(base: Checkpoint, upper: Checkpoint) -> None:
         raise ValueError(
             f"super_res: the model enlarges images of {large.small_size} pixels, and the base draws {small.image_size}"
         )
-    if large.class_cond and not small.class_cond:
+    if large.class_cond and not classes:
         raise ValueError(f"super_res: the model has {large.num_classes} classes, and the base no classes")
 
 

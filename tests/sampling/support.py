@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff import Checkpoint, DiffusionConfig, ModelConfig, build_model, load_checkpoint, save_checkpoint
+from fastdiff import (
+    Checkpoint,
+    Classifier,
+    ClassifierConfig,
+    DiffusionConfig,
+    ModelConfig,
+    build_classifier,
+    build_model,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fastdiff.config import RuntimeConfig, SampleConfig
 from fastdiff.models import UNet
 from fastdiff.runtime.device import Runtime
@@ -33,6 +43,24 @@ def model_of(config: ModelConfig, seed: int = 0, last: float = 1.0) -> UNet:
         model = randomise(build_model(config).eval())
         for p in model.out.parameters():
             p.mul_(last)
+    return model
+
+
+def classifier_of(classes: int) -> Classifier:
+    """A classifier of 8-pixel images with random weights everywhere, which decides strongly."""
+    config = ClassifierConfig(
+        image_size=8,
+        classifier_width=64,
+        classifier_depth=1,
+        channel_mult=(1,),
+        classifier_attention_resolutions=(),
+        num_classes=classes,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = randomise(build_classifier(config).eval()).requires_grad_(False)
+        for parameter in model.out.parameters():
+            parameter.mul_(4)
     return model
 
 

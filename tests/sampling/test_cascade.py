@@ -94,7 +94,7 @@ def test_a_cascade_is_one_command_after_the_other(tmp_path: Path, batch_size: in
     # and so does one image of it, and a trajectory
     (alone,) = np.concatenate(list(engine.draw(np.array([3]), labels[3:4])))
     assert np.abs(alone.astype(int) - apart[3]).max() <= 1  # elsewhere in the batch it may round otherwise
-    shown = engine.trajectory(3, int(labels[3]), 3)
+    (shown,) = engine.trajectories(np.array([3]), labels[3:4], 3)
     assert shown.shape == (3, 16, 16, 3)
     assert np.abs(shown[-1].astype(int) - apart[3]).max() <= 1
 
@@ -102,7 +102,7 @@ def test_a_cascade_is_one_command_after_the_other(tmp_path: Path, batch_size: in
 def test_a_trajectory_of_enlarging(tmp_path: Path, base_samples: Path) -> None:
     subject = plan(loaded(tmp_path, **UPPER), SampleConfig(steps=4), base_samples=base_samples)
     engine = subject.engine(runtime(), 5)
-    shown = engine.trajectory(3, None, 99)
+    (shown,) = engine.trajectories(np.array([3]), None, 99)
     assert shown.shape == (5, 16, 16, 3)
     assert np.abs(shown[-1].astype(int) - drawn(engine, 5)[3]).max() <= 1
 

@@ -191,7 +191,7 @@ def test_the_noise_of_a_seed_is_its_first_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("most", "frames"), [(99, 7), (7, 7), (4, 4), (2, 2), (1, 1)])
 def test_a_trajectory_ends_with_the_image(tmp_path: Path, sampler: str, most: int, frames: int) -> None:
     subject = engine(tmp_path, **CLASSES, how={"sampler": sampler, "steps": 6, "seed": 5})
-    shown = subject.trajectory(3, 2, most)
+    (shown,) = subject.trajectories(np.array([3]), np.array([2]), most)
     assert (shown.shape, shown.dtype) == ((frames, 8, 8, 3), np.uint8)
     image = np.concatenate(list(subject.draw(np.array([3]), np.array([2]))))[0]
     assert np.array_equal(shown[-1], image)
@@ -199,6 +199,9 @@ def test_a_trajectory_ends_with_the_image(tmp_path: Path, sampler: str, most: in
         noise = to_uint8(philox_normal(5, torch.tensor([3]), 0, (3, 8, 8)))[0].numpy()
         assert np.array_equal(shown[0], noise)
         assert len({frame.tobytes() for frame in shown}) == frames
+    several = subject.trajectories(np.array([0, 3, 7]), np.array([1, 2, 0]), most)
+    assert several.shape == (3, frames, 8, 8, 3)
+    assert np.abs(several[1].astype(int) - shown).max() <= 1
 
 
 def test_pixels_and_numbers_are_each_others_inverse() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastdiff import SampleConfig
 from fastdiff.models import NULL_CLASS
 from fastdiff.sampling import Engine
-from fastdiff.sampling.loop import guided
+from fastdiff.sampling.guidance import guided
 
 from ..support import inputs
 from .support import CLASSES, UPPER, drawn, loaded, plan, runtime

@@ -16,7 +16,7 @@ from fastdiff.config import Sampler
 from fastdiff.diffusion import Philox
 from fastdiff.models import UNet
 from fastdiff.sampling import Loop
-from fastdiff.sampling.loop import guided
+from fastdiff.sampling.guidance import guided
 
 from ..watch import Watch
 from .support import MODEL, model_of, runtime

@@ -12,7 +12,7 @@ from PIL import Image
 from fastdiff import Checkpoint, DiffusionConfig, SampleConfig
 from fastdiff.diffusion import build_diffusion
 from fastdiff.sampling import save_npz, split_classes
-from fastdiff.sampling.classes import labels_of
+from fastdiff.sampling.classes import Classes, labels_of
 
 from .support import CLASSES, MODEL, NAMES, UPPER, loaded, plan, runtime
 
@@ -42,10 +42,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     ],
 )
 def test_classes_are_drawn_in_turn(checkpoint: Checkpoint, classes: tuple[str | int, ...], expected: list[int]) -> None:
-    labels = labels_of(checkpoint, np.arange(5), classes)
+    labels = labels_of(Classes.of(checkpoint), np.arange(5), classes)
     assert labels is not None
     assert (labels.tolist(), labels.dtype) == (expected, np.int64)
-    part = labels_of(checkpoint, np.array([4, 1]), classes)
+    part = labels_of(Classes.of(checkpoint), np.array([4, 1]), classes)
     assert part is not None
     assert part.tolist() == [expected[4], expected[1]]  # by its number, whatever else is drawn
 
@@ -58,22 +58,22 @@ def test_classes_are_drawn_in_turn(checkpoint: Checkpoint, classes: tuple[str | 
 def test_as_in_the_data_every_class_exists(counts: list[int], seed: int, numbers: list[int]) -> None:
     """And a label is a function of seed and number: whatever is drawn beside it, and in whatever order."""
     subject = of_counts(counts)
-    whole = labels_of(subject, np.array(numbers), mix="data", seed=seed)  # type: ignore[arg-type]
+    whole = labels_of(Classes.of(subject), np.array(numbers), mix="data", seed=seed)  # type: ignore[arg-type]
     assert whole is not None
     assert all(counts[label] for label in whole)
-    alone = [labels_of(subject, np.array([number]), mix="data", seed=seed) for number in numbers]  # type: ignore[arg-type]
+    alone = [labels_of(Classes.of(subject), np.array([number]), mix="data", seed=seed) for number in numbers]  # type: ignore[arg-type]
     assert whole.tolist() == [int(label[0]) for label in alone if label is not None]
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 2], [1, 1, 1], [10**6, 10**6, 2 * 10**6]])
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
 def test_as_in_the_data_is_as_often(counts: list[int], seed: int) -> None:
-    labels = labels_of(of_counts(counts), np.arange(20000), mix="data", seed=seed)  # type: ignore[arg-type]
+    labels = labels_of(Classes.of(of_counts(counts)), np.arange(20000), mix="data", seed=seed)  # type: ignore[arg-type]
     assert labels is not None
     expected = 20000 * np.array(counts) / sum(counts)
     found = np.bincount(labels, minlength=len(counts))
     assert (np.abs(found - expected) < 5 * np.sqrt(expected.clip(1))).all(), (found, expected)
-    other = labels_of(of_counts(counts), np.arange(20000), mix="data", seed=1)  # type: ignore[arg-type]
+    other = labels_of(Classes.of(of_counts(counts)), np.arange(20000), mix="data", seed=1)  # type: ignore[arg-type]
     assert not np.array_equal(labels, other)
 
 
@@ -127,16 +127,16 @@ def test_class_names_that_are_numbers(tmp_path: Path) -> None:
     names = ("1", "10", "2")
     subject = loaded(tmp_path, **CLASSES | {"class_names": names})
     for text, expected in (("2", 2), ("10", 1), ("1", 0)):
-        labels = labels_of(subject, np.zeros(1, np.int64), split_classes(text, names))
+        labels = labels_of(Classes.of(subject), np.zeros(1, np.int64), split_classes(text, names))
         assert labels is not None
         assert labels[0] == expected
     for wanted in (10, "10"):
-        labels = labels_of(subject, np.zeros(1, np.int64), (wanted,))
+        labels = labels_of(Classes.of(subject), np.zeros(1, np.int64), (wanted,))
         assert labels is not None
         assert labels[0] == 1
     for unknown in (0, "0"):
         with pytest.raises(ValueError, match=r"^class '0' is none of the model's 3 classes; there are 10"):
-            labels_of(subject, np.zeros(1, np.int64), (unknown,))
+            labels_of(Classes.of(subject), np.zeros(1, np.int64), (unknown,))
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from fastdiff.checkpoint import save_classifier
 from fastdiff.kernels import philox_uint32
 from fastdiff.sampling import Loop
 from fastdiff.sampling.shards import Shards, parts_of
 
 from ..processes import Result, launch
-from .support import CLASSES, UPPER, command, saved
+from .support import CLASSES, PROCESS, UPPER, classifier_of, command, saved
 
 WORKER = Path(__file__).with_name("worker.py")
 STEPS = 4
@@ -145,6 +146,46 @@ def test_killed_and_started_again(
     shares = [len(part) for part in np.array_split(np.arange(missing), after)]
     counts = [int((tmp_path / f"count{rank}").read_text()) for rank in range(after)]
     assert counts == [-(-share // then) * STEPS for share in shares]
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unconditional model and a classifier that guides it, and the first images."""
+    folder = tmp_path_factory.mktemp("guided")
+    saved(folder / "model.safetensors", learn_sigma=True)
+    classifier = classifier_of(len(CLASSES["class_names"]))
+    about = {"config": classifier.config, "class_names": CLASSES["class_names"], "diffusion_config": PROCESS}
+    save_classifier(folder / "classifier.safetensors", classifier, **about)
+    command(
+        "sample", folder / "model.safetensors", *HOW, *guide(folder), "--num-samples", COUNT, "--out", whole(folder)
+    )
+    return folder
+
+
+def guide(folder: Path) -> tuple[object, ...]:
+    return "--classifier", folder / "classifier.safetensors", "--classifier-scale", 3
+
+
+def whole(folder: Path) -> Path:
+    return folder / "whole.npz"
+
+
+def test_a_guided_job_killed_on_two_processes_and_resumed_on_one(guided: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.npz"
+    harm = {"KILL_AFTER_STEPS": 2 * STEPS + 2, "KILL_RANK": 1}
+    result = sample(2, guided, out, *guide(guided), "--batch-size", 3, **harm)
+    assert result.status == 1, result
+    there = finished(out)
+    result = sample(1, guided, out, "--batch-size", 3)
+    assert result.status == 2
+    assert "unfinished job with another classifier" in result.err
+    assert finished(out) == there
+    result = sample(1, guided, out, *guide(guided), "--batch-size", 3)
+    assert result.status == 0, result
+    assert f"resuming: {images_in(there)} of 16 images are finished\n" in result.out
+    assert "guided by: " in result.out
+    same(out, whole(guided))
+    assert load(out)["class_names"].tolist() == list(CLASSES["class_names"])
 
 
 @pytest.mark.parametrize(("flag", "text", "said"), [("--class", "eel", "class 'eel'"), ("--indices", "a", "indices")])
