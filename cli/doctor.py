@@ -1,0 +1,116 @@
+"""``fastdiff doctor``: what this machine offers, and what that means for a run."""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+
+from fastdiff import __version__
+
+EXTRAS = {
+    "diffusers": "convert to and from its folders",
+    "matplotlib": "evaluate nll --plot, benchmark --chart",
+    "lmdb": "data lsun",
+    "tensorboard": "train --tensorboard",
+    "wandb": "train --tracker wandb",
+    "trackio": "train --tracker trackio",
+}
+"""Optional packages, and what each is for."""
+
+_BUSY, _LOW_GIB = 0.5, 5.0
+
+
+def doctor() -> None:
+    """Show versions, device, precision, compiler, threads, load and space, and what each means for a run."""
+    lines = [*_software(), *_device(), *_machine(), *_extras()]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        typer.echo(f"{name:<{width}}  {text}")
+
+
+def _software() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield "fastdiff", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+    built = torch.version.cuda or torch.version.hip
+    yield "torch", f"{torch.__version__}, built for {f'CUDA or ROCm {built}' if built else 'CPUs only'}"
+
+
+def _device() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from fastdiff.config import Precision
+    from fastdiff.kernels.backend import HAS_TRITON
+    from fastdiff.runtime.device import has_compiler, has_native_bf16, resolve_device, resolve_precision
+    from fastdiff.runtime.throughput import peak_flops
+
+    device = resolve_device("auto")
+    gpu = device.type == "cuda"
+    if gpu:
+        properties = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+        count = torch.cuda.device_count()
+        more = f"; {count} GPUs, use them with torchrun --nproc-per-node={count}" if count > 1 else ""
+        yield "device", f"{properties.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free{more}"
+    else:
+        reason = "this torch is built for CPUs only" if torch.version.cuda is None else "PyTorch sees no GPU"
+        instructions = torch.backends.cpu.get_cpu_capability()
+        yield "device", f"cpu with {instructions}: {reason}; a small model of 32 pixels trains in hours"
+    precision = resolve_precision(Precision.AUTO, device)
+    why = "native here" if has_native_bf16(device) else "bf16 is not native here and would be slower"
+    yield "precision", f"auto is {precision} ({why})"
+    triton = "absent" if not HAS_TRITON else version("triton") if _installed("triton") else "present"
+    use = "auto uses its kernels" if gpu and HAS_TRITON else "auto uses PyTorch's operations on a CPU"
+    yield "triton", f"{triton}: {use}"
+    if has_compiler(device):
+        yield "compiler", "found: long runs use torch.compile, which takes one to two minutes at first"
+    else:
+        yield "compiler", f"not found: runs are eager and slower; install {'gcc' if gpu else 'g++'}"
+    if gpu and (peak := peak_flops(device, precision)) is not None:
+        yield "peak", f"{peak / 1e12:.0f} TFLOP/s in {precision}, the base of mfu in the log"
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    import torch
+
+    cores, threads = usable_cores(), torch.get_num_threads()
+    fit = "as many as cores" if threads <= cores else f"more than the cores: set OMP_NUM_THREADS={max(1, int(cores))}"
+    yield "threads", f"{threads} of {cores:g} usable cores: {fit}"
+    if hasattr(os, "getloadavg"):
+        load = os.getloadavg()[0]
+        busy = "other work will slow a run down" if load > _BUSY * cores else "idle enough"
+        yield "load", f"{load:.1f} in the last minute: {busy}"
+    for name, place in (("disk", Path.cwd()), ("cache", Path.home())):
+        free = shutil.disk_usage(place).free / 2**30
+        low = "; a checkpoint needs about 20 bytes per parameter" if free < _LOW_GIB else ""
+        yield name, f"{free:.1f} GiB free in {place}{low}"
+
+
+def usable_cores() -> float:
+    """The cores that this process may use: its affinity, or less under a cgroup's quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(affinity, int(quota) / int(period))
+    except (OSError, ValueError):  # no cgroup, or no quota ("max")
+        return affinity
+
+
+def _extras() -> Iterator[tuple[str, str]]:
+    for package, purpose in EXTRAS.items():
+        if _installed(package):
+            yield package, f"{version(package)}: {purpose}"
+        else:
+            yield package, f"not installed, needed only for {purpose}: pip install {package}"
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None and bool(version(package))
+    except PackageNotFoundError:
+        return False
