@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff import __version__
-from fastdiff.cli import benchmark, convert, data, demo, evaluate, improved_diffusion, presets, sample, train
+from fastdiff.cli import benchmark, convert, data, demo, doctor, evaluate, improved_diffusion, presets, sample, train
+from fastdiff.cli.config_file import with_config_file
+from fastdiff.cli.help import Paneled
 from fastdiff.cli.improved_diffusion import in_our_words, refuse_mpi, script_of
 from fastdiff.cli.options import SWITCHES, with_old_spelling
 
@@ -22,15 +24,16 @@ app = typer.Typer(
     help="Train pixel-space diffusion models from a folder of images, and sample from them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # rich's tables cut off long flags on an 80-column terminal
 )
-app.command("train")(train.train)
-app.command("sample")(sample.sample)
+app.command("train", cls=Paneled)(train.train)
+app.command("sample", cls=Paneled)(sample.sample)
 app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="evaluate")
-app.command("benchmark")(benchmark.benchmark)
+app.command("benchmark", cls=Paneled)(benchmark.benchmark)
 app.command("presets")(presets.presets)
+app.command("doctor")(doctor.doctor)
 app.command("convert")(convert.convert)
 app.add_typer(data.app, name="data")
 
@@ -66,6 +69,7 @@ def main() -> None:
     try:
         refuse_mpi(sys.argv[1:])
         words = with_old_spelling(sys.argv[1:] or ["--help"], SWITCHES | improved_diffusion.SWITCHES)
+        words = with_config_file(words)
         if script_of(words) and "--help" in words:
             shown = shlex.join(in_our_words(words[:1]))
             typer.echo(f"fastdiff {words[0]} is improved-diffusion's script: fastdiff {shown} ...\n")

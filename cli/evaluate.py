@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastdiff.cli.help import Paneled
 from fastdiff.cli.improved_diffusion import log_formats
 from fastdiff.cli.loading import find_with_rate, load_for, young_average
 from fastdiff.cli.options import (
@@ -36,8 +37,8 @@ def _evaluate(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@app.command("nll")
-@with_flags(NllConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
+@app.command("nll", cls=Paneled)
+@with_flags(NllConfig, RuntimeConfig, of_state_dicts=(ModelConfig, DiffusionConfig))
 def nll(
     flags: Flags,
     checkpoint: CheckpointArgument = None,
@@ -55,11 +56,13 @@ def nll(
 ) -> None:
     """Compute the likelihood of a folder's images, in bits per dimension.
 
+    For example: fastdiff evaluate nll runs/photos --data-dir photos --num-samples 1000
+
     The likelihood is the variational bound: one model call per image and timestep. Under torchrun several processes
     share the images: torchrun --nproc-per-node=8 -m fastdiff evaluate nll ...
 
-    A checkpoint stores its model and diffusion process. The model and diffusion flags are for bare state dicts (.pt),
-    which reveal the architecture, but not the number of heads or the process.
+    A checkpoint stores its model and diffusion process. A bare state dict (.pt) reveals the architecture, but not the
+    number of heads or the process: --help-all lists the flags that describe it.
     """
     config = NllConfig.from_flags(flags)
     if not config.data_dir:
@@ -99,6 +102,8 @@ def nll(
                 f"{evaluation.diffusion.num_timesteps} steps, seed {config.seed}; {world.describe()}, "
                 f"{runtime.describe(evaluation.calls)}"
             )
+            passes = evaluation.count * evaluation.diffusion.num_timesteps
+            display.line(f"cost: {passes:,} images through the model; --num-samples and --steps reduce it")
             with StopRequest("stopping after this step") as stop:
                 try:
                     bound = evaluation.run(stop, Slowly(display))

@@ -12,7 +12,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from fastdiff.cli.help import OF_STATE_DICTS, HelpAllFlag
 from fastdiff.config import (
+    ClassifierConfig,
     Config,
     DataConfig,
     DiffusionConfig,
@@ -45,7 +47,10 @@ def as_text_of_path(text: str) -> str:
 path_option = partial(typer.Option, parser=as_path, metavar="PATH")
 path_argument = partial(typer.Argument, parser=as_path)
 
-PresetFlag = Annotated[str | None, typer.Option(help="A released model's flags, see fastdiff presets.")]
+PresetFlag = Annotated[
+    str | None,
+    typer.Option(help="A released model's flags, see fastdiff presets.", rich_help_panel=ModelConfig.panel),
+]
 CheckpointArgument = Annotated[
     Path | None,
     path_argument(help="Checkpoint file, run folder or RUN@STEP; by default the newest run under runs/."),
@@ -53,26 +58,42 @@ CheckpointArgument = Annotated[
 EmaRateFlag = Annotated[
     str | None, typer.Option(help="EMA to take from a run folder, by rate, or raw; by default the highest.")
 ]
+ConfigFlag = Annotated[
+    Path | None,
+    path_option(
+        help="Read flags from this .toml, .yaml or .json file, such as a run's config.json; given flags override it."
+    ),
+]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 
 
-def with_flags(*configs: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(
+    *configs: type[Config], of_state_dicts: Sequence[type[Config]] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add every field of ``configs`` to a command as an option; its argument ``flags`` receives the given ones.
 
-    If two configurations share a field name, it becomes one option, that of the first.
+    The fields of ``of_state_dicts`` are options, too, which only --help-all shows. If two configurations share a field
+    name, it becomes one option, that of the first.
     """
     derived: dict[str, inspect.Parameter] = {}
-    for config in configs:
+    for config in (*configs, *of_state_dicts):
+        end = OF_STATE_DICTS if config in of_state_dicts else ""
         for f in fields(config):  # type: ignore[arg-type]  # every Config is a dataclass
-            derived.setdefault(f.name, _parameter(f))
+            derived.setdefault(f.name, _parameter(f, f.metadata["panel"] or config.panel + end))
 
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
+            for name in ("config", "help_all"):  # read before the command
+                values.pop(name, None)
             flags = {name: values.pop(name, None) for name in derived}
             command(flags={name: value for name, value in flags.items() if value is not None}, **values)
 
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "flags"]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own] + list(derived.values())
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter("config", kind, default=None, annotation=ConfigFlag))
+        if of_state_dicts:
+            parameters.append(inspect.Parameter("help_all", kind, default=False, annotation=HelpAllFlag))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -81,7 +102,7 @@ def with_flags(*configs: type[Config]) -> Callable[[Callable[..., None]], Callab
     return decorate
 
 
-def _parameter(field: Field[Any]) -> inspect.Parameter:
+def _parameter(field: Field[Any], panel: str) -> inspect.Parameter:
     kind: Any = field.type
     if isinstance(kind, UnionType):
         kinds = [k for k in get_args(kind) if k is not type(None)]
@@ -91,7 +112,8 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
     if kind not in (bool, int, float) and not (isinstance(kind, type) and issubclass(kind, StrEnum)):
         kind = str  # tuples too, written as "16,8"
     parse: dict[str, Any] = {"parser": as_text_of_path, "metavar": "PATH"} if field.metadata["path"] else {}
-    option = typer.Option(spelling, help=field.metadata["help"] + _shown(field.default), show_default=False, **parse)
+    shown = field.metadata["help"] + _shown(field.default)
+    option = typer.Option(spelling, help=shown, show_default=False, rich_help_panel=panel, **parse)
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
@@ -132,7 +154,16 @@ def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> lis
 
 SWITCHES = frozenset(
     f.name.replace("_", "-")
-    for config in (DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig, StartConfig, TrainConfig)
+    for config in (
+        ClassifierConfig,
+        DataConfig,
+        DiffusionConfig,
+        ModelConfig,
+        RuntimeConfig,
+        SampleConfig,
+        StartConfig,
+        TrainConfig,
+    )
     for f in fields(config)
     if f.type is bool
 )

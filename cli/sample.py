@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastdiff.cli.help import OUTPUT
 from fastdiff.cli.improved_diffusion import log_formats
-from fastdiff.cli.loading import find_with_rate, load_for, young_average
+from fastdiff.cli.loading import find_with_rate, load_classifier_for, load_for, young_average
 from fastdiff.cli.options import (
     CheckpointArgument,
     DebugFlag,
@@ -16,7 +17,7 @@ from fastdiff.cli.options import (
     path_option,
     with_flags,
 )
-from fastdiff.config import MOST_SAMPLES, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
+from fastdiff.config import MOST_SAMPLES, ClassifierConfig, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
 from fastdiff.presets import with_preset
 
 if TYPE_CHECKING:
@@ -26,53 +27,92 @@ if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint
     from fastdiff.runtime.device import Runtime
 
+PANEL = SampleConfig.panel
 
-@with_flags(SampleConfig, RuntimeConfig, ModelConfig, DiffusionConfig)
+
+@with_flags(SampleConfig, RuntimeConfig, of_state_dicts=(ModelConfig, DiffusionConfig, ClassifierConfig))
 def sample(
     flags: Flags,
     checkpoint: CheckpointArgument = None,
     out: Annotated[
         Path,
-        path_option(help="The npz file to write ({shape} in its name is NxHxWx3); a grid is saved beside it as .png."),
+        path_option(
+            help="The npz file to write ({shape} in its name is NxHxWx3); a grid is saved beside it as .png.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = Path("samples.npz"),
     class_: Annotated[
-        str | None, typer.Option("--class", help="Class to draw, by name or index, or several: cat,dog.")
+        str | None,
+        typer.Option("--class", help="Class to draw, by name or index, or several: cat,dog.", rich_help_panel=PANEL),
     ] = None,
     indices: Annotated[
-        str | None, typer.Option(help="Draw only the images with these numbers, e.g. 17,42 or 100-199.")
+        str | None,
+        typer.Option(help="Draw only the images with these numbers, e.g. 17,42 or 100-199.", rich_help_panel=PANEL),
     ] = None,
     ema_rate: EmaRateFlag = None,
     base_samples: Annotated[
         Path | None,
-        path_option(help="Images for a super-resolution model to enlarge: an npz of samples, or a folder."),
+        path_option(
+            help="Images for a super-resolution model to enlarge: an npz of samples, or a folder.",
+            rich_help_panel=PANEL,
+        ),
     ] = None,
     super_res: Annotated[
-        Path | None, path_option(help="Enlarge the images with this super-resolution checkpoint or run.")
+        Path | None,
+        path_option(help="Enlarge the images with this super-resolution checkpoint or run.", rich_help_panel=PANEL),
+    ] = None,
+    classifier: Annotated[
+        Path | None,
+        path_option(
+            help="Guide the images towards their class with this classifier's checkpoint or run.", rich_help_panel=PANEL
+        ),
     ] = None,
     interpolate: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="A B", help="Interpolate two image files or seeds; needs a deterministic sampler."),
+        typer.Option(
+            metavar="A B",
+            help="Interpolate two image files or seeds; needs a deterministic sampler.",
+            rich_help_panel=PANEL,
+        ),
     ] = None,
-    png_dir: Annotated[Path | None, path_option(help="Also write every image as a PNG file into this folder.")] = None,
+    png_dir: Annotated[
+        Path | None, path_option(help="Also write every image as a PNG file into this folder.", rich_help_panel=OUTPUT)
+    ] = None,
     trajectory: Annotated[
-        Path | None, path_option(help="Save the steps of the first image as an animation (.gif) or a strip (.png).")
+        Path | None,
+        path_option(
+            help="Save the steps of the first image as an animation (.gif) or a strip (.png).", rich_help_panel=OUTPUT
+        ),
     ] = None,
+    trajectory_images: Annotated[
+        int, typer.Option(min=1, max=64, help="Number of images that --trajectory shows.", rich_help_panel=OUTPUT)
+    ] = 1,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace existing files, and restart an unfinished job.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace existing files, and restart an unfinished job.", rich_help_panel=OUTPUT
+        ),
     ] = False,
     timeout: Annotated[
-        int, typer.Option(min=1, help="Seconds after which a process that waits for the others gives up.")
+        int,
+        typer.Option(
+            min=1,
+            help="Seconds after which a process that waits for the others gives up.",
+            rich_help_panel=RuntimeConfig.panel,
+        ),
     ] = 600,
     preset: PresetFlag = None,
     debug: DebugFlag = False,
 ) -> None:
     """Draw images from a trained model.
 
+    For example: fastdiff sample runs/photos --sampler dpm++ --steps 20 --out samples.npz
+
     The same command resumes an interrupted job. Under torchrun several processes share the images:
     torchrun --nproc-per-node=8 -m fastdiff sample ...
 
-    A checkpoint stores its model and diffusion process. The model and diffusion flags are for bare state dicts (.pt),
-    which reveal the architecture, but not the number of heads or the process.
+    A checkpoint stores its model and diffusion process. A bare state dict (.pt) reveals the architecture, but not the
+    number of heads or the process: --help-all lists the flags that describe it.
     """
     flags = with_preset(flags, preset, ModelConfig, DiffusionConfig)
     config = SampleConfig.from_flags(flags)
@@ -82,36 +122,39 @@ def sample(
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
-    from fastdiff.sampling import Job, Plan, SampleFiles, settings_of, split_classes
+    from fastdiff.sampling import Classes, Job, Plan, SampleFiles, settings_of, split_classes
 
     world = World.join(timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         local_rank = world.local_rank if world.size > 1 else None
         runtime = world.on_all(lambda: Runtime.resolve(RuntimeConfig.from_flags(flags), local_rank))
-        paths = world.from_main(lambda: _paths(checkpoint, super_res, ema_rate))
+        paths = world.from_main(lambda: _paths(checkpoint, classifier, super_res, ema_rate))
 
         def planned() -> Plan:
             loaded = load_for(runtime, paths[0], flags, preset)
+            guide = None if paths[1] is None else load_classifier_for(runtime, paths[1], loaded, flags)
+            names = (Classes.of(loaded, guide) or Classes((), (), ())).named
             return Plan.of(
                 loaded,
                 config,
                 num_samples=flags.get("num_samples"),
                 base_samples=base_samples,
-                super_res=None if paths[1] is None else _load_super_res(paths[1], runtime),
+                classifier=guide,
+                super_res=None if paths[2] is None else _load_super_res(paths[2], runtime),
                 ends=interpolate,
-                classes=split_classes(class_, loaded.class_names) if class_ is not None else (),
+                classes=split_classes(class_, names) if class_ is not None else (),
             )
 
         plan = world.on_all(planned)
         numbers = world.on_all(lambda: _indices(indices, plan.config.num_samples))
         size = plan.image_size
         out = out.with_name(out.name.replace("{shape}", f"{len(numbers)}x{size}x{size}x3"))
-        files = SampleFiles(out, png_dir, trajectory, overwrite)
+        files = SampleFiles(out, png_dir, trajectory, overwrite, trajectory_images)
         world.from_main(files.check)
         settings = world.from_main(lambda: settings_of(plan, numbers, runtime, *paths, base_samples))
         job = world.on_all(lambda: Job(plan, numbers, files, settings, runtime, world))
         with Display(silent=not world.main or not to_terminal) as display:
-            models = ("model", plan.checkpoint), ("enlarged by", plan.super_res)
+            models = ("model", plan.checkpoint), ("guided by", plan.classifier), ("enlarged by", plan.super_res)
             for (what, loaded), path in zip(models, paths, strict=True):
                 if loaded is not None:
                     display.line(f"{what}: {path}, step {loaded.step}{young_average(loaded)}")
@@ -120,12 +163,15 @@ def sample(
     raise typer.Exit(status)
 
 
-def _paths(checkpoint: Path | None, super_res: Path | None, ema_rate: str | None) -> tuple[Path, Path | None]:
-    """The paths of the checkpoint and of the super-resolution model, if there is one."""
+def _paths(
+    checkpoint: Path | None, classifier: Path | None, super_res: Path | None, ema_rate: str | None
+) -> tuple[Path, Path | None, Path | None]:
+    """The paths of the checkpoint, of the classifier and of the super-resolution model, None for one that is absent."""
     path = find_with_rate(checkpoint, ema_rate)
+    guide = None if classifier is None else find_with_rate(classifier, None)
     if super_res is None:
-        return path, None
-    return path, find_with_rate(super_res, ema_rate if not super_res.is_file() else None)
+        return path, guide, None
+    return path, guide, find_with_rate(super_res, ema_rate if not super_res.is_file() else None)
 
 
 def _load_super_res(path: Path, runtime: "Runtime") -> "Checkpoint":

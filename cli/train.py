@@ -7,9 +7,11 @@ from fastdiff.cli.options import DebugFlag, Flags, with_flags
 from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, StartConfig, TrainConfig
 
 
-@with_flags(StartConfig, DataConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)
+@with_flags(DataConfig, StartConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)
 def train(flags: Flags, debug: DebugFlag = False) -> None:
     """Train a model on a folder of images.
+
+    For example: fastdiff train --data-dir photos --image-size 64
 
     Under torchrun several processes share the work: torchrun --nproc-per-node=8 -m fastdiff train ...
     """

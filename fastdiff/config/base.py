@@ -6,16 +6,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 
-def option(default: Any, help: str, *, path: bool = False) -> Any:
-    """A dataclass field with its help text for the command line; ``path`` marks the path of a file or folder."""
-    return field(default=default, metadata={"help": help, "path": path})
+def option(default: Any, help: str, *, path: bool = False, panel: str = "") -> Any:
+    """A dataclass field with its help text for the command line.
+
+    ``path`` marks the path of a file or folder; ``panel`` is the part of the help that shows it, if not the class's.
+    """
+    return field(default=default, metadata={"help": help, "path": path, "panel": panel})
 
 
 class Config:
     """Base class: coerces enums and numbers, names field and value in its errors, converts to and from JSON."""
+
+    panel: ClassVar[str] = "Options"
+    """The part of a command's help that shows the fields."""
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass

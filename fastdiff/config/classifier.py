@@ -25,6 +25,8 @@ class ClassifierConfig(Config):
     model.
     """
 
+    panel = "Classifier"
+
     image_size: int = option(64, "Side of the square images in pixels.")
     classifier_width: int = option(128, "Base width; every level's width is a multiple of it.")
     classifier_depth: int = option(2, "Residual blocks per level.")

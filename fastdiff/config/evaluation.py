@@ -11,7 +11,11 @@ from fastdiff.config.job import MOST_SAMPLES
 class NllConfig(Config):
     """Which images to compute the likelihood of, and how."""
 
-    data_dir: str = option("", "Folder of images, including sub-folders, or a .zip or .npz of images.", path=True)
+    panel = "Evaluation"
+
+    data_dir: str = option(
+        "", "Folder of images, including sub-folders, or a .zip or .npz of images. Required.", path=True
+    )
     labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
     num_samples: int | None = option(
         None, "Images to evaluate, in the folder's order, starting over at its end; by default each image once."

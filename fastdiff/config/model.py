@@ -19,6 +19,8 @@ class ModelConfig(Config):
     Raises ValueError, naming the field, if the fields do not describe a valid model.
     """
 
+    panel = "Model"
+
     image_size: int = option(64, "Side of the square images in pixels.")
     num_channels: int = option(128, "Base width; every level's width is a multiple of it.")
     num_res_blocks: int = option(2, "Residual blocks per level.")

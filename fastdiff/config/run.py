@@ -15,6 +15,8 @@ NO_DATA = "no data: name a folder of images with --data-dir"
 class StartConfig(Config):
     """How a run starts: from scratch, from a checkpoint's weights, or resumed where it stopped."""
 
+    panel = "Run"
+
     run_dir: str = option("", "Run folder; by default runs/NAME, with the name of the data.", path=True)
     preset: str | None = option(None, "A released model's flags, see fastdiff presets.")
     resume: bool = option(False, "Resume the run in the run folder.")

@@ -8,8 +8,20 @@ from pathlib import Path
 import pytest
 
 import fastdiff
+from fastdiff.cli.app import app
+from fastdiff.cli.help import OF_STATE_DICTS
 from fastdiff.cli.options import SWITCHES, with_old_spelling
-from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig, TrainConfig
+from fastdiff.config import (
+    ClassifierConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SampleConfig,
+    StartConfig,
+    TrainConfig,
+)
 
 from .conftest import Cli
 from .support import succeeded
@@ -43,20 +55,63 @@ def test_old_spelling_refuses_what_is_neither() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "configs"),
+    ("command", "configs", "of_state_dicts"),
     [
-        ("train", (DataConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)),
-        ("sample", (SampleConfig, RuntimeConfig, ModelConfig, DiffusionConfig)),
+        ("train", (DataConfig, StartConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig), ()),
+        ("sample", (SampleConfig, RuntimeConfig), (ModelConfig, DiffusionConfig, ClassifierConfig)),
+        ("benchmark", (ModelConfig, DiffusionConfig, RuntimeConfig), ()),
     ],
 )
-def test_every_field_is_a_flag(
-    cli: Cli, command: str, configs: tuple[type, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_every_field_is_a_flag_in_the_panel_of_its_configuration(
+    cli: Cli,
+    command: str,
+    configs: tuple[type[Config], ...],
+    of_state_dicts: tuple[type[Config], ...],
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    text = succeeded(cli(command, "--help")).out
-    for config in configs:
-        for f in fields(config):
-            assert f"--{f.name.replace('_', '-')}" in text, f.name
+    monkeypatch.setenv("COLUMNS", str(columns))
+    short = succeeded(cli(command, "-h")).out
+    assert short == succeeded(cli(command, "--help")).out
+    whole = succeeded(cli(command, "--help-all")).out if of_state_dicts else short
+    assert set(short.splitlines()) <= set(whole.splitlines())
+    # only a long name and the usage are wider
+    wide = [line for line in whole.splitlines()[1:] if len(line) > columns and len(line.split()) > 2]
+    assert not [line for line in wide if "--" not in line]
+    if columns == 200:
+        assert max(map(len, whole.splitlines())) > 120
+    seen: set[str] = set()
+    for config in (*configs, *of_state_dicts):
+        panel = config.panel + (OF_STATE_DICTS if config in of_state_dicts else "")
+        for f in fields(config):  # type: ignore[arg-type]
+            flag, name = f"--{f.name.replace('_', '-')}", f.metadata["panel"] or panel
+            if f.name not in seen:
+                seen.add(f.name)
+                assert f"  {flag}" in whole.partition(f"\n{name}:\n")[2].partition("\n\n")[0], (name, flag)
+    for config in of_state_dicts:
+        assert config.panel + OF_STATE_DICTS in whole
+        assert config.panel + OF_STATE_DICTS not in short
+
+
+def test_the_first_option_of_train_is_the_one_it_needs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = succeeded(cli("train", "-h")).out
+    assert "For example: fastdiff train --data-dir photos" in text
+    first = text.partition("\nData:\n")[2].splitlines()[0]
+    assert first.split()[0] == "--data-dir"
+    assert "Required" in first
+
+
+def test_shell_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is offered, and completes commands and flags."""
+    monkeypatch.setenv("_FASTDIFF_COMPLETE", "complete_bash")
+    for words, expected in (("fastdiff sam", "sample"), ("fastdiff train --noise-", "--noise-schedule")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        with pytest.raises(SystemExit):
+            app([], prog_name="fastdiff")
+        assert expected in capsys.readouterr().out.split()
 
 
 def test_presets_are_listed(cli: Cli) -> None:

@@ -54,10 +54,10 @@ def test_the_npz_is_the_originals(sample: Cli, checkpoint: Path) -> None:
     assert "deep/er/s.npz" in result.out
     with Image.open("deep/er/s.png") as grid:
         assert grid.mode == "RGB"
-        # 3 columns, 2 rows, 8 pixels and 2 between, each pixel 4 wide, and the classes' names above
-        names = grid.height - 4 * (2 * 10 + 2)
-        assert (grid.width, names > 8) == (4 * (3 * 10 + 2), True)
-        first = np.asarray(grid)[names + 8 : names + 40 : 4, 8:40:4]
+        # 3 columns, 2 rows, 8 pixels and 2 between, each pixel 8 wide, and the classes' names above
+        names = grid.height - 8 * (2 * 10 + 2)
+        assert (grid.width, names > 8) == (8 * (3 * 10 + 2), True)
+        first = np.asarray(grid)[names + 16 : names + 80 : 8, 16:80:8]
     assert np.array_equal(first, images_in("deep/er/s.npz")[0])
 
 
@@ -282,13 +282,21 @@ def test_a_trajectory_shows_how_the_first_image_came_about(sample: Cli, checkpoi
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     if name.endswith("gif"):
         assert frames == 6
-        last = pixels[::4, ::4]
+        last = pixels[::8, ::8]
     else:
-        assert pixels.shape == (4 * 12, 4 * (6 * 10 + 2), 3)
-        last = pixels[8:40:4, 4 * (5 * 10 + 2) :: 4][:, :8]
+        assert pixels.shape == (8 * 12, 8 * (6 * 10 + 2), 3)
+        last = pixels[16:80:8, 8 * (5 * 10 + 2) :: 8][:, :8]
     # a GIF has 256 colours, which an image of 64 pixels does not use up
     assert np.abs(last - image).max() <= 1
     refused(sample(checkpoint, "--out", "b.npz", "--trajectory", name), name.replace(".", r"\."), "--overwrite")
+
+
+def test_trajectories_of_several_images(sample: Cli, checkpoint: Path) -> None:
+    flags = ("--indices", "4,2,7", "--steps", 5, "--trajectory", "t.png", "--trajectory-images", 2)
+    result = succeeded(sample(checkpoint, *flags))
+    assert "wrote t.png, the steps of image 4, 2" in result.out
+    with Image.open("t.png") as picture:
+        assert picture.size == (8 * (6 * 10 + 2), 8 * (2 * 10 + 2))
 
 
 def test_a_trajectory_of_a_cascade_ends_with_the_larger_image(sample: Cli, checkpoint: Path) -> None:
