@@ -39,14 +39,17 @@ def diffusers_unet(workload: Workload) -> Peer:
 
     model = workload.model
     attends = [level in model.attention_levels for level in range(len(model.multipliers))]
+    plain, resize = ("Resnet{}sampleBlock2D", "resnet") if model.resblock_updown else ("{}Block2D", "conv")
     unet: Any = UNet2DModel(
         sample_size=model.image_size,
         in_channels=3,
         out_channels=model.out_channels,
         layers_per_block=model.num_res_blocks,
         block_out_channels=model.widths,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        down_block_types=tuple("AttnDownBlock2D" if a else plain.format("Down") for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else plain.format("Up") for a in reversed(attends)),
+        downsample_type=resize,
+        upsample_type=resize,
         attention_head_dim=model.widths[-1] // model.heads_of(model.widths[-1]),
         resnet_time_scale_shift="scale_shift" if model.use_scale_shift_norm else "default",
         dropout=model.dropout,

@@ -1,5 +1,6 @@
 """The shapes of the fused operations in the released models, found from the models themselves, not listed by hand."""
 
+from contextlib import ExitStack
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fastdiff.benchmarks.flops import Flops
-from fastdiff.config import ModelConfig
-from fastdiff.models import build_model
+from fastdiff.config import ClassifierConfig, ModelConfig
+from fastdiff.models import build_classifier, build_model
 from fastdiff.models.blocks import AttentionBlock
+from fastdiff.models.classifier import AttentionPool
 from fastdiff.models.layers import GroupNormSiLU
-from fastdiff.presets import PRESETS
+from fastdiff.presets import CLASSIFIER_PRESETS, PRESETS
 
 
 class NormShape(NamedTuple):
@@ -46,9 +48,18 @@ def preset_shapes() -> tuple[list[NormShape], list[AttentionShape]]:
         attentions.add(AttentionShape(x.shape[2] * x.shape[3], x.shape[1], module.heads))
         return x
 
-    with patch.object(GroupNormSiLU, "forward", norm), patch.object(AttentionBlock, "forward", attention):
+    def pool(module: AttentionPool, x: Tensor) -> Tensor:
+        attentions.add(AttentionShape(x.shape[2] * x.shape[3] + 1, x.shape[1], module.heads))  # the mean token, too
+        return x.new_empty(len(x), 1)
+
+    patched = (GroupNormSiLU, norm), (AttentionBlock, attention), (AttentionPool, pool)
+    with ExitStack() as patches, torch.device("meta"):
+        for module, forward in patched:
+            patches.enter_context(patch.object(module, "forward", forward))
         for config in {preset.config(ModelConfig) for preset in PRESETS.values()}:
-            with torch.device("meta"):
-                model = build_model(config, kernels="torch")
+            model = build_model(config, kernels="torch")
             Flops.of_module(model, model, config, 1, training=False)  # runs it on inputs of its shapes
+        for classifier in {preset.config(ClassifierConfig) for preset in CLASSIFIER_PRESETS.values()}:
+            size = classifier.image_size
+            build_classifier(classifier, kernels="torch")(torch.empty(1, 3, size, size), torch.empty(1))
     return sorted(norms), sorted(attentions)
