@@ -96,7 +96,7 @@ def _with_neighbour(error: Any) -> str:
     """A usage error's text, with the flag or the value that was probably meant."""
     if (meant := _SYNONYMS.get(str(getattr(error, "option_name", "")).replace("_", "-"))) is not None:
         error.possibilities = [meant]
-    text = str(error.format_message())
+    text = str(error.format_message()).replace("Value error, ", "")  # the name of a class of pydantic's, inside Typer
     if (found := re.search(r"'([^']*)' is not one of (.*)\.$", text)) is not None:
         values = {value.replace("+", "p"): value for value in re.findall(r"'([^']*)'", found[2])}  # dpm++ is also dpmpp
         near = difflib.get_close_matches(found[1], values, 1)

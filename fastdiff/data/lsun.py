@@ -111,11 +111,16 @@ class _Database:
         return int(self._open.stat()["entries"])
 
     def values(self) -> Generator[bytes, None, None]:
+        found = 0
         try:
             with self._open.begin() as transaction, transaction.cursor() as cursor:
-                yield from cursor.iternext(keys=False)
+                for value in cursor.iternext(keys=False):
+                    found += 1
+                    yield value
         except self._error as error:
             raise self._damaged(error) from None
+        if found != len(self):  # LMDB has no checksums: a damaged page may end the walk early
+            raise self._damaged(ValueError(f"{found:,} of {len(self):,} values are found"))
 
     def close(self) -> None:
         self._open.close()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.runtime.files import refuse_other_kind
-from fastdiff.runtime.words import first_line
+from fastdiff.runtime.words import first_line, printable
 
 _FIRST = "time_embed.0.weight"
 _NAME = re.compile(r"(model|ema_(?P<rate>0?\.\d+)_)(?P<step>\d{6,})\.pt")
@@ -61,9 +61,23 @@ def said_by_name(path: Path) -> dict[str, Any]:
     return {"step": step, "ema_rate": float(match["rate"]), "ema_updates": step, "ema_warmup": False}
 
 
+def _verify(path: Path) -> None:
+    """ValueError if a record of a zip, which PyTorch's files are, fails its CRC-32: torch.load does not compare it."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # the reader can raise almost anything on damaged bytes
+        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({first_line(error, limit=300)})") from None
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {printable(damaged)} in it does not have its checksum; copy it again")
+
+
 def read_file(path: Path) -> object:
     """The contents of a ``.pt`` file, on the CPU: tensors, numbers, text and containers of them, never code."""
     refuse_other_kind(path)
+    _verify(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about an unusual pickle protocol

@@ -1,0 +1,236 @@
+"""What is damaged, the command that reads it, and when its result is right."""
+
+import io
+import pickle
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastdiff import load_checkpoint
+from fastdiff.checkpoint import save_classifier
+from fastdiff.cli.app import main
+from fastdiff.data import cifar10
+from fastdiff.data.shapes import write_shapes
+from fastdiff.sampling.job import Job
+
+from ..cli.support import PLAIN, SHORT, TINY
+from ..sampling.support import CLASSES, PROCESS, UPPER, classifier_of, saved
+from .mutations import mutated, mutated_text
+
+Damage = Callable[[bytes, Random], bytes]
+
+TEXT = (".json", ".jsonl", ".csv", ".txt", ".toml", ".yaml")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input.
+
+    ``make`` writes sound inputs into a folder; ``names`` are the files of it that are damaged, one at a time (a glob);
+    ``words`` is the command, run in the folder; ``wrong`` says, after exit status 0 with this output, what is wrong
+    with the result in the folder, compared with the folder of the undamaged run, or returns an empty text.
+    """
+
+    make: Callable[[Path], None]
+    names: str
+    words: Sequence[str]
+    wrong: Callable[[Path, Path, str], str] = field(default=lambda found, sound, out: "")
+
+    def damage(self, folder: Path, random: Random) -> str:
+        """Damage one file; returns its name."""
+        path = random.choice(sorted(p for p in folder.glob(self.names) if p.is_file()))
+        change: Damage = mutated_text if path.suffix in TEXT else mutated
+        before = path.read_bytes()
+        after = change(before, random)
+        path.write_bytes(after if after != before else before[:-1])
+        return str(path.relative_to(folder))
+
+
+def run(words: Sequence[str]) -> tuple[int, str, str]:
+    """``fastdiff`` with these words in this process: exit status, stdout and stderr."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with patch.object(sys, "argv", ["fastdiff", *words]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return status, out.getvalue(), err.getvalue()
+
+
+def _sound(*words: object) -> None:
+    status, _, err = run([str(word) for word in words])
+    assert status == 0, err
+
+
+def _images(folder: Path) -> None:
+    write_shapes(folder / "images", 2, 16, seed=0)
+    picture = Image.open(folder / "images" / "circle_00000.png")
+    for suffix, how in ((".jpg", {}), (".gif", {}), (".webp", {"lossless": True}), (".bmp", {}), (".tif", {})):
+        picture.save(folder / "images" / f"more_1{suffix}", **how)
+    picture.convert("RGBA").save(folder / "images" / "alpha_1.png")
+    picture.save(folder / "images" / "progressive_1.jpeg", progressive=True)
+
+
+def _packed(name: str, *more: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        write_shapes(folder / "shapes", 4, 16, seed=0)
+        _sound("data", "pack", folder / "shapes", folder / name, *more)
+        shutil.rmtree(folder / "shapes")
+
+    return make
+
+
+def _checkpoint(folder: Path) -> None:
+    saved(folder / "model.safetensors", **CLASSES)
+
+
+def _state_dict(folder: Path) -> None:
+    _checkpoint(folder)
+    torch.save(load_checkpoint(folder / "model.safetensors").model.state_dict(), folder / "model.pt")
+    (folder / "model.safetensors").unlink()
+
+
+def _guided(folder: Path) -> None:
+    saved(folder / "model.safetensors")
+    classifier = classifier_of(3)
+    about = {"config": classifier.config, "diffusion_config": PROCESS, "class_names": CLASSES["class_names"]}
+    save_classifier(folder / "classifier.safetensors", classifier, **about)
+
+
+def _upsampler(folder: Path) -> None:
+    saved(folder / "upper.safetensors", **UPPER)
+    write_shapes(folder / "small", 3, 8, seed=0)
+
+
+def _run(folder: Path) -> None:
+    write_shapes(folder / "shapes", 8, 8, seed=0)
+    flags = ("--data-dir", folder / "shapes", "--run-dir", folder / "run", "--save-interval", 1, "--class-cond")
+    _sound("train", *flags, *TINY, *SHORT, "--steps", 2)
+
+
+def _unfinished(folder: Path) -> None:
+    _checkpoint(folder)
+    with patch.object(Job, "_write", side_effect=OSError("no room")):
+        status, _, err = run([str(word) for word in _draw(folder / "model.safetensors", folder / "s.npz", 4, 2)])
+    assert (status, "no room" in err) == (2, True), err
+
+
+def _draw(model: object, out: object, count: int = 1, batch: int = 1) -> tuple[object, ...]:
+    how = ("--steps", 2, "--num-samples", count, "--batch-size", batch, "--out", out)
+    return ("sample", model, *how, *PLAIN)
+
+
+def _cifar(folder: Path) -> None:
+    cifar10._ROWS = 2  # of 10,000: a batch of the archive is small
+    batch = {b"data": np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072), b"labels": [3, 5]}
+    members = {f"data_batch_{i}": batch for i in range(1, 6)} | {"test_batch": batch}
+    with tarfile.open(folder / "cifar.tar.gz", "w:gz") as archive:
+        for name, content in members.items():
+            data = pickle.dumps(content, protocol=2)
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def _imagenet(folder: Path) -> None:
+    write_shapes(folder / "n01440764", 2, 16, seed=0)
+    with tarfile.open(folder / "imagenet.tar", "w") as archive:
+        inner = io.BytesIO()
+        with tarfile.open(fileobj=inner, mode="w") as part:
+            for path in sorted((folder / "n01440764").iterdir()):
+                part.add(path, path.name)
+        info = tarfile.TarInfo("n01440764.tar")
+        info.size = len(inner.getvalue())
+        archive.addfile(info, io.BytesIO(inner.getvalue()))
+    shutil.rmtree(folder / "n01440764")
+
+
+def _lsun(folder: Path) -> None:
+    import lmdb
+
+    with lmdb.open(str(folder / "lsun"), map_size=2**20) as database, database.begin(write=True) as writing:
+        for i in range(3):
+            file = io.BytesIO()
+            Image.new("RGB", (20, 16), (40 * i, 0, 0)).save(file, "WEBP")
+            writing.put(f"{i:040d}".encode(), file.getvalue())
+
+
+def _settings(folder: Path) -> None:
+    _checkpoint(folder)
+    (folder / "a.toml").write_text(
+        'sampler = "ddim"\neta = 0.5\nseed = 3\nclip-denoised = false\n[more]\nclass = "cat"\n'
+    )
+    (folder / "b.yaml").write_text("sampler: ddim\neta: 0.5\nseed: 3\nclip_denoised: false\nclass: [cat, dog]\n")
+    (folder / "c.json").write_text('{"sampler": "ddim", "eta": 0.5, "more": {"seed": 3, "class": "cat"}}')
+
+
+def _other_images(found: Path, sound: Path, out: str) -> str:
+    """What is drawn is what the sound input draws."""
+    with np.load(found / "s.npz") as ours, np.load(sound / "s.npz") as theirs:
+        same = all(np.array_equal(ours[name], theirs[name]) for name in ("arr_0", "arr_1") if name in theirs)
+        return "" if same and ours.files == theirs.files else "other images were drawn without a word"
+
+
+def _other_weights(found: Path, sound: Path, out: str) -> str:
+    """A resumed run ends with the weights of the sound one, or says what changed."""
+    ours, theirs = (load_checkpoint(folder / "run", ema_rate=0).model.state_dict() for folder in (found, sound))
+    if ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours):
+        return ""
+    told = out.replace("changed: steps 2 becomes 3", "")  # which the command itself asks for
+    return "" if "warning" in told or "changed" in told else "other weights were trained without a word"
+
+
+def _fewer_images(found: Path, sound: Path, out: str) -> str:
+    """What is unpacked is what the sound archive holds, or the difference is told."""
+    ours, theirs = (
+        {str(path.relative_to(folder)): path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+        for folder in (found, sound)
+    )
+    told = any(word in out for word in ("skip", "damaged", "warning", "missing", "could not be read"))
+    return "" if told or set(ours) >= set(theirs) else f"{len(theirs) - len(ours)} images are missing without a word"
+
+
+_UNSAID = ("--image-size", "8", "--num-heads", "4", "--diffusion-steps", "20", "--noise-schedule", "cosine")
+_UNSAID += ("--predict-xstart",)
+_SETTINGS = (*map(str, _draw("model.safetensors", "s.npz")), "--overwrite")
+_RESUME = ("train", "--run-dir", "run", "--resume", "--steps", "3", *SHORT[2:])
+
+KINDS: dict[str, Kind] = {
+    "image": Kind(_images, "images/*", ("data", "check", "images")),
+    "npz": Kind(_packed("a.npz", "--image-size", "16"), "*", ("data", "check", "a.npz")),
+    "zip": Kind(_packed("a.zip"), "*", ("data", "check", "a.zip")),
+    "safetensors": Kind(_checkpoint, "*", tuple(map(str, _draw("model.safetensors", "s.npz"))), _other_images),
+    "pt": Kind(_state_dict, "*", (*map(str, _draw("model.pt", "s.npz")), *_UNSAID), _other_images),
+    "classifier": Kind(
+        _guided,
+        "classifier*",
+        (*map(str, _draw("model.safetensors", "s.npz")), "--classifier", "classifier.safetensors"),
+        _other_images,
+    ),
+    "base-samples": Kind(
+        _upsampler, "small/*", (*map(str, _draw("upper.safetensors", "s.npz", 3)), "--base-samples", "small")
+    ),
+    "run": Kind(_run, "run/*", _RESUME, _other_weights),
+    "run-config": Kind(_run, "run/config.json", _RESUME, _other_weights),
+    "job": Kind(
+        _unfinished, "s.npz.parts/*", tuple(map(str, _draw("model.safetensors", "s.npz", 4, 2))), _other_images
+    ),
+    "cifar": Kind(_cifar, "*", ("data", "cifar10", "cifar.tar.gz", "out"), _fewer_images),
+    "imagenet": Kind(_imagenet, "*", ("data", "imagenet", "imagenet.tar", "out"), _fewer_images),
+    "lsun": Kind(_lsun, "lsun/data.mdb", ("data", "lsun", "lsun", "out"), _fewer_images),
+    **{
+        f"config-{name.partition('.')[2]}": Kind(_settings, name, (*_SETTINGS, "--config", name))
+        for name in ("a.toml", "b.yaml", "c.json")
+    },
+}
+"""By name."""
