@@ -61,7 +61,7 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
             label = f"T{attended.tokens} H{attended.heads} d{d} N{n} {TYPES[dtype]}"
             for warpgroups, targets in ((True, ("sm_90", "sm_100")), (False, ("sm_80", "gfx942"))):
                 yield f"attention {label}", partial(_attention, attended, n, dtype, warpgroups), targets
-    for n, size, layout in itertools.product(BATCHES, (32, 64, 128, 256), layouts):
+    for n, size, layout in itertools.product(BATCHES, (32, 64, 128, 256, 512), layouts):
         label = f"{size}x{size} N{n} {layout}"
         for sampler, inside in itertools.product(("ddpm", "ddim"), (True, False)):
             yield f"{sampler} {label}", partial(_step, n, size, layout, sampler, inside), tuple(TARGETS)
@@ -69,7 +69,7 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
             yield f"{loss_type} {label}", partial(_loss, n, size, layout, loss_type), tuple(TARGETS)
     for n in BATCHES:
         samples = torch.zeros(n, dtype=torch.int64)
-        for elements in (3 * 32**2, 3 * 256**2):  # noise of an image
+        for elements in (3 * 32**2, 3 * 512**2):  # noise of an image
             draw = partial(philox_op.NORMALS[Backend.TRITON], 1, samples, 1, elements)
             yield f"normals {elements} N{n}", draw, tuple(TARGETS)
         for elements in (1, 2):  # labels and noise levels; timesteps
