@@ -20,6 +20,9 @@ _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 COMPILE_PAYS_AFTER = {"cuda": 200, "cpu": 2000}
 """Model calls after which torch.compile recovers the minute or two it takes with a cold cache."""
 
+COMPILING = "compiling the model first: one to two minutes, or seconds if its cache is warm; Ctrl-C stops it"
+"""The line of a log before the first call of a model that is compiled."""
+
 _ISAS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 """Values of ONEDNN_MAX_CPU_ISA under which oneDNN multiplies bf16 as fp32, after conversions that cost more than they
 save (AVX2_VNNI_2 converts in hardware and multiplies in fp32)."""

@@ -38,6 +38,16 @@ class StopRequest:
             self._before[kind] = signal.signal(kind, self._receive)
         return self
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While entered, a signal has its usual effect: what runs here, such as compilation, asks for no stop."""
+        handlers = {kind: signal.signal(kind, before) for kind, before in self._before.items()}  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            for kind, handler in handlers.items():
+                signal.signal(kind, handler)
+
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # signal.signal accepts what it returned

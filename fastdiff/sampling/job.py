@@ -14,7 +14,7 @@ import numpy as np
 
 from fastdiff.checkpoint import Checkpoint, Lease, sha256
 from fastdiff.data import ImageFolder
-from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.device import COMPILING, Runtime
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.words import duration
@@ -78,6 +78,8 @@ class Job:
                     f"{self.plan.config.sampler} steps, seed {self.plan.config.seed}; {self.world.describe()}, "
                     f"{self.runtime.describe(engine.calls)}"
                 )
+                if self.runtime.compiles(engine.calls):
+                    log(COMPILING)
                 if engine.steps > 250 and self.runtime.device.type == "cpu":
                     log("hint: fewer steps are faster, try --sampler dpm++ --steps 20")
                 began = time.perf_counter()
@@ -139,16 +141,23 @@ class Job:
             return 0
         labels = None if self.labels is None else self.labels[positions]
         total = len(positions) * self.world.size * engine.steps
-        done, began = 0, time.perf_counter()
+        done = first = 0
+        began = 0.0
         saving: Future[None] | None = None
-        with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
+        with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer, ExitStack() as until_first_step:
+            until_first_step.enter_context(stop.at_once())  # it may compile for minutes, and nothing is lost
 
             def on_step(images: int) -> None:
-                nonlocal done
+                nonlocal done, first, began
                 done = min(done + images * self.world.size, total)
-                seconds = time.perf_counter() - began
-                left, speed = seconds / done * (total - done), done / engine.steps / seconds
-                on_progress(done, total, f"{speed:.2f} images/s, {duration(left)} left")
+                note, now = "", time.perf_counter()
+                if began:
+                    rate = (done - first) / (now - began)
+                    note = f"{duration((total - done) / rate)} left  {rate / engine.steps:.2f} images/s"
+                else:
+                    until_first_step.close()
+                    first, began = done, now  # compilation is in the first step: no rate is made of it
+                on_progress(done, total, note)
                 if stop.received is not None:
                     raise StopSampling
 

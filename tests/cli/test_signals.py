@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..processes import Job
 from .conftest import Cli
-from .support import SHORT, TINY, succeeded
+from .support import PLAIN, SHORT, TINY, start, succeeded
 
 
 def test_a_stopped_training_is_saved_and_goes_on(shapes: Path, tmp_path: Path, train: Cli) -> None:
@@ -29,3 +29,23 @@ def test_a_stopped_training_is_saved_and_goes_on(shapes: Path, tmp_path: Path, t
         again = succeeded(train(name, "--resume", "--steps", step + 1))
         assert f"resumed at step {step}\n" in again.out
         assert (tmp_path / name / f"model{step + 1:06d}.safetensors").exists()
+
+
+def test_the_first_step_of_sampling_may_compile_and_is_interrupted(checkpoint: Path, tmp_path: Path) -> None:
+    """For minutes, in which no step would look at the signal."""
+    slow = (
+        "import time\n"
+        "from fastdiff.sampling import Loop\n"
+        "def step(self):\n"
+        "    print('compiling now', flush=True)\n"
+        "    time.sleep(60)\n"
+        "Loop.step = step\n"
+    )
+    process = start("sample", str(checkpoint), *PLAIN, "--steps", "2", cwd=tmp_path, before=slow)
+    assert process.stdout is not None
+    while "compiling now" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
+    assert not (tmp_path / "samples.npz").exists()
