@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import numpy as np
@@ -198,6 +198,10 @@ def test_defaults_are_the_originals() -> None:
         "use_scale_shift_norm": True,
         "channel_mult": None,
         "small_size": None,
+        # guided-diffusion's
+        "num_head_channels": -1,
+        "resblock_updown": False,
+        "use_new_attention_order": False,
     }
     assert diffusion == {
         "diffusion_steps": 1000,
@@ -248,13 +252,12 @@ def test_numpys_numbers_are_numbers() -> None:
     assert config == ModelConfig(image_size=16, channel_mult=(1, 2), attention_resolutions=(8,), dropout=0.5)
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     for wrong in (np.float32(1.5), np.float64(1.5)):
-        with pytest.raises(ValueError, match="channel_mult must be numbers"):
-            ModelConfig(channel_mult=(wrong,))
+        assert ModelConfig(channel_mult=(wrong,), attention_resolutions=()).to_dict()["channel_mult"] == [1.5]
         with pytest.raises(ValueError, match="image_size must be a whole number"):
             ModelConfig(image_size=wrong)
 
 
-@pytest.mark.parametrize(("name", "value"), [("channel_mult", (1.5, 2)), ("attention_resolutions", (16.5,))])
+@pytest.mark.parametrize(("name", "value"), [("num_res_blocks", 1.5), ("attention_resolutions", (16.5,))])
 def test_fractions_are_no_whole_numbers(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         ModelConfig(**{name: value})
@@ -283,8 +286,14 @@ def test_steps_and_respacing_together_are_refused() -> None:
 
 # image sizes and levels
 
-TABLE = {256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
-OTHERS = {28: (1, 2, 2), 48: (1, 2, 3, 4), 96: (1, 1, 2, 3, 4), 512: (1, 1, 1, 2, 2, 4, 4)}
+TABLE = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+OTHERS = {28: (1, 2, 2), 48: (1, 2, 3, 4), 96: (1, 1, 2, 3, 4), 1024: (1, 1, 1, 1, 2, 2, 4, 4)}
 
 
 @pytest.mark.parametrize(("size", "mult"), [*TABLE.items(), *OTHERS.items()])
@@ -292,6 +301,37 @@ def test_channel_mult_by_image_size(size: int, mult: tuple[int, ...]) -> None:
     assert channel_mult_for(size) == mult
     assert ModelConfig(image_size=size).multipliers == mult
     assert is_table_size(size) == (size in TABLE)
+
+
+def test_512_pixels_begin_with_half_the_channels_where_the_norms_allow_it() -> None:
+    assert ModelConfig(image_size=512, num_channels=192).widths[:2] == (96, 192)
+    assert ModelConfig(image_size=512, num_channels=96).multipliers == (1, 1, 1, 2, 2, 4, 4)
+    upsampler = ModelConfig(image_size=512, num_channels=192, small_size=128)  # guided-diffusion's
+    assert upsampler.multipliers == TABLE[256]
+
+
+def test_widths_of_fractional_multipliers() -> None:
+    config = ModelConfig(num_channels=96, channel_mult=f"1, {4 / 3},{5 / 3}")
+    assert config.widths == (96, 128, 160)
+    assert ModelConfig(channel_mult=(1.0, 2)).to_dict()["channel_mult"] == [1, 2]
+    for mult, gives in ((1.3, "166.4"), (0.1, "12.8"), (0.125, "16")):
+        with pytest.raises(
+            ValueError, match=rf"channel_mult {mult} gives a level {gives} channels: every width must be"
+        ):
+            ModelConfig(channel_mult=(1, mult))
+    for wrong in ("1,half", (1, float("nan")), (1, float("inf")), (1, -0.5), (1, 0)):
+        with pytest.raises(ValueError, match="channel_mult must be"):
+            ModelConfig(channel_mult=wrong)
+
+
+def test_heads_by_their_width() -> None:
+    config = ModelConfig(num_channels=64, attention_resolutions="64,16", num_heads=4, num_heads_upsample=2)
+    assert config.attention_heads == ((4, 4, 4), (2, 2))
+    assert replace(config, num_head_channels=32).attention_heads == ((2, 6, 8), (2, 6))
+    with pytest.raises(ValueError, match="num_head_channels 48 does not divide the 64 channels of a level with att"):
+        replace(config, num_head_channels=48)
+    with pytest.raises(ValueError, match="num_head_channels must be positive, or -1, not 0"):
+        replace(config, num_head_channels=0)
 
 
 @pytest.mark.parametrize("size", [4, 8, 16, 20, 28, 48])

@@ -135,6 +135,19 @@ class ModelConfig(Config):
         return self.heads_upsample if upsample else self.num_heads
 
     @property
+    def attention_heads(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The heads at the levels with attention and in the middle block, and at these levels of the upsampling half.
+
+        It is the meaning of num_heads, num_heads_upsample and num_head_channels together.
+        """
+        down = [self.widths[level] for level in sorted(self.attention_levels)]
+        middle = self.widths[-1]
+        return (
+            tuple(self.heads_of(width) for width in (*down, middle)),
+            tuple(self.heads_of(width, upsample=True) for width in down),
+        )
+
+    @property
     def attention_levels(self) -> frozenset[int]:
         """The levels with attention. Level 0 is full size, each next level half of it.
 
