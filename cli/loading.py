@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.improved_diffusion import log_folder
 from fastdiff.cli.options import Flags
-from fastdiff.config import ClassifierConfig, DiffusionConfig, ModelConfig, with_multipliers
+from fastdiff.config import ClassifierConfig, DiffusionConfig, ModelConfig
 from fastdiff.config.base import refuse_contradiction
-from fastdiff.presets import preset_named, with_preset
+from fastdiff.presets import described_by, with_preset
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
@@ -63,18 +63,10 @@ def load_with_flags(path: Path, flags: Flags, preset: str | None = None, **where
 
     given = {name: value for name, value in with_preset(flags, preset).items() if name in _NAMES}
     if path.suffix != ".safetensors":
-        return load_checkpoint(path, given=_whole(preset) | given, **where)
+        return load_checkpoint(path, given=described_by(preset) | given, **where)
     loaded = load_checkpoint(path, **where)
     refuse_contradiction(given, str(path), loaded.model_config, loaded.diffusion_config)
     return loaded
-
-
-def _whole(preset: str | None) -> Flags:
-    """Every field of a preset's configurations: the defaults that its flags leave out belong to its model, too."""
-    if preset is None:
-        return {}
-    known = preset_named(preset)
-    return {**known.config(DiffusionConfig).to_dict(), **with_multipliers(known.config(ModelConfig)).to_dict()}
 
 
 def young_average(loaded: "Checkpoint | ClassifierCheckpoint") -> str:

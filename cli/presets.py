@@ -1,20 +1,27 @@
 """``fastdiff presets``: list the values of --preset."""
 
-from rich.console import Console
-from rich.table import Table
+import shutil
+import textwrap
+
+import typer
 
 
 def presets() -> None:
-    """List the presets and their flags."""
-    from fastdiff.presets import PRESETS
+    """List the presets and their flags: the diffusion models, then the classifiers."""
+    from fastdiff.presets import CLASSIFIER_PRESETS, PRESETS
 
-    table = Table("preset", "for", "flags")
-    for name, preset in PRESETS.items():
-        table.add_row(
-            name, preset.about, " ".join(f"--{k.replace('_', '-')} {_word(v)}" for k, v in preset.flags.items())
-        )
-    Console().print(table)
+    width = max(shutil.get_terminal_size().columns, 40)
+    for title, known in (("Diffusion models", PRESETS), ("Classifiers", CLASSIFIER_PRESETS)):
+        typer.echo(f"{title}\n")
+        for name, preset in known.items():
+            flags = " ".join(_flag(field, value) for field, value in preset.flags.items())
+            lines = textwrap.wrap(flags, width - 4, break_long_words=False, break_on_hyphens=False)
+            typer.echo("\n    ".join([f"{name}  {preset.about}", *lines]))
+        typer.echo()
 
 
-def _word(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _flag(field: str, value: object) -> str:
+    name = field.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"

@@ -1,15 +1,16 @@
 """The released models of improved-diffusion and guided-diffusion, and the recipe of a 128x128 fork, as tables.
 
 A preset maps flag names to values; a flag given together with ``--preset`` overrides it. The flags are those of the
-projects' READMEs, one preset per released checkpoint; guided-diffusion's have its file names, and the learning rates and
-batch sizes of Dhariwal & Nichol 2021, appendix I.
+projects' READMEs, one preset per released checkpoint. guided-diffusion's presets have its files' names, and the learning
+rates, batch sizes and lengths of Dhariwal & Nichol 2021, appendix I (tables 11 to 13).
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from fastdiff.config import Config
+from fastdiff.config import Config, DiffusionConfig, ModelConfig, with_multipliers
 
 C = TypeVar("C", bound=Config)
 
@@ -27,7 +28,7 @@ class Preset:
         return {name: value for name, value in self.flags.items() if name in names}
 
     def config(self, kind: type[C]) -> C:
-        """The preset's ModelConfig, DiffusionConfig or TrainConfig."""
+        """The preset's configuration of this kind; fields that it does not set have their defaults."""
         return kind.from_dict(self.values_for(kind))
 
 
@@ -100,8 +101,26 @@ _UNSCALED = {"rescale_learned_sigmas": False, "rescale_timesteps": False}
 _VLB = {"use_kl": True, "schedule_sampler": "loss-second-moment"}
 
 
+_ADM_CLASSIFIER = {
+    "classifier_width": 128,
+    "classifier_depth": 2,
+    "classifier_attention_resolutions": (32, 16, 8),
+    "classifier_pool": "attention",
+    "classifier_resblock_updown": True,
+    "classifier_use_scale_shift_norm": True,
+}
+_CLASSIFIER_64 = {**_ADM_CLASSIFIER, "image_size": 64, "classifier_depth": 4}
+_CLASSIFIER_128 = {**_ADM_CLASSIFIER, "image_size": 128}
+_CLASSIFIER_256 = {**_ADM_CLASSIFIER, "image_size": 256}
+_CLASSIFIER_512 = {**_ADM_CLASSIFIER, "image_size": 512}
+
+
 def _optimised(lr: float, batch_size: int) -> dict[str, Any]:
     return {"lr": lr, "batch_size": batch_size}
+
+
+def _annealed(weight_decay: float, steps: int) -> dict[str, Any]:
+    return {"weight_decay": weight_decay, "lr_anneal_steps": steps}
 
 
 # fmt: off
@@ -132,20 +151,54 @@ PRESETS: Mapping[str, Preset] = {
     "lsun_horse_nodropout":     Preset("LSUN horses 256x256, no dropout",                    _ADM_LSUN    | _LINEAR_1000 | _UNSCALED      | _optimised(1e-4, 256)
                                        | {"dropout": 0.0}),
 }
+"""The diffusion models."""
+
+CLASSIFIER_PRESETS: Mapping[str, Preset] = {
+    "64x64_classifier":         Preset("classifier of noisy ImageNet 64x64",                 _CLASSIFIER_64  | _COSINE_1000 | _UNSCALED | _optimised(6e-4, 1024) | _annealed(0.2, 300_000)),
+    "128x128_classifier":       Preset("classifier of noisy ImageNet 128x128",               _CLASSIFIER_128 | _LINEAR_1000 | _UNSCALED | _optimised(3e-4, 256)  | _annealed(0.05, 300_000)),
+    "256x256_classifier":       Preset("classifier of noisy ImageNet 256x256",               _CLASSIFIER_256 | _LINEAR_1000 | _UNSCALED | _optimised(3e-4, 256)  | _annealed(0.05, 500_000)),
+    "512x512_classifier":       Preset("classifier of noisy ImageNet 512x512",               _CLASSIFIER_512 | _LINEAR_1000 | _UNSCALED | _optimised(3e-4, 256)  | _annealed(0.05, 500_000)),
+}
+"""guided-diffusion's classifiers."""
 # fmt: on
 
 
-def preset_named(name: str) -> Preset:
-    """The preset called ``name``; ValueError, which lists the valid names, if there is none."""
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
-    return PRESETS[name]
+def preset_named(name: str, presets: Mapping[str, Preset] = PRESETS) -> Preset:
+    """The preset called ``name`` in PRESETS or CLASSIFIER_PRESETS.
+
+    ValueError if there is none: it lists the valid names, those nearest to ``name``, and says what it is if it is in
+    the other table.
+    """
+    if name in presets:
+        return presets[name]
+    if name in CLASSIFIER_PRESETS:
+        raise ValueError(f"preset {name} is a classifier, and a diffusion model is wanted: one of {', '.join(presets)}")
+    if name in PRESETS:
+        raise ValueError(f"preset {name} is a diffusion model, and a classifier is wanted: one of {', '.join(presets)}")
+    near = " or ".join(difflib.get_close_matches(name, presets, 2))
+    meant = f"; did you mean {near}?" if near else ""
+    raise ValueError(f"preset must be one of {', '.join(presets)}, not {name!r}{meant}")
 
 
-def with_preset(flags: Mapping[str, Any], name: str | None, *only: type[Config]) -> dict[str, Any]:
+def with_preset(
+    flags: Mapping[str, Any], name: str | None, *only: type[Config], presets: Mapping[str, Preset] = PRESETS
+) -> dict[str, Any]:
     """The preset's flags, overridden by ``flags``; with ``only``, just the preset's flags for these configurations."""
     if name is None:
         return dict(flags)
-    known = preset_named(name)
+    known = preset_named(name, presets)
     chosen = {k: v for kind in only for k, v in known.values_for(kind).items()} if only else dict(known.flags)
+    if "num_heads" in flags and "num_head_channels" in chosen:
+        chosen["num_head_channels"] = -1  # it would go before num_heads
     return chosen | dict(flags)
+
+
+def described_by(name: str | None) -> dict[str, Any]:
+    """Every field of the preset's ModelConfig and DiffusionConfig: its model has the defaults of all other flags, too.
+
+    Empty without a preset.
+    """
+    if name is None:
+        return {}
+    known = preset_named(name)
+    return {**known.config(DiffusionConfig).to_dict(), **with_multipliers(known.config(ModelConfig)).to_dict()}

@@ -22,6 +22,7 @@ from fastdiff.config import (
     StartConfig,
     TrainConfig,
 )
+from fastdiff.presets import CLASSIFIER_PRESETS
 
 from .conftest import Cli
 from .support import succeeded
@@ -114,10 +115,14 @@ def test_shell_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert expected in capsys.readouterr().out.split()
 
 
-def test_presets_are_listed(cli: Cli) -> None:
+def test_presets_are_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     text = succeeded(cli("presets")).out
-    for name in fastdiff.PRESETS:
-        assert name in text
+    assert max(map(len, text.splitlines())) <= 80
+    for name, preset in {**fastdiff.PRESETS, **CLASSIFIER_PRESETS}.items():
+        assert f"\n{name}  {preset.about}\n    --" in text
+    assert "--attention-resolutions 32,16,8 --resblock-updown --image-size 128" in " ".join(text.split())
+    assert "--no-rescale-learned-sigmas --no-rescale-timesteps --lr 0.0006 --batch-size 1024" in " ".join(text.split())
 
 
 def test_the_version(cli: Cli) -> None:
