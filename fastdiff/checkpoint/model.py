@@ -125,7 +125,7 @@ def load_checkpoint(
     kernels: Kernels | str = Kernels.AUTO,
     memory_format: MemoryFormat | str = MemoryFormat.CONTIGUOUS,
 ) -> Checkpoint:
-    """Load a fastdiff checkpoint, or an improved-diffusion ``.pt`` state dict, whose architecture is recognised.
+    """Load a fastdiff checkpoint, or a ``.pt`` state dict of improved- or guided-diffusion, which is recognised.
 
     ``path`` is a file, a run folder (its newest step) or ``run@step``. In a folder ``ema_rate`` selects the EMA: 0 is
     the raw weights, and the default is the highest rate. Settings that a state dict does not determine come from the

@@ -1,4 +1,4 @@
-"""improved-diffusion's checkpoints: bare state dicts in .pt files."""
+"""The checkpoints of improved-diffusion and guided-diffusion: bare state dicts in .pt files."""
 
 import pickle
 import re
@@ -18,7 +18,7 @@ _NAME = re.compile(r"(model|ema_(?P<rate>0?\.\d+)_)(?P<step>\d{6,})\.pt")
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of an improved-diffusion ``.pt`` file, on the CPU.
+    """The tensors of a ``.pt`` file of improved-diffusion or guided-diffusion, on the CPU.
 
     Only tensors are read, never code. ValueError if the file is damaged, contains anything else, or is optimizer state.
     """

@@ -1,4 +1,4 @@
-"""Recognise the model of a bare state dict: keys and shapes determine the architecture, except the number of heads."""
+"""Recognise the model of a bare state dict: keys and shapes determine the architecture, except what UNSAID lists."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -29,6 +29,8 @@ _FLAGS = {
 }
 SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256, 512)}
 """The image size for which the originals have these width multipliers."""
+_GUIDED_DEFAULTS = {"rescale_timesteps": False, "rescale_learned_sigmas": False}
+_PER_BLOCK = 10  # tensors of a residual block, at least
 _LONGEST_KEY = 80
 
 Shapes = dict[str, tuple[int, ...]]
@@ -40,7 +42,8 @@ class Architecture:
 
     num_channels: int
     num_res_blocks: int
-    channel_mult: tuple[float, ...]
+    widths: tuple[int, ...]
+    """The channels of each level."""
     attention_levels: frozenset[int]
     learn_sigma: bool
     num_classes: int | None
@@ -55,24 +58,41 @@ class Architecture:
         return cls(
             num_channels=config.num_channels,
             num_res_blocks=config.num_res_blocks,
-            channel_mult=config.multipliers,
+            widths=config.widths,
             attention_levels=config.attention_levels,
             learn_sigma=config.learn_sigma,
             num_classes=config.num_classes if config.class_cond else None,
             use_scale_shift_norm=config.use_scale_shift_norm,
             super_resolution=config.small_size is not None,
-            resblock_updown=config.resblock_updown,
+            resblock_updown=config.resblock_updown and len(config.widths) > 1,
+        )
+
+    @property
+    def channel_mult(self) -> tuple[float, ...]:
+        """The width of each level as a multiple of num_channels."""
+        return tuple(
+            width / self.num_channels if width % self.num_channels else width // self.num_channels
+            for width in self.widths
         )
 
     @property
     def image_size(self) -> int | None:
-        """The image size with these widths in the originals' table, or None; two sizes of upsamplers have the same."""
-        return None if self.super_resolution and self.resblock_updown else SIZES.get(self.channel_mult)
+        """The image size with these widths in the originals' table; None if no size has them, or two sizes do.
+
+        guided-diffusion's upsamplers to 256 and 512 pixels have the same widths, and improved-diffusion has only the
+        first of these sizes.
+        """
+        found = [
+            size
+            for size in SIZES.values()
+            if channel_mult_for(size, self.num_channels, super_resolution=self.super_resolution) == self.channel_mult
+        ]
+        return found[0] if len(found) == 1 or (found and not self.resblock_updown) else None
 
     @property
     def smallest_size(self) -> int:
         """The smallest image size that can be halved at every level."""
-        return int(2 ** (len(self.channel_mult) - 1))
+        return int(2 ** (len(self.widths) - 1))
 
     @property
     def presets(self) -> list[str]:
@@ -111,7 +131,8 @@ class Architecture:
 def recognise(state: Mapping[str, Tensor], name: object) -> Architecture:
     """The architecture of the model whose state dict is ``state``; errors call it ``name``.
 
-    ValueError if it is not a model of this family, naming the nearest preset and the first key that differs from it.
+    ValueError if it is a classifier, or not a model of this family: it names the nearest preset and the first key that
+    differs from it.
     """
     if classifier_pool(state) is not None:
         raise ValueError(f"{name} is a classifier, not a diffusion model")
@@ -152,7 +173,6 @@ def refuse_integers(state: Mapping[str, Tensor], name: object) -> None:
 
 def _read(state: Mapping[str, Tensor]) -> Architecture:
     """Read the architecture from a model's tensors; LookupError or ArithmeticError if they are missing or misshapen."""
-    width = state["time_embed.0.weight"].shape[1]
     widths: list[int] = []  # of each level
     blocks: list[int] = []
     attending = set()
@@ -171,10 +191,12 @@ def _read(state: Mapping[str, Tensor]) -> Architecture:
                 attending.add(level)
         else:
             break
+    if len(set(blocks)) != 1 or _PER_BLOCK * sum(blocks) > len(state):
+        raise LookupError  # no model; one with the first level's blocks at all levels could be huge
     return Architecture(
-        num_channels=width,
+        num_channels=state["time_embed.0.weight"].shape[1],
         num_res_blocks=blocks[0],
-        channel_mult=tuple(w / width if w % width else w // width for w in widths),
+        widths=tuple(widths),
         attention_levels=frozenset(attending),
         learn_sigma=state["out.2.weight"].shape[0] == 6,
         num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
@@ -243,8 +265,11 @@ def describe(
     do not determine), or if a given field contradicts the tensors. A field that is None counts as not given.
     """
     found = recognise(state, name)
-    given = {field: value for field, value in given.items() if value is not None}
-    known = given if found.image_size is None else {"image_size": found.image_size} | given
+    known = {field: value for field, value in given.items() if value is not None}
+    if found.image_size is not None:
+        known = {"image_size": found.image_size} | known
+    if found.resblock_updown:
+        known = _GUIDED_DEFAULTS | known
     unsaid = [f for f in UNSAID if f not in known and f not in _known_without(found, known)]
     if "image_size" in unsaid:  # attention_resolutions has no meaning without it
         _ask(found, name, unsaid)
@@ -274,8 +299,13 @@ def _known_without(found: Architecture, known: Mapping[str, Any]) -> Iterator[st
 def _ask(found: Architecture, name: object, unsaid: list[str]) -> NoReturn:
     flags = [_FLAGS.get(field, "--" + field.replace("_", "-")) for field in unsaid]
     wanted = " and ".join(part for part in (", ".join(flags[:-1]), flags[-1]) if part)
-    presets = f"or --preset {' or '.join(found.presets)}" if found.presets else "no --preset has this architecture"
+    presets = f"or {fitting}" if (fitting := _fitting(found)) else "no --preset has this architecture"
     raise ValueError(f"{name} is a bare state dict: {found}; what it lacks must be given: {wanted} ({presets})")
+
+
+def _fitting(found: Architecture) -> str:
+    """The presets with the architecture, as a flag; empty if there is none."""
+    return f"--preset {' or '.join(presets)}" if (presets := found.presets) else ""
 
 
 def _refuse_contradiction(found: Architecture, values: Mapping[str, Any], size: int, name: object) -> None:
@@ -288,9 +318,9 @@ def _refuse_contradiction(found: Architecture, values: Mapping[str, Any], size: 
         theirs = ModelConfig.from_dict({**said, **found.made_up, field: values[field]})
         if Architecture.of(theirs) != found:
             given = word(getattr(theirs, field))
-            raise ValueError(
-                f"{field} is {word(said[field])} in {name}, but given as {given}: leave out the flag, or --preset"
-            )
+            fits = f" ({fitting} fits)" if (fitting := _fitting(found)) else ""
+            here = f"{field} is {word(said[field])} in {name}, but given as {given}"
+            raise ValueError(f"{here}: leave out the flag, or --preset{fits}")
 
 
 def word(value: object) -> str:

@@ -66,7 +66,8 @@ def test_a_bare_state_dict_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(model.state_dict(), path)
     with pytest.raises(
-        ValueError, match=r"model\.pt is a bare state dict: .*--image-size, --num-heads, --diffusion-st"
+        ValueError,
+        match=r"model\.pt is a bare state dict: .*--image-size, --num-heads \(or --num-head-channels\), --dif",
     ):
         load_checkpoint(path)
     wanted = [

@@ -1,5 +1,7 @@
 """State dicts of the released models, and models whose every weight has an effect."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,35 @@ from fastdiff.models import UNet
 from ..parity.support import load_json
 from ..support import randomise
 
-GOLDEN = load_json("state_dicts.json")
-"""By architecture: flags, parameter count, every key with its shape."""
+_GUIDED = load_json("state_dicts_guided.json")
+
+
+def _architectures() -> dict[str, Any]:
+    """Both projects have a model called lsun_bedroom; guided-diffusion's has the architecture of another one."""
+    found = {"lsun_uncond" if k == "lsun_bedroom" else k: entry for k, entry in load_json("state_dicts.json").items()}
+    own = {name: entry for name, entry in _GUIDED.items() if isinstance(entry["state_dict"], dict)}
+    return found | {name: entry for name, entry in own.items() if not name.endswith("classifier")}
+
+
+GOLDEN = _architectures()
+"""By architecture: flags, parameter count, every key with its shape; the diffusion models of both projects."""
+
+CLASSIFIERS = {name: entry for name, entry in _GUIDED.items() if name.endswith("classifier")}
+"""The same of guided-diffusion's classifiers."""
+
+ARCHITECTURE = {
+    "imagenet64_uncond_vlb": "imagenet64_uncond",
+    "cifar10_uncond_vlb": "cifar10_uncond",
+    "lsun_uncond_lr2e-5": "lsun_uncond",
+    **dict.fromkeys(("lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"), "256x256_diffusion_uncond"),
+}
+"""The presets whose architecture in GOLDEN has another name."""
 
 
 def meta_state(name: str) -> dict[str, Tensor]:
     """The golden keys and shapes, without memory."""
-    return {key: torch.empty(shape, device="meta") for key, shape in GOLDEN[name]["state_dict"].items()}
+    shapes = (GOLDEN | CLASSIFIERS)[name]["state_dict"]
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> UNet:
