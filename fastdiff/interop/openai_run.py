@@ -1,4 +1,4 @@
-"""The files to resume an improved-diffusion run from: model, EMAs and optimizer state of one step."""
+"""The files to resume a run of improved-diffusion or guided-diffusion from: model, EMAs and optimizer of one step."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -53,22 +53,14 @@ class OpenAIRun:
     def moments(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The optimizer state as ``{"exp_avg.NAME": ...}``; ``weights`` must be in the order of the model's parameters.
 
-        The file numbers the parameters in that order. An fp16 run has a single parameter instead: all of them flattened
-        and concatenated. ValueError if the file belongs to another model.
+        The file numbers the parameters in that order, except in fp16 runs (see _apart). ValueError if the file belongs
+        to another model.
         """
         try:
             numbered: dict[int, Any] = dict(self.optimizer["state"].items())
-            states = [numbered[i] for i in range(len(numbered))]
+            states = _apart([numbered[i] for i in range(len(numbered))], weights)
             found: dict[str, Tensor] = {}
             whole = True
-            if len(states) == 1 and len(weights) > 1:
-                sizes = [weight.numel() for weight in weights.values()]
-                parts = {key: states[0][key].split(sizes) for key in MOMENTS[1:]}
-                whole = all(states[0][key].shape == (sum(sizes),) for key in MOMENTS[1:])
-                states = [
-                    {"step": states[0]["step"]} | {key: parts[key][i].view(weight.shape) for key in MOMENTS[1:]}
-                    for i, weight in enumerate(weights.values())
-                ]
             for (name, weight), state in zip(weights.items(), states, strict=True):
                 whole &= all(state[key].shape == weight.shape and state[key].is_floating_point() for key in MOMENTS[1:])
                 found |= {f"{key}.{name}": torch.as_tensor(state[key], dtype=torch.float32) for key in MOMENTS}
@@ -84,6 +76,27 @@ class OpenAIRun:
                 f"{self.optimizer_path} is not the optimizer state of the model beside it: restore it, or move it away"
             )
         return found
+
+
+def _apart(states: list[Any], weights: Mapping[str, Tensor]) -> list[Any]:
+    """The optimizer's state of each weight.
+
+    In an fp16 run the optimizer has all parameters flattened and concatenated, as a single one in improved-diffusion.
+    In guided-diffusion there are two: the biases and norms, and all others. RuntimeError if the sizes differ.
+    """
+    groups = [list(weights)]
+    if len(states) == 2:
+        groups = [[n for n, w in weights.items() if (w.ndim > 1) == matrices] for matrices in (False, True)]
+    if len(states) != len(groups) or len(states) == len(weights):
+        return states
+    found = {}
+    for state, names in zip(states, groups, strict=True):
+        sizes = [weights[name].numel() for name in names]
+        parts = {key: state[key].flatten().split(sizes) for key in MOMENTS[1:]}
+        for i, name in enumerate(names):
+            moments = {key: parts[key][i].view(weights[name].shape) for key in MOMENTS[1:]}
+            found[name] = {"step": state["step"]} | moments
+    return [found[name] for name in weights]
 
 
 def step_of(path: Path) -> int:

@@ -12,11 +12,14 @@ from fastdiff.config.base import differences, in_words
 from fastdiff.data.classes import completed, listed
 from fastdiff.interop.openai import load_state_dict
 from fastdiff.interop.openai_run import step_of
+from fastdiff.interop.recognition import recognise
+from fastdiff.presets import described_by
 
 _FREE = {"dropout", "use_checkpoint"}  # compatible with any weights
 _LAYERS = {"class_cond", "num_classes", "learn_sigma"}  # if one differs, its layer is newly initialised
-_DERIVED = {"channel_mult", "attention_resolutions", "num_heads_upsample", "image_size"}  # compared by their effect
-_UNSAID = {"num_heads": 4, "diffusion_steps": 1000, "noise_schedule": "linear"}  # defaults for a bare state dict
+_HEADS = ("num_heads", "num_heads_upsample", "num_head_channels")
+_DERIVED = {"channel_mult", "attention_resolutions", "image_size", *_HEADS}  # compared by their effect
+_UNSAID = {"num_heads": 4, "diffusion_steps": 1000, "noise_schedule": "linear"}  # defaults for improved-diffusion's
 
 CLASSES, LAST = "label_emb.weight", ("out.2.weight", "out.2.bias")
 
@@ -27,15 +30,17 @@ def find_initial(place: Path, raw: bool = False) -> Path:
 
 
 def read_initial(path: Path, flags: Mapping[str, Any]) -> Weights:
-    """Read the weights to start from; settings that a bare state dict lacks come from the flags, else the defaults.
+    """Read the weights to start from; settings that a bare state dict lacks come from the flags and their preset.
 
-    Raises ValueError as read_weights does.
+    Those of neither have the defaults, if it is improved-diffusion's. Raises ValueError as read_weights does.
     """
     if path.suffix == ".safetensors":
         return read_weights(path)
     names = set(ModelConfig().to_dict()) | set(DiffusionConfig().to_dict())
-    given = {name: value for name, value in flags.items() if name in names - _FREE - _LAYERS - {"timestep_respacing"}}
-    return read_weights(path, given=_UNSAID | given)
+    said = described_by(flags.get("preset")) | dict(flags)
+    given = {name: value for name, value in said.items() if name in names - _FREE - _LAYERS - {"timestep_respacing"}}
+    guided = recognise(load_state_dict(path), path).resblock_updown
+    return read_weights(path, given=given if guided else _UNSAID | given)
 
 
 def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConfig, DiffusionConfig, list[str]]:
@@ -46,6 +51,8 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     the number of steps: the log reports it.
     """
     before, path = weights.model_config, weights.path
+    if "num_heads" in flags:
+        flags = {"num_head_channels": -1} | dict(flags)  # the file's would go before num_heads
     model = _changed(before, flags)
     if model.image_size != before.image_size and "attention_resolutions" not in flags:
         resolutions = [max(1, r * model.image_size // before.image_size) for r in before.attention_resolutions]
@@ -53,13 +60,12 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     for name, old, new in differences(before, model):
         if name not in _FREE | _LAYERS | _DERIVED and not (name == "small_size" and None not in (old, new)):
             _refuse(name, old, new, path)
-    for name, meaning in (
-        ("channel_mult", "multipliers"),
-        ("attention_resolutions", "attention_levels"),
-        ("num_heads_upsample", "heads_upsample"),
-    ):
+    for name, meaning in (("channel_mult", "widths"), ("attention_resolutions", "attention_levels")):
         if getattr(before, meaning) != getattr(model, meaning):
             _refuse(name, getattr(before, name), getattr(model, name), path)
+    for name, old_heads, new_heads in zip(_HEADS[:2], before.attention_heads, model.attention_heads, strict=True):
+        if old_heads != new_heads:
+            _refuse(name, _heads(before, name), _heads(model, name), path)
     process = _changed(weights.diffusion_config, flags)
     if process.predict_xstart != weights.diffusion_config.predict_xstart:
         _refuse("predict_xstart", weights.diffusion_config.predict_xstart, process.predict_xstart, path)
@@ -94,6 +100,11 @@ def flags_to_resume(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any
 def _changed(config: Any, flags: Mapping[str, Any]) -> Any:
     values = config.to_dict()
     return type(config).from_dict(values | {name: value for name, value in flags.items() if name in values})
+
+
+def _heads(config: ModelConfig, name: str) -> object:
+    """The setting ``name``, num_heads or num_heads_upsample, in words."""
+    return f"one per {config.num_head_channels} channels" if config.num_head_channels != -1 else getattr(config, name)
 
 
 def _refuse(name: str, old: object, new: object, path: Path) -> None:

@@ -186,6 +186,10 @@ def test_a_file_says_the_model_to_begin_with(cli: Cli, shapes: Path, tmp_path: P
         (("--no-predict-xstart",), "predict_xstart is True in"),
         (("--no-use-scale-shift-norm",), "use_scale_shift_norm is True in"),
         (("--small-size", 4), "small_size is None in"),
+        (("--resblock-updown",), "resblock_updown is False in m.safetensors and True on the command line"),
+        (("--use-new-attention-order",), "use_new_attention_order is False in"),
+        (("--num-head-channels", 16), "num_heads is 4 in m.safetensors and one per 16 channels on the command line"),
+        (("--preset", "256x256_classifier"), "256x256_classifier is a classifier, and a diffusion model is wanted"),
         (("--preset", "cifar10_uncond"), "in m.safetensors and"),
     ],
 )
@@ -232,6 +236,29 @@ def test_a_bare_state_dict_says_its_architecture(cli: Cli, shapes: Path, tmp_pat
     succeeded(cli("train", *flags, "--init-from", "model.pt"))
     assert json.loads((tmp_path / "r/config.json").read_text())["model"]["use_scale_shift_norm"] is False
     refused(cli("train", *flags[:2], "--run-dir", "s", "--init-from", "model.pt", "--num-channels", 64), "num_channels")
+
+
+def test_a_bare_state_dict_of_guided_diffusion_is_asked_for_its_heads(cli: Cli, shapes: Path, tmp_path: Path) -> None:
+    flags = {"resblock_updown": True, "channel_mult": (1, 1), "num_heads": 2, "use_new_attention_order": True}
+    before = fastdiff.load_checkpoint(saved(tmp_path / "m.safetensors", **flags)).model.state_dict()
+    torch.save(before, "model.pt")
+    words = ("--data-dir", shapes, "--run-dir", "r", *SHORT, "--steps", 1, "--lr", "1e-9", "--image-size", 8)
+    asks = r"model\.pt is a bare state dict: .*given: --num-heads \(or --num-head-channels\), --use-new-attention-order"
+    refused(cli("train", *words, "--init-from", "model.pt"), asks)
+    said = (
+        "--num-head-channels",
+        16,
+        "--use-new-attention-order",
+        "--diffusion-steps",
+        30,
+        "--noise-schedule",
+        "linear",
+    )
+    succeeded(cli("train", *words, "--init-from", "model.pt", *said))
+    config = json.loads((tmp_path / "r/config.json").read_text())["model"]
+    assert (config["resblock_updown"], config["num_head_channels"]) == (True, 16)
+    after = load_file("r/model000001.safetensors")
+    assert all(torch.allclose(before[key], after[key], rtol=0, atol=1e-6) for key in before)
 
 
 def test_going_on_with_other_classes_is_refused(cli: Cli, tmp_path: Path, runs: Path) -> None:

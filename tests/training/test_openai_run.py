@@ -1,4 +1,4 @@
-"""Going on from the files of an improved-diffusion run, and its way to scale the loss."""
+"""Going on from the files of a run of improved-diffusion or guided-diffusion, and their way to scale the loss."""
 
 import functools
 import re
@@ -21,8 +21,8 @@ FLAGS: dict[str, Any] = {"ema_rate": "0.9999,0.5", "lr": 1e-3, "class_cond": Tru
 KINDS = ("model", "ema_0.9999_", "ema_0.5_", "opt")
 
 
-def as_openai_saves(trained: Trainer, folder: Path, flattened: bool = False, whole_steps: bool = False) -> Path:
-    """The state of a trainer as the files that improved-diffusion would have written."""
+def as_openai_saves(trained: Trainer, folder: Path, flattened: str = "", whole_steps: bool = False) -> Path:
+    """The state of a trainer as the files that the original would have written."""
     folder.mkdir(parents=True, exist_ok=True)
     state, step = trained.state, trained.state.step
     path = folder / f"model{step:06d}.pt"
@@ -32,13 +32,20 @@ def as_openai_saves(trained: Trainer, folder: Path, flattened: bool = False, who
         torch.save(average, folder / f"ema_{ema.rate}_{step:06d}.pt")
     content = state.optimizer.state_dict()  # as PyTorch itself writes it, numbered in the parameters' order
     states = [{key: content["state"][i][key].clone() for key in MOMENTS} for i in range(len(state.parameters))]
-    if flattened:  # runs in fp16 keep all parameters as one
-        ends = {key: torch.cat([one[key].contiguous().flatten() for one in states]) for key in MOMENTS[1:]}
-        states = [{"step": states[0]["step"], **ends}]
+    if flattened:  # runs in fp16 keep all parameters as one, guided-diffusion's as vectors and others
+        groups = [states]
+        if flattened == "guided":
+            groups = [[s for s in states if (s["exp_avg"].ndim > 1) == others] for others in (False, True)]
+        shapes = [(-1,), (1, -1)]
+        states = [
+            {"step": group[0]["step"]}
+            | {key: torch.cat([s[key].contiguous().flatten() for s in group]).view(shape) for key in MOMENTS[1:]}
+            for group, shape in zip(groups, shapes, strict=False)
+        ]
     if whole_steps:  # as older releases of PyTorch counted
         states = [one | {"step": int(one["step"])} for one in states]
-    groups = [content["param_groups"][0] | {"params": list(range(len(states)))}]
-    torch.save({"state": dict(enumerate(states)), "param_groups": groups}, folder / f"opt{step:06d}.pt")
+    group = content["param_groups"][0] | {"params": list(range(len(states)))}
+    torch.save({"state": dict(enumerate(states)), "param_groups": [group]}, folder / f"opt{step:06d}.pt")
     return path
 
 
@@ -58,8 +65,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Trained:
     return run
 
 
-@pytest.mark.parametrize(("flattened", "whole_steps"), [(False, False), (True, False), (False, True)])
-def test_it_goes_on_exactly(tmp_path: Path, shapes: Path, trained: Trained, flattened: bool, whole_steps: bool) -> None:
+@pytest.mark.parametrize(
+    ("flattened", "whole_steps"), [("", False), ("improved", False), ("guided", False), ("", True)]
+)
+def test_it_goes_on_exactly(tmp_path: Path, shapes: Path, trained: Trained, flattened: str, whole_steps: bool) -> None:
     straight = trained(4)
     begun = trained(2)
     path = as_openai_saves(begun, tmp_path / "original", flattened, whole_steps)
@@ -99,9 +108,9 @@ def test_what_is_missing_is_told(tmp_path: Path, shapes: Path, trained: Trained)
     assert (tmp_path / "resumed" / "model000002.safetensors").exists()
 
 
-@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("flattened", ["", "improved", "guided"])
 def test_the_order_of_the_tensors_in_the_file_does_not_count(
-    tmp_path: Path, shapes: Path, trained: Trained, flattened: bool
+    tmp_path: Path, shapes: Path, trained: Trained, flattened: str
 ) -> None:
     """Of the optimizer's state it is the model's."""
     begun = trained(2)
