@@ -1,4 +1,4 @@
-"""``fastdiff convert``: convert a model between the file formats of fastdiff, improved-diffusion and diffusers."""
+"""``fastdiff convert``: convert a model between the file formats of fastdiff, its originals and diffusers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,10 +37,10 @@ def convert(
     preset: PresetFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Convert a model between fastdiff (.safetensors), improved-diffusion (.pt) and diffusers (a folder).
+    """Convert a model between fastdiff (.safetensors), improved- or guided-diffusion (.pt) and diffusers (a folder).
 
-    Both files are then loaded and run on the same input. The command prints the largest difference and what the
-    conversion loses.
+    Both files are then loaded and run on the same input. The command prints the largest difference, what the conversion
+    loses, and for a .pt file the flags of the originals' scripts.
 
     The model and diffusion flags describe bare state dicts, as in fastdiff sample.
     """

@@ -1,8 +1,7 @@
 """Convert a model between projects' file formats, verify its outputs, and report what the target cannot store."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
-from fastdiff.config import NUM_CLASSES, channel_mult_for, is_table_size
 from fastdiff.interop import diffusers
+from fastdiff.interop.scripts import for_the_scripts
 from fastdiff.runtime.files import replacing, replacing_folder
 
 _SAFETENSORS, _BARE = ".safetensors", ".pt"
@@ -48,10 +47,10 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
 def convert(source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers.Scheduler) -> list[str]:
     """Write the checkpoint loaded from ``source`` to ``target``; returns lines for the log.
 
-    The suffix of ``target`` selects the format: .safetensors is fastdiff's, .pt is improved-diffusion's, and any other
-    name is a diffusers folder. Both models are then loaded from their files again and run on the same input in fp32.
-    The target is written atomically. ValueError if the format cannot express the model, or the outputs differ by more
-    than rounding error; OSError if the target cannot be written.
+    The suffix of ``target`` selects the format: .safetensors is fastdiff's, .pt is improved-diffusion's and
+    guided-diffusion's, and any other name is a diffusers folder. Both models are then loaded from their files again and
+    run on the same input in fp32. The target is written atomically. ValueError if the format cannot express the model,
+    or the outputs differ by more than rounding error; OSError if the target cannot be written.
     """
     state = {key: value.float().contiguous() for key, value in loaded.model.state_dict().items()}
     is_file = target.suffix in (_SAFETENSORS, _BARE)
@@ -84,46 +83,10 @@ def _write(path: Path, state: dict[str, Tensor], loaded: Checkpoint, scheduler: 
     try:
         if path.suffix == _BARE:
             torch.save(state, path)
-            return [*lost, *_for_the_original(loaded)]
+            return [*lost, *for_the_scripts(loaded.model_config, loaded.diffusion_config)]
         return [*lost, *diffusers.write(path, state, loaded.model_config, loaded.diffusion_config, scheduler)]
     except (RuntimeError, SafetensorError) as error:  # a full disk can raise either
         raise OSError(f"DST cannot be written ({str(error).splitlines()[0]})") from error
-
-
-def _for_the_original(loaded: Checkpoint) -> Iterator[str]:
-    """The flags that improved-diffusion's scripts need for this model, and what they do not support."""
-    config, size = loaded.model_config, loaded.model_config.image_size
-    own = is_table_size(size) and config.multipliers == channel_mult_for(size)
-    widths = ",".join(map(str, config.multipliers))
-    if not own:
-        yield f"improved-diffusion's scripts lack channel_mult {widths} at image_size {size}: change script_util.py"
-    elif size == 128:
-        yield "only improved-diffusion's 128x128 fork supports image_size 128"
-    if config.class_cond and config.num_classes != NUM_CLASSES:
-        yield (
-            f"improved-diffusion's scripts have {NUM_CLASSES} classes: set NUM_CLASSES = {config.num_classes} in "
-            "script_util.py"
-        )
-    yield "the file holds tensors only; the flags for improved-diffusion's scripts are:"
-    yield "  " + " ".join(f"--{name} {value}" for name, value in _flags_of(loaded))
-
-
-def _flags_of(loaded: Checkpoint) -> Iterator[tuple[str, str]]:
-    """improved-diffusion's flags, except those at their default."""
-    config = loaded.model_config
-    if config.small_size is None:
-        yield "image_size", str(config.image_size)
-    else:
-        yield "large_size", str(config.image_size)
-        yield "small_size", str(config.small_size)
-    for part in (config, loaded.diffusion_config):
-        for f in fields(part):
-            value = getattr(part, f.name)
-            if f.name in ("image_size", "small_size", "channel_mult", "num_classes") or value == f.default:
-                continue
-            if f.name != "learn_sigma" or part is config:
-                # an empty attention_resolutions becomes 1, a size that no feature map has
-                yield f.name, (",".join(map(str, value)) or "1") if isinstance(value, tuple) else str(value)
 
 
 def _difference(source: Path, loaded: Checkpoint, written: Path, target: Path) -> str:

@@ -204,14 +204,18 @@ def _model_config(path: Path) -> ModelConfig:
         widths, dim = options["block_out_channels"], options["attention_head_dim"]
         attends = [kind == "AttnDownBlock2D" for kind in options["down_block_types"]]
         alike = {width for width, at in zip(widths, attends, strict=True) if at} <= {widths[-1]}
+        resized = options["downsample_type"] == "resnet"
+        if dim is None:
+            heads: dict[str, Any] = {"num_heads": 1}
+        else:
+            heads = {"num_head_channels": dim} if resized or not alike else {"num_heads": widths[-1] // dim}
         config = ModelConfig(
             image_size=options["sample_size"],
             num_channels=widths[0],
             num_res_blocks=options["layers_per_block"],
             channel_mult=tuple(width / widths[0] for width in widths),
-            num_heads=1 if dim is None or not alike else widths[-1] // dim,
-            num_head_channels=-1 if dim is None or alike else dim,
-            resblock_updown=options["downsample_type"] == "resnet",
+            **heads,
+            resblock_updown=resized,
             attention_resolutions=tuple(options["sample_size"] >> level for level, at in enumerate(attends) if at),
             dropout=float(options["dropout"]),
             learn_sigma=options["out_channels"] == 6,

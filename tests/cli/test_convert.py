@@ -8,16 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastdiff import DiffusionConfig, ModelConfig, build_model, load_checkpoint, save_checkpoint
+from fastdiff import (
+    ClassifierConfig,
+    DiffusionConfig,
+    ModelConfig,
+    build_classifier,
+    build_model,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fastdiff.checkpoint import conversion
+from fastdiff.config import with_multipliers
+from fastdiff.presets import PRESETS, Preset, described_by
 
 from ..interop.support import GOLDEN, random_model
 from .conftest import Cli
-from .support import contents, refused, succeeded
+from .support import PLAIN, contents, refused, succeeded
 
 MODEL = ModelConfig(
     image_size=32, num_channels=32, num_res_blocks=1, channel_mult=(1, 2, 2, 2), num_heads=2, learn_sigma=True
@@ -72,12 +83,12 @@ def test_there_and_back_through_every_format(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("name", "full"),
     [
-        *((name, False) for name in ("cifar10_uncond", "imagenet64_cond", "upsample_256")),
+        *((name, False) for name in ("cifar10_uncond", "imagenet64_cond", "upsample_256", "64x64_diffusion")),
         # what makes other keys than these is in tests/parity/test_state_dicts.py, at the full width too
         *(
             pytest.param(name, name == "cifar10_uncond", marks=pytest.mark.slow)
             for name in GOLDEN
-            if name not in ("imagenet64_cond", "upsample_256")
+            if name not in ("imagenet64_cond", "upsample_256", "64x64_diffusion")
         ),
     ],
 )
@@ -85,7 +96,8 @@ def test_a_converted_pt_has_the_originals_keys_shapes_and_dtypes(cli: Cli, name:
     """At a quarter of the width or less the keys and their order are the same."""
     flags = GOLDEN[name]["flags"]
     names = ModelConfig.__dataclass_fields__.keys()
-    small = {k: v for k, v in flags.items() if k in names} | ({} if full else {"num_channels": 32})
+    narrow = {"num_channels": 64 if flags.get("num_head_channels") else 32}
+    small = {k: v for k, v in flags.items() if k in names} | ({} if full else narrow)
     config = ModelConfig(**small, **({"image_size": flags["large_size"]} if "large_size" in flags else {}))
     state = build_model(config).state_dict()
     save_checkpoint("a.safetensors", state, model_config=config, diffusion_config=COSINE)
@@ -120,6 +132,49 @@ def test_the_flags_for_the_original_are_printed(cli: Cli) -> None:
     out = succeeded(cli("convert", "c.safetensors", "d.pt")).out
     assert "--large_size 64 --small_size 32 " in out
     assert "lack channel_mult 1,2,2,2 at image_size 64" in out
+
+
+GUIDED = replace(
+    MODEL,
+    channel_mult=(0.5, 1, 1.5),
+    num_channels=64,
+    num_heads=4,
+    num_head_channels=32,
+    resblock_updown=True,
+    use_new_attention_order=True,
+)
+UNSCALED = DiffusionConfig(learn_sigma=True, rescale_timesteps=False, rescale_learned_sigmas=False)
+GUIDED_FLAGS = ("--image-size", 32, "--num-head-channels", 32, "--use-new-attention-order", "--diffusion-steps", 1000)
+
+
+def test_a_model_of_guided_diffusion_goes_there_and_back_unchanged(cli: Cli) -> None:
+    state = save("a.pt", GUIDED)
+    succeeded(cli("convert", "a.pt", "b.safetensors", *GUIDED_FLAGS, "--noise-schedule", "linear"))
+    loaded = load_checkpoint("b.safetensors")
+    assert (loaded.model_config, loaded.diffusion_config) == (GUIDED, UNSCALED)
+    out = succeeded(cli("convert", "b.safetensors", "c.pt")).out
+    assert same(state, torch.load("c.pt", weights_only=True))
+    assert "guided-diffusion's scripts lack channel_mult 0.5,1,1.5 at image_size 32: change script_util.py" in out
+    assert "the flags for guided-diffusion's scripts are:\n  --image_size 32 --num_channels 64 " in out
+    assert "--num_head_channels 32 --resblock_updown True --use_new_attention_order True\n" in out
+    refused(
+        cli("convert", "a.pt", "d.pt"), r"a\.pt is a bare state dict: .*given: --image-size, --num-heads \(or --num-he"
+    )
+    refused(cli("convert", "b.safetensors", "d"), r"diffusers cannot express channel_mult 0\.5,1,1\.5: it embeds")
+
+
+def test_a_model_of_guided_diffusion_goes_to_diffusers_and_back(cli: Cli) -> None:
+    save("a.safetensors", replace(GUIDED, channel_mult=(1, 2), attention_resolutions=(16,)), UNSCALED)
+    out = succeeded(cli("convert", "a.safetensors", "folder", "--scheduler", "ddpm")).out
+    relative = re.search(r"largest difference \S+ \((\S+) relative\)", out)
+    assert relative
+    assert float(relative[1]) < 1e-4
+    succeeded(cli("convert", "folder", "b.safetensors"))
+    there, back = (load_checkpoint(path) for path in ("a.safetensors", "b.safetensors"))
+    assert back.model_config == replace(there.model_config, use_new_attention_order=False)  # diffusers has no order
+    x, t = torch.randn(1, 3, 32, 32), torch.tensor([700.0])
+    with torch.no_grad():
+        torch.testing.assert_close(back.model(x, t), there.model(x, t), rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_checkpoint_says_of_itself_stays(cli: Cli) -> None:
@@ -190,6 +245,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(f"{folder}/odd.safetensors", SMALL, replace(COSINE, diffusion_steps=1500))
     torch.save({"state": {}, "param_groups": []}, folder / "opt.pt")
     torch.save({key: value for key, value in state.items() if key != "out.2.bias"}, folder / "other.pt")
+    classifier = build_classifier(ClassifierConfig(classifier_width=64, classifier_depth=1, channel_mult=(1, 1)))
+    torch.save(classifier.state_dict(), folder / "classifier.pt")
     return folder
 
 
@@ -205,10 +262,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("empty", "b.pt"), ("no checkpoint in empty",)),
         (("opt.pt", "b.pt"), (r"opt\.pt is optimizer state, not a model",)),
         (("file", "b.pt"), ("file is damaged or not a PyTorch checkpoint",)),
-        (("a.pt", "b.pt"), (r"a\.pt is a bare state dict: .*--num-heads, --diffusion-steps and --noise-schedule",)),
+        (
+            ("a.pt", "b.pt"),
+            (r"a\.pt is a bare .*--num-heads \(or --num-head-channels\), --diffusion-steps and --noise-schedule",),
+        ),
         (("a.pt", "b.pt", *FLAGS, "--num-res-blocks", 2), ("num_res_blocks is 1 in", "given as 2")),
         (("a.pt", "b.pt", "--preset", "cifar10_uncond"), ("num_channels is 32 in", "given as 128")),
         (("a.pt", "b.pt", "--preset", "none"), ("preset must be one of",)),
+        (("a.pt", "b.pt", "--preset", "64x64_classifier"), ("is a classifier, and a diffusion model is wanted",)),
+        (("classifier.pt", "b.pt"), (r"classifier\.pt is a classifier, not a diffusion model: .*--classifier class",)),
         (("a.pt", "b", *FLAGS, "--scheduler", "pndm"), ("scheduler must be one of ddim, ddpm",)),
         (
             ("other.pt", "b.pt"),
@@ -289,8 +351,6 @@ ONE_STEP = ("--num-samples", 1, "--sampler", "ddim", "--steps", 1)
 
 
 def test_a_released_checkpoint_is_drawn_from_by_preset_or_by_flags(cli: Cli) -> None:
-    from .support import PLAIN
-
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, shape in GOLDEN["cifar10_uncond"]["state_dict"].items():  # small on the disk, random from row to row
@@ -301,11 +361,58 @@ def test_a_released_checkpoint_is_drawn_from_by_preset_or_by_flags(cli: Cli) -> 
     flags = ("--diffusion-steps", 4000, "--noise-schedule", "cosine", "--num-heads", 4)
     succeeded(cli("sample", "cifar.pt", *flags, *ONE_STEP, *PLAIN, "--out", "b.npz"))
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
-    refused(cli("sample", "cifar.pt", *flags[:4], *ONE_STEP, *PLAIN), "--num-heads .or --preset cifar10_uncond or")
+    refused(
+        cli("sample", "cifar.pt", *flags[:4], *ONE_STEP, *PLAIN),
+        "--num-heads .or --num-head-channels. .or --preset cifar10_",
+    )
     refused(
         cli("sample", "cifar.pt", "--preset", "imagenet64_uncond", *ONE_STEP, *PLAIN),
         "channel_mult is 1,2,2,2 in cifar.pt, but given as 1,2,3,4",
     )
+
+
+@pytest.mark.parametrize("name", [*(name for name in GOLDEN if "resblock_updown" in GOLDEN[name]["flags"]), "lsun_cat"])
+def test_a_preset_alone_loads_guided_diffusions_files(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As use_fp16 saves them, the convolutions half; the presets' models are narrower here, of one block a level."""
+    narrow = {**PRESETS[name].flags, "num_channels": 64, "num_res_blocks": 1}
+    monkeypatch.setitem(PRESETS, name, Preset("narrow", narrow))  # type: ignore[arg-type]
+    config = PRESETS[name].config(ModelConfig)
+    torch.manual_seed(0)
+    state = {
+        key: value.half() if value.ndim > 2 and not key.startswith("out.") else value
+        for key, value in build_model(config).state_dict().items()
+    }
+    torch.save(state, "x.pt")
+    loaded = load_checkpoint("x.pt", given=described_by(name))
+    process = PRESETS[name].config(DiffusionConfig)
+    assert (loaded.model_config, loaded.diffusion_config) == (with_multipliers(config), process)
+    found = loaded.model.state_dict()
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert all(torch.equal(value.float(), found[key]) for key, value in state.items())
+    refused(cli("convert", "x.pt", "y.pt"), "x.pt is a bare state dict: .* what it lacks must be given: ")
+
+
+@pytest.mark.slow
+def test_a_whole_released_model_of_guided_diffusion_is_drawn_from(cli: Cli) -> None:
+    """296 million parameters, as use_fp16 saves them: 0.6 GB."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in GOLDEN["64x64_diffusion"]["state_dict"].items():
+        z = torch.randn(shape, generator=generator)
+        weight = (1 + 0.1 * z if key.endswith("weight") else 0.1 * z) if len(shape) == 1 else z / z[0].numel() ** 0.5
+        state[key] = weight.half() if len(shape) > 2 else weight
+    torch.save(state, "64x64_diffusion.pt")
+    words = ("--num-samples", 1, "--class", 207, "--steps", 2, *PLAIN)
+    succeeded(cli("sample", "64x64_diffusion.pt", "--preset", "64x64_diffusion", *words, "--out", "a.npz"))
+    flags = ("--num-head-channels", 64, "--use-new-attention-order", "--diffusion-steps", 1000)
+    succeeded(cli("sample", "64x64_diffusion.pt", *flags, "--noise-schedule", "cosine", *words, "--out", "b.npz"))
+    for other, flag in (("c", "--no-use-new-attention-order"), ("d", "--num-head-channels=32")):
+        more = ("--noise-schedule", "cosine", flag)
+        succeeded(cli("sample", "64x64_diffusion.pt", *flags, *more, *words, "--out", f"{other}.npz"))
+    images = {name: np.load(f"{name}.npz")["arr_0"] for name in "abcd"}
+    assert images["a"].shape == (1, 64, 64, 3)
+    assert np.array_equal(images["a"], images["b"])
+    assert not any(np.array_equal(images["a"], images[other]) for other in "cd")
 
 
 def test_a_bare_super_resolution_model_beside_another_is_to_be_converted_first(cli: Cli, checkpoint: Path) -> None:

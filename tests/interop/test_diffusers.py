@@ -18,6 +18,7 @@ from fastdiff import DiffusionConfig, ModelConfig, build_diffusion, build_model
 from fastdiff.interop.diffusers import Scheduler, load_unet, read, write
 from fastdiff.interop.unet2d import our_state, unet_options, unet_state
 from fastdiff.models import UNet
+from fastdiff.presets import PRESETS
 
 from ..numerics import relative
 from ..support import refusal
@@ -27,6 +28,17 @@ CIFAR = ModelConfig(image_size=32, num_channels=128, num_res_blocks=3, learn_sig
 SMALL = ModelConfig(image_size=32, num_channels=32, num_res_blocks=1, learn_sigma=True)
 AT_64 = ModelConfig(image_size=64, num_channels=32, num_res_blocks=1, attention_resolutions="8")
 TINY = ModelConfig(image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="8")
+GUIDED = ModelConfig(
+    image_size=64,
+    num_channels=64,
+    num_res_blocks=1,
+    learn_sigma=True,
+    channel_mult=(1, 2, 1.5),
+    attention_resolutions=(32, 16),
+    num_head_channels=32,
+    resblock_updown=True,
+    use_new_attention_order=True,
+)
 COSINE = DiffusionConfig(diffusion_steps=4000, noise_schedule="cosine", learn_sigma=True)
 LINEAR = DiffusionConfig()
 
@@ -36,6 +48,10 @@ CONFIGS = {
     "64-at-8": AT_64,
     "one-head": replace(AT_64, use_scale_shift_norm=False, num_heads=1, attention_resolutions=(32, 8)),
     "no-level-attends": replace(TINY, num_res_blocks=2, attention_resolutions=()),
+    "guided": GUIDED,
+    "guided-one-head": replace(
+        GUIDED, num_head_channels=-1, num_heads=1, use_scale_shift_norm=False, attention_resolutions=(16,)
+    ),
 }
 # every pair: both schedulers and both kinds of model in each architecture, and with each other
 PAIRS = {
@@ -176,6 +192,42 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
         assert all(torch.equal(theirs[key], state[key]) for key in state)
 
 
+def test_a_model_that_resizes_in_residual_blocks_comes_back_in_the_older_order(tmp_path: Path) -> None:
+    """diffusers has q, k and v apart: their order is not in the folder."""
+    model = random_model(GUIDED)
+    write(tmp_path / "x", model.state_dict(), GUIDED, COSINE, Scheduler.DDPM)
+    theirs, config, _ = read(tmp_path / "x")
+    assert config == replace(GUIDED, use_new_attention_order=False)
+    back = build_model(config).eval()
+    back.load_state_dict(theirs)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, theirs[key])}
+    assert {key.rpartition(".")[0].rpartition(".")[2] for key in moved} == {"qkv"}
+    x, t = torch.randn(1, 3, 32, 32), torch.tensor([500.0])
+    with torch.no_grad():
+        assert relative(back(x, t), model(x, t)) < 1e-6
+
+
+def test_the_released_models_of_guided_diffusion() -> None:
+    """Those whose heads are all 64 channels wide are UNet2DModels; the others are refused with the reason."""
+    refused = {
+        "128x128_diffusion": "4 heads of 128 and 192 and 256 channels",
+        "512x512_diffusion": r"channel_mult 0\.5,1,1,2,2,4,4",
+        "64_256_upsampler": "a super-resolution model",
+        "128_512_upsampler": "a super-resolution model",
+    }
+    for name, preset in PRESETS.items():
+        config = preset.config(ModelConfig)
+        if not config.resblock_updown:
+            continue
+        if name in refused:
+            refusal(lambda config=config: unet_options(config, True), f"diffusers cannot express {refused[name]}")
+            continue
+        with torch.device("meta"):
+            model, unet = build_model(config), diffusers.UNet2DModel(**unet_options(config, True))
+        theirs = {key: value.shape for key, value in unet.state_dict().items()}
+        assert {key: value.shape for key, value in unet_state(model.state_dict(), config, True).items()} == theirs, name
+
+
 def test_without_the_variance_three_outputs_come_back(tmp_path: Path) -> None:
     config = replace(TINY, learn_sigma=True)
     state = random_model(config).state_dict()
@@ -222,6 +274,7 @@ def test_diffusers_own_folders_are_read(tmp_path: Path) -> None:
         ({"attention_resolutions": (16, 8)}, r"4 heads of 24 and 32 channels: it has one head dimension"),
         ({"num_heads_upsample": 2}, "num_heads_upsample 2 beside num_heads 4"),
         ({"channel_mult": (2, 2, 2, 2)}, "channel_mult 2,2,2,2: .* starts with 1 works"),
+        ({"num_channels": 64, "channel_mult": (0.5, 1, 1, 2)}, r"channel_mult 0\.5,1,1,2: .* starts with 1 works"),
         ({"small_size": 16}, r"a super-resolution model: .*convert to \.pt"),
     ],
 )
@@ -268,12 +321,22 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         (lambda: change(unet, block_out_channels=[0, 0]), "its options do not describe a model"),
         (
             lambda: change(unet, block_out_channels=[32, 40], attention_head_dim=None),
-            r"block_out_channels is \(32, 40\)",
+            "channel_mult 1.25 gives a level 40 channels: every width must be a multiple of 32",
         ),
         (lambda: change(unet, freq_shift=1), "freq_shift is 1, but 0 in the models"),
         (lambda: change(unet, downsample_padding=0), "downsample_padding is 0"),
         (lambda: change(unet, down_block_types=["DownBlock2D", "ResnetDownsampleBlock2D"]), "down_block_types"),
         (lambda: change(unet, attention_head_dim=12), "attention_head_dim is 12|does not divide"),
+        (lambda: change(unet, attention_head_dim=0), "its options do not describe a model"),
+        (
+            lambda: change(unet, downsample_type="resnet", upsample_type="resnet"),
+            "down_block_types is .*, but .*ResnetDownsampleBlock2D",
+        ),
+        (lambda: change(unet, attention_head_dim=-1), "num_heads must be positive, not -32"),
+        (
+            lambda: change(unet, downsample_type="resnet", attention_head_dim=-1),
+            "num_heads 4 does not|down_block_types is",
+        ),
         (lambda: change(unet, in_channels=4), "in_channels is 4"),
         (lambda: change(unet, layers_per_block=2), r"safetensors has no down_blocks\.0\.resnets\.1"),
         (lambda: change(unet, num_class_embeds=3), r"safetensors has no class_embedding\.weight"),
@@ -298,7 +361,12 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_names_are_a_bijection() -> None:
-    for config in (replace(CIFAR, num_channels=32), replace(AT_64, class_cond=True, use_scale_shift_norm=False)):
+    for config in (
+        replace(CIFAR, num_channels=32),
+        replace(AT_64, class_cond=True, use_scale_shift_norm=False),
+        replace(GUIDED, use_scale_shift_norm=False),
+        replace(GUIDED, use_new_attention_order=False, class_cond=True),
+    ):
         state = random_model(config).state_dict()
         theirs = unet_state(state, config, config.learn_sigma)
         assert sum(v.numel() for v in theirs.values()) == sum(v.numel() for v in state.values())
