@@ -4,7 +4,6 @@ import difflib
 import io
 import os
 import re
-import shlex
 import sys
 import traceback
 import warnings
@@ -13,10 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff import __version__
-from fastdiff.cli import benchmark, convert, data, demo, doctor, evaluate, improved_diffusion, presets, sample, train
+from fastdiff.cli import benchmark, convert, data, demo, doctor, evaluate, presets, sample, scripts, train
 from fastdiff.cli.config_file import with_config_file
 from fastdiff.cli.help import Paneled
-from fastdiff.cli.improved_diffusion import in_our_words, refuse_mpi, script_of
 from fastdiff.cli.options import SWITCHES, with_old_spelling
 
 app = typer.Typer(
@@ -67,13 +65,16 @@ def main() -> None:
     _escape_what_cannot_be_encoded()
     warnings.showwarning = _show_warning
     try:
-        refuse_mpi(sys.argv[1:])
-        words = with_old_spelling(sys.argv[1:] or ["--help"], SWITCHES | improved_diffusion.SWITCHES)
+        scripts.refuse_mpi(sys.argv[1:])
+        words = with_old_spelling(sys.argv[1:] or ["--help"], SWITCHES | scripts.SWITCHES)
         words = with_config_file(words)
-        if script_of(words) and "--help" in words:
-            shown = shlex.join(in_our_words(words[:1]))
-            typer.echo(f"fastdiff {words[0]} is improved-diffusion's script: fastdiff {shown} ...\n")
-        sys.exit(app(in_our_words(words), standalone_mode=False))
+        asked = {"-h", "--help", "--help-all"} & set(words)
+        if scripts.script_of(words) and asked:
+            typer.echo(f"{scripts.explained(words[0])}\n")
+        words, said = scripts.in_our_words(words)
+        if said and not asked and os.environ.get("RANK", "0") == "0" and "stdout" in scripts.log_formats():
+            typer.echo(said)
+        sys.exit(app(words, standalone_mode=False))
     except (ValueError, OSError, _UsageError) as error:
         if debug:
             traceback.print_exc()

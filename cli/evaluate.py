@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastdiff.cli.help import Paneled
-from fastdiff.cli.improved_diffusion import log_formats
 from fastdiff.cli.loading import find_with_rate, load_for, young_average
 from fastdiff.cli.options import (
     CheckpointArgument,
@@ -20,6 +19,7 @@ from fastdiff.cli.options import (
     path_option,
     with_flags,
 )
+from fastdiff.cli.scripts import log_formats
 from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, NllConfig, RuntimeConfig
 
 if TYPE_CHECKING:

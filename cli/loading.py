@@ -4,8 +4,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.cli.improved_diffusion import log_folder
 from fastdiff.cli.options import Flags
+from fastdiff.cli.scripts import log_folder
 from fastdiff.config import ClassifierConfig, DiffusionConfig, ModelConfig
 from fastdiff.config.base import refuse_contradiction
 from fastdiff.presets import described_by, with_preset

@@ -128,7 +128,7 @@ def _shown(default: Any) -> str:
 
 
 def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> list[str]:
-    """Convert improved-diffusion's spelling: --learn_sigma True becomes --learn-sigma, False --no-learn-sigma."""
+    """Convert the originals' spelling: --learn_sigma True becomes --learn-sigma, False --no-learn-sigma."""
     result: list[str] = []
     rest = list(arguments)
     while rest:

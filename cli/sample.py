@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastdiff.cli.help import OUTPUT
-from fastdiff.cli.improved_diffusion import log_formats
 from fastdiff.cli.loading import find_with_rate, load_classifier_for, load_for, young_average
 from fastdiff.cli.options import (
     CheckpointArgument,
@@ -17,6 +16,7 @@ from fastdiff.cli.options import (
     path_option,
     with_flags,
 )
+from fastdiff.cli.scripts import log_formats
 from fastdiff.config import MOST_SAMPLES, ClassifierConfig, DiffusionConfig, ModelConfig, RuntimeConfig, SampleConfig
 from fastdiff.presets import with_preset
 

@@ -2,8 +2,8 @@
 
 import typer
 
-from fastdiff.cli.improved_diffusion import log_folder, log_formats
 from fastdiff.cli.options import DebugFlag, Flags, with_flags
+from fastdiff.cli.scripts import log_folder, log_formats
 from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, StartConfig, TrainConfig
 
 

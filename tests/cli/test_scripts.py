@@ -1,4 +1,4 @@
-"""improved-diffusion's command lines, pasted as they stand in its READMEs."""
+"""improved-diffusion's command lines, pasted as they stand in its READMEs; what both projects' scripts share."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastdiff.cli.improved_diffusion import SCRIPTS, in_our_words
+from fastdiff.cli import scripts
+from fastdiff.cli.options import SWITCHES, with_old_spelling
+from fastdiff.cli.scripts import SCRIPTS, in_our_words
 
 from .conftest import Cli
 from .support import PLAIN, Result, refused, succeeded
@@ -97,26 +99,28 @@ WITHIN_OTHERS = ("imagenet64_uncond", "lsun_1e-4", "imagenet64_vlb")
 )
 def test_a_pasted_group_trains_and_samples(cli: Cli, shapes: Path, logdir: Path, name: str) -> None:
     model, process, training = (flags.split() for flags in GROUPS[name])
-    scripts, small, extra = ("image_train", "image_sample"), SMALL.split(), []
+    # guided-diffusion has the flag --channel_mult
+    names, small, extra = ("image_train", "image_sample"), [*SMALL.split(), "--defaults", "improved"], []
     if name == "upsample":
-        scripts = "super_res_train", "super_res_sample"
+        names = "super_res_train", "super_res_sample"
         small += ["--large_size", "16", "--small_size", "8"]
-        names = np.array(["circle", "cross", "square"])
-        np.savez("small.npz", np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), class_names=names)
+        class_names = np.array(["circle", "cross", "square"])
+        np.savez("small.npz", np.zeros((3, 8, 8, 3), np.uint8), np.arange(3), class_names=class_names)
         extra = ["--base_samples", "small.npz"]
     # fp16 is slow on a CPU, and as a pasted flag it is tried once
     plain = ["--compile", "off", "--device", "cpu"] if "--use_fp16" in training else PLAIN
-    succeeded(cli(scripts[0], "--data_dir", shapes, *model, *process, *training, *small, *SHORT.split(), *plain))
+    succeeded(cli(names[0], "--data_dir", shapes, *model, *process, *training, *small, *SHORT.split(), *plain))
     found = config_of(logdir)
     assert found["train"]["batch_size"] == 2
     assert found["train"]["ema_warmup"] is False
+    assert found["diffusion"]["rescale_timesteps"] is ("--rescale_timesteps" not in process)
     assert found["model"]["class_cond"] is ("--class_cond" in model and "True" in model[-1])
     ours, bare = logdir / "ema_0.9999_000002.safetensors", logdir / "ema_0.9999_000002.pt"
     torch.save(load_file(ours), bare)  # as the original would have saved it
     drawn = []
     for path in (ours, bare):
         sampled = cli(
-            *(scripts[1], "--model_path", path, *model, *process, *small, *extra, "--timestep_respacing", "2"),
+            *(names[1], "--model_path", path, *model, *process, *small, *extra, "--timestep_respacing", "2"),
             *("--batch_size", "2", "--num_samples", "2", "--overwrite", *PLAIN),
         )
         succeeded(sampled)
@@ -192,12 +196,9 @@ def test_ddim_respacing_without_ddim_stays_ancestral(cli: Cli, checkpoint: Path,
     ],
 )
 def test_words(monkeypatch: pytest.MonkeyPatch, pasted: str, ours: str) -> None:
-    from fastdiff.cli import improved_diffusion
-    from fastdiff.cli.options import SWITCHES, with_old_spelling
-
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     sampling = "sample --num-samples 10000 --batch-size 16"
-    words = in_our_words(with_old_spelling(pasted.split(), SWITCHES | improved_diffusion.SWITCHES))
+    words, _ = in_our_words(with_old_spelling(pasted.split(), SWITCHES | scripts.SWITCHES))
     if "{}" in ours:
         assert " ".join(words).startswith(sampling)
         words = [w for w in words if w not in ("--out", "samples_{shape}.npz")]
@@ -213,11 +214,13 @@ def test_a_variable_that_was_not_set_is_no_reason_to_begin_afresh(cli: Cli, past
     refused(cli(*pasted.split()), r"--(resume-checkpoint|model-path|base-samples) needs a value: name a file, or leave")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [name for name, script in SCRIPTS.items() if not script.only_guided])
 def test_help_says_what_a_script_is(cli: Cli, script: str) -> None:
     result = cli(script, "--help")
     assert (result.status, result.err) == (0, "")
     assert result.out.startswith(f"fastdiff {script} is improved-diffusion's script: fastdiff ")
+    trains = SCRIPTS[script].command == ("train",)
+    assert ("\nWith --defaults guided it is guided-diffusion's: fastdiff train " in result.out) == trains
     assert "Usage: " in result.out
 
 
