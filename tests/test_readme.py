@@ -64,7 +64,7 @@ def test_links_lead_somewhere(readme: str) -> None:
 @pytest.mark.parametrize("readme", READMES)
 def test_flags_that_the_text_names_exist(cli: Cli, readme: str) -> None:
     pages = [("train",), ("sample",), ("benchmark",), ("convert",), ("evaluate", "nll"), ("data", "check")]
-    known = " ".join(cli(*page, "--help").out for page in pages) + " --large-size --nproc-per-node "
+    known = " ".join(cli(*page, "--help").out for page in pages) + " --large-size --nproc-per-node --defaults "
     for flag in {
         flag
         for code in re.findall(r"`([^`]+)`", text_of(readme))

@@ -144,7 +144,7 @@ def assert_compiled_is_eager(
 
 
 def test_what_lies_below_an_upsampling_has_its_gradient_compiled_for_bf16() -> None:
-    """The smallest of models in which interpolate loses it (PyTorch 2.13; see _repeat_pixels)."""
+    """The smallest of models in which interpolate loses it (PyTorch 2.13; see repeat_pixels)."""
     layers = conv3x3(3, 64), Upsample(64), GroupNormSiLU(64, "auto"), conv3x3(64, 3)
     model = randomise(nn.Sequential(*layers), seed=0, std=None).to(memory_format=torch.channels_last)
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
