@@ -63,9 +63,9 @@ def said_by_name(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path) -> None:
     """ValueError if a record of a zip, which PyTorch's files are, fails its CRC-32: torch.load does not compare it."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # the reader can raise almost anything on damaged bytes

@@ -270,7 +270,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("a.pt", "b.pt", "--preset", "cifar10_uncond"), ("num_channels is 32 in", "given as 128")),
         (("a.pt", "b.pt", "--preset", "none"), ("preset must be one of",)),
         (("a.pt", "b.pt", "--preset", "64x64_classifier"), ("is a classifier, and a diffusion model is wanted",)),
-        (("classifier.pt", "b.pt"), (r"classifier\.pt is a classifier, not a diffusion model: .*--classifier class",)),
+        (("classifier.pt", "b.pt"), (r"classifier\.pt is a classifier, not a diffusion model",)),
         (("a.pt", "b", *FLAGS, "--scheduler", "pndm"), ("scheduler must be one of ddim, ddpm",)),
         (
             ("other.pt", "b.pt"),

@@ -111,12 +111,11 @@ def taken(words: list[str]) -> dict[str, Any]:
         flags: Flags,
         checkpoint: CheckpointArgument = None,
         classifier: str = "",
-        classifier_scale: float = -1.0,
         base_samples: str = "",
         out: Annotated[str, typer.Option()] = "",
     ) -> None:
         files = {"classifier": classifier, "base_samples": base_samples, "checkpoint": str(checkpoint), "out": out}
-        received.update(flags, **files, classifier_scale=classifier_scale)
+        received.update(flags, **files)
 
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -145,7 +144,7 @@ def test_a_pasted_line_draws_from_the_released_model(name: str) -> None:
         assert ClassifierConfig.from_flags(flags) == CLASSIFIER_PRESETS[classifier].config(ClassifierConfig)
         assert said == ""  # improved-diffusion has no such script
     else:
-        assert (flags["classifier"], flags["classifier_scale"]) == ("", -1.0)
+        assert (flags["classifier"], "classifier_scale" in flags) == ("", False)
         script, only = LINES[name].split()[0], FIRST_OF_ITS_OWN.get(name, "num-head-channels")
         reason = f"guided-diffusion's defaults, as only it has --{only}"
         assert said == f"{script}: {reason} (--defaults improved: improved-diffusion's)"
