@@ -1,6 +1,7 @@
 """guided-diffusion's command lines, pasted as they stand in its README, and the choice between two projects."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from fastdiff import build_classifier, build_model
 from fastdiff.cli import scripts
 from fastdiff.cli.options import SWITCHES, CheckpointArgument, Flags, with_flags, with_old_spelling
 from fastdiff.cli.scripts import SCRIPTS, explained, in_our_words
@@ -26,6 +28,7 @@ from fastdiff.interop.recognition import describe
 from fastdiff.presets import CLASSIFIER_PRESETS, PRESETS
 
 from ..interop.support import ARCHITECTURE, meta_state
+from ..support import randomise
 from .conftest import Cli
 from .support import PLAIN, refused, succeeded
 
@@ -339,3 +342,27 @@ def test_pasted_flags_train_and_sample(cli: Cli, shapes: Path, tmp_path: Path, n
         with np.load("samples_2x16x16x3.npz") as samples:
             drawn.append(samples["arr_0"])
     assert np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize("name", ["64x64_diffusion", "256x256_diffusion_uncond"])
+def test_a_pasted_line_is_guided_by_a_classifier(cli: Cli, name: str) -> None:
+    """Models and sizes are shrunk, and classes too: a file says how many it has."""
+    preset = PRESETS[name].config(ModelConfig)
+    small = {"num_channels": 64, "num_res_blocks": 1, "channel_mult": (1, 2), "image_size": 16, "num_classes": 3}
+    torch.manual_seed(0)
+    model = randomise(build_model(replace(preset, **small)))
+    config = ClassifierConfig(16, classifier_width=64, classifier_depth=1, channel_mult=(1, 1), num_classes=3)
+    Path("models").mkdir()
+    torch.save(model.state_dict(), f"models/{name}.pt")
+    classifier = name.removesuffix("_uncond").replace("diffusion", "classifier")
+    torch.save(randomise(build_classifier(config)).state_dict(), f"models/{classifier}.pt")
+    shrunk = "--num_channels 64 --num_res_blocks 1 --channel_mult 1,2 --image_size 16 --classifier_width 64"
+    shrunk += " --classifier_depth 1 --num_samples 3 --timestep_respacing 4 --overwrite"
+    drawn = {}
+    for scale in (0, 3):
+        line = f"{LINES[name]} {shrunk} --classifier_scale {scale}"
+        succeeded(cli(*line.split(), *PLAIN))
+        with np.load("samples_3x16x16x3.npz") as samples:
+            drawn[scale] = samples["arr_0"]
+            assert samples["arr_1"].tolist() == [0, 1, 2]
+    assert not np.array_equal(drawn[0], drawn[3])
