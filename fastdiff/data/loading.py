@@ -127,10 +127,10 @@ def load_shared(config: DataConfig, image_size: int, *, labelled: bool, world: "
 def doubts_of_classes(class_names: Sequence[str], images: int) -> list[str]:
     """Warnings about training with these classes, as phrases that follow "has"."""
     if images > 1 and len(class_names) == 1:
-        return [f"one class ({printable(class_names[0])}): --class-cond teaches the model nothing"]
+        return [f"one class ({printable(class_names[0])}): class labels teach the model nothing"]
     if images > 10 and len(class_names) > images / 2:
         return [
-            f"{len(class_names):,} classes in {images:,} images, nearly one class per image: for --class-cond start "
+            f"{len(class_names):,} classes in {images:,} images, nearly one class per image: to train by class, start "
             "the file names with the class and an underscore, or use sub-folders and --labels folder"
         ]
     return []
@@ -173,7 +173,9 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool)
     count = len(samples.images)
     labels = samples.labels if labelled else None
     if labelled and labels is None:
-        raise ValueError(f"{path} has no labels (arr_1), which --class-cond needs: pack it again, or leave that off")
+        raise ValueError(
+            f"{path} has no labels (arr_1), which training by class needs: pack it again, or leave --class-cond off"
+        )
     named = labels is None or samples.class_names is not None
     class_names = () if labels is None else _class_names(path, labels, samples.class_names)
     names = samples.names or tuple(f"{i:0{len(str(count - 1))}}" for i in range(count))

@@ -197,7 +197,7 @@ def test_one_class_warns(cli: Cli, tmp_path: Path, shapes: Path) -> None:
     train = ["train", "--data-dir", "data", *TINY, *SHORT, "--batch-size", 2, "--steps", 1]
     result = cli(*train, "--run-dir", "one", "--class-cond")
     assert result.status == 0
-    assert result.err.endswith("data has one class (circle): --class-cond teaches the model nothing\n")
+    assert result.err.endswith("data has one class (circle): class labels teach the model nothing\n")
     succeeded(cli(*train, "--run-dir", "two"))
 
 

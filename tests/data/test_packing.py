@@ -243,7 +243,7 @@ def test_samples_are_data(tmp_path: Path) -> None:
     np.testing.assert_array_equal(other.images, images)
     np.savez(tmp_path / "c.npz", images)
     assert loaded(tmp_path / "c.npz", labelled=False).labels is None
-    with pytest.raises(ValueError, match=r"c\.npz has no labels \(arr_1\), which --class-cond needs"):
+    with pytest.raises(ValueError, match=r"c\.npz has no labels \(arr_1\), which training by class needs"):
         loaded(tmp_path / "c.npz")
 
 
@@ -338,7 +338,7 @@ def test_nothing_is_overwritten_or_left(data: Path) -> None:
 def test_one_class_warns(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / "data" / f"cat_{i}.png")
-    with pytest.warns(UserWarning, match=r"data has one class \(cat\): --class-cond teaches the model nothing"):
+    with pytest.warns(UserWarning, match=r"data has one class \(cat\): class labels teach the model nothing"):
         loaded(tmp_path / "data")
     loaded(tmp_path / "data", labelled=False)  # warnings are errors
     np.savez(tmp_path / "a.npz", IMAGES, np.zeros(2, int), class_names=["0"])
