@@ -213,7 +213,7 @@ def _trained(models: Models, rung: Rung, stack: ExitStack, workload: Workload) -
     trainer = _trainer(workload, rung.config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     models.checked(Candidate(trainer.model, trainer.forward, trainer.runtime))
     config, state = trainer.config, trainer.state
-    update = Updater(config, state, trainer.diffusion, trainer.module, trainer.forward, trainer.world)
+    update = Updater(config, state, trainer.objective, trainer.module, trainer.forward, trainer.world)
     pin = trainer.device.type == "cuda"
     data = batches(trainer.dataset, config.data, config.train.batch_size, config.train.seed, 0, pin=pin)
     stream = stack.enter_context(closing(prefetch_to_device(data, trainer.device)))

@@ -12,7 +12,19 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff import __version__
-from fastdiff.cli import benchmark, convert, data, demo, doctor, evaluate, presets, sample, scripts, train
+from fastdiff.cli import (
+    benchmark,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    presets,
+    sample,
+    scripts,
+    train,
+    train_classifier,
+)
 from fastdiff.cli.config_file import with_config_file
 from fastdiff.cli.help import Paneled
 from fastdiff.cli.options import SWITCHES, with_old_spelling
@@ -26,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's tables cut off long flags on an 80-column terminal
 )
 app.command("train", cls=Paneled)(train.train)
+app.command("train-classifier", cls=Paneled)(train_classifier.train_classifier)
 app.command("sample", cls=Paneled)(sample.sample)
 app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="evaluate")

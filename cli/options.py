@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from enum import StrEnum
 from functools import partial
@@ -15,6 +15,7 @@ import typer
 from fastdiff.cli.help import OF_STATE_DICTS, HelpAllFlag
 from fastdiff.config import (
     ClassifierConfig,
+    ClassifierTrainConfig,
     Config,
     DataConfig,
     DiffusionConfig,
@@ -68,18 +69,19 @@ DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the full tracebac
 
 
 def with_flags(
-    *configs: type[Config], of_state_dicts: Sequence[type[Config]] = ()
+    *configs: type[Config], of_state_dicts: Sequence[type[Config]] = (), without: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add every field of ``configs`` to a command as an option; its argument ``flags`` receives the given ones.
 
-    The fields of ``of_state_dicts`` are options, too, which only --help-all shows. If two configurations share a field
-    name, it becomes one option, that of the first.
+    The fields of ``of_state_dicts`` are options, too, which only --help-all shows. Fields named in ``without`` are left
+    out. If two configurations share a field name, it becomes one option, that of the first.
     """
     derived: dict[str, inspect.Parameter] = {}
     for config in (*configs, *of_state_dicts):
         end = OF_STATE_DICTS if config in of_state_dicts else ""
         for f in fields(config):  # type: ignore[arg-type]  # every Config is a dataclass
-            derived.setdefault(f.name, _parameter(f, f.metadata["panel"] or config.panel + end))
+            if f.name not in without:
+                derived.setdefault(f.name, _parameter(f, f.metadata["panel"] or config.panel + end))
 
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
@@ -120,7 +122,7 @@ def _parameter(field: Field[Any], panel: str) -> inspect.Parameter:
 
 
 def _shown(default: Any) -> str:
-    if default is None or default == "":
+    if default in (None, "", ()):
         return ""  # the help text describes such a default
     if isinstance(default, bool):
         default = "on" if default else "off"
@@ -156,6 +158,7 @@ SWITCHES = frozenset(
     f.name.replace("_", "-")
     for config in (
         ClassifierConfig,
+        ClassifierTrainConfig,
         DataConfig,
         DiffusionConfig,
         ModelConfig,

@@ -18,8 +18,11 @@ def train(flags: Flags, debug: DebugFlag = False) -> None:
     raise typer.Exit(run_training(flags))
 
 
-def run_training(flags: Flags) -> int:
-    """Train with the flags and improved-diffusion's environment variables; return the exit status."""
+def run_training(flags: Flags, classifier: bool = False) -> int:
+    """Train a diffusion model or a ``classifier`` with the flags and improved-diffusion's environment variables.
+
+    Returns the exit status.
+    """
     if "run_dir" not in flags and (folder := log_folder()) is not None:
         flags = {**flags, "run_dir": str(folder)}
     formats = log_formats()
@@ -32,6 +35,6 @@ def run_training(flags: Flags) -> int:
 
     world = World.join(start.timeout)
     with Display(silent=not world.main or "stdout" not in formats) as display:
-        status = run(flags, start, world, display).status
+        status = run(flags, start, world, display, classifier).status
     world.leave()
     return status

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastdiff.models import Classifier, SuperResUNet, UNet, build_classifier, build_model
     from fastdiff.presets import PRESETS, Preset
     from fastdiff.sampling import sample
-    from fastdiff.training import train
+    from fastdiff.training import train, train_classifier
 
 __version__ = "0.1.0"
 
@@ -71,6 +71,7 @@ __all__ = [
     "save_classifier",
     "space_timesteps",
     "train",
+    "train_classifier",
 ]
 
 _HOMES = {
@@ -90,7 +91,7 @@ _HOMES = {
     "models": ("Classifier", "SuperResUNet", "UNet", "build_classifier", "build_model"),
     "presets": ("PRESETS", "Preset"),
     "sampling": ("sample",),
-    "training": ("train",),
+    "training": ("train", "train_classifier"),
 }
 
 

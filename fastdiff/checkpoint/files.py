@@ -48,14 +48,14 @@ def read_tensors(path: Path, kind: str, verified: bool = False) -> tuple[dict[st
         return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118  # not a dict
 
 
-def read_metadata(path: Path, kind: str) -> dict[str, Any]:
-    """The metadata alone, of a file that is verified already; raises the same errors as read_tensors."""
+def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The metadata alone, of a file of any kind or the given one that is verified already; errors as read_tensors'."""
     with _opened(path, kind, verified=True) as (_, metadata):
         return metadata
 
 
 @contextmanager
-def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _opened(path: Path, kind: str | None, verified: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         with safe_open(path, framework="pt") as file:
             raw = file.metadata() or {}
@@ -65,13 +65,13 @@ def _opened(path: Path, kind: str, verified: bool) -> Iterator[tuple[Any, dict[s
             if (
                 not isinstance(metadata, dict)
                 or "kind" not in metadata
-                or (metadata["kind"] == kind and not metadata.keys() >= _DESCRIBED[kind])
+                or not metadata.keys() >= _DESCRIBED.get(str(metadata["kind"]), set())
             ):
                 raise ValueError(f"{path} is a safetensors file, but not a fastdiff checkpoint")
             said = metadata.pop("sha256", None)
             if FORMAT in raw and not verified and said != _own_digest(path):
                 raise ValueError(f"{path} is damaged: its SHA-256 does not match the saved one; copy it again")
-            if metadata["kind"] != kind:
+            if kind is not None and metadata["kind"] != kind:
                 _refuse_kind(path, metadata["kind"], kind)
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError) as error:

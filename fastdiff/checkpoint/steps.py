@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint.files import FORMAT, UNSIGNED_FORMAT, NewerFormat, refuse_newer, sha256
+from fastdiff.checkpoint.files import FORMAT, UNSIGNED_FORMAT, NewerFormat, read_metadata, refuse_newer, sha256
 from fastdiff.runtime.files import abandoned, replacing, sync
 
 _ANY = "*.safetensors"
@@ -209,7 +209,7 @@ def find_checkpoint(
 ) -> Path:
     """Find the checkpoint file for ``place``: a file, a run folder (its newest step) or ``run@step``.
 
-    If ``place`` is None, the newest run under ``runs`` is used.
+    If ``place`` is None, the newest run of a diffusion model under ``runs`` is used.
 
     In a run folder ``ema_rate`` selects the EMA, and 0 the raw weights; the default is the highest rate, else the raw
     weights. ValueError if there is no such file, or if ``ema_rate`` is given and ``place`` is a file.
@@ -227,7 +227,10 @@ def find_checkpoint(
     if not found:
         where = f"in {place}" if place is not None else f"in any folder of {runs}/"
         raise ValueError(f"no checkpoint {where}: train a model first (fastdiff train --data-dir DIR) or name a file")
-    newest = max(found, key=lambda path: path.stat().st_mtime_ns).parent
+    found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    newest = found[0].parent
+    if place is None:
+        newest = next((path.parent for path in found if not _is_classifier(path)), newest)
     there = [path for path in found if path.parent == newest]
     if step is not None:
         steps = sorted({_rank(path)[0] for path in there})
@@ -281,6 +284,13 @@ def _split(place: Path) -> tuple[Path, int | None]:
 def _is_model(path: Path) -> bool:
     match = _NAME.fullmatch(path.name)
     return match is not None and match["kind"] != "opt"
+
+
+def _is_classifier(path: Path) -> bool:
+    try:
+        return bool(read_metadata(path)["kind"] == "classifier")
+    except (ValueError, OSError):
+        return False  # reading the file reports what is wrong with it
 
 
 def _rank(path: Path) -> tuple[int, float]:

@@ -20,7 +20,7 @@ from fastdiff.config.choices import (
     ScheduleSampler,
     Tracker,
 )
-from fastdiff.config.classifier import ClassifierConfig
+from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig
 from fastdiff.config.evaluation import NllConfig
 from fastdiff.config.job import MOST_SAMPLES, DataConfig, DiffusionConfig, RuntimeConfig, SampleConfig, TrainConfig
 from fastdiff.config.model import (
@@ -37,10 +37,12 @@ __all__ = [
     "GROUPS",
     "MOST_SAMPLES",
     "NUM_CLASSES",
+    "UNUSED_BY_CLASSIFIERS",
     "Cache",
     "ClassMix",
     "ClassifierConfig",
     "ClassifierPool",
+    "ClassifierTrainConfig",
     "Compile",
     "Config",
     "DataConfig",

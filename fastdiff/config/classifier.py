@@ -1,9 +1,10 @@
-"""The architecture of a classifier of noisy images."""
+"""A classifier of noisy images: its architecture and its training."""
 
 from dataclasses import dataclass
 
 from fastdiff.config.base import Config, option, tuple_of
 from fastdiff.config.choices import ClassifierPool
+from fastdiff.config.job import TrainConfig
 from fastdiff.config.model import NUM_CLASSES, ModelConfig, multiplier
 
 HEAD_CHANNELS = 64
@@ -74,3 +75,42 @@ class ClassifierConfig(Config):
             channel_mult=self.channel_mult,
             num_classes=self.num_classes,
         )
+
+
+@dataclass(frozen=True)
+class ClassifierTrainConfig(TrainConfig):
+    """The settings of a classifier's training, with guided-diffusion's defaults: no average of the weights."""
+
+    lr: float = option(3e-4, "Learning rate.")
+    weight_decay: float = option(0.05, "Weight decay of AdamW.")
+    ema_rate: tuple[float, ...] = option((), "EMA rates of the weights, e.g. 0.9999; by default there is none.")
+    preview_interval: int = option(0, "Not for classifiers.")
+    noised: bool = option(True, "Train on noisy images, as guidance needs, or with --no-noised on clean ones.")
+    val_data_dir: str = option(
+        "",
+        "Folder of images, or a .zip or .npz, to measure the accuracy on, instead of --holdout.",
+        path=True,
+        panel="Data",
+    )
+    holdout: float = option(
+        0.05,
+        "Share of the images, chosen by a hash of their names, to measure on and not to train on; 0 for none.",
+        panel="Data",
+    )
+    eval_interval: int = option(
+        1000, "Updates between measurements on the held-out images; 0 disables them.", panel="Output"
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(0 <= self.holdout < 1, "holdout", "at least 0 and below 1")
+        self.require(self.eval_interval >= 0, "eval_interval", "at least 0")
+
+
+UNUSED_BY_CLASSIFIERS = frozenset(
+    {
+        *("preset", "label_dropout", "conditioning_noise", "preview_interval"),
+        *("learn_sigma", "sigma_small", "predict_xstart", "use_kl", "rescale_learned_sigmas"),
+    }
+)
+"""Fields of a run's configurations that mean nothing in a classifier's training."""

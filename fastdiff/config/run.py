@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fastdiff.config.base import Config, number, option
+from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig
 from fastdiff.config.job import DataConfig, DiffusionConfig, RuntimeConfig, TrainConfig
 from fastdiff.config.model import ModelConfig
 
@@ -17,7 +18,9 @@ class StartConfig(Config):
 
     panel = "Run"
 
-    run_dir: str = option("", "Run folder; by default runs/NAME, with the name of the data.", path=True)
+    run_dir: str = option(
+        "", "Run folder; by default runs/NAME of the data, a classifier's runs/NAME-classifier.", path=True
+    )
     preset: str | None = option(None, "A released model's flags, see fastdiff presets.")
     resume: bool = option(False, "Resume the run in the run folder.")
     allow_changes: bool = option(False, "Resume even if the data set or the diffusion process has changed.")
@@ -57,17 +60,18 @@ _PARTS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "runtime": RuntimeConfig,
 }
+_PARTS_OF_CLASSIFIER = _PARTS | {"model": ClassifierConfig, "train": ClassifierTrainConfig}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All the settings of a run, as config.json stores them.
+    """All the settings of a run, as config.json stores them; a classifier's run has a ClassifierTrainConfig, too.
 
     ``class_counts`` holds the number of images of each class, in the order of ``class_names``. ValueError if the parts
     are inconsistent.
     """
 
-    model: ModelConfig
+    model: ModelConfig | ClassifierConfig
     diffusion: DiffusionConfig
     data: DataConfig
     train: TrainConfig
@@ -77,6 +81,8 @@ class RunConfig:
     data_fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, ClassifierConfig):
+            return
         if self.train.label_dropout and not self.model.class_cond:
             raise ValueError(
                 f"label_dropout {self.train.label_dropout:g} needs a class-conditional model: train one with "
@@ -86,27 +92,46 @@ class RunConfig:
             said = f"conditioning_noise {self.train.conditioning_noise:g}"
             raise ValueError(f"{said} is for super-resolution models: give --small-size, or leave it out")
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the run trains a classifier."""
+        return isinstance(self.model, ClassifierConfig)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether training takes the class of every image."""
+        return isinstance(self.model, ClassifierConfig) or self.model.class_cond
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-serialisable dict."""
         values: dict[str, Any] = {name: getattr(self, name).to_dict() for name in _PARTS}
+        if self.classifies:
+            for part in values.values():
+                for name in UNUSED_BY_CLASSIFIERS & part.keys():
+                    del part[name]
         about_data = {"class_names": list(self.class_names), "class_counts": list(self.class_counts)}
         return {**values, **about_data, "data_fingerprint": self.data_fingerprint}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of to_dict."""
+        parts = _PARTS_OF_CLASSIFIER if "classifier_width" in values["model"] else _PARTS
         return cls(
-            **{name: kind.from_dict(values[name]) for name, kind in _PARTS.items()},  # type: ignore[arg-type]
+            **{name: kind.from_dict(values[name]) for name, kind in parts.items()},  # type: ignore[arg-type]
             class_names=tuple(map(str, values["class_names"])),
             class_counts=tuple(map(int, values.get("class_counts", ()))),
             data_fingerprint=str(values.get("data_fingerprint", "")),
         )
 
     @classmethod
-    def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
-        """The run that the flags describe; fields that no flag sets come from ``base`` or the defaults."""
+    def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None, classifier: bool = False) -> Self:
+        """The run that the flags describe: of a ``classifier``, or of a diffusion model.
+
+        Fields that no flag sets come from ``base``, which then also says the kind of the run, or the defaults.
+        """
+        kinds = _PARTS_OF_CLASSIFIER if (classifier if base is None else base.classifies) else _PARTS
         parts = {
             name: kind.from_flags(flags, base=None if base is None else getattr(base, name))
-            for name, kind in _PARTS.items()
+            for name, kind in kinds.items()
         }
         return cls(**parts) if base is None else replace(base, **parts)  # type: ignore[arg-type]

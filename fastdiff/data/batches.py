@@ -64,20 +64,22 @@ def batches(
     seed: int,
     start_step: int,
     *,
+    among: NDArray[np.int64] | None = None,
     rows: slice = slice(None),
     pin: bool = False,
 ) -> Generator[Batch, None, None]:
     """The endless stream of batches for the updates start_step, start_step + 1, ... (0-based).
 
     Each batch is uint8 (B, H, W, 3) images, mirrored at random if config.flip, and int64 (B,) labels or None, on the
-    CPU. ``pin`` gathers them into pinned memory and needs CUDA. ``rows`` is the part of the batch that this process
+    CPU. ``among`` are the images to draw from, by default all. ``pin`` gathers them into pinned memory and needs CUDA.
+    ``rows`` is the part of the batch that this process
     trains on: however many processes share a batch, together they see the same images. Warns if a batch is larger than
     the data. Closing the iterator ends its thread.
 
     Like Dataset.check, raises OSError before a batch. If the file shrinks or its disk fails during the gather itself,
     the process dies of SIGBUS, which Python cannot catch.
     """
-    if batch_size > (n := len(dataset.images)):
+    if batch_size > (n := len(dataset.images if among is None else among)):
         warnings.warn(
             f"batch_size {batch_size} is larger than the {n:,} images, which are drawn repeatedly", stacklevel=2
         )
@@ -90,7 +92,7 @@ def batches(
     def gather(step: int) -> Batch:
         dataset.check()
         drawn, flips = batch_indices(n, batch_size, seed, step)
-        indices = drawn[rows]
+        indices = (drawn if among is None else among[drawn])[rows]
         images = take(dataset.images, indices, torch.uint8)  # (B, H, W, 3)
         if config.flip:
             pixels = images.numpy()

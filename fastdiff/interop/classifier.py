@@ -15,7 +15,7 @@ from fastdiff.config.base import number
 from fastdiff.interop.recognition import SIZES, Shapes, classifier_pool, refuse_integers, shapes_of, word
 from fastdiff.models import build_classifier
 
-_LAST = {
+LAST_LAYER = {
     ClassifierPool.ATTENTION: "out.2.c_proj.weight",
     ClassifierPool.ADAPTIVE: "out.3.weight",
     ClassifierPool.SPATIAL: "out.2.weight",
@@ -165,7 +165,7 @@ def _readings(state: Mapping[str, Tensor], pool: ClassifierPool) -> Iterator[_Ar
                 use_scale_shift_norm=state["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0],
                 resblock_updown=f"input_blocks.{depth + 1}.0.op.weight" not in state,
                 pool=pool,
-                num_classes=state[_LAST[pool]].shape[0],
+                num_classes=state[LAST_LAYER[pool]].shape[0],
                 side=None if positions is None else math.isqrt(positions),
             )
         except (LookupError, ValueError, ArithmeticError):  # a tensor is missing, or has another number of dimensions

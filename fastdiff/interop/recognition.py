@@ -134,8 +134,7 @@ def recognise(state: Mapping[str, Tensor], name: object) -> Architecture:
     ValueError if it is a classifier, or not a model of this family: it names the nearest preset and the first key that
     differs from it.
     """
-    if classifier_pool(state) is not None:
-        raise ValueError(f"{name} is a classifier, not a diffusion model")
+    refuse_classifier(state, name)
     own: Shapes = {}
     try:
         found = _read(state)
@@ -162,6 +161,12 @@ def classifier_pool(state: Mapping[str, Tensor]) -> ClassifierPool | None:
         if key in state and state[key].ndim == dimensions:
             return pool
     return None
+
+
+def refuse_classifier(state: Mapping[str, Tensor], name: object) -> None:
+    """ValueError if ``state`` is the state dict of a classifier."""
+    if classifier_pool(state) is not None:
+        raise ValueError(f"{name} is a classifier, not a diffusion model")
 
 
 def refuse_integers(state: Mapping[str, Tensor], name: object) -> None:

@@ -5,7 +5,7 @@ import torch
 from fastdiff.config import ClassifierConfig, Kernels, MemoryFormat, ModelConfig
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.super_res import SuperResUNet
-from fastdiff.models.unet import NULL_CLASS, UNet
+from fastdiff.models.unet import NULL_CLASS, Encoder, UNet
 
 __all__ = ["NULL_CLASS", "Classifier", "SuperResUNet", "UNet", "build_classifier", "build_model", "forward_flops"]
 
@@ -32,7 +32,7 @@ def build_classifier(
     return Classifier(config, kernels, memory_format)
 
 
-def forward_flops(config: ModelConfig) -> float:
+def forward_flops(config: ModelConfig | ClassifierConfig) -> float:
     """FLOPs of one image's forward pass, counted without running it; a training step takes three times as many.
 
     Counts convolutions and matrix products, two FLOPs per multiply-add, whichever kernels run them. Does not count the
@@ -41,13 +41,17 @@ def forward_flops(config: ModelConfig) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model = build_model(config, Kernels.REFERENCE)
+        model: Encoder
         x, timesteps = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
         conditions = {}
-        if config.class_cond:
-            conditions["y"] = torch.empty(1, dtype=torch.int64)
-        if config.small_size:
-            conditions["low_res"] = torch.empty(1, 3, config.small_size, config.small_size)
+        if isinstance(config, ClassifierConfig):
+            model = build_classifier(config, Kernels.REFERENCE)
+        else:
+            model = build_model(config, Kernels.REFERENCE)
+            if config.class_cond:
+                conditions["y"] = torch.empty(1, dtype=torch.int64)
+            if config.small_size:
+                conditions["low_res"] = torch.empty(1, 3, config.small_size, config.small_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x, timesteps, **conditions)
     return float(counter.get_total_flops())

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.checkpoint import Weights, find_checkpoint, read_weights
-from fastdiff.config import DiffusionConfig, ModelConfig, TrainConfig
+from fastdiff.checkpoint import ClassifierWeights, Weights, find_checkpoint, read_classifier, read_weights
+from fastdiff.config import ClassifierConfig, DiffusionConfig, ModelConfig, TrainConfig
 from fastdiff.config.base import differences, in_words
 from fastdiff.data.classes import completed, listed
+from fastdiff.interop.classifier import LAST_LAYER
 from fastdiff.interop.openai import load_state_dict
 from fastdiff.interop.openai_run import step_of
-from fastdiff.interop.recognition import recognise
+from fastdiff.interop.recognition import recognise, refuse_classifier
 from fastdiff.presets import described_by
 
 _FREE = {"dropout", "use_checkpoint"}  # compatible with any weights
@@ -74,23 +75,46 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     return model, process, [f"{path} is changed: {in_words(told)}"] if told else []
 
 
-def flags_to_fine_tune(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The flags of a run that starts from a file's weights, and lines for the log: see configuration."""
-    model, process, notes = configuration(read_initial(path, flags), flags)
-    return {**flags, **model.to_dict(), **process.to_dict()}, notes
+def read_initial_classifier(path: Path, flags: Mapping[str, Any]) -> ClassifierWeights:
+    """Read the weights to start a classifier from; ValueError as read_classifier, or if a flag contradicts the file.
+
+    Only the number of classes may change.
+    """
+    names = set(ClassifierConfig().to_dict()) - {"num_classes"}
+    return read_classifier(path, given={name: value for name, value in flags.items() if name in names})
 
 
-def flags_to_resume(path: Path, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def flags_to_fine_tune(
+    path: Path, flags: Mapping[str, Any], classifier: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """The flags of a run that starts from a file's weights, and lines for the log: see configuration.
+
+    A ``classifier`` is trained on its file's process, or as the flags change it.
+    """
+    if not classifier:
+        model, process, notes = configuration(read_initial(path, flags), flags)
+        return {**flags, **model.to_dict(), **process.to_dict()}, notes
+    weights = read_initial_classifier(path, flags)
+    before = weights.diffusion_config or DiffusionConfig.from_flags(flags)
+    process = _changed(before, flags)
+    told = in_words(differences(before, process))
+    return {**weights.config.to_dict(), **flags, **process.to_dict()}, [f"{path} is changed: {told}"] if told else []
+
+
+def flags_to_resume(path: Path, flags: Mapping[str, Any], classifier: bool = False) -> tuple[dict[str, Any], list[str]]:
     """The flags of a run that resumes from another run's step, and lines for the log.
 
-    A ``.safetensors`` file determines the model. For a ``.pt`` file, which is improved-diffusion's, the flags do.
+    A ``.safetensors`` file and a ``classifier`` determine the model. For a ``.pt`` file of improved-diffusion the flags
+    do.
     """
     flags = dict(flags)
     notes: list[str] = []
-    if path.suffix == ".safetensors":
-        flags, notes = flags_to_fine_tune(path, flags)
-    elif (labels := load_state_dict(path).get(CLASSES)) is not None:
-        flags = {"num_classes": len(labels)} | flags  # improved-diffusion always has 1000, whatever the data
+    if classifier or path.suffix == ".safetensors":
+        flags, notes = flags_to_fine_tune(path, flags, classifier)
+    else:
+        refuse_classifier(state := load_state_dict(path), path)
+        if CLASSES in state:
+            flags = {"num_classes": len(state[CLASSES])} | flags  # improved-diffusion always has 1000, for any data
     if "steps" in flags:
         return flags, notes
     notes.append(f"{TrainConfig.steps:,} more steps, as neither --steps nor --lr-anneal-steps is given")
@@ -132,7 +156,8 @@ def carried_over(
         del state[CLASSES]
         said.append(f"the classes of {weights.path} are dropped: this model is not class-conditional")
     elif CLASSES in own:
-        state[CLASSES], lines = _matched(weights, state[CLASSES], fresh(CLASSES), class_names, named)
+        rows, lines = _matched(weights, len(state[CLASSES]), len(own[CLASSES]), class_names, named, "the embedding")
+        state[CLASSES] = _taken(state[CLASSES], fresh(CLASSES), rows)
         said += lines
     if LAST[0] in own and LAST[0] in state and state[LAST[0]].shape[0] != own[LAST[0]].shape[0]:
         state |= {name: fresh(name) for name in LAST}
@@ -140,25 +165,57 @@ def carried_over(
     return state, said
 
 
+def classifier_carried_over(
+    weights: ClassifierWeights,
+    fresh: Callable[[str], Tensor],
+    class_names: Sequence[str],
+    num_classes: int,
+    named: bool = True,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The initial state dict of a classifier of ``num_classes``, and lines for the log; arguments as carried_over's.
+
+    The last layer's rows are matched by the names of the classes, and new classes keep their initialisation.
+    """
+    last = LAST_LAYER[weights.config.classifier_pool]
+    rows, said = _matched(weights, weights.config.num_classes, num_classes, class_names, named, "the last layer")
+    heads = {name: _taken(weights.state[name], fresh(name), rows) for name in (last, last.replace("weight", "bias"))}
+    return weights.state | heads, said
+
+
+def _taken(known: Tensor, fresh: Tensor, rows: Sequence[int | None]) -> Tensor:
+    """The ``rows`` of ``known``; where one is None, the row of ``fresh``."""
+    found = fresh.clone()
+    for i, row in enumerate(rows):
+        if row is not None:
+            found[i] = known[row]
+    return found
+
+
 def _matched(
-    weights: Weights, known: Tensor, fresh: Tensor, class_names: Sequence[str], named: bool
-) -> tuple[Tensor, list[str]]:
-    """The class embedding, its rows matched by name, and lines for the log."""
-    wanted, theirs = completed(class_names, len(fresh)), completed(weights.class_names, len(known))
+    weights: Weights | ClassifierWeights,
+    their_count: int,
+    our_count: int,
+    class_names: Sequence[str],
+    named: bool,
+    layer: str,
+) -> tuple[list[int | None], list[str]]:
+    """The number in the file of each of the model's classes, matched by name, and lines for the log.
+
+    None is a new class, whose row of ``layer`` keeps its initialisation.
+    """
+    wanted, theirs = completed(class_names, our_count), completed(weights.class_names, their_count)
     said = []
     if not named or not weights.class_names:
         whose, first = (str(weights.path), wanted[:1]) if named else ("the data", theirs[:1])
         said.append(f"{whose} has no class names: classes are matched by number, 0 being {listed(first)}")
-        theirs = completed((), len(known))
+        theirs = completed((), their_count)
         if not all(name.isdecimal() for name in wanted):
-            if known.shape != fresh.shape:
-                return fresh, [f"{whose} has {len(known)} classes without names: the embedding is newly initialised"]
+            if their_count != our_count:
+                return [None] * our_count, [
+                    f"{whose} has {their_count} classes without names: {layer} is newly initialised"
+                ]
             theirs = wanted
-    rows = {name: row for row, name in enumerate(theirs)}
-    found = fresh.clone()
-    for i, name in enumerate(wanted):
-        if name in rows:
-            found[i] = known[rows[name]]
-    if new := [name for name in wanted if name not in rows]:
+    number = {name: row for row, name in enumerate(theirs)}
+    if new := [name for name in wanted if name not in number]:
         said.append(f"{len(new)} of {len(wanted)} classes are not in {weights.path}, newly initialised: {listed(new)}")
-    return found, said
+    return [number.get(name) for name in wanted], said

@@ -8,25 +8,23 @@ from torch import Tensor, nn
 
 from fastdiff.config import RunConfig
 from fastdiff.data import normalised
-from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.models import UNet
+from fastdiff.models.unet import Encoder
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.distributed import World
 from fastdiff.runtime.memory import out_of_memory
+from fastdiff.training.objective import Objective
 from fastdiff.training.parallel import accumulating
-from fastdiff.training.update import conditions_of, micro_batches
+from fastdiff.training.update import micro_batches
 
 
-def choose_microbatch(
-    config: RunConfig, model: UNet, diffusion: GaussianDiffusion, runtime: Runtime, world: World
-) -> int:
+def choose_microbatch(config: RunConfig, model: Encoder, objective: Objective, runtime: Runtime, world: World) -> int:
     """The size for ``microbatch auto``, found while memory is reserved for Adam moments, EMAs and gradient buffers."""
     device, train = runtime.device, config.train
     numbers = sum(p.numel() for p in model.to(device).parameters())
 
     def attempt(images: int) -> None:
         moments_averages_messages = torch.empty(numbers * (3 + len(train.ema_rate)), device=device)
-        _pass(config, diffusion, runtime.eager(model), images, device)
+        _pass(config, objective, runtime.eager(model), images, device)
         del moments_averages_messages
 
     found = largest_that_fits(train.batch_size // world.size, attempt, world)
@@ -61,7 +59,7 @@ def largest_that_fits(most: int, attempt: Callable[[int], None], world: World) -
 
 
 def warm_up(
-    config: RunConfig, diffusion: GaussianDiffusion, module: nn.Module, forward: Callable[..., Tensor], world: World
+    config: RunConfig, objective: Objective, module: nn.Module, forward: Callable[..., Tensor], world: World
 ) -> None:
     """Run the forward and backward passes of one update, without the update; compiles the model if enabled.
 
@@ -72,17 +70,17 @@ def warm_up(
     parts = micro_batches(config.train, world.size)
     for part in parts:
         with accumulating(module) if part is not parts[-1] else nullcontext():
-            _pass(config, diffusion, forward, part.stop - part.start, device)
+            _pass(config, objective, forward, part.stop - part.start, device)
     module.zero_grad(set_to_none=True)
 
 
 def _pass(
-    config: RunConfig, diffusion: GaussianDiffusion, forward: Callable[..., Tensor], images: int, device: torch.device
+    config: RunConfig, objective: Objective, forward: Callable[..., Tensor], images: int, device: torch.device
 ) -> None:
     """Run a forward and a backward pass of ``images`` images."""
     size = config.model.image_size
     x_start = normalised(torch.zeros(images, size, size, 3, dtype=torch.uint8, device=device))
     none = torch.zeros(images, dtype=torch.int64, device=device)
-    conditions = conditions_of(config, x_start, none if config.model.class_cond else None)
+    conditions = objective.conditions(x_start, none if config.labelled else None, none)
     noise = torch.zeros(x_start.shape, device=device)  # same layout as in an update, to avoid a recompile
-    diffusion.training_losses(forward, x_start, none, conditions, noise)["loss"].sum().backward()
+    objective.losses(forward, x_start, none, conditions, noise)["loss"].sum().backward()

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,20 +17,18 @@ from torch import Tensor
 from fastdiff.runtime.files import replacing
 from fastdiff.training.trackers import Sink
 
+
+def columns(*terms: str) -> tuple[str, ...]:
+    """The columns of progress.csv for these terms."""
+    by_quarter = (name for term in terms for name in (term, *(f"{term}_q{q}" for q in range(4))))
+    speed = ("images_per_s", "mfu", "data_wait", "memory_gib")
+    return ("step", "samples", *by_quarter, "grad_norm", "skipped", "lg_loss_scale", "lr", *speed)
+
+
 TERMS = ("loss", "mse", "vb")
-COLUMNS = (
-    "step",
-    "samples",
-    *(name for term in TERMS for name in (term, *(f"{term}_q{q}" for q in range(4)))),
-    "grad_norm",
-    "skipped",
-    "lg_loss_scale",
-    "lr",
-    "images_per_s",
-    "mfu",
-    "data_wait",
-    "memory_gib",
-)
+COLUMNS = columns(*TERMS)
+SHARES = ("acc1", "acc5")
+"""Terms that count images, not weighted by the timestep sampler as losses are."""
 
 _KINDS: dict[str, type[int] | type[float]] = {"step": int, "samples": int, "skipped": int}
 
@@ -42,8 +40,9 @@ class LossSums:
     bits. Terms that are not finite are left out.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(8 * len(TERMS) + 3, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, terms: Sequence[str] = TERMS) -> None:
+        self._names = terms
+        self._sums = torch.zeros(8 * len(terms) + 3, dtype=torch.float64, device=device)
         # _terms, of this process's samples: (term, total or count, quarter). _updates, equal on every process: the sum
         # of the gradient norms, the number of updates kept, and the number skipped.
         self._terms, self._updates = self._sums[:-3].view(-1, 2, 4), self._sums[-3:]
@@ -52,7 +51,9 @@ class LossSums:
     def add(self, terms: Mapping[str, Tensor], t: Tensor, num_timesteps: int) -> None:
         """Add per-sample terms (N,), which include the loss, at timesteps t (N,)."""
         absent = torch.full_like(terms["loss"], math.nan)
-        values = torch.stack([terms.get(term, absent).detach() for term in TERMS]).double()[:, None]  # (terms, 1, N)
+        values = torch.stack([terms.get(term, absent).detach() for term in self._names]).double()[
+            :, None
+        ]  # (terms, 1, N)
         counted = values.isfinite() & (self._quarters == 4 * t // num_timesteps)  # (terms, 4, N)
         self._terms[:, 0] += torch.where(counted, values, 0).sum(-1)
         self._terms[:, 1] += counted.sum(-1)
@@ -71,7 +72,7 @@ class LossSums:
         values = torch.cat([terms.flatten(), self._updates]).cpu()
         self._sums.zero_()
         means = {"loss": math.nan}
-        for term, (totals, counts) in zip(TERMS, values[:-3].view(-1, 2, 4), strict=True):
+        for term, (totals, counts) in zip(self._names, values[:-3].view(-1, 2, 4), strict=True):
             if counts.any():
                 means[term] = float(totals.sum() / counts.sum())
             means |= {f"{term}_q{q}": float(totals[q] / counts[q]) for q in range(4) if counts[q]}
@@ -101,18 +102,19 @@ class ProgressFiles(Sink):
     the disk is full is kept and written with the next one; ``log`` receives one warning.
     """
 
-    def __init__(self, run_dir: Path, step: int, log: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, step: int, log: Callable[[str], None], columns: Sequence[str] = COLUMNS) -> None:
         self._log = log
+        self._columns = columns
         self._warned = False
         self._csv, self._jsonl = run_dir / "progress.csv", run_dir / "progress.jsonl"
         if self._csv.exists() and not self._jsonl.exists():  # from an improved-diffusion run continued here
             names = (f"progress.original{n and f'.{n}'}.csv" for n in itertools.chain([""], itertools.count(2)))
             kept = self._csv.rename(next(path for name in names if not (path := run_dir / name).exists()))
             log(f"{self._csv} is not from this run: renamed to {kept.name}")
-        history = [(line, row) for line, row in _history(self._jsonl) if row["step"] <= step]
+        history = [(line, row) for line, row in _history(self._jsonl, columns) if row["step"] <= step]
         _make(self._jsonl, "".join(f"{line}\n" for line, _ in history))
         # Rebuild the table from the history: another version's table has other columns.
-        _make(self._csv, _table((row for _, row in history), header=True))
+        _make(self._csv, _table(columns, (row for _, row in history), header=True))
         self._waiting = {self._jsonl: "", self._csv: ""}
 
     def write(self, row: Mapping[str, float]) -> None:
@@ -120,7 +122,7 @@ class ProgressFiles(Sink):
         # JSON has no NaN or infinity: every reader accepts null.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._waiting[self._jsonl] += json.dumps(finite) + "\n"
-        self._waiting[self._csv] += _table([_numbers(finite)])
+        self._waiting[self._csv] += _table(self._columns, [_numbers(finite, self._columns)])
         for path, text in self._waiting.items():
             try:
                 _append(path, text)
@@ -132,26 +134,26 @@ class ProgressFiles(Sink):
                 self._waiting[path] = ""
 
 
-def _history(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+def _history(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
     """The lines of an earlier run, without invalid ones such as the truncated last line of a killed run."""
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
             row = json.loads(line)
-            yield line, _numbers(row) | {"step": int(row["step"])}
+            yield line, _numbers(row, columns) | {"step": int(row["step"])}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
 
 
-def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
+def _numbers(row: Mapping[str, float | None], columns: Sequence[str]) -> dict[str, float]:
     """The values of a JSON row that have a column, as numbers."""
-    known = {name: row[name] for name in COLUMNS if name in row}
+    known = {name: row[name] for name in columns if name in row}
     return {name: math.nan if v is None else _KINDS.get(name, float)(v) for name, v in known.items()}
 
 
-def _table(rows: Iterable[Mapping[str, float]], header: bool = False) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Mapping[str, float]], header: bool = False) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="")
+    writer = csv.DictWriter(text, columns, restval="")
     if header:
         writer.writeheader()
     writer.writerows(rows)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdiff.config import Parallel
 from fastdiff.models import UNet
+from fastdiff.models.unet import Encoder
 from fastdiff.runtime.distributed import World
 
 _RENAMED = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.13
@@ -22,7 +23,7 @@ _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 """The only buffer is a constant table, which need not be broadcast in every forward pass."""
 
 
-def parallelise(model: UNet, device: torch.device, world: World, parallel: Parallel) -> nn.Module:
+def parallelise(model: Encoder, device: torch.device, world: World, parallel: Parallel) -> nn.Module:
     """Move a model to ``device`` and return the module to call instead, which averages gradients over the processes.
 
     FSDP changes the model in place: each parameter becomes a DTensor, sharded over the processes. It moves to the
@@ -40,7 +41,8 @@ def parallelise(model: UNet, device: torch.device, world: World, parallel: Paral
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP2 requires it; feature maps keep their layout
     mesh = init_device_mesh(device.type, (world.size,))
-    for block in (*model.input_blocks, model.middle_block, *model.output_blocks):
+    output_blocks = model.output_blocks if isinstance(model, UNet) else ()
+    for block in (*model.input_blocks, model.middle_block, *output_blocks):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)  # the rest: the embeddings and the last layer
     return model

@@ -13,11 +13,11 @@ from fastdiff.config import DiffusionConfig, SampleConfig, Sampler
 from fastdiff.data import Dataset, normalised
 from fastdiff.diffusion import build_diffusion
 from fastdiff.models import UNet
+from fastdiff.models.super_res import low_resolution
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling import generate, save_grid
 from fastdiff.sampling.output import Uint8Array
 from fastdiff.training.state import TrainState
-from fastdiff.training.update import conditions_of
 
 IMAGES = 16
 STEPS = 25
@@ -46,15 +46,16 @@ def save_previews(folder: Path, state: TrainState, model: UNet, dataset: Dataset
 
 
 def _draw(state: TrainState, model: UNet, dataset: Dataset, runtime: Runtime) -> Uint8Array:
-    world, config, process = state.world, state.config.model, state.config.diffusion
+    world, config, process = state.world, model.config, state.config.diffusion
     steps = min(STEPS, process.diffusion_steps)
     values = {**process.to_dict(), "timestep_respacing": str(steps)}
     # The same number on every process: FSDP requires equally many forward passes.
     ours = (np.arange(world.rank, world.rank + world.size * -(-IMAGES // world.size), world.size)) % IMAGES
 
     def low_res(numbers: NDArray[np.int64]) -> Tensor:
+        assert config.small_size is not None
         images = torch.from_numpy(np.asarray(dataset.images[numbers % len(dataset.images)]))
-        return conditions_of(state.config, normalised(images), None)["low_res"]
+        return low_resolution(normalised(images), config.small_size)
 
     batches = generate(
         runtime.eager(model),

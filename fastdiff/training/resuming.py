@@ -7,7 +7,13 @@ from torch import Tensor
 from fastdiff import checkpoint
 from fastdiff.data.classes import composed, listed
 from fastdiff.interop.openai_run import read_run, step_of
-from fastdiff.training.fine_tuning import carried_over, configuration, read_initial
+from fastdiff.training.fine_tuning import (
+    carried_over,
+    classifier_carried_over,
+    configuration,
+    read_initial,
+    read_initial_classifier,
+)
 from fastdiff.training.parallel import own_part, whole_of
 from fastdiff.training.trainer import Trainer
 
@@ -64,7 +70,7 @@ def resume_from(trainer: Trainer, path: Path) -> None:
         world.on_all(lambda: _resume_from_openai(trainer, path))
     else:
         world.from_main(lambda: checkpoint.verify_step(path.parent, step, offer=True))
-        metadata = world.on_all(lambda: checkpoint.read_metadata(path, kind="model"))
+        metadata = world.on_all(lambda: checkpoint.read_metadata(path, kind=trainer.objective.kind))
         names, ours = tuple(map(composed, metadata["class_names"])), trainer.config.class_names
         if names and names != ours:
             world.refuse(
@@ -94,16 +100,21 @@ def _resume_from_openai(trainer: Trainer, path: Path) -> None:
 
 def init_from(trainer: Trainer, path: Path) -> None:
     """Start from the weights of a checkpoint; ValueError if they do not fit the model. Collective."""
-    config, state, world = trainer.config, trainer.state, trainer.world
+    config, state, world, named = trainer.config, trainer.state, trainer.world, trainer.dataset.named
     said = config.model.to_dict() | config.diffusion.to_dict()
-    weights = world.on_all(lambda: read_initial(path, said))
-    world.on_all(lambda: configuration(weights, said))  # rejects weights that do not fit this configuration
 
     def fresh(name: str) -> Tensor:
         held = state.weights[name]
         return whole_of(own_part(held), held).detach().cpu()
 
-    initial, lines = carried_over(weights, state.weights, fresh, config.class_names, trainer.dataset.named)
+    if config.classifies:
+        classifier = world.on_all(lambda: read_initial_classifier(path, said))
+        count = config.model.num_classes
+        initial, lines = classifier_carried_over(classifier, fresh, config.class_names, count, named)
+    else:
+        weights = world.on_all(lambda: read_initial(path, said))
+        world.on_all(lambda: configuration(weights, said))  # rejects weights that do not fit this configuration
+        initial, lines = carried_over(weights, state.weights, fresh, config.class_names, named)
     world.on_all(lambda: state.set_weights(initial, path))
     for ema in state.emas:
         ema.load(state.parameters, updates=0)

@@ -1,24 +1,22 @@
 """A training run from its settings to its exit status: resolves flags, opens or resumes the folder, and trains."""
 
-import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint import Checkpoint, Lease, find_checkpoint, load_checkpoint, saved_steps
+from fastdiff.checkpoint import Lease, saved_steps
 from fastdiff.config import (
-    DataConfig,
+    ClassifierConfig,
     DiffusionConfig,
     ModelConfig,
     Parallel,
     Precision,
     RunConfig,
-    RuntimeConfig,
     StartConfig,
     TrainConfig,
     is_table_size,
@@ -33,9 +31,10 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.training import fine_tuning, resuming, run_folder, trackers
+from fastdiff.training.held_out import hold_out
 from fastdiff.training.trainer import Trainer
 
-_SETTINGS = (StartConfig, DataConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)
+_FIXED_IN_CLASSIFIERS = ("noised", "holdout")  # else the accuracy would count images that were trained on
 
 
 @dataclass(frozen=True)
@@ -46,57 +45,15 @@ class Ended:
     status: int
 
 
-def train(
-    data_dir: str | os.PathLike[str] | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    *,
-    show: Callable[[str], None] | None = print,
-    **settings: Any,
-) -> Checkpoint:
-    """Train a model on a folder, zip or npz of images; returns its EMA checkpoint, on the CPU.
-
-    ``settings`` are the flags of ``fastdiff train`` with underscores: the fields of ModelConfig, DiffusionConfig,
-    TrainConfig, DataConfig and RuntimeConfig, and preset, resume, init_from, resume_checkpoint, allow_changes,
-    batch_size_per_process and timeout. ``show`` receives each line of the log, which is also written to log.txt in
-    ``run_dir`` (by default runs/NAME of the data); None shows nothing. Processes that torchrun started, or those of an
-    existing process group, share the work, and each returns the checkpoint: ``run_dir`` is on a disk that all of them
-    see. PyTorch's global random generators are seeded.
-
-    ValueError, in one line, if a setting is invalid. KeyboardInterrupt after Ctrl-C and SystemExit after another
-    signal, both with the last update saved: ``resume=True`` continues the run.
-    """
-    known = {f.name: f for kind in _SETTINGS for f in fields(kind)}
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"train has no setting {', '.join(unknown)}")
-    given = {"data_dir": data_dir, "run_dir": run_dir}
-    flags = settings | {name: place for name, place in given.items() if place is not None}
-    for name, value in flags.items():
-        if known[name].metadata["path"]:
-            flags[name] = os.path.expanduser(os.fspath(value))
-    start = StartConfig.from_flags(flags)
-    world = World.join(start.timeout)
-    try:
-        ended = run(flags, start, world, Lines(show if show is not None and world.main else lambda line: None))
-    except (ValueError, OSError) as error:
-        if not isinstance(error, ConnectionError):  # without the others a process group cannot be left in order
-            world.leave()
-        raise
-    world.leave()
-    if ended.status == 130:
-        raise KeyboardInterrupt
-    if ended.status:
-        raise SystemExit(ended.status)
-    return load_checkpoint(find_checkpoint(ended.run_dir))
-
-
-def run(flags: Mapping[str, Any], start: StartConfig, world: World, display: Lines) -> Ended:
+def run(flags: Mapping[str, Any], start: StartConfig, world: World, display: Lines, classifier: bool = False) -> Ended:
     """Train with the flags, or resume the run in their folder with its configuration and the flags. Collective.
 
-    ``flags`` are fields of a run's configurations, and ``start`` is their StartConfig; an absent flag was not given.
+    It trains a diffusion model, or a ``classifier``. ``flags`` are fields of a run's configurations, and ``start`` is
+    their StartConfig; an absent flag was not given.
     """
     with ExitStack() as held:
         held.enter_context(world.explained("use a smaller model, or --parallel fsdp on several GPUs"))
-        plan = world.from_main(lambda: _decide(dict(flags), start, world, held))
+        plan = world.from_main(lambda: _decide(dict(flags), start, world, held, classifier))
         return Ended(plan.run_dir, _carry_out(plan, world, display, held))
 
 
@@ -114,7 +71,7 @@ class _Plan:
     notes: list[str]
 
 
-def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitStack) -> _Plan:
+def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitStack, classifier: bool) -> _Plan:
     """Make a plan from the flags and the folder.
 
     If the folder contains a run, its lease is held from here on, so that no other process writes to it.
@@ -132,11 +89,14 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
     if "steps" not in flags and (anneal := TrainConfig.from_flags(flags).lr_anneal_steps) > 0:
         flags["steps"] = anneal  # improved-diffusion's flag for the length of a run
     data = Path(flags.get("data_dir", "")).resolve()
-    run_dir = run_dir or Path("runs") / ((data.stem if data.is_file() else data.name) or "root")
+    name = (data.stem if data.is_file() else data.name) or "root"
+    run_dir = run_dir or Path("runs") / (f"{name}-classifier" if classifier else name)
     if flags.get("data_dir"):
         if run_dir.resolve().is_relative_to(data):
             raise ValueError(f"run_dir {run_dir} is inside the data folder and would add images to it: name another")
         flags["data_dir"] = str(data)  # absolute: the run may be resumed from another working directory
+    if flags.get("val_data_dir"):
+        flags["val_data_dir"] = str(Path(flags["val_data_dir"]).resolve())
     if start.batch_size_per_process is not None:
         flags["batch_size"] = start.batch_size_per_process * world.size
     if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
@@ -147,7 +107,12 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         held.enter_context(Lease(run_dir, launcher()))
         if init_from is not None and not saved_steps(run_dir):
             init_from = fine_tuning.find_initial(init_from)  # a run without a checkpoint still starts from it
-        config, said = _continued(run_folder.read_config(run_dir), flags, run_dir, start.allow_changes)
+        config = run_folder.read_config(run_dir)
+        if config.classifies != classifier:
+            its = "classifier: resume it with fastdiff train-classifier"
+            its = its if config.classifies else "diffusion model: resume it with fastdiff train"
+            raise ValueError(f"{run_dir} is the run of a {its}")
+        config, said = _continued(config, flags, run_dir, start.allow_changes)
         fixed_classes = True
     else:
         run_folder.refuse_other_run(run_dir)
@@ -164,11 +129,11 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         flags = with_preset(flags, start.preset)
         if init_from is not None:
             init_from = fine_tuning.find_initial(init_from)  # resolved once: a run may save another step meanwhile
-            flags, said = fine_tuning.flags_to_fine_tune(init_from, flags)
+            flags, said = fine_tuning.flags_to_fine_tune(init_from, flags, classifier)
         elif resume_checkpoint is not None:
-            flags, said = fine_tuning.flags_to_resume(resume_checkpoint, flags)
+            flags, said = fine_tuning.flags_to_resume(resume_checkpoint, flags, classifier)
             fixed_classes = "num_classes" in flags
-        config = RunConfig.from_flags(flags)
+        config = RunConfig.from_flags(flags, classifier=classifier)
     notes += said
     return _Plan(run_dir, config, continues, fixed_classes, start.allow_changes, init_from, resume_checkpoint, notes)
 
@@ -196,6 +161,8 @@ def _continued(
     The model never changes; the diffusion process changes only if ``allow_changes``.
     """
     refuse_contradiction(flags, str(run_dir), config.model)
+    fixed = {name: value for name, value in flags.items() if name in _FIXED_IN_CLASSIFIERS}
+    refuse_contradiction(fixed, str(run_dir), config.train)
     diffusion, notes = DiffusionConfig.from_flags(flags, base=config.diffusion), []
     if differing := in_words(differences(config.diffusion, diffusion)):
         if not allow_changes:
@@ -222,10 +189,9 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
 
     runtime = world.on_all(resolve)
     world.check(runtime.device)
-    dataset = load_shared(
-        config.data, config.model.image_size, labelled=config.model.class_cond, world=world, display=display
-    )
+    dataset = load_shared(config.data, config.model.image_size, labelled=config.labelled, world=world, display=display)
     config, changes = world.on_all(lambda: _with_data(plan, dataset))
+    among, held_out, said = hold_out(config, dataset, world, display)
 
     def open_folder() -> run_folder.Log | run_folder.Silence:
         if not world.main:
@@ -236,9 +202,9 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         return held.enter_context(run_folder.Log(run_dir, display.line))
 
     log = world.on_all(open_folder)
-    for line in (*plan.notes, f"data: {dataset.preflight.line()}", *changes):
+    for line in (*plan.notes, f"data: {dataset.preflight.line()}", *changes, *said):
         log(line)
-    trainer = Trainer(config, dataset, runtime, run_dir, log, world)
+    trainer = Trainer(config, dataset, runtime, run_dir, log, world, among, held_out)
     if plan.resuming:
         resuming.resume(trainer)
     if (given := plan.init_from or plan.resume_checkpoint) is not None and trainer.state.step:
@@ -249,14 +215,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         resuming.resume_from(trainer, plan.resume_checkpoint)
     if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:
         log(f"fp16_scale_growth has no effect: precision {runtime.precision} needs no loss scale")
-    model = config.model
-    chosen = "" if is_table_size(model.image_size) or model.channel_mult else ", chosen for the size"
-    if not model.channel_mult and model.image_size == 512 and not model.small_size and model.multipliers[0] == 1:
-        chosen = ", whose first 1 is 0.5 if num_channels is a multiple of 64"
-    log(
-        f"model: {trainer.state.num_parameters / 1e6:.1f} M parameters, {model.image_size} pixels, "
-        f"channel_mult {','.join(map(str, model.multipliers))}{chosen}"
-    )
+    log(f"model: {trainer.state.num_parameters / 1e6:.1f} M parameters, {_described(config.model)}")
     log(f"on: {world.describe()}, {runtime.describe(trainer.model_calls)}")
     log(
         f"run: {run_dir.resolve()}, step {trainer.state.step} of {config.train.steps}, "
@@ -269,12 +228,26 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
             # nothing was trained: let a second attempt use the same folder
             (run_dir / "config.json").unlink(missing_ok=True)
         raise
-    again = ["fastdiff", "train", "--data-dir", config.data.data_dir, "--run-dir", str(run_dir), "--resume"]
+    command = "train-classifier" if config.classifies else "train"
+    again = ["fastdiff", command, "--data-dir", config.data.data_dir, "--run-dir", str(run_dir), "--resume"]
     drawing = ["fastdiff", "sample", str(run_dir), "--out", "samples.npz"]
-    if small := config.model.small_size:
+    if isinstance(config.model, ClassifierConfig):
+        drawing = ["fastdiff", "sample", "MODEL", "--classifier", str(run_dir), "--out", "samples.npz"]
+    elif small := config.model.small_size:
         drawing += ["--base-samples", f"FOLDER-OF-{small}-PIXEL-IMAGES"]
     log(f"resume with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
     return status
+
+
+def _described(model: ModelConfig | ClassifierConfig) -> str:
+    """The size of the model's images, and its levels."""
+    widths = "num_channels"
+    if isinstance(model, ClassifierConfig):
+        model, widths = model.encoder(), "classifier_width"
+    chosen = "" if is_table_size(model.image_size) or model.channel_mult else ", chosen for the size"
+    if not model.channel_mult and model.image_size == 512 and not model.small_size and model.multipliers[0] == 1:
+        chosen = f", whose first 1 is 0.5 if {widths} is a multiple of 64"
+    return f"{model.image_size} pixels, channel_mult {','.join(map(str, model.multipliers))}{chosen}"
 
 
 def _refuse_division(train: TrainConfig, processes: int) -> None:

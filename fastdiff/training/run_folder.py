@@ -49,7 +49,7 @@ def _config_of_newest(run_dir: Path) -> tuple[RunConfig, str] | None:
         path = model_path(run_dir, step)
         try:
             verify_file(path)
-            return _from_dict(read_metadata(path, kind="model")["run_config"]), path.name
+            return _from_dict(read_metadata(path)["run_config"]), path.name
         except (ValueError, KeyError, TypeError, OSError):
             continue
     return None

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from fastdiff import checkpoint
 from fastdiff.config import Precision, RunConfig, ScheduleSampler
-from fastdiff.diffusion import GaussianDiffusion, LossSecondMomentSampler, UniformSampler
+from fastdiff.diffusion import LossSecondMomentSampler, UniformSampler
 from fastdiff.interop.openai_run import MOMENTS, OpenAIRun
-from fastdiff.models import UNet
+from fastdiff.models.unet import Encoder
 from fastdiff.runtime.distributed import World
 from fastdiff.training.ema import EMA
 from fastdiff.training.guard import Guard
 from fastdiff.training.metrics import LossSums
+from fastdiff.training.objective import Objective
 from fastdiff.training.optimizer import FusedAdamW
 from fastdiff.training.parallel import own_part, part_of, whole_of
 from fastdiff.training.saver import CheckpointFile
@@ -35,13 +36,14 @@ class TrainState:
     def __init__(
         self,
         config: RunConfig,
-        model: UNet,
-        diffusion: GaussianDiffusion,
+        model: Encoder,
+        objective: Objective,
         precision: Precision,
         world: World,
     ) -> None:
         train = config.train
         self.config = config
+        self.objective = objective
         self.world = world
         self.step = self.first_step = 0
         self.whole = True
@@ -56,12 +58,12 @@ class TrainState:
         self.optimizer = FusedAdamW(self.parameters, train.lr, train.weight_decay)
         self.scaler = _scaler(device, precision, train.fp16_scale_growth)
         self.guard = Guard(train.spike_guard, device)
-        self.sums = LossSums(device)
+        self.sums = LossSums(device, objective.terms)
         self.sampler: UniformSampler | LossSecondMomentSampler
         if train.schedule_sampler is ScheduleSampler.LOSS_SECOND_MOMENT:
-            self.sampler = LossSecondMomentSampler(diffusion.num_timesteps, device=device)
+            self.sampler = LossSecondMomentSampler(objective.num_timesteps, device=device)
         else:
-            self.sampler = UniformSampler(diffusion.num_timesteps, device)
+            self.sampler = UniformSampler(objective.num_timesteps, device)
 
     @property
     def num_parameters(self) -> int:
@@ -85,16 +87,7 @@ class TrainState:
         On CUDA the copies are asynchronous and may still be running on return. Only rank 0 gets the files; the other
         processes get an empty list.
         """
-        config = self.config
-        described = checkpoint.model_metadata(
-            config.model,
-            config.diffusion,
-            self.step,
-            config.class_names,
-            class_counts=list(config.class_counts),
-            label_dropout=config.train.label_dropout,
-            run_config=config.to_dict(),
-        )
+        described = self.objective.metadata(self.config, self.step)
         weights = self._on_host(self.parameters)
         files = [CheckpointFile(checkpoint.model_path(run_dir, self.step), weights, described)]
         for ema in self.emas:
@@ -103,7 +96,7 @@ class TrainState:
             files.append(CheckpointFile(path, self._on_host(ema.tensors()), described | about))
         path = checkpoint.optimizer_path(run_dir, self.step)
         said = {"kind": "optimizer", "step": self.step, "scaler": self.scaler.state_dict()}
-        files.append(CheckpointFile(path, self._optimizer_tensors(), said | {"run_config": config.to_dict()}))
+        files.append(CheckpointFile(path, self._optimizer_tensors(), said | {"run_config": self.config.to_dict()}))
         return files if self.world.main else []
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
@@ -131,14 +124,15 @@ class TrainState:
         damaged or does not match the model.
         """
         read = partial(checkpoint.read_tensors, verified=self.world.main)
+        kind = self.objective.kind
         path = checkpoint.model_path(run_dir, step)
-        weights, _ = read(path, kind="model")
+        weights, _ = read(path, kind=kind)
         tensors, metadata = read(checkpoint.optimizer_path(run_dir, step), kind="optimizer")
         averages, added = [], []
         for ema in self.emas:
             ema_path = checkpoint.ema_path(run_dir, ema.rate, step)
             if ema_path.exists():
-                averages.append(read(ema_path, kind="model"))
+                averages.append(read(ema_path, kind=kind))
             else:  # the manifest has it if the run did
                 averages.append((weights, {"ema_updates": 0}))
                 added.append(ema.rate)

@@ -14,15 +14,17 @@ from fastdiff import checkpoint
 from fastdiff.config import RunConfig
 from fastdiff.data import Dataset, batch_indices, batches, prefetch_to_device
 from fastdiff.data.batches import Batch
-from fastdiff.diffusion import build_diffusion
-from fastdiff.models import build_model, forward_flops
+from fastdiff.models import UNet, forward_flops
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
 from fastdiff.runtime.words import duration, printable
+from fastdiff.training.classification import Classification
 from fastdiff.training.fitting import choose_microbatch, warm_up
+from fastdiff.training.held_out import HeldOut, Rows, measure, summary
 from fastdiff.training.metrics import ProgressFiles
+from fastdiff.training.objective import Denoising
 from fastdiff.training.parallel import parallelise
 from fastdiff.training.preview import save_previews
 from fastdiff.training.run_folder import Log, Silence, write_config
@@ -59,6 +61,8 @@ class Clock:
 class Trainer:
     """Trains the run in ``run_dir`` until its last update or a signal.
 
+    ``among`` are the rows of the dataset to train on, by default all; the accuracy is measured on ``held_out`` images.
+
     Every process of ``world`` creates one and calls the same methods; rank 0 writes the run folder.
     """
 
@@ -70,22 +74,26 @@ class Trainer:
         run_dir: Path,
         log: Log | Silence,
         world: World | None = None,
+        among: Rows | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         # Draw initial weights on the CPU, so that they are equal for every device and process.
         torch.manual_seed(config.train.seed)
         self.world = world or World()
         self.dataset = dataset
+        self.among = np.arange(len(dataset.images)) if among is None else among
+        self.held_out = held_out
         self.runtime = runtime
         self.run_dir = run_dir
         self.log = log
         self.device = runtime.device
-        self.diffusion = build_diffusion(config.diffusion, runtime.kernels)
-        self.model = build_model(config.model, runtime.kernels, runtime.memory_format).train()
+        self.objective = (Classification if config.classifies else Denoising)(config, runtime)
+        self.model = self.objective.build(runtime).train()
         if self.device.type == "cuda":
             # A resumed run must match an uninterrupted one bit for bit, but cuDNN may sum in any order.
             torch.backends.cudnn.deterministic = True
         if config.train.microbatch == "auto":
-            found = choose_microbatch(config, self.model, self.diffusion, runtime, self.world)
+            found = choose_microbatch(config, self.model, self.objective, runtime, self.world)
             config = replace(config, train=replace(config.train, microbatch=found))
             log(f"microbatch auto: {found} images in a forward pass")
         self.config = config
@@ -93,8 +101,8 @@ class Trainer:
             self.module = parallelise(self.model, self.device, self.world, config.train.parallel)
             self.forward = runtime.prepare(self.module, self.model_calls)
             if self.world.size > 1 or runtime.compiles(self.model_calls):
-                warm_up(config, self.diffusion, self.module, self.forward, self.world)
-        self.state = TrainState(config, self.model, self.diffusion, runtime.precision, self.world)
+                warm_up(config, self.objective, self.module, self.forward, self.world)
+        self.state = TrainState(config, self.model, self.objective, runtime.precision, self.world)
         self.saver = Saver(run_dir, config.train, log)
         self._snapshot_step = 0
         self._peak_images_per_s: float | None = None  # unknown
@@ -117,7 +125,7 @@ class Trainer:
         """
         train, state, world = self.config.train, self.state, self.world
         outputs = world.on_all(lambda: self._open_outputs() if world.main else [])
-        update = Updater(self.config, state, self.diffusion, self.module, self.forward, world)
+        update = Updater(self.config, state, self.objective, self.module, self.forward, world)
         agreement, clock, stopped_by = Agreement(world), Clock(), 0
 
         def due(interval: int) -> bool:
@@ -139,8 +147,9 @@ class Trainer:
                 update(images, labels)
                 clock.images += train.batch_size
                 note = ""
-                if due(train.log_interval):
-                    note = self._report(outputs, clock)
+                measures = self.held_out is not None and due(self.held_out.interval)
+                if due(train.log_interval) or measures:
+                    note = self._report(outputs, clock, measures)
                     clock = Clock()
                 if on_update is not None:
                     on_update(state.step, train.steps, note)
@@ -168,7 +177,14 @@ class Trainer:
         rows = slice(world.rank * share, (world.rank + 1) * share)
         pin = self.device.type == "cuda"
         data = batches(
-            self.dataset, self.config.data, train.batch_size, train.seed, self.state.step, rows=rows, pin=pin
+            self.dataset,
+            self.config.data,
+            train.batch_size,
+            train.seed,
+            self.state.step,
+            among=self.among,
+            rows=rows,
+            pin=pin,
         )
         return prefetch_to_device(data, self.device)
 
@@ -179,10 +195,13 @@ class Trainer:
         free_space_check(self.run_dir, 4 * self.state.num_parameters * (3 + len(self.state.emas)))
         sinks = open_sinks(self.config.train, self.run_dir, self.config.to_dict(), self.log)
         write_config(self.config, self.run_dir)
-        return [ProgressFiles(self.run_dir, self.state.step, self.log), *sinks]
+        return [ProgressFiles(self.run_dir, self.state.step, self.log, self.objective.columns), *sinks]
 
-    def _report(self, outputs: Sequence[Sink], clock: Clock) -> str:
-        """Log the metrics and return the progress note; ValueError after too many skipped updates in a row."""
+    def _report(self, outputs: Sequence[Sink], clock: Clock, measures: bool) -> str:
+        """Log the metrics and return the progress note; ValueError after too many skipped updates in a row.
+
+        If it ``measures`` they include those of the held-out images.
+        """
         state, train = self.state, self.config.train
         row: dict[str, float] = {"step": state.step, "samples": state.step * train.batch_size}
         row |= state.sums.read(self.world.all_reduce)
@@ -192,11 +211,14 @@ class Trainer:
             row["mfu"] = row["images_per_s"] / self._peak_images_per_s
         if state.scaler.is_enabled():
             row["lg_loss_scale"] = float(np.log2(state.scaler.get_scale()))
+        if measures:
+            row |= self._measure()
         for output in outputs:
             output.write(row)
         left = (train.steps - state.step) * train.batch_size / row["images_per_s"]
+        accuracy = f"accuracy {row['acc1']:.1%}  " if "acc1" in row else ""
         note = (
-            f"loss {row['loss']:.4f}  {duration(left)} left  {row['images_per_s']:.1f} images/s  "
+            f"loss {row['loss']:.4f}  {accuracy}{duration(left)} left  {row['images_per_s']:.1f} images/s  "
             f"grad norm {row['grad_norm']:.3f}  data wait {row['data_wait']:.0%}"
         )
         self.log(f"step {state.step}/{train.steps}  {note}", shown=False)
@@ -213,13 +235,22 @@ class Trainer:
             )
         return note
 
+    def _measure(self) -> dict[str, float]:
+        """The terms of the held-out images; every resumed run has the same. Collective."""
+        assert self.held_out is not None
+        train, size = self.config.train, micro_batches(self.config.train, self.world.size)[0].stop
+        found = measure(self.held_out, self.objective, self.model, self.runtime, self.world, train.seed, size)
+        self.log(f"step {self.state.step}: {summary(found, len(self.held_out.rows))}")
+        return found
+
     def _offenders(self) -> str:
         """Name the last skipped update and its samples with the largest losses. Collective."""
         guard, train = self.state.guard, self.config.train
         if (step := int(guard.step)) < self.state.first_step:
             return f"the last one was update {step + 1}, before this run was resumed"
         losses = np.concatenate(self.world.all_gather_object(guard.losses.cpu().numpy()))
-        rows, _ = batch_indices(len(self.dataset.images), train.batch_size, train.seed, step)
+        drawn, _ = batch_indices(len(self.among), train.batch_size, train.seed, step)
+        rows = self.among[drawn]
         worst = np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")[:OFFENDERS]
         named = ", ".join(f"{rows[i]} {printable(self.dataset.names[rows[i]])} ({losses[i]:.3g})" for i in worst)
         return f"the last one was update {step + 1}; its samples with the largest losses: {named}"
@@ -237,6 +268,7 @@ class Trainer:
             self.saver.save(step, files, copied.synchronize if copied else None)
 
     def _preview(self, outputs: Sequence[Sink]) -> None:
+        assert isinstance(self.model, UNet)
         folder = self.run_dir / "previews"
         try:
             paths = save_previews(folder, self.state, self.model, self.dataset, self.runtime)

@@ -10,18 +10,13 @@ from torch import Tensor, nn
 
 from fastdiff.config import RunConfig, TrainConfig
 from fastdiff.data import normalised
-from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.timestep_sampler import draw
 from fastdiff.kernels import philox_normal, philox_uint32
-from fastdiff.models import NULL_CLASS
-from fastdiff.models.super_res import low_resolution
 from fastdiff.runtime.distributed import World
+from fastdiff.training.metrics import SHARES
+from fastdiff.training.objective import NOISE_STREAM, TIMESTEP_STREAM, Objective
 from fastdiff.training.parallel import accumulating, own_part, total_norm
 from fastdiff.training.state import TrainState
-
-NOISE_STREAM, TIMESTEP_STREAM, LABEL_STREAM = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
-LOW_RES_STREAM, LOW_RES_LEVEL_STREAM = 0xFFFFFFFC, 0xFFFFFFFB
-"""The Philox steps that training uses; sampling counts its steps from 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +29,7 @@ class Updater:
 
     config: RunConfig
     state: TrainState
-    diffusion: GaussianDiffusion
+    objective: Objective
     module: nn.Module
     forward: Callable[..., Tensor]
     world: World
@@ -50,11 +45,7 @@ class Updater:
         numbers = torch.arange(first, first + len(images), device=images.device)
         t, weights = draw(state.sampler, philox_uint32(train.seed, numbers, TIMESTEP_STREAM, 2))
         x_start = normalised(images)
-        if labels is not None and train.label_dropout:
-            labels = with_null_class(train, labels, numbers)
-        conditions = conditions_of(self.config, x_start, labels)
-        if train.conditioning_noise:
-            conditions["low_res"] = with_conditioning_noise(train, conditions["low_res"], numbers)
+        conditions = self.objective.conditions(x_start, labels, numbers)
 
         found = []
         parts = micro_batches(train, world.size)
@@ -62,18 +53,18 @@ class Updater:
             kwargs = {name: value[part] for name, value in conditions.items()}
             noise = philox_normal(train.seed, numbers[part], NOISE_STREAM, x_start.shape[1:])
             with accumulating(self.module) if part is not parts[-1] else nullcontext():
-                terms = self.diffusion.training_losses(self.forward, x_start[part], t[part], kwargs, noise)
+                terms = self.objective.losses(self.forward, x_start[part], t[part], kwargs, noise)
                 # Divide by the full share, so that micro-batches and processes average to the gradient of one batch.
                 loss = (terms["loss"] * weights[part]).sum() / len(images)
                 # Make a non-finite loss spoil the gradient, so that every process detects it.
                 state.scaler.scale(loss * (1 + (loss - loss).detach())).backward()
             found.append({name: term.detach() for name, term in terms.items()})
         terms = {name: torch.cat([part[name] for part in found]) for name in found[0]}  # (B,) each
-        weighted = {name: term * weights for name, term in terms.items()}
+        weighted = {name: term if name in SHARES else term * weights for name, term in terms.items()}
 
         # From here to the end the state is half updated.
         state.whole = False
-        state.sums.add(weighted, t, self.diffusion.num_timesteps)
+        state.sums.add(weighted, t, self.objective.num_timesteps)
         if state.sampler.learns:
             seen = world.all_gather(torch.stack([t.double(), terms["loss"].double()], dim=1))  # (B of all, 2)
             state.sampler.update(seen[:, 0].long(), seen[:, 1])
@@ -110,34 +101,6 @@ class Updater:
             ema.update()
         state.step += 1
         state.whole = True
-
-
-def conditions_of(config: RunConfig, x_start: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """The model's inputs besides x_t and t: class labels ``y``, and ``low_res`` images for a super-resolution model."""
-    conditions = {} if labels is None else {"y": labels}
-    if config.model.small_size is not None:
-        conditions["low_res"] = low_resolution(x_start, config.model.small_size)
-    return conditions
-
-
-def with_null_class(config: TrainConfig, labels: Tensor, numbers: Tensor) -> Tensor:
-    """The labels (N,) of the samples ``numbers`` (N,), each replaced by NULL_CLASS with probability label_dropout.
-
-    Ho & Salimans 2022, algorithm 1. The choice is a function of seed and sample.
-    """
-    words = philox_uint32(config.seed, numbers, LABEL_STREAM, 1)[:, 0]
-    return labels.masked_fill(words < round(config.label_dropout * 2**32), NULL_CLASS)
-
-
-def with_conditioning_noise(config: TrainConfig, low_res: Tensor, numbers: Tensor) -> Tensor:
-    """Add Gaussian noise to low_res (N, 3, h, w) of the samples ``numbers`` (N,), std up to conditioning_noise.
-
-    Conditioning augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4): it makes the model robust to
-    errors of the base model. The noise level is a function of seed and sample; the model does not receive it.
-    """
-    level = philox_uint32(config.seed, numbers, LOW_RES_LEVEL_STREAM, 1) * (config.conditioning_noise / 2**32)  # (N, 1)
-    noise = philox_normal(config.seed, numbers, LOW_RES_STREAM, low_res.shape[1:])
-    return low_res + level.to(low_res.dtype)[:, :, None, None] * noise
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -129,7 +129,11 @@ def test_the_version(cli: Cli) -> None:
     assert succeeded(cli("--version")).out == f"fastdiff {fastdiff.__version__}\n"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sample", "--help"], ["presets"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["train-classifier", "--help"], ["sample", "--help"], ["presets"]],
+    ids=" ".join,
+)
 def test_help_does_not_wait_for_torch(words: list[str], tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1))\n"

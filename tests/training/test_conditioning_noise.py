@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastdiff import TrainConfig
 from fastdiff.config import RunConfig
-from fastdiff.training.update import Updater, with_conditioning_noise
+from fastdiff.training.objective import with_conditioning_noise
+from fastdiff.training.update import Updater
 
 from .support import run_config, trainer
 
@@ -40,7 +41,7 @@ def test_the_model_is_given_it(tmp_path: Path, shapes: Path, monkeypatch: pytest
     seen: dict[float, list[Tensor]] = {0.0: [], 0.5: []}
     for level, found in seen.items():
         run = trainer(tmp_path / str(level), shapes, steps=1, small_size=4, conditioning_noise=level)
-        update = Updater(run.config, run.state, run.diffusion, run.module, run.forward, run.world)
+        update = Updater(run.config, run.state, run.objective, run.module, run.forward, run.world)
         real = run.model.forward
 
         def forward(x: Tensor, t: Tensor, *args: object, low_res: Tensor, found: list[Tensor] = found, real=real):  # type: ignore[no-untyped-def]

@@ -187,7 +187,7 @@ def test_judging_asks_for_no_value() -> None:
 
 def changing(subject: Trainer, change: dict[int, Any]) -> None:
     """Change the losses of these updates, counted from 0."""
-    real = subject.diffusion.training_losses
+    real = subject.objective.diffusion.training_losses
 
     def training_losses(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         terms = real(*args, **kwargs)
@@ -195,7 +195,7 @@ def changing(subject: Trainer, change: dict[int, Any]) -> None:
             terms["loss"] = how(terms["loss"])
         return terms
 
-    subject.diffusion.training_losses = training_losses  # type: ignore[method-assign]
+    subject.objective.diffusion.training_losses = training_losses  # type: ignore[method-assign]
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

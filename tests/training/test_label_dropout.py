@@ -16,9 +16,10 @@ from fastdiff.data import batches
 from fastdiff.kernels import philox_uint32
 from fastdiff.models import NULL_CLASS
 from fastdiff.runtime.distributed import World
-from fastdiff.training import update
+from fastdiff.training import objective, update
+from fastdiff.training.objective import TIMESTEP_STREAM, with_null_class
 from fastdiff.training.run_folder import read_config, write_config
-from fastdiff.training.update import TIMESTEP_STREAM, Updater, with_null_class
+from fastdiff.training.update import Updater
 
 from .support import run_config, trainer
 
@@ -71,7 +72,7 @@ def labels_seen(
         seen.append(y)
         return subject.forward(*args, y=y)
 
-    apply = Updater(subject.config, subject.state, subject.diffusion, subject.module, forward, world)
+    apply = Updater(subject.config, subject.state, subject.objective, subject.module, forward, world)
     subject.state.step = resumed_at
     share = 12 // world.size
     rows = slice(world.rank * share, (world.rank + 1) * share)
@@ -113,7 +114,8 @@ def test_without_it_nothing_is_drawn(
         steps.append(step)
         return philox_uint32(seed, samples, step, elements)
 
-    monkeypatch.setattr(update, "philox_uint32", words)
+    for module in (objective, update):
+        monkeypatch.setattr(module, "philox_uint32", words)
     trainer(tmp_path, shapes, class_cond=class_cond, steps=2).run()
     assert steps == [TIMESTEP_STREAM] * 2
 

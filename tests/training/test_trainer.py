@@ -191,7 +191,7 @@ def test_keep_last_counts_no_damaged_checkpoint(tmp_path: Path, shapes: Path) ->
 
 def poison(subject: Any, steps: set[int] | range) -> None:
     """Make the loss of these updates (counted from 0) NaN."""
-    real = subject.diffusion.training_losses
+    real = subject.objective.diffusion.training_losses
 
     def training_losses(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         terms = real(*args, **kwargs)
@@ -199,7 +199,7 @@ def poison(subject: Any, steps: set[int] | range) -> None:
             terms["loss"] = terms["loss"] * math.nan
         return terms
 
-    subject.diffusion.training_losses = training_losses
+    subject.objective.diffusion.training_losses = training_losses
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, shapes: Path) -> None:
@@ -260,13 +260,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, shapes: Pat
 def test_super_resolution_sees_the_images_made_small(tmp_path: Path, shapes: Path) -> None:
     subject = trainer(tmp_path, shapes, steps=2, small_size=4, class_cond=True)
     seen = []
-    real = subject.diffusion.training_losses
+    real = subject.objective.diffusion.training_losses
 
     def training_losses(model: Any, x: torch.Tensor, t: Any, kwargs: dict[str, torch.Tensor], noise: Any) -> Any:
         seen.append((x, kwargs["low_res"]))
         return real(model, x, t, kwargs, noise)
 
-    subject.diffusion.training_losses = training_losses
+    subject.objective.diffusion.training_losses = training_losses
     assert subject.run() == 0
     for x, low_res in seen:
         torch.testing.assert_close(low_res, x.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)))

@@ -22,7 +22,7 @@ def test_an_update_waits_for_nothing(tmp_path: Path, shapes: Path, precision: st
     flags |= {"schedule_sampler": "loss-second-moment", "spike_guard": 3.0, "microbatch": 2}
     flags |= {"grad_clip": 1.0, "ema_rate": "0.9,0.5"}
     subject = trainer(tmp_path, shapes, precision, **flags)
-    update = Updater(subject.config, subject.state, subject.diffusion, subject.module, subject.forward, subject.world)
+    update = Updater(subject.config, subject.state, subject.objective, subject.module, subject.forward, subject.world)
     data = batches(subject.dataset, subject.config.data, 4, 0, 0)
     update(*next(data))  # what is made once may wait
     with Watch() as watch:
@@ -45,7 +45,7 @@ def test_on_a_gpu_an_update_under_ddp_waits_for_nothing(tmp_path: Path, precisio
         # as several processes do; parallelise() does not wrap the model of a single one
         module = DistributedDataParallel(subject.model, gradient_as_bucket_view=True)
         forward = subject.runtime.prepare(module, subject.model_calls)
-        update = Updater(subject.config, subject.state, subject.diffusion, module, forward, subject.world)
+        update = Updater(subject.config, subject.state, subject.objective, module, forward, subject.world)
         data = batches(subject.dataset, subject.config.data, 4, 0, 0, pin=True)
         ahead = prefetch_to_device(data, subject.device)
         for _ in range(5):  # compiles, and fills two buffers of data

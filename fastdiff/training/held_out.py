@@ -1,0 +1,159 @@
+"""Images that a classifier is not trained on, and its accuracy on them."""
+
+import hashlib
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from fastdiff.config import ClassifierTrainConfig, RunConfig
+from fastdiff.data import Dataset, load_shared, normalised
+from fastdiff.data.classes import composed, renumbered
+from fastdiff.kernels import philox_normal, philox_uint32
+from fastdiff.models.unet import Encoder
+from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.display import Lines
+from fastdiff.runtime.distributed import World
+from fastdiff.training.metrics import LossSums
+from fastdiff.training.objective import HELD_OUT_NOISE_STREAM, HELD_OUT_TIMESTEP_STREAM, Objective
+
+MOST = 10_000
+"""Held-out images that are measured, evenly chosen among more: an accuracy is then known to 0.5%."""
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Images to measure a classifier on every ``interval`` updates.
+
+    They are the ``rows`` of ``dataset``, (N,), with ``labels`` (N,) in the classifier's numbering.
+    """
+
+    dataset: Dataset
+    rows: Rows
+    labels: Rows
+    interval: int
+
+
+def hold_out(
+    config: RunConfig, dataset: Dataset, world: World, display: Lines
+) -> tuple[Rows | None, HeldOut | None, list[str]]:
+    """The rows of the dataset to train on (None for all), the images that are held out, and lines for the log.
+
+    These are the images of val_data_dir or else a share of the dataset's own, which depends on their names alone.
+    ValueError if no image is left to train on, or if val_data_dir has a class that the dataset lacks. Collective.
+    """
+    train = config.train
+    if not isinstance(train, ClassifierTrainConfig) or dataset.labels is None:
+        return None, None, []
+    if train.val_data_dir:
+        if Path(train.val_data_dir).resolve().is_relative_to(Path(config.data.data_dir).resolve()):
+            world.refuse(f"val_data_dir {train.val_data_dir} is inside the data folder: its images would be trained on")
+        images = replace(config.data, data_dir=train.val_data_dir)
+        with warnings.catch_warnings(action="ignore"):  # they are about training on these images
+            other = load_shared(images, config.model.image_size, labelled=True, world=world, display=display)
+        labels = world.on_all(lambda: _labels(other, dataset, train.val_data_dir))
+        lines = [f"held out: {other.preflight.line()}"]
+        return None, _measured(other, np.arange(len(labels)), labels, train.eval_interval), lines
+    chosen = np.array([_fraction(name) < train.holdout for name in dataset.names])
+    if chosen.all():
+        world.refuse(
+            f"holdout {train.holdout:g} leaves no image of {config.data.data_dir} to train on: use a smaller one"
+        )
+    rows = np.flatnonzero(chosen)
+    if not len(rows):
+        missing = "give --val-data-dir, or a larger --holdout" if train.holdout else "--val-data-dir gives one"
+        return None, None, [f"no image is held out, so that no accuracy is measured: {missing}"]
+    held_out = _measured(dataset, rows, dataset.labels[rows], train.eval_interval)
+    return np.flatnonzero(~chosen), held_out, [f"held out: {len(rows):,} of these images, not trained on"]
+
+
+def _fraction(name: str) -> float:
+    """A number in [0, 1) that an image's name gives it, the same on every machine."""
+    digest = hashlib.sha256(composed(name).encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def _labels(other: Dataset, dataset: Dataset, place: str) -> Rows:
+    """The other images' labels in the dataset's numbering."""
+    assert other.labels is not None
+    return renumbered(
+        other.labels,
+        other.class_names if other.named else None,
+        dataset.class_names if dataset.named else (),
+        len(dataset.class_names),
+        place,
+        "move its images away, or train on some",
+    )
+
+
+def _measured(dataset: Dataset, rows: Rows, labels: Rows, interval: int) -> HeldOut:
+    chosen = np.arange(MOST) * len(rows) // MOST if len(rows) > MOST else np.arange(len(rows))
+    return HeldOut(dataset, rows[chosen], labels[chosen], interval)
+
+
+def measure(
+    held_out: HeldOut,
+    objective: Objective,
+    model: Encoder,
+    runtime: Runtime,
+    world: World,
+    seed: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """The mean terms over the held-out images, as ``val_loss``, and by quarter of the timesteps, ``val_loss_q0``.
+
+    Each image has one timestep and one noise, functions of the seed and its place among them. Neighbours take turns
+    with the quarters, so that each quarter has every class. Each process measures up to ``batch_size`` images at a
+    time. The model is not compiled here, because training's graph has gradients. Collective.
+    """
+    forward, sums = runtime.eager(model), LossSums(runtime.device, objective.terms)
+    count, steps = len(held_out.rows), objective.num_timesteps
+    size = min(batch_size, -(-count // world.size))
+
+    def batch(first: int) -> None:
+        # The same number of images on every process: FSDP requires equally many forward passes.
+        places = np.arange(first, first + size)
+        numbers = torch.from_numpy(places).to(runtime.device)
+        places = places.clip(max=count - 1)
+        held_out.dataset.check()
+        images = torch.from_numpy(np.take(held_out.dataset.images, held_out.rows[places], axis=0)).to(runtime.device)
+        x_start = normalised(images)
+        t = _timesteps(numbers, seed, steps)
+        noise = philox_normal(seed, numbers, HELD_OUT_NOISE_STREAM, x_start.shape[1:])
+        y = torch.from_numpy(held_out.labels[places]).to(runtime.device)
+        terms = objective.losses(forward, x_start, t, objective.conditions(x_start, y, numbers), noise)
+        sums.add({name: term.masked_fill(numbers >= count, torch.nan) for name, term in terms.items()}, t, steps)
+
+    def batches() -> None:
+        for first in range(0, count, world.size * size):
+            batch(first + world.rank * size)
+
+    with torch.no_grad():
+        world.on_all(batches)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # after a forward pass the outermost layers stay unsharded, with their old values
+    found = sums.read(world.all_reduce)
+    return {f"val_{name}": value for name, value in found.items() if name.partition("_q")[0] in objective.terms}
+
+
+def _timesteps(numbers: Tensor, seed: int, steps: int) -> Tensor:
+    """A timestep in the quarter (number mod 4) for each of ``numbers`` (N,), int64 (N,)."""
+    words = philox_uint32(seed, numbers, HELD_OUT_TIMESTEP_STREAM, 1)[:, 0]
+    return ((numbers % 4 * 2**32 + words) * steps) >> 34
+
+
+def summary(found: dict[str, float], images: int) -> str:
+    """The measured terms as a line for the log."""
+    quarters = [f"{found[name]:.1%}" for q in range(4) if (name := f"val_acc1_q{q}") in found]
+    by_quarter = f" ({', '.join(quarters)} by quarter of the timesteps)" if len(quarters) > 1 else ""
+    return (
+        f"accuracy {found['val_acc1']:.1%} on {images:,} held-out images{by_quarter}, "
+        f"{found['val_acc5']:.1%} among the first 5, loss {found['val_loss']:.4f}"
+    )
