@@ -29,6 +29,7 @@ __all__ = ["cli"]  # the fixture
 SMALL = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2"}
 SHRUNK = {
     "train": "--batch-size 2 --steps 2 --preview-interval 0",
+    "train-classifier": "--batch-size 2 --steps 2 --classifier-width 64 --classifier-depth 1",
     "image_train": "--batch_size 2 --steps 2 --preview-interval 0",
     "sample": "--batch-size 2",
     "image_sample": "--batch_size 2",
@@ -63,7 +64,15 @@ def test_links_lead_somewhere(readme: str) -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_flags_that_the_text_names_exist(cli: Cli, readme: str) -> None:
-    pages = [("train",), ("sample",), ("benchmark",), ("convert",), ("evaluate", "nll"), ("data", "check")]
+    pages = [
+        ("train",),
+        ("train-classifier",),
+        ("sample",),
+        ("benchmark",),
+        ("convert",),
+        ("evaluate", "nll"),
+        ("data", "check"),
+    ]
     known = " ".join(cli(*page, "--help").out for page in pages) + " --large-size --nproc-per-node --defaults "
     for flag in {
         flag
@@ -108,7 +117,9 @@ def test_the_commands_run(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     made = (
         "logs/model000002.safetensors moved/model200001.safetensors samples.npz pngs contact.png photos.zip terms.png"
     )
-    made += " a.gif cifar/cifar_train cifar.safetensors cifar.pt cifar_diffusers/model_index.json"
+    made += (
+        " runs/photos-classifier a.gif cifar/cifar_train cifar.safetensors cifar.pt cifar_diffusers/model_index.json"
+    )
     for name in made.split():
         assert (tmp_path / name).exists(), name
 
@@ -118,6 +129,8 @@ def _shrunk(words: list[str]) -> list[str]:
     more = SHRUNK.get(command, "").split()
     if command in ("train", "image_train", "image_sample"):
         more += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    if command == "train-classifier":
+        more += ["--image-size", "32", "--channel-mult", "1,2", *PLAIN]
     if command in ("train", "image_train"):
         more += PLAIN
         if command == "train":
