@@ -56,6 +56,11 @@ _PER_PROCESS = "--batch-size-per-process"
 _UNSAID = ("--diffusion-steps", "1000", "--noise-schedule", "linear", "--num-heads", "4")  # not in a state dict
 _UNSCALED = ("--no-rescale-timesteps", "--no-rescale-learned-sigmas")
 _UNSAID_GUIDED = (*_UNSCALED, "--no-use-new-attention-order")
+_OF_DIFFUSION_MODELS = tuple(  # no part of a classifier's training, but flags of its script
+    f"--{no}{name}"
+    for name in ("learn-sigma", "use-kl", "predict-xstart", "rescale-learned-sigmas")
+    for no in ("", "no-")
+)
 _SMALL_SIZE = ("--small-size", "64")
 _TRAIN = Script(
     ("train",),
@@ -88,14 +93,14 @@ SCRIPTS: Mapping[str, Script] = {
     ),
     "classifier_train": Script(
         ("train-classifier",),
-        assumed=(
-            *(_PER_PROCESS, "4", "--steps", "150000", "--lr", "3e-4", "--weight-decay", "0.0", "--eval-interval", "5"),
-        ),
+        ("--holdout", "0", "--eval-interval", "5", "--no-rescale-timesteps"),
+        assumed=(_PER_PROCESS, "4", "--steps", "150000", "--lr", "3e-4", "--weight-decay", "0.0"),
         replaced={
             "--batch-size": (_PER_PROCESS,),
             "--iterations": ("--steps",),
             "--classifier-use-fp16": ("--precision", "fp16"),
             "--no-classifier-use-fp16": ("--precision", "auto"),
+            **dict.fromkeys(_OF_DIFFUSION_MODELS, ()),
         },
         only_guided=True,
     ),
@@ -175,8 +180,9 @@ def in_our_words(arguments: Sequence[str]) -> tuple[list[str], str]:
     named = command[0] in ("sample", "evaluate")  # commands that take the model as an argument
     given, chosen = _taken("--defaults", arguments[1:]) if script else (list(arguments[1:]), None)
     words, model = _translated(given, script.replaced if script else {}, named)
-    half = [word for word in arguments if word in ("--use-fp16", "--no-use-fp16")][-1:]
-    if command[0] == "train" and half == ["--use-fp16"] and not _given("--fp16-scale-growth", words):
+    half = [word for word in arguments if word.endswith("use-fp16")][-1:]
+    trains = command[0] in ("train", "train-classifier")
+    if trains and half in (["--use-fp16"], ["--classifier-use-fp16"]) and not _given("--fp16-scale-growth", words):
         words += ["--fp16-scale-growth", "1e-3"]  # the originals' default
     if script is None:
         return [*command, *words, *model], ""

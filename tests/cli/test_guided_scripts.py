@@ -172,7 +172,8 @@ def test_the_line_of_25_steps() -> None:
     )
 
 
-CLASSIFIER_DEFAULTS = "--batch-size-per-process 4 --steps 150000 --lr 3e-4 --weight-decay 0.0 --eval-interval 5"
+ALWAYS = "--holdout 0 --eval-interval 5 --no-rescale-timesteps"
+CLASSIFIER_DEFAULTS = f"{ALWAYS} --batch-size-per-process 4 --steps 150000 --lr 3e-4 --weight-decay 0.0"
 
 
 def test_the_line_that_trains_a_classifier() -> None:
@@ -193,11 +194,14 @@ def test_the_line_that_trains_a_classifier() -> None:
         ("--anneal_lr False", "{}"),
         ("--anneal_lr True --anneal_lr False", "{}"),
         ("--anneal_lr --iterations=7", "{} --steps=7 --lr-anneal-steps 7"),
-        ("--preset 64x64_classifier", "--preset 64x64_classifier"),
-        ("--preset 64x64_classifier --anneal_lr True", "--preset 64x64_classifier"),  # it says for how long
+        ("--preset 64x64_classifier", f"{ALWAYS} --preset 64x64_classifier"),
+        # the preset says for how long
+        ("--preset 64x64_classifier --anneal_lr True", f"{ALWAYS} --preset 64x64_classifier"),
         ("--noised False --val_data_dir v", "{} --no-noised --val-data-dir v"),
         ("--val_data_dir= --resume_checkpoint=", "{}"),
-        ("--classifier_use_fp16 True", "{} --precision fp16"),
+        ("--classifier_use_fp16 True", "{} --precision fp16 --fp16-scale-growth 1e-3"),
+        ("--learn_sigma True --use_kl False --predict_xstart --rescale_learned_sigmas=False", "{}"),
+        ("--diffusion_steps 4000 --noise_schedule cosine", "{} --diffusion-steps 4000 --noise-schedule cosine"),
         ("--classifier_use_fp16 False", "{} --precision auto"),
         ("--eval_interval 50 --log_interval 1 --microbatch 2", "{} --eval-interval 50 --log-interval 1 --microbatch 2"),
         ("--classifier_resblock_updown False", "{} --no-classifier-resblock-updown"),
@@ -295,8 +299,7 @@ def test_contradicting_choices_are_refused(cli: Cli) -> None:
 
 def test_what_the_scripts_of_guided_diffusion_alone_stand_for() -> None:
     assert explained("classifier_train") == (
-        "fastdiff classifier_train is guided-diffusion's script: fastdiff train-classifier --batch-size-per-process 4 "
-        "--steps 150000 --lr 3e-4 --weight-decay 0.0 --eval-interval 5 ..."
+        f"fastdiff classifier_train is guided-diffusion's script: fastdiff train-classifier {CLASSIFIER_DEFAULTS} ..."
     )
     assert explained("classifier-sample") == (
         "fastdiff classifier-sample is guided-diffusion's script: fastdiff sample --num-samples 10000 --batch-size 16 "
