@@ -297,6 +297,18 @@ def test_contradicting_choices_are_refused(cli: Cli) -> None:
     refused(cli("train", "--defaults", "guided"), "No such option.*--defaults")
 
 
+def test_the_defaults_are_said_where_the_log_is_printed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("image_train", "--resblock_updown", "True", "--data_dir", "none")
+    line = "image_train: guided-diffusion's defaults, as only it has --resblock-updown (--defaults improved: improved-d"
+    for formats, printed in (("stdout,log", True), ("log,csv", False)):
+        monkeypatch.setenv("OPENAI_LOG_FORMAT", formats)
+        result = cli(*words)
+        refused(result, "none does not exist")
+        assert (line in result.out) == printed
+    assert "\nWith --defaults guided it is guided-diffusion's: fastdiff train" in cli(*words, "--help").out
+    assert line not in cli(*words, "-h").out
+
+
 def test_what_the_scripts_of_guided_diffusion_alone_stand_for() -> None:
     assert explained("classifier_train") == (
         f"fastdiff classifier_train is guided-diffusion's script: fastdiff train-classifier {CLASSIFIER_DEFAULTS} ..."
