@@ -59,7 +59,7 @@ def _train(data_dir: _Place, run_dir: _Place, show: _Show, settings: dict[str, A
     kinds: tuple[type[Config], ...] = (StartConfig, DataConfig, DiffusionConfig, RuntimeConfig)
     kinds += (ClassifierTrainConfig, ClassifierConfig) if classifier else (TrainConfig, ModelConfig)
     known = {f.name: f for kind in kinds for f in fields(kind)}  # type: ignore[arg-type]  # each is a dataclass
-    for name in UNUSED_BY_CLASSIFIERS if classifier else ():
+    for name in {"dry_run"} | (UNUSED_BY_CLASSIFIERS if classifier else set()):  # a dry run leaves no checkpoint
         del known[name]
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"{'train_classifier' if classifier else 'train'} has no setting {', '.join(unknown)}")

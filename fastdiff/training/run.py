@@ -34,6 +34,9 @@ from fastdiff.training import fine_tuning, resuming, run_folder, trackers
 from fastdiff.training.held_out import hold_out
 from fastdiff.training.trainer import Trainer
 
+FAST_STEPS = 20
+"""Steps of the fast sampler that the last line of a run names."""
+
 _FIXED_IN_CLASSIFIERS = ("noised", "holdout")  # else the accuracy would count images that were trained on
 
 
@@ -68,6 +71,7 @@ class _Plan:
     allow_changes: bool
     init_from: Path | None
     resume_checkpoint: Path | None
+    dry: bool
     notes: list[str]
 
 
@@ -112,6 +116,8 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
             its = "classifier: resume it with fastdiff train-classifier"
             its = its if config.classifies else "diffusion model: resume it with fastdiff train"
             raise ValueError(f"{run_dir} is the run of a {its}")
+        if edited := run_folder.edited(config, run_dir):
+            notes.append(edited)
         config, said = _continued(config, flags, run_dir, start.allow_changes)
         fixed_classes = True
     else:
@@ -135,7 +141,17 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
             fixed_classes = "num_classes" in flags
         config = RunConfig.from_flags(flags, classifier=classifier)
     notes += said
-    return _Plan(run_dir, config, continues, fixed_classes, start.allow_changes, init_from, resume_checkpoint, notes)
+    return _Plan(
+        run_dir,
+        config,
+        continues,
+        fixed_classes,
+        start.allow_changes,
+        init_from,
+        resume_checkpoint,
+        start.dry_run,
+        notes,
+    )
 
 
 def _is_of(run_dir: Path | None, path: Path) -> bool:
@@ -193,9 +209,11 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
     config, changes = world.on_all(lambda: _with_data(plan, dataset))
     among, held_out, said = hold_out(config, dataset, world, display)
 
-    def open_folder() -> run_folder.Log | run_folder.Silence:
+    def open_folder() -> run_folder.Log | run_folder.Shown | run_folder.Silence:
         if not world.main:
             return run_folder.Silence()
+        if plan.dry:
+            return run_folder.Shown(display.line)
         if not plan.resuming:
             held.enter_context(Lease(run_dir, launcher()))
             run_folder.refuse_other_run(run_dir)  # another may have started meanwhile
@@ -217,6 +235,9 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         log(f"fp16_scale_growth has no effect: precision {runtime.precision} needs no loss scale")
     log(f"model: {trainer.state.num_parameters / 1e6:.1f} M parameters, {_described(config.model)}")
     log(f"on: {world.describe()}, {runtime.describe(trainer.model_calls)}")
+    if plan.dry:
+        log(trainer.rehearsed())
+        return 0
     log(
         f"run: {run_dir.resolve()}, step {trainer.state.step} of {config.train.steps}, "
         f"a checkpoint every {config.train.save_interval} steps and at the end"
@@ -233,7 +254,9 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
     drawing = ["fastdiff", "sample", str(run_dir), "--out", "samples.npz"]
     if isinstance(config.model, ClassifierConfig):
         drawing = ["fastdiff", "sample", "MODEL", "--classifier", str(run_dir), "--out", "samples.npz"]
-    elif small := config.model.small_size:
+    elif config.diffusion.diffusion_steps > FAST_STEPS:
+        drawing += ["--sampler", "dpm++", "--steps", str(FAST_STEPS)]
+    if small := getattr(config.model, "small_size", None):
         drawing += ["--base-samples", f"FOLDER-OF-{small}-PIXEL-IMAGES"]
     log(f"resume with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
     return status

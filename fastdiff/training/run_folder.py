@@ -18,6 +18,7 @@ from fastdiff.checkpoint import (
     verify_file,
 )
 from fastdiff.config import RunConfig
+from fastdiff.config.base import differences, in_words
 from fastdiff.data.classes import composed
 from fastdiff.runtime.files import replacing
 
@@ -53,6 +54,15 @@ def _config_of_newest(run_dir: Path) -> tuple[RunConfig, str] | None:
         except (ValueError, KeyError, TypeError, OSError):
             continue
     return None
+
+
+def edited(config: RunConfig, run_dir: Path) -> str:
+    """What config.json, which holds ``config``, says otherwise than the newest checkpoint; empty if nothing."""
+    if (newest := _config_of_newest(run_dir)) is None or newest[0].classifies != config.classifies:
+        return ""
+    parts = ("model", "diffusion", "data", "train", "runtime")
+    changes = in_words(d for part in parts for d in differences(getattr(newest[0], part), getattr(config, part)))
+    return f"changed in config.json since {newest[1]}: {changes}" if changes else ""
 
 
 def _from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -113,6 +123,18 @@ class Log:
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+class Shown:
+    """The log of a dry run: lines are shown and kept nowhere."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+
+    def __call__(self, line: str, *, shown: bool = True) -> None:
+        """Show the line."""
+        if shown:
+            self._show(line)
 
 
 class Silence:

@@ -15,7 +15,7 @@ from fastdiff.config import RunConfig
 from fastdiff.data import Dataset, batch_indices, batches, prefetch_to_device
 from fastdiff.data.batches import Batch
 from fastdiff.models import UNet, forward_flops
-from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.device import COMPILING, Runtime
 from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
@@ -27,7 +27,7 @@ from fastdiff.training.metrics import ProgressFiles
 from fastdiff.training.objective import Denoising
 from fastdiff.training.parallel import parallelise
 from fastdiff.training.preview import save_previews
-from fastdiff.training.run_folder import Log, Silence, write_config
+from fastdiff.training.run_folder import Log, Shown, Silence, write_config
 from fastdiff.training.saver import Saver, free_space_check
 from fastdiff.training.state import TrainState
 from fastdiff.training.trackers import Sink, open_sinks
@@ -36,6 +36,9 @@ from fastdiff.training.update import Updater, learning_rate, micro_batches
 MAX_SKIPPED_STEPS = 25
 """Consecutive skipped updates that end the run, checked once per log interval. fp16's initial search for a loss scale,
 which halves it from 2^16, skips fewer."""
+
+_REHEARSALS = 3
+"""Batches that a dry run times."""
 
 OFFENDERS = 8
 """Number of samples of a skipped update that the log names."""
@@ -72,7 +75,7 @@ class Trainer:
         dataset: Dataset,
         runtime: Runtime,
         run_dir: Path,
-        log: Log | Silence,
+        log: Log | Shown | Silence,
         world: World | None = None,
         among: Rows | None = None,
         held_out: HeldOut | None = None,
@@ -100,6 +103,8 @@ class Trainer:
         with self._explained():
             self.module = parallelise(self.model, self.device, self.world, config.train.parallel)
             self.forward = runtime.prepare(self.module, self.model_calls)
+            if runtime.compiles(self.model_calls):
+                log(COMPILING)
             if self.world.size > 1 or runtime.compiles(self.model_calls):
                 warm_up(config, self.objective, self.module, self.forward, self.world)
         self.state = TrainState(config, self.model, self.objective, runtime.precision, self.world)
@@ -169,6 +174,27 @@ class Trainer:
             self.log(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, which is saved")
             return 128 + stopped_by  # the shell's convention for a process ended by a signal
         return 0
+
+    def rehearsed(self) -> str:
+        """One line about memory and speed, from passes of a batch without an update. Collective."""
+        train = self.config.train
+
+        def passes() -> None:
+            warm_up(self.config, self.objective, self.module, self.forward, self.world)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+        with self._explained():
+            passes()
+            began = time.perf_counter()
+            for _ in range(_REHEARSALS):
+                passes()
+        speed = _REHEARSALS * train.batch_size / (time.perf_counter() - began)
+        left = duration((train.steps - self.state.step) * train.batch_size / speed)
+        return (
+            f"dry run: {speed:.1f} images/s without data and optimizer, about {left} for {train.steps} updates, "
+            f"{peak_memory_gib(self.device):.2f} GiB; nothing was trained or written"
+        )
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This process's part of the batches from the state's step on, on the device."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastdiff.training.metrics import COLUMNS
 
 from ..processes import Job
 from .conftest import Cli
-from .support import PLAIN, SHORT, TINY, refused, succeeded
+from .support import PLAIN, SHORT, TINY, contents, refused, succeeded
 
 
 def config_of(run_dir: Path) -> dict[str, Any]:
@@ -264,3 +265,38 @@ def test_resume_keeps_the_precision_that_the_run_was_begun_with(cli: Cli, shapes
     succeeded(cli(*run, "--steps", 1, "--precision", "fp16", "--device", "cpu"))
     assert "fp16" in succeeded(cli("train", "--run-dir", "runs/a", "--steps", 2, "--resume")).out
     assert "fp32" in succeeded(cli("train", "--run-dir", "runs/a", "--steps", 3, "--resume", "--precision", "fp32")).out
+
+
+def test_a_dry_run_shows_what_would_be_trained_and_leaves_nothing(train: Cli, tmp_path: Path) -> None:
+    result = succeeded(train("runs/dry", "--steps", 1000, "--dry-run"))
+    for said in ("data: 12 images", "model: 0.2 M parameters, 8 pixels", "on: one process, cpu"):
+        assert said in result.out
+    last = result.out.splitlines()[-1]
+    found = re.fullmatch(
+        r"dry run: ([\d.]+) images/s .*, about (.+) for 1000 updates, [\d.]+ GiB; nothing was trained or written", last
+    )
+    assert found, last
+    assert float(found[1]) > 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_resumed_run_changes_nothing(run_dir: Path, cli: Cli) -> None:
+    before = contents(run_dir)
+    result = succeeded(cli("train", "--run-dir", run_dir, "--resume", "--steps", 9, "--dry-run"))
+    assert "resumed at step 2" in result.out
+    assert result.out.splitlines()[-1].startswith("dry run: ")
+    assert contents(run_dir) == before
+
+
+def test_an_edited_config_is_told(run_dir: Path, cli: Cli) -> None:
+    """The run continues with what config.json says, but not without a word."""
+    path = run_dir / "config.json"
+    config = json.loads(path.read_text())
+    config["train"]["lr"] = 0.5
+    config["model"]["dropout"] = 0.25
+    path.write_text(json.dumps(config))
+    out = succeeded(cli("train", "--run-dir", run_dir, "--resume", "--steps", 3)).out
+    assert (
+        "changed in config.json since model000002.safetensors: dropout 0.0 becomes 0.25, lr 0.0001 becomes 0.5" in out
+    )
+    assert "changed in config.json" not in succeeded(cli("train", "--run-dir", run_dir, "--resume", "--steps", 4)).out
