@@ -93,7 +93,8 @@ SCRIPTS: Mapping[str, Script] = {
     ),
     "classifier_train": Script(
         ("train-classifier",),
-        ("--holdout", "0", "--eval-interval", "5", "--no-rescale-timesteps"),
+        # every 5 updates the original measures on one batch, and fastdiff on all images: as often as by default
+        ("--holdout", "0", "--no-rescale-timesteps"),
         assumed=(_PER_PROCESS, "4", "--steps", "150000", "--lr", "3e-4", "--weight-decay", "0.0"),
         replaced={
             "--batch-size": (_PER_PROCESS,),

@@ -109,7 +109,7 @@ class ClassifierTrainConfig(TrainConfig):
 
 UNUSED_BY_CLASSIFIERS = frozenset(
     {
-        *("preset", "label_dropout", "conditioning_noise", "preview_interval"),
+        *("label_dropout", "conditioning_noise", "preview_interval"),
         *("learn_sigma", "sigma_small", "predict_xstart", "use_kl", "rescale_learned_sigmas"),
     }
 )

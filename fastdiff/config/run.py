@@ -130,7 +130,9 @@ class RunConfig:
 
         Fields that no flag sets come from ``base``, which then also says the kind of the run, or the defaults.
         """
-        kinds = _PARTS_OF_CLASSIFIER if (classifier if base is None else base.classifies) else _PARTS
+        kinds = _PARTS
+        if classifier or (base is not None and base.classifies):
+            kinds, flags = _PARTS_OF_CLASSIFIER, {k: v for k, v in flags.items() if k not in UNUSED_BY_CLASSIFIERS}
         parts = {
             name: kind.from_flags(flags, base=None if base is None else getattr(base, name))
             for name, kind in kinds.items()

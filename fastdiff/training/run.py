@@ -26,7 +26,7 @@ from fastdiff.config.run import NO_DATA
 from fastdiff.data import Dataset, load_shared
 from fastdiff.diffusion import build_diffusion
 from fastdiff.interop.openai_run import step_of
-from fastdiff.presets import with_preset
+from fastdiff.presets import CLASSIFIER_PRESETS, PRESETS, with_preset
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World, launcher, restarted
@@ -90,8 +90,7 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
             run_dir, resume, resume_checkpoint = resume_checkpoint.parent, True, None
     if not flags.get("data_dir") and not resume:
         raise ValueError(NO_DATA)
-    if "steps" not in flags and (anneal := TrainConfig.from_flags(flags).lr_anneal_steps) > 0:
-        flags["steps"] = anneal  # improved-diffusion's flag for the length of a run
+    flags = _with_steps(flags)
     data = Path(flags.get("data_dir", "")).resolve()
     name = (data.stem if data.is_file() else data.name) or "root"
     run_dir = run_dir or Path("runs") / (f"{name}-classifier" if classifier else name)
@@ -132,7 +131,7 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         if resume:
             notes.append(f"{run_dir} holds no run yet: starting from scratch")
         fixed_classes, said = "num_classes" in flags, []
-        flags = with_preset(flags, start.preset)
+        flags = _with_steps(with_preset(flags, start.preset, presets=CLASSIFIER_PRESETS if classifier else PRESETS))
         if init_from is not None:
             init_from = fine_tuning.find_initial(init_from)  # resolved once: a run may save another step meanwhile
             flags, said = fine_tuning.flags_to_fine_tune(init_from, flags, classifier)
@@ -152,6 +151,12 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         start.dry_run,
         notes,
     )
+
+
+def _with_steps(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags with a number of steps, if only lr_anneal_steps is given: improved-diffusion's flag for the length."""
+    anneal = TrainConfig.from_flags(flags).lr_anneal_steps
+    return flags | {"steps": anneal} if "steps" not in flags and anneal > 0 else flags
 
 
 def _is_of(run_dir: Path | None, path: Path) -> bool:

@@ -17,6 +17,7 @@ from fastdiff.config import (
     RuntimeConfig,
     StartConfig,
 )
+from fastdiff.training.run_folder import read_config
 
 from .conftest import Cli
 from .support import PLAIN, refused, succeeded
@@ -65,6 +66,34 @@ def test_a_run(cli: Cli, shapes: Path) -> None:
     again, before = load_classifier("again"), load_classifier("runs/shapes-classifier@1")
     weights = before.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+
+
+def test_a_released_classifiers_flags(cli: Cli, shapes: Path) -> None:
+    """--preset sets them, the length of the run too, and other flags override it; unused ones leave no trace."""
+    small = ["--image-size", "8", "--classifier-width", "64", "--classifier-depth", "1", "--channel-mult", "1"]
+    data = ["--data-dir", shapes, "--run-dir", "run", "--batch-size", "2", *small, *PLAIN]
+    succeeded(cli("train-classifier", "--preset", "64x64_classifier", "--lr-anneal-steps", "2", *data))
+    loaded = load_classifier("run")
+    process = DiffusionConfig(noise_schedule="cosine", rescale_timesteps=False)
+    assert (loaded.step, loaded.diffusion_config) == (2, process)
+    config = read_config(Path("run"))
+    assert (config.train.lr, config.train.weight_decay) == (6e-4, 0.2)
+    assert config.diffusion == process
+    refused(cli("train-classifier", "--preset", "64x64_diffusion", *data[:2]), "is a diffusion model, and a classifier")
+
+
+def test_the_script_of_guided_diffusion(cli: Cli, shapes: Path) -> None:
+    """It trains on every image, as guided-diffusion does, and measures on those of --val_data_dir."""
+    flags = (
+        "--iterations 2 --anneal_lr True --batch_size 2 --lr 3e-4 --weight_decay 0.05 --log_interval 1 --noised True"
+    )
+    flags += " --image_size 8 --classifier_width 64 --classifier_depth 1 --channel_mult 1 --val_data_dir="
+    flags += " --classifier_pool attention --classifier_resblock_updown True --classifier_use_scale_shift_norm True"
+    out = succeeded(cli("classifier_train", "--data_dir", shapes, *flags.split(), "--run-dir", "run", *PLAIN)).out
+    assert "no image is held out, so that no accuracy is measured" in out
+    config = read_config(Path("run"))
+    assert (config.train.steps, config.train.lr_anneal_steps, config.train.batch_size) == (2, 2, 2)
+    assert not config.diffusion.rescale_timesteps
 
 
 @pytest.mark.parametrize(
