@@ -102,6 +102,7 @@ _VLB = {"use_kl": True, "schedule_sampler": "loss-second-moment"}
 
 
 _ADM_CLASSIFIER = {
+    "rescale_timesteps": False,  # a classifier is given the steps' own numbers
     "classifier_width": 128,
     "classifier_depth": 2,
     "classifier_attention_resolutions": (32, 16, 8),
@@ -154,10 +155,10 @@ PRESETS: Mapping[str, Preset] = {
 """The diffusion models."""
 
 CLASSIFIER_PRESETS: Mapping[str, Preset] = {
-    "64x64_classifier":         Preset("classifier of noisy ImageNet 64x64",                 _CLASSIFIER_64  | _COSINE_1000 | _UNSCALED | _optimised(6e-4, 1024) | _annealed(0.2, 300_000)),
-    "128x128_classifier":       Preset("classifier of noisy ImageNet 128x128",               _CLASSIFIER_128 | _LINEAR_1000 | _UNSCALED | _optimised(3e-4, 256)  | _annealed(0.05, 300_000)),
-    "256x256_classifier":       Preset("classifier of noisy ImageNet 256x256",               _CLASSIFIER_256 | _LINEAR_1000 | _UNSCALED | _optimised(3e-4, 256)  | _annealed(0.05, 500_000)),
-    "512x512_classifier":       Preset("classifier of noisy ImageNet 512x512",               _CLASSIFIER_512 | _LINEAR_1000 | _UNSCALED | _optimised(3e-4, 256)  | _annealed(0.05, 500_000)),
+    "64x64_classifier":         Preset("classifier of noisy ImageNet 64x64",                 _CLASSIFIER_64  | _COSINE_1000 | _optimised(6e-4, 1024) | _annealed(0.2, 300_000)),
+    "128x128_classifier":       Preset("classifier of noisy ImageNet 128x128",               _CLASSIFIER_128 | _LINEAR_1000 | _optimised(3e-4, 256)  | _annealed(0.05, 300_000)),
+    "256x256_classifier":       Preset("classifier of noisy ImageNet 256x256",               _CLASSIFIER_256 | _LINEAR_1000 | _optimised(3e-4, 256)  | _annealed(0.05, 500_000)),
+    "512x512_classifier":       Preset("classifier of noisy ImageNet 512x512",               _CLASSIFIER_512 | _LINEAR_1000 | _optimised(3e-4, 256)  | _annealed(0.05, 500_000)),
 }
 """guided-diffusion's classifiers."""
 # fmt: on

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from fastdiff.config import (
+    UNUSED_BY_CLASSIFIERS,
     ClassifierConfig,
+    ClassifierTrainConfig,
     DataConfig,
     DiffusionConfig,
     ModelConfig,
@@ -105,8 +107,8 @@ FLAGS = README | {"fork_128": FORK_128} | {n: f"{GUIDED_DEFAULTS} {f} {GUIDED_TR
 _CLASSIFIER = (
     "--image_size 128 --classifier_attention_resolutions 32,16,8 --classifier_depth 2 --classifier_width 128 "
     "--classifier_pool attention --classifier_resblock_updown True --classifier_use_scale_shift_norm True "
-    "--diffusion_steps 1000 --noise_schedule linear --rescale_timesteps False --rescale_learned_sigmas False "
-    "--lr_anneal_steps 300000 --batch_size 256 --lr 3e-4 --weight_decay 0.05"
+    "--diffusion_steps 1000 --noise_schedule linear --rescale_timesteps False --lr_anneal_steps 300000 "
+    "--batch_size 256 --lr 3e-4 --weight_decay 0.05"
 )
 CLASSIFIERS = {
     "64x64_classifier": f"{_CLASSIFIER} --image_size 64 --classifier_depth 4 --noise_schedule cosine "
@@ -139,7 +141,8 @@ def test_every_preset_is_tested() -> None:
 def test_flags(name: str) -> None:
     presets, model = (PRESETS, ModelConfig) if name in PRESETS else (CLASSIFIER_PRESETS, ClassifierConfig)
     wanted = parsed((FLAGS | CLASSIFIERS)[name])
-    for config in (model, DiffusionConfig, TrainConfig, RuntimeConfig):
+    train = TrainConfig if name in PRESETS else ClassifierTrainConfig
+    for config in (model, DiffusionConfig, train, RuntimeConfig):
         names = {f.name for f in fields(config)}
         expected = config(**{key: value for key, value in wanted.items() if key in names})
         assert preset_named(name, presets).config(config) == expected
@@ -151,6 +154,7 @@ def test_no_flag_is_of_no_configuration(name: str) -> None:
     preset = ({**PRESETS, **CLASSIFIER_PRESETS})[name]
     assert set(preset.flags) <= known
     assert preset.about
+    assert name in PRESETS or not UNUSED_BY_CLASSIFIERS & set(preset.flags)
 
 
 @pytest.mark.parametrize("name", ["imagenet64_cond", "upsample_256", "lsun_uncond", "lsun_uncond_lr2e-5", *GUIDED])

@@ -381,3 +381,26 @@ def test_a_pasted_line_is_guided_by_a_classifier(cli: Cli, name: str) -> None:
             drawn[scale] = samples["arr_0"]
             assert samples["arr_1"].tolist() == [0, 1, 2]
     assert not np.array_equal(drawn[0], drawn[3])
+
+
+def test_the_pasted_line_trains_a_classifier_that_guides(
+    cli: Cli, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_LOGDIR", "log")
+    shrunk = (
+        "--image_size 16 --classifier_width 64 --classifier_depth 1 --channel_mult 1,1 --iterations 2 --batch_size 2"
+    )
+    line = TRAIN_CLASSIFIER.replace("path/to/imagenet", str(shapes))
+    succeeded(cli(*line.split(), *shrunk.split(), *PLAIN))
+    config = json.loads(Path("log/config.json").read_text())
+    train = config["train"]
+    assert (train["steps"], train["lr_anneal_steps"], train["batch_size"], train["lr"]) == (2, 2, 2, 3e-4)
+    assert (train["weight_decay"], train["holdout"], train["save_interval"]) == (0.05, 0, 10_000)
+    assert config["diffusion"]["rescale_timesteps"] is False
+    small = {"image_size": 16, "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 1), "learn_sigma": True}
+    torch.save(randomise(build_model(ModelConfig(**small))).state_dict(), "model.pt")
+    sampled = "classifier_sample --model_path model.pt --image_size 16 --classifier_path log/model000002.safetensors"
+    sampled += " --classifier_scale 10.0 --num_samples 4 --timestep_respacing 2"
+    succeeded(cli(*sampled.split(), *PLAIN))
+    with np.load("log/samples_4x16x16x3.npz") as samples:
+        assert samples["class_names"].tolist() == ["circle", "cross", "square", "triangle"]

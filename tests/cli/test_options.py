@@ -122,7 +122,7 @@ def test_presets_are_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, preset in {**fastdiff.PRESETS, **CLASSIFIER_PRESETS}.items():
         assert f"\n{name}  {preset.about}\n    --" in text
     assert "--attention-resolutions 32,16,8 --resblock-updown --image-size 128" in " ".join(text.split())
-    assert "--no-rescale-learned-sigmas --no-rescale-timesteps --lr 0.0006 --batch-size 1024" in " ".join(text.split())
+    assert "--noise-schedule cosine --lr 0.0006 --batch-size 1024 --weight-decay 0.2" in " ".join(text.split())
 
 
 def test_the_version(cli: Cli) -> None:

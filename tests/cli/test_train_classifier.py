@@ -105,6 +105,8 @@ def test_the_script_of_guided_diffusion(cli: Cli, shapes: Path) -> None:
         (["--classifier-pool", "average"], "'average' is not one of"),
         (["--val-data-dir", "nowhere"], "data_dir .*nowhere does not exist"),
         (["--init-from", "nowhere"], "nowhere does not exist"),
+        (["--preset", "lsun_cat"], "preset lsun_cat is a diffusion model, and a classifier is wanted: one of 64x64_cl"),
+        (["--preset", "64x64"], "preset must be one of 64x64_classifier, .*, not '64x64'"),
     ],
 )
 def test_bad_input(cli: Cli, shapes: Path, flags: list[str], pattern: str) -> None:
