@@ -65,6 +65,7 @@ def test_links_lead_somewhere(readme: str) -> None:
 @pytest.mark.parametrize("readme", READMES)
 def test_flags_that_the_text_names_exist(cli: Cli, readme: str) -> None:
     pages = [
+        (),
         ("train",),
         ("train-classifier",),
         ("sample",),
