@@ -8,8 +8,8 @@ from typing import Any
 
 from fastdiff.cli.options import SWITCHES
 
-_OF_THE_DATA = {"class_names", "class_counts", "data_fingerprint"}
-"""Entries of a run's config.json that describe its data and are no flags."""
+_OF_THE_DATA = {"class_names", "class_counts", "data_fingerprint", "reading"}
+"""Entries of a run's config.json that describe its data and how it is read, and are no flags."""
 
 
 def with_config_file(words: Sequence[str]) -> list[str]:

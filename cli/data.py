@@ -3,13 +3,14 @@
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastdiff.cli.options import DebugFlag, path_argument, path_option
-from fastdiff.config import Labels
+from fastdiff.config import DataConfig, ImagesConfig, Labels
 
 if TYPE_CHECKING:
     from fastdiff.data.survey import Survey
@@ -22,6 +23,11 @@ app = typer.Typer(
 
 
 Out = Annotated[Path, path_argument(help="Folder to create.")]
+_HELP = {field.name: field.metadata["help"] for field in fields(ImagesConfig)}
+LabelsFlag = Annotated[Labels | None, typer.Option(help=_HELP["labels"].partition(";")[0] + ". [default: auto]")]
+LabelFileFlag = Annotated[Path | None, path_option(help=_HELP["label_file"])]
+MaxPixelsFlag = Annotated[int | None, typer.Option(min=1, help=_HELP["max_pixels"])]
+WindowFlag = Annotated[str | None, typer.Option(metavar="LOW,HIGH", help=_HELP["window"])]
 _CLASSES, _UNREADABLE = 20, 10
 
 
@@ -101,9 +107,10 @@ def check(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Image size of the model; by default 64, or that of the .npz.")
     ] = None,
-    labels: Annotated[
-        Labels, typer.Option(help="Class of an image: file name up to the first '_', or its sub-folder.")
-    ] = Labels.PREFIX,
+    labels: LabelsFlag = None,
+    label_file: LabelFileFlag = None,
+    max_pixels: MaxPixelsFlag = None,
+    window: WindowFlag = None,
     sheet: Annotated[
         Path | None,
         path_option(metavar="FILE", help="Draw up to 100 images as the model sees them into this .png file."),
@@ -118,12 +125,14 @@ def check(
 
     # opened first: a sheet that cannot be written fails before any image is read
     with _bar("images") as progress, nullcontext() if sheet is None else whole(sheet) as file:
-        found = survey(path, image_size, labels, progress)
+        found = survey(_images(path, labels, label_file, max_pixels, window), image_size, progress)
         if file is not None:
             from fastdiff.sampling.output import save_grid
 
             save_grid(file, found.shown, names=found.captions)
     _print_table(path, found)
+    for note in found.notes:
+        typer.echo(note)
     for doubt in found.doubts:
         typer.echo(f"warning: {path} has {doubt}", err=True)
     if sheet is not None:
@@ -138,10 +147,10 @@ def pack(
         path_argument(help="File to write: a .zip of the image files, or an .npz of their pixels at one size."),
     ],
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in an .npz, in pixels.")] = None,
-    labels: Annotated[
-        Labels | None,
-        typer.Option(help="Class of an image in an .npz: file name up to the first '_' (prefix), or its sub-folder."),
-    ] = None,
+    labels: LabelsFlag = None,
+    label_file: LabelFileFlag = None,
+    max_pixels: MaxPixelsFlag = None,
+    window: WindowFlag = None,
     debug: DebugFlag = False,
 ) -> None:
     """Pack a folder of images into one file that fastdiff train --data-dir reads directly."""
@@ -150,17 +159,36 @@ def pack(
         raise ValueError(f"{out} must end in .zip, for the image files, or in .npz, for pixels of one size")
     if kind == ".npz" and image_size is None:
         raise ValueError(f"{out} holds pixels of one size: say which with --image-size")
-    if kind == ".zip" and (image_size or labels):
-        raise ValueError("image_size and labels are chosen when a .zip is trained on: leave them out, or pack an .npz")
+    if kind == ".zip" and (image_size or labels or label_file or max_pixels or window):
+        raise ValueError(
+            "image_size, labels, label_file, max_pixels and window are chosen when a .zip is trained on: leave them "
+            "out, or pack an .npz"
+        )
     from fastdiff.data.packing import pack_npz, pack_zip
+
+    notes: tuple[str, ...] = ()
 
     with _bar("images") as progress:
         if image_size is None or kind == ".zip":
             told = f"{pack_zip(source, out, progress):,} files"
         else:
-            told = pack_npz(source, out, image_size, labels or Labels.PREFIX, progress).line()
+            packed = pack_npz(_images(source, labels, label_file, max_pixels, window), out, image_size, progress)
+            told, notes = packed.preflight.line(), packed.notes
+    for note in notes:
+        typer.echo(note)
     typer.echo(f"{out}: {told}, {out.stat().st_size / 2**20:,.1f} MiB")
     _go_on(out, image_size or 64)
+
+
+def _images(
+    path: Path, labels: Labels | None, label_file: Path | None, max_pixels: int | None, window: str | None
+) -> DataConfig:
+    """The images at ``path``, read as the flags say; without --labels as the files suggest."""
+    given = {"labels": labels, "label_file": label_file and str(label_file), "max_pixels": max_pixels, "window": window}
+    flags = {name: value for name, value in given.items() if value is not None}
+    if not label_file:
+        flags.setdefault("labels", Labels.AUTO)
+    return DataConfig.from_flags({"data_dir": str(path), **flags})
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from fastdiff.cli.options import (
     with_flags,
 )
 from fastdiff.cli.scripts import log_formats
-from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, NllConfig, RuntimeConfig
+from fastdiff.config import DataConfig, DiffusionConfig, Labels, ModelConfig, NllConfig, RuntimeConfig
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint
@@ -84,6 +84,7 @@ def nll(
         runtime = world.on_all(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
         path = world.from_main(lambda: find_with_rate(checkpoint, ema_rate))
         loaded = world.on_all(lambda: load_for(runtime, path, flags, preset))
+        config = world.on_all(lambda: NllConfig.from_flags(_as_in_training(loaded, flags)))
         with Display(silent=not world.main or not to_terminal) as display:
             display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
             with warnings.catch_warnings(action="ignore"):  # they are about training on these images
@@ -94,7 +95,8 @@ def nll(
                     world=world,
                     display=display,
                 )
-            display.line(f"data: {dataset.preflight.line()}")
+            for line in (f"data: {dataset.preflight.line()}", *(dataset.notes if dataset.labels is not None else ())):
+                display.line(line)
             evaluation = world.on_all(lambda: Nll(loaded, dataset, config, runtime, world))
             about = world.from_main(lambda: _about(path, loaded, config, dataset, evaluation, runtime.precision))
             display.line(
@@ -123,6 +125,15 @@ def nll(
                     status = 0
     world.leave()
     raise typer.Exit(status)
+
+
+def _as_in_training(loaded: "Checkpoint", flags: Flags) -> Flags:
+    """The flags, completed with the window and --labels auto of the run that trained the model."""
+    run = loaded.metadata.get("run_config", {}).get("data", {})
+    known = {} if run.get("window") is None else {"window": run["window"]}
+    if run.get("labels") == Labels.AUTO and not flags.get("label_file"):
+        known["labels"] = Labels.AUTO
+    return known | flags
 
 
 def _about(

@@ -114,7 +114,7 @@ def _parameter(field: Field[Any], panel: str) -> inspect.Parameter:
     if kind not in (bool, int, float) and not (isinstance(kind, type) and issubclass(kind, StrEnum)):
         kind = str  # tuples too, written as "16,8"
     parse: dict[str, Any] = {"parser": as_text_of_path, "metavar": "PATH"} if field.metadata["path"] else {}
-    shown = field.metadata["help"] + _shown(field.default)
+    shown = field.metadata["help"] + _shown(field.metadata["shown"])
     option = typer.Option(spelling, help=shown, show_default=False, rich_help_panel=panel, **parse)
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

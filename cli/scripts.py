@@ -62,9 +62,10 @@ _OF_DIFFUSION_MODELS = tuple(  # no part of a classifier's training, but flags o
     for no in ("", "no-")
 )
 _SMALL_SIZE = ("--small-size", "64")
+_LABELS = ("--labels", "prefix")
 _TRAIN = Script(
     ("train",),
-    ("--no-ema-warmup",),
+    ("--no-ema-warmup", *_LABELS),
     assumed=(_PER_PROCESS, "1"),
     guided=_UNSCALED,
     replaced={"--batch-size": (_PER_PROCESS,)},
@@ -85,7 +86,7 @@ SCRIPTS: Mapping[str, Script] = {
     ),
     "image_nll": Script(
         ("evaluate", "nll"),
-        ("--num-samples", "1000", "--batch-size", "1"),
+        ("--num-samples", "1000", "--batch-size", "1", *_LABELS),
         assumed=_UNSAID,
         guided=_UNSAID_GUIDED,
         out=("--out-dir", ""),
@@ -94,7 +95,7 @@ SCRIPTS: Mapping[str, Script] = {
     "classifier_train": Script(
         ("train-classifier",),
         # every 5 updates the original measures on one batch, and fastdiff on all images: as often as by default
-        ("--holdout", "0", "--no-rescale-timesteps"),
+        ("--holdout", "0", "--no-rescale-timesteps", *_LABELS),
         assumed=(_PER_PROCESS, "4", "--steps", "150000", "--lr", "3e-4", "--weight-decay", "0.0"),
         replaced={
             "--batch-size": (_PER_PROCESS,),

@@ -30,7 +30,7 @@ CONFIGS = [ModelConfig, DiffusionConfig, DataConfig, TrainConfig, SampleConfig, 
 
 ENUM_FIELDS = [
     (DiffusionConfig, "noise_schedule", "linear, cosine"),
-    (DataConfig, "labels", "prefix, folder"),
+    (DataConfig, "labels", "auto, prefix, folder"),
     (DataConfig, "cache", "auto, memory, disk"),
     (TrainConfig, "schedule_sampler", "uniform, loss-second-moment"),
     (TrainConfig, "parallel", "ddp, fsdp"),
@@ -161,7 +161,7 @@ OTHER_VALUES = [
         dropout=0.25,
     ),
     DiffusionConfig(noise_schedule="cosine", timestep_respacing="10,15", learn_sigma=True),
-    DataConfig(data_dir="some/where", labels="folder", cache="disk"),
+    DataConfig(data_dir="some/where", labels="folder", cache="disk", window="0,4095", max_pixels=100),
     TrainConfig(ema_rate="0.9999,0.999", lr=3e-4, schedule_sampler="loss-second-moment"),
     SampleConfig(sampler="ddim", steps=50, eta=0.5),
     RuntimeConfig(precision="bf16", kernels="reference"),

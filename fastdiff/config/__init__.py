@@ -22,7 +22,15 @@ from fastdiff.config.choices import (
 )
 from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig
 from fastdiff.config.evaluation import NllConfig
-from fastdiff.config.job import MOST_SAMPLES, DataConfig, DiffusionConfig, RuntimeConfig, SampleConfig, TrainConfig
+from fastdiff.config.job import (
+    MOST_SAMPLES,
+    DataConfig,
+    DiffusionConfig,
+    ImagesConfig,
+    RuntimeConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from fastdiff.config.model import (
     GROUPS,
     NUM_CLASSES,
@@ -31,12 +39,13 @@ from fastdiff.config.model import (
     is_table_size,
     with_multipliers,
 )
-from fastdiff.config.run import RunConfig, StartConfig
+from fastdiff.config.run import READING, RunConfig, StartConfig
 
 __all__ = [
     "GROUPS",
     "MOST_SAMPLES",
     "NUM_CLASSES",
+    "READING",
     "UNUSED_BY_CLASSIFIERS",
     "Cache",
     "ClassMix",
@@ -47,6 +56,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DiffusionConfig",
+    "ImagesConfig",
     "Kernels",
     "Labels",
     "MemoryFormat",

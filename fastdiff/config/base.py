@@ -9,12 +9,14 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 
-def option(default: Any, help: str, *, path: bool = False, panel: str = "") -> Any:
+def option(default: Any, help: str, *, path: bool = False, panel: str = "", shown: Any = None) -> Any:
     """A dataclass field with its help text for the command line.
 
-    ``path`` marks the path of a file or folder; ``panel`` is the part of the help that shows it, if not the class's.
+    ``path`` marks the path of a file or folder; ``panel`` is the part of the help that shows it, if not the class's;
+    ``shown`` is the default of the flag, if the command line has another one than the field.
     """
-    return field(default=default, metadata={"help": help, "path": path, "panel": panel})
+    shown = default if shown is None else shown
+    return field(default=default, metadata={"help": help, "path": path, "panel": panel, "shown": shown})
 
 
 class Config:

@@ -11,8 +11,12 @@ class NoiseSchedule(StrEnum):
 
 
 class Labels(StrEnum):
-    """Where an image's class label comes from: the file name up to its first underscore, or its sub-folder."""
+    """Where an image's class label comes from: the file name up to its first underscore, or its sub-folder.
 
+    auto decides by the files: a label file, else sub-folders, else file names.
+    """
+
+    AUTO = "auto"
     PREFIX = "prefix"
     FOLDER = "folder"
 

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from fastdiff.config.base import Config, number, option
-from fastdiff.config.choices import Cache, Labels, Precision
-from fastdiff.config.job import MOST_SAMPLES
+from fastdiff.config.base import number, option
+from fastdiff.config.choices import Labels, Precision
+from fastdiff.config.job import MOST_SAMPLES, ImagesConfig
 
 
 @dataclass(frozen=True)
-class NllConfig(Config):
+class NllConfig(ImagesConfig):
     """Which images to compute the likelihood of, and how."""
 
     panel = "Evaluation"
@@ -16,7 +16,12 @@ class NllConfig(Config):
     data_dir: str = option(
         "", "Folder of images, including sub-folders, or a .zip or .npz of images. Required.", path=True
     )
-    labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
+    labels: Labels = option(
+        Labels.PREFIX,
+        "Class of an image: file name up to the first '_' (prefix), its sub-folder (folder), or whichever fits the "
+        "files (auto); by default auto if the model was trained so, else prefix.",
+        shown="",
+    )
     num_samples: int | None = option(
         None, "Images to evaluate, in the folder's order, starting over at its end; by default each image once."
     )
@@ -30,10 +35,9 @@ class NllConfig(Config):
     precision: Precision = option(
         Precision.FP32, "Precision of the model; fp32 by default, because rounding errors affect the likelihood."
     )
-    cache: Cache = option(Cache.AUTO, "Keep decoded images in memory or in a memory-mapped file.")
-    cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.", path=True)
 
     def check(self) -> None:
+        super().check()
         self.require(self.batch_size > 0, "batch_size", "positive")
         for name in ("num_samples", "steps"):
             if (value := getattr(self, name)) is not None:

@@ -1,6 +1,9 @@
 """The settings of a job: diffusion process, data, training, sampling and runtime."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from fastdiff.config.base import Config, number, option, tuple_of
 from fastdiff.config.choices import (
@@ -45,8 +48,8 @@ class DiffusionConfig(Config):
 
 
 @dataclass(frozen=True)
-class DataConfig(Config):
-    """A folder of images and how it is read."""
+class ImagesConfig(Config):
+    """A set of images and how it is read."""
 
     panel = "Data"
 
@@ -55,11 +58,45 @@ class DataConfig(Config):
         "Folder of images, including sub-folders, or a .zip or .npz of images. Required, unless --resume.",
         path=True,
     )
-    labels: Labels = option(Labels.PREFIX, "Class of an image: file name up to the first '_', or its sub-folder.")
-    flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
-    strict: bool = option(False, "Refuse a folder with unreadable images instead of skipping them.")
+    labels: Labels = option(
+        Labels.PREFIX,
+        "Class of an image: file name up to the first '_' (prefix), its sub-folder (folder), or whichever fits the "
+        "files (auto); prefix for a released model (preset).",
+        shown=Labels.AUTO,
+    )
+    label_file: str = option(
+        "", "CSV or JSON file with the class of each image, instead of --labels; or its name in the data.", path=True
+    )
+    max_pixels: int = option(2**26, "Leave out images with more pixels than this (decompression bombs).")
+    window: tuple[float, float] | None = option(
+        None, "Values of 16-bit grey images that become black and white, e.g. 0,4095; by default 0 and 65535."
+    )
     cache: Cache = option(Cache.AUTO, "Keep decoded images in memory or in a memory-mapped file.")
     cache_dir: str = option("", "Folder for the memory-mapped file; by default the user's cache folder.", path=True)
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            object.__setattr__(self, "window", tuple_of(float, "window", self.window))
+        super().__post_init__()
+
+    def check(self) -> None:
+        self.require(self.max_pixels > 0, "max_pixels", "positive")
+        if self.window is not None:
+            rising = len(self.window) == 2 and all(map(math.isfinite, self.window)) and self.window[0] < self.window[1]
+            self.require(rising, "window", "two numbers, black and white, such as 0,4095")
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
+        """As Config.from_flags; --labels without --label-file takes the place of a label file of ``base``."""
+        return super().from_flags({"label_file": "", **flags} if "labels" in flags else flags, base)
+
+
+@dataclass(frozen=True)
+class DataConfig(ImagesConfig):
+    """The images that a model is trained on, and how they are read."""
+
+    flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
+    strict: bool = option(False, "Refuse a folder with unreadable images instead of skipping them.")
 
 
 @dataclass(frozen=True)

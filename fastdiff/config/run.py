@@ -11,6 +11,10 @@ from fastdiff.config.model import ModelConfig
 
 NO_DATA = "no data: name a folder of images with --data-dir"
 
+READING = 2
+"""Version of the rules by which files count as images and npz arrays as classes (fastdiff/data/): a run keeps its own,
+so that it resumes with the same images. Runs that do not say theirs follow the first."""
+
 
 @dataclass(frozen=True)
 class StartConfig(Config):
@@ -68,8 +72,8 @@ _PARTS_OF_CLASSIFIER = _PARTS | {"model": ClassifierConfig, "train": ClassifierT
 class RunConfig:
     """All the settings of a run, as config.json stores them; a classifier's run has a ClassifierTrainConfig, too.
 
-    ``class_counts`` holds the number of images of each class, in the order of ``class_names``. ValueError if the parts
-    are inconsistent.
+    ``class_counts`` holds the number of images of each class, in the order of ``class_names``. ``reading`` is the
+    version of the rules by which the data is read. ValueError if the parts are inconsistent.
     """
 
     model: ModelConfig | ClassifierConfig
@@ -80,8 +84,11 @@ class RunConfig:
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
     data_fingerprint: str = ""
+    reading: int = READING
 
     def __post_init__(self) -> None:
+        if not 1 <= self.reading <= READING:
+            raise ValueError(f"reading must be from 1 to {READING}, not {self.reading!r}")
         if isinstance(self.model, ClassifierConfig):
             return
         if self.train.label_dropout and not self.model.class_cond:
@@ -111,7 +118,7 @@ class RunConfig:
                 for name in UNUSED_BY_CLASSIFIERS & part.keys():
                     del part[name]
         about_data = {"class_names": list(self.class_names), "class_counts": list(self.class_counts)}
-        return {**values, **about_data, "data_fingerprint": self.data_fingerprint}
+        return {**values, **about_data, "data_fingerprint": self.data_fingerprint, "reading": self.reading}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -122,6 +129,7 @@ class RunConfig:
             class_names=tuple(map(str, values["class_names"])),
             class_counts=tuple(map(int, values.get("class_counts", ()))),
             data_fingerprint=str(values.get("data_fingerprint", "")),
+            reading=int(values.get("reading", 1)),
         )
 
     @classmethod

@@ -3,8 +3,8 @@
 from fastdiff.data.batches import batch_indices, batches, epoch_order, prefetch_to_device
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight
 from fastdiff.data.images import (
-    EXTENSIONS,
     MAX_PIXELS,
+    Decoding,
     UnreadableImage,
     decode,
     load,
@@ -12,6 +12,7 @@ from fastdiff.data.images import (
     resize_and_crop,
     to_uint8,
 )
+from fastdiff.data.kinds import EXTENSIONS
 from fastdiff.data.loading import Dataset, load_dataset, load_shared
 from fastdiff.data.npz import Samples, read_samples
 
@@ -19,6 +20,7 @@ __all__ = [
     "EXTENSIONS",
     "MAX_PIXELS",
     "Dataset",
+    "Decoding",
     "ImageFolder",
     "LeftOut",
     "Preflight",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastdiff.config import Cache, DataConfig
 from fastdiff.data.dataset import ImageFolder
-from fastdiff.data.images import File, UnreadableImage, load_with_size
+from fastdiff.data.images import DARK, Decoding, File, Loaded, UnreadableImage, load_described
 from fastdiff.data.threads import Progress, in_order
 from fastdiff.data.zipped import ZipMember
 from fastdiff.runtime.files import existing, replacing, sync, unfinished
@@ -36,11 +36,18 @@ Keep = Callable[[int, NDArray[np.uint8], tuple[int, int]], Any]
 
 @dataclass
 class Decoded:
-    """What decoding a folder yields besides pixels: the unreadable images by reason, least and greatest size."""
+    """What decoding a folder yields besides pixels: the unreadable images by reason, least and greatest size.
+
+    ``deep`` is the number of 16-bit images, ``dark`` that of those without a value above images.DARK, and ``peak`` the
+    greatest value of the latter.
+    """
 
     unreadable: dict[str, str]
     smallest: tuple[int, int]
     largest: tuple[int, int]
+    deep: int = 0
+    dark: int = 0
+    peak: int = 0
 
 
 def decode_once(
@@ -122,14 +129,15 @@ def _decode_to_disk(
 def decode(folder: ImageFolder, keep: Keep, on_progress: Progress | None) -> Decoded:
     """Pass every readable image to ``keep``, in order. Raises ValueError if there is none."""
 
-    def attempt(file: File) -> tuple[NDArray[np.uint8], tuple[int, int]] | UnreadableImage:
+    def attempt(file: File) -> Loaded | UnreadableImage:
         try:
-            return load_with_size(file, folder.image_size)
+            return load_described(file, folder.image_size, folder.decoding)
         except UnreadableImage as error:
             return error
 
     unreadable: dict[str, str] = {}
     smallest = largest = None
+    peaks: list[int] = []
     # Pillow warns about odd metadata and the like. Threads share the warning filters: set them once, around them all.
     with warnings.catch_warnings(), closing(in_order(attempt, folder.files)) as results:
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -137,10 +145,11 @@ def decode(folder: ImageFolder, keep: Keep, on_progress: Progress | None) -> Dec
             if isinstance(result, UnreadableImage):
                 unreadable[name] = result.reason
             else:
-                image, size = result
-                keep(i, image, size)
-                smallest = min(smallest or size, size, key=math.prod)
-                largest = max(largest or size, size, key=math.prod)
+                keep(i, result.pixels, result.size)
+                smallest = min(smallest or result.size, result.size, key=math.prod)
+                largest = max(largest or result.size, result.size, key=math.prod)
+                if result.peak is not None:
+                    peaks.append(result.peak)
             if on_progress is not None:
                 on_progress(i + 1, len(folder))
     if smallest is None or largest is None:
@@ -149,14 +158,16 @@ def decode(folder: ImageFolder, keep: Keep, on_progress: Progress | None) -> Dec
             f"none of the {len(folder):,} images in {folder.root} can be read; "
             f"the first is {printable(name)} ({reason})"
         )
-    return Decoded(unreadable, smallest, largest)
+    dark = [peak for peak in peaks if peak <= DARK]
+    return Decoded(unreadable, smallest, largest, len(peaks), len(dark), max(dark, default=0))
 
 
 def _reopen(folder: ImageFolder, file: Path, notes: Path) -> tuple[NDArray[np.uint8], Decoded] | None:
     """The images and notes that an earlier run stored, or None if they are missing or incomplete."""
     try:
         found = json.loads(notes.read_text())
-        decoded = Decoded(found["unreadable"], tuple(found["smallest"]), tuple(found["largest"]))
+        sizes = {name: tuple(found[name]) for name in ("smallest", "largest")}
+        decoded = Decoded(**{**found, **sizes})
         images = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -170,7 +181,8 @@ def _key_and_lengths(folder: ImageFolder) -> tuple[str, NDArray[np.int64]]:
     The name is a hash of everything that may change a pixel: each file's name, length, times and inode, and how files
     are decoded.
     """
-    digest = hashlib.sha256(f"{_FORMAT} {folder.image_size}\n".encode())
+    how = "" if folder.decoding == Decoding(reading=1) else f" {folder.decoding}"
+    digest = hashlib.sha256(f"{_FORMAT} {folder.image_size}{how}\n".encode())
     lengths = np.zeros(len(folder), np.int64)
     for i, (name, file) in enumerate(zip(folder.names, folder.files, strict=True)):
         lengths[i], state = _state(file)

@@ -3,20 +3,24 @@
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.config import Labels
-from fastdiff.data.classes import class_of_file, composed
-from fastdiff.data.images import EXTENSIONS, load
+from fastdiff.data.classes import composed
+from fastdiff.data.images import DEFAULT, Decoding, UnreadableImage, load
+from fastdiff.data.kinds import EXTENSIONS, FIRST_EXTENSIONS, START, extension, unread, unread_inside
+from fastdiff.data.label_files import EXTENSIONS as LABEL_EXTENSIONS
+from fastdiff.data.labelling import Labelling, Source
 from fastdiff.data.zipped import ZipMember, zip_members
 from fastdiff.runtime.words import printable
 
-_OTHER_IMAGES = frozenset(("avif", "exr", "heic", "heif", "ico", "jp2", "jxl", "ppm", "svg", "tga", "tif", "tiff"))
 _SHOWN = 5
 
 
@@ -34,21 +38,32 @@ class ImageFolder:
     A zip file counts as the folder that it was made from. It is read in place, by any number of threads.
 
     The order is improved-diffusion's: each folder's entries by name, sub-folders in their place among the files. Names
-    that start with a dot are skipped; a folder that several links lead to counts once.
+    that start with a dot are skipped; a folder that several links lead to counts once. Files are images by their
+    extension (kinds.EXTENSIONS) or, without one, by their content.
 
     labels: "prefix" takes the file name up to its first underscore as the class (improved-diffusion's rule), "folder"
-    takes the top-level sub-folder, None gives no labels. Classes are numbered in the order of their names as written;
-    ``class_names`` holds them in Unicode's composed form (NFC).
+    takes the top-level sub-folder, "auto" what the files suggest (labelling.py), None gives no labels. ``label_file``,
+    a path or a name in the folder, gives the classes instead. Classes are numbered in the order of their names as
+    written; ``class_names`` holds them in Unicode's composed form (NFC). ``decoding`` says how images are read.
 
-    Attributes: ``root``, ``image_size``, ``names`` (relative to root, with "/"), ``paths`` (root / name), ``files``
-    (what to open: the paths, or the members of the zip), ``class_names`` (() without labels), ``written_class_names``
-    (as written, not composed), ``labels`` (int64 (N,) or None), ``left_out`` (files that are not used as images).
+    Attributes: ``root``, ``image_size``, ``decoding``, ``names`` (relative to root, with "/"), ``paths`` (root / name),
+    ``files`` (what to open: the paths, or the members of the zip), ``class_names`` (() without labels),
+    ``written_class_names`` (as written, not composed), ``labels`` (int64 (N,) or None), ``left_out`` (files that are
+    not used as images), ``label_files`` (those that may hold labels, by name), ``notes`` (lines that say where the
+    classes come from, or could).
 
-    Raises ValueError if the folder is missing, is not a folder or has no images; with "folder", if an image lies
-    outside every sub-folder; and if a zip is damaged or has names that lead out of it.
+    Raises ValueError if the folder is missing, is not a folder or has no images; if an image has no class; if the label
+    file cannot be used; and if a zip is damaged or has names that lead out of it.
     """
 
-    def __init__(self, root: str | Path, image_size: int, labels: Labels | str | None = Labels.PREFIX) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        labels: Labels | str | None = Labels.PREFIX,
+        label_file: str = "",
+        decoding: Decoding = DEFAULT,
+    ) -> None:
         if not str(root):
             raise ValueError("data_dir is empty: give the folder of images")
         if image_size < 1:
@@ -57,15 +72,18 @@ class ImageFolder:
             raise ValueError(f"labels must be one of {', '.join(Labels)}, not {labels!r}")
         self.root = Path(os.path.expanduser(root))  # Path.expanduser fails for ~nobody
         self.image_size = image_size
+        self.decoding = decoding
         self.left_out: list[LeftOut] = []
         members: dict[str, ZipMember] | None = None
         if self.root.is_dir():
             self.names = list(self._scan())
         elif zipfile.is_zipfile(self.root):
-            members = zip_members(self.root)
+            members = zip_members(self.root, decoding.max_bytes)
             self.names = list(self._scan_zip(members))
         else:
             what = "is not a folder, nor a .zip or .npz of images" if self.root.exists() else "does not exist"
+            if self.root.suffix == ".npy" and self.root.exists():
+                raise ValueError(f"data_dir {self.root} is one array: save it with np.savez(file, images, labels)")
             raise ValueError(f"data_dir {self.root} {what}: give the folder of images")
         if not self.names:
             raise ValueError(self._nothing_found())
@@ -74,22 +92,30 @@ class ImageFolder:
         self.files = self.paths if members is None else [members[name] for name in self.names]
         # Number the classes of all files found, readable or not: a file that breaks or is repaired must not renumber
         # the classes of a model that was trained before.
-        classes = [] if labels is None else [self._class_of(name, Labels(labels)) for name in self.names]
+        found = self._labelled(None if labels is None else Labels(labels), label_file, members)
         # Sort the names as written, because composing them may change their order: a data set from macOS keeps its
         # class numbers and its fingerprint.
         written: dict[str, str] = {}
-        for name in sorted(set(classes)):
+        for name in found.order:
             written.setdefault(composed(name), name)
         self.class_names, self.written_class_names = tuple(written), tuple(written.values())
         number = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = None if labels is None else np.array([number[composed(c)] for c in classes], np.int64)
+        self.labels = None if labels is None else np.array([number[composed(c)] for c in found.classes], np.int64)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int | None]:
-        image = load(self.files[index], self.image_size)  # (H, W, 3)
+        image = load(self.files[index], self.image_size, self.decoding)  # (H, W, 3)
         return image, None if self.labels is None else int(self.labels[index])
+
+    def only(self, rows: Sequence[int]) -> Self:
+        """A folder of the images ``rows`` of this one, with the same classes."""
+        chosen = copy(self)
+        chosen.names, chosen.paths = [self.names[i] for i in rows], [self.paths[i] for i in rows]
+        chosen.files = [self.files[i] for i in rows]
+        chosen.labels = None if self.labels is None else self.labels[np.array(rows, np.int64)]
+        return chosen
 
     def _scan(self) -> Iterator[str]:
         """Names of images below root in order; everything else goes to left_out."""
@@ -99,31 +125,61 @@ class ImageFolder:
         while waiting:
             name = waiting.pop()
             path = os.path.join(self.root, name)
-            extension = _extension(name)
             if os.path.isdir(path):
                 if (folder := Path(path).resolve()) not in seen:
                     seen.add(folder)
                     waiting += self._entries(name)
-            elif extension not in EXTENSIONS:
-                self._leave_out_kind(name, extension)
-            elif not os.path.isfile(path):  # opening a pipe would block forever
-                self.left_out.append(LeftOut(name, "broken link" if os.path.islink(path) else "not a regular file"))
-            else:
+                continue
+            regular = os.path.isfile(path)
+            if not self._is_image(name, Path(path) if regular else None):
+                continue
+            if regular:
                 yield name
+            else:  # opening a pipe would block forever
+                self.left_out.append(LeftOut(name, "broken link" if os.path.islink(path) else "not a regular file"))
 
-    def _scan_zip(self, members: Iterable[str]) -> Iterator[str]:
+    def _scan_zip(self, members: Mapping[str, ZipMember]) -> Iterator[str]:
         """Names of images among the members, in the order of the unpacked folder."""
         for name in sorted(members, key=lambda name: name.split("/")):
             if any(part.startswith(".") for part in name.split("/")):
                 continue
-            if (extension := _extension(name)) in EXTENSIONS:
+            if self._is_image(name, members[name]):
                 yield name
-            else:
-                self._leave_out_kind(name, extension)
 
-    def _leave_out_kind(self, name: str, extension: str) -> None:
-        known = extension in _OTHER_IMAGES
-        self.left_out.append(LeftOut(name, f"{extension} is not supported" if known else "not an image"))
+    def _is_image(self, name: str, file: Path | ZipMember | None) -> bool:
+        """Whether a file counts as an image; if not, it goes to left_out. ``file`` is None if it cannot be opened."""
+        first = self.decoding.reading == 1
+        reason: str | None
+        if extension(name) in (FIRST_EXTENSIONS if first else EXTENSIONS):
+            return True
+        if extension(name) or file is None or first:
+            reason = unread(name) or "not an image"
+        else:
+            try:
+                with file.open("rb") as content:
+                    reason = unread_inside(content.read(START))
+            except UnreadableImage as error:
+                reason = error.reason
+            except Exception as error:  # zipfile raises nearly anything
+                reason = ((isinstance(error, OSError) and error.strerror) or "damaged").lower()
+        if reason is not None:
+            self.left_out.append(LeftOut(name, reason))
+        return reason is None
+
+    def _labelled(self, labels: Labels | None, label_file: str, members: Mapping[str, ZipMember] | None) -> Labelling:
+        """The classes of the images; what was used of left_out is taken from it."""
+        names = [item.name for item in self.left_out if extension(item.name) in LABEL_EXTENSIONS]
+        places = {name: self.root / name if members is None else members[name] for name in names}
+        # opening a pipe would block forever
+        self.label_files = {n: place for n, place in places.items() if not isinstance(place, Path) or place.is_file()}
+        source = Source(self.root, self.names, self.label_files)
+        if labels is None:
+            self.notes = source.offer("--class-cond --label-file")
+            return Labelling([], [])
+        found = source.labelled(labels, label_file)
+        self.notes = found.notes + (() if found.used else source.offer("--label-file"))
+        self.left_out = [item for item in self.left_out if item.name not in found.used]
+        return found
 
     def _entries(self, folder: str) -> list[str]:
         """The visible entries of a folder as names relative to root, last name first."""
@@ -135,19 +191,8 @@ class ImageFolder:
         prefix = f"{folder}/" if folder else ""
         return [prefix + entry for entry in entries if not entry.startswith(".")]
 
-    def _class_of(self, name: str, labels: Labels) -> str:
-        parts = name.split("/")
-        if labels is Labels.PREFIX:
-            return class_of_file(parts[-1])
-        if len(parts) == 1:
-            raise ValueError(
-                f"labels folder: {printable(name)} lies in {self.root} itself and so has no class; "
-                "move it into a sub-folder named after its class, or use labels prefix"
-            )
-        return parts[0]
-
     def _nothing_found(self) -> str:
-        kinds = Counter(f".{e}" if (e := _extension(item.name)) else "other" for item in self.left_out)
+        kinds = Counter(f".{e}" if (e := extension(item.name)) else "other" for item in self.left_out)
         found = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds.most_common(_SHOWN))
         return (
             f"no images in data_dir {self.root}: looked for {' '.join('.' + e for e in EXTENSIONS)} here and in all "
@@ -181,11 +226,7 @@ class Preflight:
 
 def extension_counts(names: Sequence[str]) -> dict[str, int]:
     """The number of names with each extension."""
-    return dict(Counter(map(_extension, names)))
-
-
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()
+    return dict(Counter(extension(name) or "without extension" for name in names))
 
 
 def _count(n: int, one: str, many: str) -> str:

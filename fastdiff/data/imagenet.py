@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from fastdiff.data.archives import Member, reading, safe_name, tar_in
-from fastdiff.data.images import EXTENSIONS, MAX_BYTES, UnreadableImage, load
+from fastdiff.data.images import MAX_BYTES, UnreadableImage, load
+from fastdiff.data.kinds import EXTENSIONS, START, extension, unread, unread_inside
 from fastdiff.data.threads import Progress, in_order
 from fastdiff.runtime.files import whole
 from fastdiff.runtime.words import printable
@@ -45,13 +46,18 @@ def prepare_imagenet(
             for member in _members(source, on_progress):
                 if any(part.startswith(".") for part in member.name.split("/")):
                     left_out["hidden"] += 1  # training skips hidden files, too
-                elif member.name.rpartition(".")[2].lower() not in EXTENSIONS:
-                    left_out["not an image"] += 1
+                elif extension(member.name) not in ("", *EXTENSIONS):
+                    left_out[unread(member.name) or "not an image"] += 1
                 elif member.size > MAX_BYTES:
                     left_out[f"over {MAX_BYTES:,} bytes"] += 1
                 else:
-                    member.write(folder / member.name)
-                    yield folder / member.name
+                    path = folder / member.name
+                    member.write(path)
+                    if not extension(member.name) and (reason := _unread_inside(path)) is not None:
+                        path.unlink()
+                        left_out[reason] += 1
+                    else:
+                        yield path
 
         def finish(path: Path) -> tuple[Path, str | None]:
             """The image's path relative to the folder, and the reason why it cannot be used, or None."""
@@ -81,6 +87,11 @@ def prepare_imagenet(
         if not images:
             raise ValueError(f"{source} holds no images that can be used")
     return Extracted(images, len(folders), dict(left_out))
+
+
+def _unread_inside(path: Path) -> str | None:
+    with path.open("rb") as file:
+        return unread_inside(file.read(START))
 
 
 def _members(source: Path, on_progress: Progress | None) -> Iterator[Member]:

@@ -1,21 +1,35 @@
 """From one image file to pixels: decode the common formats, resize and crop as improved-diffusion does, normalise."""
 
 import contextlib
+import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    features,
+)
 from PIL import WebPImagePlugin as WebpImagePlugin
 
-EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp")
-"""File extensions that count as images, in upper or lower case."""
+from fastdiff.config import READING, ImagesConfig
+from fastdiff.data.kinds import FIRST_READ, START, kind_of, unread_content
+from fastdiff.data.mending import mended
 
-MAX_PIXELS = 2**26
+MAX_PIXELS = ImagesConfig.max_pixels
 """Images that are larger by their header are refused before decoding: 8192 x 8192, a quarter GiB in Pillow."""
 
 MAX_BYTES = 2**30
@@ -24,13 +38,23 @@ MAX_BYTES = 2**30
 MAX_ASPECT = 16
 """Above this ratio of long to short side, only the part of the image that survives the crop is resized."""
 
-_READERS: dict[bytes, Callable[[BinaryIO], ImageFile.ImageFile]] = {
-    b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
-    b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
-    b"GIF8": GifImagePlugin.GifImageFile,
-    b"BM": BmpImagePlugin.BmpImageFile,
-    b"RIFF": WebpImagePlugin.WebPImageFile,
+DARK = 4095
+"""16-bit images without a greater value are nearly black; most hold the 12 bits of a scanner or a camera."""
+
+_READERS: dict[str, Callable[[BinaryIO], ImageFile.ImageFile]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "WebP": WebpImagePlugin.WebPImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
 }
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs about odd TIFFs, by default to stderr
+
+T = TypeVar("T")
+
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF's tag, which Pillow does not apply to 16 bits
 
 # A large image takes up to a GiB with its copies: one per core could exhaust the memory of a big machine.
 _LARGE_PIXELS = 2**24
@@ -51,25 +75,56 @@ class UnreadableImage(ValueError):
         self.reason = reason
 
 
-def decode(path: str | File) -> Image.Image:
+@dataclass(frozen=True)
+class Decoding:
+    """How image files become pixels; the fields are those of ImagesConfig and RunConfig.
+
+    ``window`` are the values of 16-bit grey images that become black and white. With ``reading`` 1 only PNG, JPEG, GIF,
+    WebP and BMP files are read, and only if their metadata is sound and they end as they should.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    window: tuple[float, float] | None = None
+    reading: int = READING
+
+    @property
+    def max_bytes(self) -> int:
+        """The length of the largest file that is read."""
+        return int(MAX_BYTES * max(1, self.max_pixels / MAX_PIXELS))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A square uint8 (size, size, 3) of an image, and the image's (width, height).
+
+    ``peak`` is the greatest value of a 16-bit image, None for other images.
+    """
+
+    pixels: NDArray[np.uint8]
+    size: tuple[int, int]
+    peak: int | None
+
+
+DEFAULT = Decoding()
+
+
+def decode(path: str | File, decoding: Decoding = DEFAULT) -> Image.Image:
     """The first frame of an image file, upright (EXIF), in mode RGB, with transparency over white.
 
-    Raises UnreadableImage unless the file is a complete PNG, JPEG, GIF, WebP or BMP of at most MAX_PIXELS pixels.
+    Raises UnreadableImage unless the file is a complete PNG, JPEG, GIF, WebP, BMP, TIFF or AVIF of at most
+    ``decoding.max_pixels`` pixels. A PNG's metadata and a JPEG's end marker need not be there or sound.
     """
-    with _opened(path) as image:
-        return _upright_rgb(image)
+    return _read(path, decoding, lambda image, _: image)
 
 
-def load(path: str | File, size: int) -> NDArray[np.uint8]:
+def load(path: str | File, size: int, decoding: Decoding = DEFAULT) -> NDArray[np.uint8]:
     """The image file as a square, uint8 (size, size, 3). Raises UnreadableImage like decode."""
-    return load_with_size(path, size)[0]
+    return load_described(path, size, decoding).pixels
 
 
-def load_with_size(path: str | File, size: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """Like load, and also the original (width, height) of the upright image."""
-    with _opened(path) as image:
-        rgb = _upright_rgb(image)
-        return resize_and_crop(rgb, size), rgb.size
+def load_described(path: str | File, size: int, decoding: Decoding = DEFAULT) -> Loaded:
+    """Like load, with what else there is to know of the image."""
+    return _read(path, decoding, lambda image, peak: Loaded(resize_and_crop(image, size), image.size, peak))
 
 
 def resize_and_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -108,67 +163,122 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-@contextlib.contextmanager
-def _opened(path: str | File) -> Iterator[Image.Image]:
-    """The image with only its header read; any error until the end of the block becomes UnreadableImage."""
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def _read(path: str | File, decoding: Decoding, use: Callable[[Image.Image, int | None], T]) -> T:
+    """``use`` of the upright image and its peak; any error, those of ``use`` included, becomes UnreadableImage."""
     path = Path(path) if isinstance(path, str) else path
+    if Image.MAX_IMAGE_PIXELS is not None and decoding.max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = decoding.max_pixels  # Pillow's own limit, for TIFF, GIF and WebP
+    kind = ""
+    peak: int | None = None
+    held = False
+
+    def upright(file: BinaryIO) -> Image.Image:
+        nonlocal peak, held
+        image = _READERS[kind](file)
+        pixels = image.width * image.height
+        if pixels > decoding.max_pixels:
+            raise UnreadableImage(path, f"{image.width}x{image.height} is {_too_many(decoding)}")
+        if pixels > _LARGE_PIXELS and not held:
+            large.enter_context(_large_images)
+            held = True
+        rgb, peak = _upright_rgb(image, decoding.window)
+        return rgb
+
     try:
-        with path.open("rb") as file:
-            image = _open_header(path, file)
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
-                raise UnreadableImage(path, f"{image.width}x{image.height} is over the limit of {MAX_PIXELS:,} pixels")
-            with _large_images if pixels > _LARGE_PIXELS else contextlib.nullcontext():
-                yield image
+        with path.open("rb") as file, contextlib.ExitStack() as large:
+            kind = _kind(path, file, decoding)
+            try:
+                return use(upright(file), peak)
+            except (UnreadableImage, MemoryError, *_BOMBS):
+                raise
+            except Exception:
+                if decoding.reading == 1 or (image := mended(kind, file, upright)) is None:
+                    raise
+                return use(image, peak)
     except (UnreadableImage, MemoryError):
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnreadableImage(path, f"over the limit of {MAX_PIXELS:,} pixels") from None
+    except _BOMBS:
+        raise UnreadableImage(path, _too_many(decoding)) from None
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise UnreadableImage(path, _reason(error)) from None
+        raise UnreadableImage(path, _reason(error, kind)) from None
 
 
-def _open_header(path: File, file: BinaryIO) -> ImageFile.ImageFile:
+def _too_many(decoding: Decoding) -> str:
+    return f"over the limit of {decoding.max_pixels:,} pixels: raise it with --max-pixels"
+
+
+def _kind(path: File, file: BinaryIO, decoding: Decoding) -> str:
     # Do not use Image.open: it warns of large images through the process's warning filters, which threads cannot change
     # safely, it reads other formats, and it does not take a phone's JPEG with a depth map (MPO) for a JPEG.
     length = file.seek(0, 2)
     file.seek(0)
     if not length:
         raise UnreadableImage(path, "empty file")
-    if length > MAX_BYTES:
-        raise UnreadableImage(path, f"over the limit of {MAX_BYTES:,} bytes")
-    start = file.read(16)
+    if length > decoding.max_bytes:
+        raise UnreadableImage(path, f"over the limit of {decoding.max_bytes:,} bytes (16 for each of --max-pixels)")
+    start = file.read(START)
     file.seek(0)
-    for magic, reader in _READERS.items():
-        if start.startswith(magic):
-            return reader(file)
-    raise UnreadableImage(path, "not a PNG, JPEG, GIF, WebP or BMP inside")
+    kind = kind_of(start)
+    known = FIRST_READ if decoding.reading == 1 else _READERS
+    if kind is None or kind not in known or (kind == "AVIF" and not features.check("avif")):
+        raise UnreadableImage(path, unread_content(start))
+    return kind
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, kind: str) -> str:
+    if isinstance(error, _UnclearError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     text = str(error).lower()
-    return "truncated" if "truncated" in text or "end of" in text else "damaged"
+    if "truncated" in text or "end of" in text:
+        return "truncated"
+    return "damaged, or a TIFF that is not read: convert it to PNG" if kind == "TIFF" else "damaged"
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+class _UnclearError(ValueError):
+    """An image's values have no plain meaning; the text says so, with the remedy."""
+
+
+def _upright_rgb(image: Image.Image, window: tuple[float, float] | None) -> tuple[Image.Image, int | None]:
+    """The image in RGB, and its greatest value if it has 16 bits."""
+    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     image.load()
     with contextlib.suppress(Exception):  # a damaged EXIF block must not lose the image
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        return _from_16_bit(image)
+    if image.mode[0] in "IF":
+        return _from_grey(image, window)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")
         image.paste(rgba, mask=rgba)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    # Pillow keeps the high byte of 16-bit colour.
+    return image, (int(np.asarray(image).max()) << 8) | 255 if deep else None
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Keep the high byte, as Pillow does for 16-bit colour; its convert() would clip nearly everything to white."""
+def _from_grey(image: Image.Image, window: tuple[float, float] | None) -> tuple[Image.Image, int | None]:
+    """Grey of 16 or 32 bits. Without a window the high byte is kept, as Pillow does for 16-bit colour.
+
+    Pillow's convert() would clip nearly everything to white.
+    """
     values = np.asarray(image)  # (H, W)
-    grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+    is_float = image.mode == "F"
+    if is_float and window is None:
+        if not (values.min() >= 0 and values.max() <= 1):  # nor with NaN
+            raise _UnclearError("float values other than 0 to 1: name black and white with --window LOW,HIGH")
+        window = (0, 1)
+    if window is None:
+        grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+    else:
+        low, high = window
+        scaled = (np.nan_to_num(values.astype(np.float32), nan=low) - low) * (255 / (high - low))
+        grey = np.clip(scaled.round(), 0, 255).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
     if "transparency" in image.info:
         grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey).convert("RGB")
+    return Image.fromarray(grey).convert("RGB"), None if is_float else int(values.max())

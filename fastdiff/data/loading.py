@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.config import DataConfig
-from fastdiff.data.cache import decode_once
+from fastdiff.config import READING, DataConfig, ImagesConfig
+from fastdiff.data.cache import Decoded, decode_once
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_counts
+from fastdiff.data.images import Decoding
+from fastdiff.data.labelling import nearly_as_many
 from fastdiff.data.npz import Samples, read_samples
 from fastdiff.data.threads import Progress
 from fastdiff.runtime.display import Lines
@@ -36,7 +38,7 @@ class Dataset:
     names and lengths in bytes of the N images, the class of each, and the classes. It is the same for a copy of the
     folder, a zip of it, other file times and another image_size. It ignores files that are left out and does not notice
     other bytes in a file of the same length. For an npz it covers the pixels, too, by their CRC-32. ``named`` is false
-    for an npz whose classes have no names: then class_names are their numbers.
+    for an npz whose classes have no names: then class_names are their numbers. ``notes`` are lines for the log.
     """
 
     images: NDArray[np.uint8]
@@ -46,6 +48,7 @@ class Dataset:
     names: tuple[str, ...]
     fingerprint: str
     named: bool = True
+    notes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise OSError if the mapped file has become shorter: reading past its end kills the process (SIGBUS)."""
@@ -69,15 +72,16 @@ def load_dataset(
     image_size: int,
     *,
     labelled: bool,
+    reading: int = READING,
     on_progress: Progress | None = None,
     processes: int = 1,
 ) -> Dataset:
     """Every readable image of config.data_dir at image_size, in the order of the folder, the zip or the npz.
 
-    Unreadable images are left out and named in the preflight. ``on_progress(done, total)`` is called after each decoded
-    image, in the caller's thread. If several ``processes`` of this machine load the folder, cache auto uses the file,
-    which they all map, and cache memory gives each its copy: let one of them load the folder first, and the others
-    reuse its file.
+    Unreadable images are left out and named in the preflight. ``reading`` is the version of the rules by which the data
+    is read (config.READING). ``on_progress(done, total)`` is called after each decoded image, in the caller's thread.
+    If several ``processes`` of this machine load the folder, cache auto uses the file, which they all map, and cache
+    memory gives each its copy: let one of them load the folder first, and the others reuse its file.
 
     An npz (arr_0 and arr_1 as in read_samples) is memory-mapped in place and contains its labels. If it has no
     class_names, the classes are named by their numbers.
@@ -88,9 +92,11 @@ def load_dataset(
     """
     path = Path(os.path.expanduser(config.data_dir))
     if path.suffix.lower() == ".npz" and path.is_file():
-        dataset = _from_samples(path, read_samples(path), image_size, labelled)
+        if config.label_file:
+            raise ValueError(f"label_file {config.label_file}: {path} holds its own classes; leave it out")
+        dataset = _from_samples(path, read_samples(path), image_size, labelled, reading)
     else:
-        dataset = _from_folder(config, image_size, labelled, on_progress, processes)
+        dataset = _from_folder(config, image_size, labelled, on_progress, processes, reading)
     if dataset.labels is not None:
         doubts = doubts_of_classes(dataset.class_names, len(dataset.images))
         if not dataset.named:
@@ -100,7 +106,9 @@ def load_dataset(
     return dataset
 
 
-def load_shared(config: DataConfig, image_size: int, *, labelled: bool, world: "World", display: Lines) -> Dataset:
+def load_shared(
+    config: DataConfig, image_size: int, *, labelled: bool, world: "World", display: Lines, reading: int = READING
+) -> Dataset:
     """Like load_dataset, on every process: one per machine decodes the images, and the others map its file.
 
     Raises ValueError, on all processes, if one of them sees other images than the first.
@@ -110,6 +118,7 @@ def load_shared(config: DataConfig, image_size: int, *, labelled: bool, world: "
             config,
             image_size,
             labelled=labelled,
+            reading=reading,
             on_progress=lambda done, total: display.advance("images", done, total),
             processes=world.local_size,
         )
@@ -128,18 +137,36 @@ def doubts_of_classes(class_names: Sequence[str], images: int) -> list[str]:
     """Warnings about training with these classes, as phrases that follow "has"."""
     if images > 1 and len(class_names) == 1:
         return [f"one class ({printable(class_names[0])}): class labels teach the model nothing"]
-    if images > 10 and len(class_names) > images / 2:
+    if nearly_as_many(len(class_names), images):
         return [
             f"{len(class_names):,} classes in {images:,} images, nearly one class per image: to train by class, start "
-            "the file names with the class and an underscore, or use sub-folders and --labels folder"
+            "the file names with the class and an underscore, use sub-folders and --labels folder, or name a CSV or "
+            "JSON file with --label-file"
         ]
     return []
 
 
+def doubts_of_values(decoded: Decoded, window: tuple[float, float] | None) -> list[str]:
+    """A warning about 16-bit images that are nearly black, as a phrase that follows "has"."""
+    if window is not None or not decoded.dark:
+        return []
+    white = max(2 ** decoded.peak.bit_length() - 1, 255)
+    return [
+        f"{decoded.dark:,} of {decoded.deep:,} 16-bit images without a value above {decoded.peak:,}, which are nearly "
+        f"black: --window 0,{white} makes {white:,} white in grey ones, and colour needs converting to 8 bits"
+    ]
+
+
+def folder_of(config: ImagesConfig, image_size: int, labelled: bool = True, reading: int = READING) -> ImageFolder:
+    """The images of a folder or zip, read as ``config`` says. Raises ImageFolder's ValueErrors."""
+    decoding = Decoding(config.max_pixels, config.window, reading)
+    return ImageFolder(config.data_dir, image_size, config.labels if labelled else None, config.label_file, decoding)
+
+
 def _from_folder(
-    config: DataConfig, image_size: int, labelled: bool, on_progress: Progress | None, processes: int
+    config: DataConfig, image_size: int, labelled: bool, on_progress: Progress | None, processes: int, reading: int
 ) -> Dataset:
-    folder = ImageFolder(config.data_dir, image_size, config.labels if labelled else None)
+    folder = folder_of(config, image_size, labelled, reading)
     images, decoded, lengths = decode_once(folder, config, on_progress, processes)
     if decoded.unreadable and config.strict:
         name, reason = next(iter(decoded.unreadable.items()))
@@ -158,11 +185,13 @@ def _from_folder(
         (*unreadable, *folder.left_out),
     )
     labels = None if folder.labels is None else folder.labels[readable]
-    fingerprint = _fingerprint(names, lengths[readable], labels, folder.written_class_names)
-    return Dataset(images, labels, folder.class_names, preflight, names, fingerprint)
+    for doubt in doubts_of_values(decoded, config.window):
+        warnings.warn(f"{folder.root} has {doubt}", stacklevel=3)
+    fingerprint = _fingerprint(names, lengths[readable], labels, folder.written_class_names, config.window)
+    return Dataset(images, labels, folder.class_names, preflight, names, fingerprint, notes=folder.notes)
 
 
-def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool) -> Dataset:
+def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool, reading: int) -> Dataset:
     height, width = samples.images.shape[1:3]
     if (height, width) != (image_size, image_size):
         other = f", or train with --image-size {height}" if height == width else ""
@@ -177,7 +206,10 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool)
             f"{path} has no labels (arr_1), which training by class needs: pack it again, or leave --class-cond off"
         )
     named = labels is None or samples.class_names is not None
-    class_names = () if labels is None else _class_names(path, labels, samples.class_names)
+    known = samples.class_names
+    if labels is not None and known is None and reading > 1 and _from_one(labels):
+        labels, known = labels - 1, tuple(map(str, range(1, labels.max() + 1)))
+    class_names = () if labels is None else _class_names(path, labels, known)
     names = samples.names or tuple(f"{i:0{len(str(count - 1))}}" for i in range(count))
     preflight = Preflight({"npz": count}, class_names, (width, height), (width, height), ())
     about = [samples.images.shape, samples.checksum, names, class_names]
@@ -186,6 +218,11 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool)
     # otherwise np.take would copy the images for every batch
     images = samples.images if samples.images.flags.c_contiguous else np.ascontiguousarray(samples.images)
     return Dataset(images, labels, class_names, preflight, names, digest.hexdigest(), named)
+
+
+def _from_one(labels: NDArray[np.int64]) -> bool:
+    """Whether the classes are numbered from 1: there are several, and every number is used."""
+    return labels.min() == 1 and 1 < labels.max() == len(np.unique(labels))
 
 
 def _class_names(path: Path, labels: NDArray[np.int64], names: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -204,8 +241,11 @@ def _fingerprint(
     lengths: NDArray[np.int64],
     labels: NDArray[np.int64] | None,
     class_names: tuple[str, ...],
+    window: tuple[float, float] | None,
 ) -> str:
     digest = hashlib.sha256(json.dumps(class_names).encode())
+    if window is not None:
+        digest.update(f"{window}\n".encode())
     classes = repeat(None) if labels is None else labels.tolist()
     for name, length, label in zip(names, lengths.tolist(), classes, strict=False):
         digest.update(os.fsencode(name) + f"\0{length} {label}\n".encode())

@@ -1,15 +1,18 @@
 """Pack a folder of images into one file to train from."""
 
+import os
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from fastdiff.config import DataConfig, Labels
+from fastdiff.config import DataConfig
 from fastdiff.data.archives import ArchiveError, safe_name
-from fastdiff.data.dataset import ImageFolder, Preflight
-from fastdiff.data.loading import load_dataset
+from fastdiff.data.dataset import ImageFolder
+from fastdiff.data.label_files import STANDARD
+from fastdiff.data.loading import Dataset, load_dataset
 from fastdiff.data.threads import Progress
 from fastdiff.runtime.files import whole
 from fastdiff.runtime.words import printable
@@ -18,13 +21,15 @@ from fastdiff.runtime.words import printable
 def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> int:
     """Store the image files of a folder, unchanged and in order, in an uncompressed zip; returns their number.
 
-    A folder and its zip are the same data set, with the same fingerprint, at any size and with either kind of labels.
-    ``on_progress(done, total)`` is called after each file. Raises ValueError like ImageFolder, for a name that a zip
-    cannot hold, and if ``out`` exists.
+    A folder and its zip are the same data set, with the same fingerprint, at any size and with any kind of labels:
+    label files with the names that other projects give them are stored, too. ``on_progress(done, total)`` is called
+    after each file. Raises ValueError like ImageFolder, for a name that a zip cannot hold, and if ``out`` exists.
     """
     folder = ImageFolder(source, 1, labels=None)
+    standard = {name: file for name, file in folder.label_files.items() if os.path.basename(name) in STANDARD}
+    files = [*zip(folder.names, folder.files, strict=True), *standard.items()]
     with whole(out) as file, zipfile.ZipFile(file, "w") as archive:
-        for done, (name, image) in enumerate(zip(folder.names, folder.files, strict=True), start=1):
+        for done, (name, image) in enumerate(files, start=1):
             try:
                 safe_name(out, name)
             except ArchiveError:
@@ -39,24 +44,22 @@ def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> in
             except UnicodeEncodeError:
                 raise ValueError(f"{printable(name)} in {source} is not in UTF-8: rename it") from None
             if on_progress is not None:
-                on_progress(done, len(folder))
+                on_progress(done, len(files))
     return len(folder)
 
 
-def pack_npz(
-    source: Path, out: Path, image_size: int, labels: Labels = Labels.PREFIX, on_progress: Progress | None = None
-) -> Preflight:
-    """Save the decoded images with np.savez, so that they can be memory-mapped; returns the folder's preflight.
+def pack_npz(config: DataConfig, out: Path, image_size: int, on_progress: Progress | None = None) -> Dataset:
+    """Save the decoded images of config.data_dir with np.savez, to be memory-mapped; returns the data set.
 
     arr_0: uint8 (N, H, W, 3); arr_1: int64 (N,), the classes; class_names and names: text. If the images do not fit in
     memory, they go through a memory-mapped file beside ``out``. Raises ValueError like load_dataset, and if ``out``
     exists.
     """
     with whole(out) as file:
-        config = DataConfig(data_dir=str(source), labels=labels, cache_dir=str(file.parent / "cache"))
-        data = load_dataset(config, image_size, labelled=True, on_progress=on_progress)
+        beside = replace(config, cache_dir=str(file.parent / "cache"))
+        data = load_dataset(beside, image_size, labelled=True, on_progress=on_progress)
         assert data.labels is not None
         class_names, names = np.array(data.class_names, np.str_), np.array(data.names, np.str_)
         with file.open("xb") as target:
             np.savez(target, data.images, data.labels, class_names=class_names, names=names)
-    return data.preflight
+    return data

@@ -20,6 +20,7 @@ class ZipMember:
 
     archive: zipfile.ZipFile
     info: zipfile.ZipInfo
+    most: int = MAX_BYTES
 
     def __str__(self) -> str:
         return f"{self.archive.filename}/{self.info.filename}"
@@ -27,21 +28,27 @@ class ZipMember:
     def open(self, mode: Literal["rb"] = "rb", /) -> BinaryIO:
         """Open the content; reading it to the end verifies its checksum.
 
-        Raises UnreadableImage if the member is encrypted or larger than images.MAX_BYTES.
+        Raises UnreadableImage if the member is encrypted, compressed in an unknown way or larger than ``most`` bytes.
         """
         if self.info.flag_bits & 1:
             raise UnreadableImage(self, "encrypted")
-        if self.info.file_size > MAX_BYTES:
-            raise UnreadableImage(self, f"over the limit of {MAX_BYTES:,} bytes")
-        file = self.archive.open(self.info)
+        if self.info.file_size > self.most:
+            raise UnreadableImage(self, f"over the limit of {self.most:,} bytes (16 for each of --max-pixels)")
+        try:
+            file = self.archive.open(self.info)
+        except NotImplementedError:  # Deflate64, which Windows uses for large files, and rarer ones
+            raise UnreadableImage(self, "compressed in a way that Python does not know: pack the zip again") from None
         if self.info.file_size > _WHOLE:
             return cast(BinaryIO, file)
         with file:
             return io.BytesIO(file.read())  # decoders seek back and forth
 
 
-def zip_members(path: Path) -> dict[str, ZipMember]:
-    """The files of a zip by name, without folders. Raises ValueError if the zip is damaged or has unsafe names."""
+def zip_members(path: Path, most: int = MAX_BYTES) -> dict[str, ZipMember]:
+    """The files of a zip by name, without folders; those of more than ``most`` bytes cannot be opened.
+
+    Raises ValueError if the zip is damaged or has unsafe names.
+    """
     try:
         file = path.open("rb")
         try:
@@ -56,7 +63,7 @@ def zip_members(path: Path) -> dict[str, ZipMember]:
         raise ValueError(f"{path} is damaged or not a zip ({first_line(error)}): copy it again") from None
     weakref.finalize(archive, file.close)
     return {
-        safe_file_name(path, info.filename): ZipMember(archive, info)
+        safe_file_name(path, info.filename): ZipMember(archive, info, most)
         for info in archive.infolist()
         if not info.filename.endswith("/")  # is_dir() fails without a name
     }

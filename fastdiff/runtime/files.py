@@ -140,10 +140,15 @@ def refuse_unwritable(option: str, wanted: Path) -> None:
 
 
 _OTHER_KINDS = (
-    (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: fetch that with git lfs pull"),
-    (rb"\s*<(!doctype|html|\?xml)", "is a web page, not a checkpoint: download the file itself"),
-    (rb"\x1f\x8b", "is compressed: unpack it with gunzip"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch that with git lfs pull"),
+    (rb"\s*<(!doctype|html|\?xml)", "a web page, not the file itself: download that"),
+    (rb"\x1f\x8b", "compressed: unpack it with gunzip"),
 )
+
+
+def other_kind(start: bytes) -> str | None:
+    """What a file is instead of the expected one, and the remedy, if its first bytes show it."""
+    return next((what for pattern, what in _OTHER_KINDS if re.match(pattern, start, re.IGNORECASE)), None)
 
 
 def refuse_other_kind(path: Path) -> None:
@@ -156,9 +161,8 @@ def refuse_other_kind(path: Path) -> None:
             start = file.read(64)
     except OSError:
         return
-    for pattern, what in _OTHER_KINDS:
-        if re.match(pattern, start, re.IGNORECASE):
-            raise ValueError(f"{path} {what}")
+    if (what := other_kind(start)) is not None:
+        raise ValueError(f"{path} is {what}")
     named = path.suffix == ".safetensors"
     if named and start.startswith(b"PK\x03\x04"):
         raise ValueError(f"{path} is a PyTorch file: rename it to end in .pt")

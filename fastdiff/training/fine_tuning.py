@@ -6,8 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.checkpoint import ClassifierWeights, Weights, find_checkpoint, read_classifier, read_weights
-from fastdiff.config import ClassifierConfig, DiffusionConfig, ModelConfig, TrainConfig
+from fastdiff.checkpoint import (
+    ClassifierWeights,
+    Weights,
+    find_checkpoint,
+    read_classifier,
+    read_metadata,
+    read_weights,
+)
+from fastdiff.config import ClassifierConfig, DiffusionConfig, Labels, ModelConfig, TrainConfig
 from fastdiff.config.base import differences, in_words
 from fastdiff.data.classes import completed, listed
 from fastdiff.interop.classifier import LAST_LAYER
@@ -111,6 +118,9 @@ def flags_to_resume(path: Path, flags: Mapping[str, Any], classifier: bool = Fal
     notes: list[str] = []
     if classifier or path.suffix == ".safetensors":
         flags, notes = flags_to_fine_tune(path, flags, classifier)
+        run = read_metadata(path).get("run_config", {}) if path.suffix == ".safetensors" else {}
+        if run.get("data", {}).get("labels") == Labels.AUTO and not flags.get("label_file"):
+            flags = {"labels": Labels.AUTO} | flags
     else:
         refuse_classifier(state := load_state_dict(path), path)
         if CLASSES in state:

@@ -57,7 +57,14 @@ def hold_out(
             world.refuse(f"val_data_dir {train.val_data_dir} is inside the data folder: its images would be trained on")
         images = replace(config.data, data_dir=train.val_data_dir)
         with warnings.catch_warnings(action="ignore"):  # they are about training on these images
-            other = load_shared(images, config.model.image_size, labelled=True, world=world, display=display)
+            other = load_shared(
+                images,
+                config.model.image_size,
+                labelled=True,
+                world=world,
+                display=display,
+                reading=config.reading,
+            )
         labels = world.on_all(lambda: _labels(other, dataset, train.val_data_dir))
         lines = [f"held out: {other.preflight.line()}"]
         return None, _measured(other, np.arange(len(labels)), labels, train.eval_interval), lines

@@ -13,6 +13,7 @@ from fastdiff.checkpoint import Lease, saved_steps
 from fastdiff.config import (
     ClassifierConfig,
     DiffusionConfig,
+    Labels,
     ModelConfig,
     Parallel,
     Precision,
@@ -100,6 +101,8 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         flags["data_dir"] = str(data)  # absolute: the run may be resumed from another working directory
     if flags.get("val_data_dir"):
         flags["val_data_dir"] = str(Path(flags["val_data_dir"]).resolve())
+    if (labels := Path(flags.get("label_file", ""))).is_file():  # else it is the name of a file in the data
+        flags["label_file"] = str(labels.resolve())
     if start.batch_size_per_process is not None:
         flags["batch_size"] = start.batch_size_per_process * world.size
     if restarted() and not resume and launcher() and Lease.begun_by(run_dir) == launcher():
@@ -131,6 +134,8 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         if resume:
             notes.append(f"{run_dir} holds no run yet: starting from scratch")
         fixed_classes, said = "num_classes" in flags, []
+        if start.preset is None and resume_checkpoint is None and not flags.get("label_file"):
+            flags = {"labels": Labels.AUTO} | flags  # released models and their runs have improved-diffusion's rule
         flags = _with_steps(with_preset(flags, start.preset, presets=CLASSIFIER_PRESETS if classifier else PRESETS))
         if init_from is not None:
             init_from = fine_tuning.find_initial(init_from)  # resolved once: a run may save another step meanwhile
@@ -210,7 +215,14 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
 
     runtime = world.on_all(resolve)
     world.check(runtime.device)
-    dataset = load_shared(config.data, config.model.image_size, labelled=config.labelled, world=world, display=display)
+    dataset = load_shared(
+        config.data,
+        config.model.image_size,
+        labelled=config.labelled,
+        world=world,
+        display=display,
+        reading=config.reading,
+    )
     config, changes = world.on_all(lambda: _with_data(plan, dataset))
     among, held_out, said = hold_out(config, dataset, world, display)
 
@@ -225,7 +237,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         return held.enter_context(run_folder.Log(run_dir, display.line))
 
     log = world.on_all(open_folder)
-    for line in (*plan.notes, f"data: {dataset.preflight.line()}", *changes, *said):
+    for line in (*plan.notes, f"data: {dataset.preflight.line()}", *dataset.notes, *changes, *said):
         log(line)
     trainer = Trainer(config, dataset, runtime, run_dir, log, world, among, held_out)
     if plan.resuming:

@@ -30,8 +30,8 @@ def write(path: Path, kind: str) -> None:
     [
         ("model.pt", "lfs", "is a Git LFS pointer, not the file itself: fetch that with git lfs pull"),
         ("model.safetensors", "lfs", "is a Git LFS pointer, not the file itself: fetch that with git lfs pull"),
-        ("model.pt", "html", "is a web page, not a checkpoint: download the file itself"),
-        ("model.safetensors", "html", "is a web page, not a checkpoint: download the file itself"),
+        ("model.pt", "html", "is a web page, not the file itself: download that"),
+        ("model.safetensors", "html", "is a web page, not the file itself: download that"),
         ("model.pt", "gzip", "is compressed: unpack it with gunzip"),
         ("model.pt", "safetensors", "is a safetensors file: rename it to end in .safetensors"),
         ("model.safetensors", "torch", "is a PyTorch file: rename it to end in .pt"),

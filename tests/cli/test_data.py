@@ -114,9 +114,34 @@ def test_check(cli: Cli, shapes: Path, tmp_path: Path) -> None:
     refused(cli("data", "check", "data", "--sheet", "sheet.png"), "sheet.png exists already")
     refused(cli("data", "check", "data", "--sheet", "sheet.jpg"), "does not end in .png")
     refused(cli("data", "check", "data", "--labels", "folder"), "lies in data itself")
+    refused(cli("data", "check", "data", "--label-file", "nowhere.csv"), "nowhere.csv does not exist")
     refused(cli("data", "check", "nowhere"), "does not exist")
     refused(cli("data", "check", ""), "DIR.*must not be empty")
     refused(cli("data", "lsun", "data", "out", "--image-size", 5000), "--image-size.*4096")
+
+
+def test_check_says_what_is_wrong_and_what_helps(cli: Cli, tmp_path: Path) -> None:
+    for i in range(24):
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 40 if i == 5 else 64), (i, 0, 0)).save(path)
+    shutil.copy(tmp_path / "data/a/02.png", tmp_path / "data/b/99.png")
+    result = cli("data", "check", "data")
+    assert result.status == 0
+    assert "labels: the sub-folders are the classes; --labels prefix takes the file names" in result.out
+    assert result.err == (
+        "warning: data has 1 image smaller than 64 pixels, which will be enlarged and blurred: b/05.png\n"
+        "warning: data has 1 image with the same pixels as another, at 64x64: b/99.png is a/02.png\n"
+    )
+    told = cli("data", "check", "data", "--labels", "prefix").err
+    assert "25 classes in 25 images" in told
+    assert "--labels folder" in told
+    rows = [f"{i:02}.png,{'odd' if i % 2 else 'even'}" for i in (*range(24), 99)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,class", *rows]))
+    assert "12 even" in cli("data", "check", "data", "--label-file", "labels.csv").out
+    result = succeeded(cli("data", "pack", "data", "out.npz", "--image-size", 8))
+    assert "in 2 classes: a, b" in result.out
+    assert "labels: the sub-folders are the classes" in result.out
 
 
 def test_a_sheet_that_cannot_be_written_is_refused_at_once(

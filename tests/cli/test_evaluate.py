@@ -19,7 +19,7 @@ from fastdiff.evaluation import files
 
 from ..sampling.support import UPPER, saved
 from .conftest import Cli
-from .support import Result, contents, refused, succeeded
+from .support import SHORT, TINY, Result, contents, refused, succeeded
 
 CPU = ["--compile", "off", "--device", "cpu"]
 STEPS = 20
@@ -47,6 +47,22 @@ def evaluate(cli: Cli) -> Cli:
 def array(path: Path, name: str = "arr_0") -> np.ndarray:
     with np.load(path, allow_pickle=False) as file:
         return file[name]
+
+
+def test_classes_and_values_as_in_training(cli: Cli, evaluate: Cli, tmp_path: Path) -> None:
+    """Of a run with --labels auto; other models keep improved-diffusion's rule."""
+    for i in range(6):
+        path = tmp_path / "data" / ("cats", "dogs")[i % 2] / f"IMG{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 600 * i, np.uint16)).save(path)
+    flags = [*TINY, "--class-cond", *SHORT, "--steps", 1, "--window", "0,4095"]
+    succeeded(cli("train", "--data-dir", "data", "--run-dir", "run", *flags))
+    result = succeeded(evaluate("run", "--data-dir", "data", "--steps", 2))
+    assert "labels: the sub-folders are the classes" in result.out
+    said = json.loads((tmp_path / "nll/nll.json").read_text())
+    trained = json.loads((tmp_path / "run/config.json").read_text())
+    assert (said["labels"], said["data_fingerprint"]) == ("auto", trained["data_fingerprint"])
+    refused(evaluate("run", "--data-dir", "data", "--steps", 2, "--labels", "prefix", "--out-dir", "b"), "IMG0.png")
 
 
 def test_every_file(evaluate: Cli, checkpoint: Path, animals: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_the_line_of_25_steps() -> None:
     )
 
 
-ALWAYS = "--holdout 0 --no-rescale-timesteps"
+ALWAYS = "--holdout 0 --no-rescale-timesteps --labels prefix"
 CLASSIFIER_DEFAULTS = f"{ALWAYS} --batch-size-per-process 4 --steps 150000 --lr 3e-4 --weight-decay 0.0"
 
 

@@ -89,6 +89,18 @@ def test_our_own_checkpoint_in_its_folder_and_in_another(cli: Cli, train: Cli, s
     assert all(torch.equal(one[key], other[key]) for key in one)  # whichever way it went
 
 
+def test_our_own_checkpoint_keeps_the_rule_of_its_classes(cli: Cli, shapes: Path, tmp_path: Path) -> None:
+    for path in shapes.iterdir():
+        name = tmp_path / "data" / path.stem.split("_")[0] / path.name.replace("_", "")
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_bytes(path.read_bytes())
+    flags = ["train", "--data-dir", "data", *TINY, "--class-cond", *SHORT]
+    succeeded(cli(*flags, "--run-dir", "a", "--steps", 1))
+    result = succeeded(cli(*flags, "--run-dir", "b", "--steps", 2, "--resume-checkpoint", "a/model000001.safetensors"))
+    assert "in 4 classes: circle, cross, square, triangle" in result.out
+    assert "newly initialised" not in result.out
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -177,8 +177,14 @@ def test_ddim_respacing_without_ddim_stays_ancestral(cli: Cli, checkpoint: Path,
     ("pasted", "ours"),
     [
         ("train --large_size 256 --small_size 64", "train --image-size 256 --small-size 64"),
-        ("image-train --batch_size 3", "train --no-ema-warmup --batch-size-per-process 1 --batch-size-per-process 3"),
-        ("image_train --preset=p --batch_size 3", "train --no-ema-warmup --preset=p --batch-size-per-process 3"),
+        (
+            "image-train --batch_size 3",
+            "train --no-ema-warmup --labels prefix --batch-size-per-process 1 --batch-size-per-process 3",
+        ),
+        (
+            "image_train --preset=p --batch_size 3",
+            "train --no-ema-warmup --labels prefix --preset=p --batch-size-per-process 3",
+        ),
         ("super_res_sample --model_path a.pt --preset=p", "{} --preset=p a.pt"),
         ("train --resume_checkpoint= --lr 1", "train --lr 1"),
         ("sample --model_path a.pt --model_path b.pt --use_ddim", "sample --sampler ddim b.pt"),
@@ -190,7 +196,10 @@ def test_ddim_respacing_without_ddim_stays_ancestral(cli: Cli, checkpoint: Path,
         ("image_sample --model_path a.pt --preset p", "{} --preset p a.pt"),
         ("image_sample --model_path a.pt", "{} --diffusion-steps 1000 --noise-schedule linear --num-heads 4 a.pt"),
         ("image_sample --use_ddim False", "{} --sampler ddpm"),  # of the newest run
-        ("image_nll --model_path a.safetensors", "evaluate nll --num-samples 1000 --batch-size 1 a.safetensors"),
+        (
+            "image_nll --model_path a.safetensors",
+            "evaluate nll --num-samples 1000 --batch-size 1 --labels prefix a.safetensors",
+        ),
         ("train --use_fp16 yes", "train --precision fp16 --fp16-scale-growth 1e-3"),
         ("train --use_fp16=1 --fp16_scale_growth=0.1", "train --precision fp16 --fp16-scale-growth=0.1"),
     ],

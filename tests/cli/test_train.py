@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,108 @@ def test_labels_by_folder(train: Cli, tmp_path: Path) -> None:
     flags = ("--data-dir", tmp_path / "data", "--labels", "folder", "--batch-size", 2, "--steps", 1)
     succeeded(train("r", *flags))
     assert config_of(tmp_path / "r")["class_names"] == ["cats", "dogs"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve photos of two animals, in sub-folders of a folder, under the names that a camera gave them."""
+    for i in range(12):
+        path = tmp_path / "photos" / ("cats", "dogs")[i % 2] / f"IMG{i:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(path)
+    return tmp_path / "photos"
+
+
+def test_sub_folders_are_classes_by_default(train: Cli, photos: Path, tmp_path: Path) -> None:
+    flags = ("--data-dir", photos, "--batch-size", 2)
+    result = succeeded(train("r", *flags, "--steps", 1))
+    line = "labels: the sub-folders are the classes; --labels prefix takes the file names"
+    assert line in result.out
+    assert line in (tmp_path / "r/log.txt").read_text()
+    config = config_of(tmp_path / "r")
+    assert (config["class_names"], config["class_counts"]) == (["cats", "dogs"], [6, 6])
+    assert (config["data"]["labels"], config["reading"]) == ("auto", 2)
+    succeeded(train("r", *flags, "--steps", 2, "--resume"))
+    succeeded(train("s", *flags, "--steps", 1, "--labels", "folder"))
+    assert config_of(tmp_path / "s")["data_fingerprint"] == config["data_fingerprint"]
+
+
+@pytest.mark.parametrize("how", ["--labels", "--preset", "script"])
+@pytest.mark.filterwarnings("ignore:.*nearly one class per image")
+def test_the_original_rule_where_it_is_asked_for(
+    cli: Cli, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setenv("OPENAI_LOGDIR", "r")
+    more = {"--labels": ["--labels", "prefix"], "--preset": ["--preset", "fork_128", "--precision", "fp32"]}.get(
+        how, []
+    )
+    command = ["image_train"] if how == "script" else ["train", "--run-dir", "r"]
+    flags = [*TINY, "--class-cond", "--data-dir", photos, "--preview-interval", 0, "--compile", "off"]
+    flags += ["--steps", 1, "--batch-size", 2, "--num-classes", 12, "--device", "cpu"]
+    result = cli(*command, *flags, *more)
+    assert result.status == 0, result
+    assert "labels:" not in result.out
+    config = config_of(tmp_path / "r")
+    assert (config["data"]["labels"], len(config["class_names"])) == ("prefix", 12)
+
+
+def test_a_run_of_an_earlier_version_resumes_with_its_images(train: Cli, photos: Path, tmp_path: Path) -> None:
+    """Its config.json says neither how files are read nor of the flags that are new."""
+    flags = ("--data-dir", photos, "--batch-size", 2)
+    succeeded(train("r", *flags, "--steps", 1, "--labels", "folder"))
+    Image.new("RGB", (8, 8)).save(photos / "cats/scan.tif")
+    refused(train("r", *flags, "--steps", 2, "--resume"), "are not the ones this run was trained on")
+    config = config_of(tmp_path / "r")
+    del config["reading"]
+    for name in ("label_file", "window", "max_pixels"):
+        del config["data"][name]
+    (tmp_path / "r/config.json").write_text(json.dumps(config))
+    result = succeeded(train("r", *flags, "--steps", 2, "--resume"))
+    assert "left out 1: cats/scan.tif" in result.out
+    assert config_of(tmp_path / "r")["reading"] == 1
+    succeeded(train("r", *flags, "--steps", 3, "--resume"))
+
+
+def test_classes_from_a_label_file(train: Cli, cli: Cli, photos: Path, tmp_path: Path) -> None:
+    rows = [f"{path.name},{'warm' if int(path.stem[3:]) > 5 else 'cold'}" for path in photos.rglob("*.png")]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,class", *rows]))
+    flags = ("--data-dir", photos, "--batch-size", 2, "--label-file", "labels.csv")
+    succeeded(train("r", *flags, "--steps", 1))
+    config = config_of(tmp_path / "r")
+    assert (config["class_names"], config["class_counts"]) == (["cold", "warm"], [6, 6])
+    assert config["data"]["label_file"] == str(tmp_path / "labels.csv")
+    succeeded(train("r", *flags, "--steps", 2, "--resume"))
+    refused(
+        train("r", *flags[:-2], "--steps", 3, "--resume", "--labels", "folder"), "the data has the classes cats, dogs"
+    )
+    succeeded(cli("train", "--config", "r/config.json", "--run-dir", "again", "--steps", 1))
+    assert config_of(tmp_path / "again")["data_fingerprint"] == config["data_fingerprint"]
+    refused(train("s", *flags[:-1], "nowhere.csv"), r"label_file nowhere\.csv does not exist, nor is it in .*photos")
+    (tmp_path / "labels.csv").rename(photos / "labels.csv")
+    result = succeeded(cli("train", "--run-dir", "u", *TINY, *SHORT, "--data-dir", photos, "--steps", 1))
+    assert (
+        f"labels: labels.csv is not used: --class-cond --label-file {photos}/labels.csv takes the classes from it"
+        in result.out
+    )
+    assert "left out 1: labels.csv (not an image)" in result.out
+
+
+def test_images_that_are_nearly_black_are_told(train: Cli, cli: Cli, tmp_path: Path) -> None:
+    for i in range(4):
+        path = tmp_path / f"scans/a_{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), 1000 * i, np.uint16)).save(path)
+    flags = ["train", "--data-dir", "scans", *TINY, *SHORT, "--steps", 1]
+    with warnings.catch_warnings(action="default"):
+        result = cli(*flags, "--run-dir", "r")
+    assert result.status == 0
+    assert re.fullmatch(
+        r"warning: .*4 of 4 16-bit images without a value above 3,000.* --window 0,4095 .*\n", result.err
+    )
+    succeeded(cli(*flags, "--run-dir", "s", "--window", "0,4095"))
+    assert config_of(tmp_path / "s")["data"]["window"] == [0, 4095]
+    refused(cli(*flags, "--run-dir", "t", "--window", "9,3"), "window must be two numbers, black and white", "9.*3")
+    refused(cli(*flags, "--run-dir", "t", "--max-pixels", 10), "none of the 4 images", "raise it with --max-pixels")
 
 
 def test_a_batch_larger_than_the_data_is_a_warning(shapes: Path, tmp_path: Path) -> None:

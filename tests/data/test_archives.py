@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdiff.config import DataConfig
 from fastdiff.data import ImageFolder
 from fastdiff.data.archives import ArchiveError, reading
 from fastdiff.data.cifar10 import prepare_cifar10
@@ -300,7 +301,7 @@ def test_a_full_disk(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch)
         "imagenet": lambda: prepare_imagenet(path, out),
         "cifar10": lambda: prepare_cifar10(images, out),
         "zip": lambda: pack_zip(images, out),
-        "npz": lambda: pack_npz(images, out, 100),
+        "npz": lambda: pack_npz(DataConfig(data_dir=str(images)), out, 100),
         "smaller": lambda: prepare_imagenet(path, out, image_size=100),
     }
     before, limits = found_below(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,5 +1,6 @@
 """Decoding a folder once: into memory or into a file that is whole or absent, found again, and never just trusted."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,13 +40,13 @@ def config(data: Path, cache: Cache = Cache.DISK, **options: object) -> DataConf
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     decoded: list[Path] = []
-    load_with_size = module.load_with_size
+    load_described = module.load_described
 
-    def counting(path: Path, size: int) -> object:
+    def counting(path: Path, *how: object) -> object:
         decoded.append(path)
-        return load_with_size(path, size)
+        return load_described(path, *how)
 
-    monkeypatch.setattr(module, "load_with_size", counting)
+    monkeypatch.setattr(module, "load_described", counting)
     return decoded
 
 
@@ -330,6 +331,45 @@ def test_every_image_is_looked_at_once(data: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(path for path in looks if path in images) == sorted(images)
 
 
+def test_the_fingerprint_of_the_first_rules(data: Path) -> None:
+    """A run that began under them resumes with the same images, whatever else has become readable since."""
+    names, lengths = ["a_1.png", "b_1.jpg", "c_2.png", "sub/b_2.PNG"], {}
+    for name in names:
+        lengths[name] = (data / name).stat().st_size
+    digest = hashlib.sha256(b'["a", "b", "c"]')
+    for name, label in zip(names, (0, 1, 2, 1), strict=True):
+        digest.update(f"{name}\0{lengths[name]} {label}\n".encode())
+    assert fingerprint(data) == digest.hexdigest()
+    for name in ("d_1.tif", "e_1", "f_1.jfif"):
+        save(data / name, format="TIFF")
+    (data / "b_9.jpg").write_bytes((data / "b_1.jpg").read_bytes()[:-2])
+    for cache in (Cache.MEMORY, Cache.DISK, Cache.DISK):
+        first = load_dataset(config(data, cache), 8, labelled=True, reading=1)
+        assert (first.fingerprint, first.names) == (digest.hexdigest(), tuple(names))
+    assert len(load_dataset(config(data), 8, labelled=True).images) == 8
+
+
+def test_the_fingerprint_sees_the_window(data: Path) -> None:
+    assert fingerprint(data, window=(0, 4095)) != fingerprint(data)
+    assert fingerprint(data, max_pixels=2**30) == fingerprint(data)
+
+
+def test_the_file_is_made_again_for_another_decoding(data: Path) -> None:
+    save(data / "c_3.png", Image.fromarray(np.full((8, 8), 4000, np.uint16)))
+    with pytest.warns(UserWarning, match="1 of 1 16-bit images without a value above 4,000, which are nearly black"):
+        dark = load_dataset(config(data), 8, labelled=False)
+    with pytest.warns(UserWarning, match="--window 0,4095 makes 4,095 white"):
+        assert np.array_equal(load_dataset(config(data), 8, labelled=False).images, dark.images)  # from the file
+    bright = load_dataset(config(data, window="0,4095"), 8, labelled=False)
+    assert (dark.images[3].max(), bright.images[3].min()) == (15, 249)
+    assert len(load_dataset(config(data, max_pixels=240, window="0,9"), 8, labelled=False).images) == 3
+
+
+def test_images_of_16_bits_that_need_no_window(data: Path) -> None:
+    save(data / "c_3.png", Image.fromarray(np.full((8, 8), 4096, np.uint16)))
+    assert len(load_dataset(config(data), 8, labelled=False).images) == 5  # a warning would be an error
+
+
 def test_memory_that_is_too_small_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match=r"cache memory: .* use cache disk"):
@@ -352,14 +392,14 @@ def test_decoding_keeps_few_images_waiting(tmp_path: Path, monkeypatch: pytest.M
         save(tmp_path / "data" / f"{i:02}.png")
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     decoded = count_decoded(monkeypatch)
-    counting = module.load_with_size
+    counting = module.load_described
 
-    def slow_first(path: Path, size: int) -> object:
+    def slow_first(path: Path, *how: object) -> object:
         if path.name == "00.png":
             time.sleep(0.3)  # the others could all be decoded meanwhile
-        return counting(path, size)
+        return counting(path, *how)
 
-    monkeypatch.setattr(module, "load_with_size", slow_first)
+    monkeypatch.setattr(module, "load_described", slow_first)
     ahead: list[int] = []
     load_dataset(
         config(tmp_path / "data"), 8, labelled=False, on_progress=lambda done, _: ahead.append(len(decoded) - done)

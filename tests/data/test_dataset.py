@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdiff.data import EXTENSIONS, ImageFolder, LeftOut, Preflight, UnreadableImage
+from fastdiff.data import EXTENSIONS, Decoding, ImageFolder, LeftOut, Preflight, UnreadableImage
 
 from ..support import refusal
+from .archive_support import zipped
 from .support import save
 
 
@@ -73,21 +74,59 @@ def test_items(tmp_path: Path) -> None:
 
 def test_extensions_in_any_case(tmp_path: Path) -> None:
     for i, extension in enumerate(EXTENSIONS):
-        save(tmp_path / f"a_{i}.{extension.upper() if i % 2 else extension}")
-    assert len(ImageFolder(tmp_path, 8)) == len(EXTENSIONS) == 6
+        save(tmp_path / f"a_{i}.{extension.upper() if i % 2 else extension}", format="PNG")
+    assert len(ImageFolder(tmp_path, 8)) == len(EXTENSIONS) == 14
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
-    save(tmp_path / "scan.TIF", format="TIFF")
-    for name in ("notes.txt", "png", "archive.png.zip"):
+    for name in ("scan.HEIC", "raw.nef", "notes.txt", "png", "archive.png.zip"):
         (tmp_path / name).touch()
     assert left_out(ImageFolder(tmp_path, 8)) == {
-        "scan.TIF": "tif is not supported",
+        "scan.HEIC": "HEIC, which is not read: convert it to PNG",
+        "raw.nef": "camera raw, which is not read: convert it to PNG",
         "notes.txt": "not an image",
         "png": "not an image",
         "archive.png.zip": "not an image",
     }
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_file_without_an_extension_counts_by_its_content(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "data"
+    for name, form in (("a", "PNG"), ("b_1", "TIFF"), ("c.png", "PNG"), ("d", "JPEG")):
+        save(root / name, format=form)
+    (root / "heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (root / "license").write_text("BMW may use this")
+    (root / "empty").touch()
+    if kind == "zip":
+        zipped(tmp_path / "a.zip", {path.name: path.read_bytes() for path in root.iterdir()})
+        root = tmp_path / "a.zip"
+    folder = ImageFolder(root, 8)
+    assert folder.names == ["a", "b_1", "c.png", "d"]
+    assert left_out(folder) == {
+        "empty": "not an image",
+        "heic": "HEIC, which is not read: convert it to PNG",
+        "license": "not an image",
+    }
+    assert folder[1][0].shape == (8, 8, 3)
+
+
+def test_the_first_rules(tmp_path: Path) -> None:
+    for name in ("a.png", "b.tif", "c.jfif", "d", "e.avif"):
+        save(tmp_path / name, format="PNG")
+    assert ImageFolder(tmp_path, 8, decoding=Decoding(reading=1)).names == ["a.png"]
+    assert len(ImageFolder(tmp_path, 8)) == 5
+
+
+def test_only_some(tmp_path: Path) -> None:
+    for name in ("a_1.png", "b_1.png", "b_2.png"):
+        save(tmp_path / name)
+    folder = ImageFolder(tmp_path, 8)
+    some = folder.only([0, 2])
+    assert (some.names, some.paths) == (["a_1.png", "b_2.png"], [tmp_path / "a_1.png", tmp_path / "b_2.png"])
+    assert [some[i][1] for i in range(2)] == [0, 1]
+    assert len(folder) == 3
 
 
 def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
@@ -156,13 +195,15 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
     [
         (lambda p: None, "does not exist"),
         (lambda p: p.write_text("x"), "is not a folder"),
+        (lambda p: np.save(p, [1]), r"data\.npy is one array: save it with np\.savez"),
         (lambda p: p.mkdir(), r"no images in .* looked for \.jpg .* found no files"),
-        (lambda p: save(p / "a.tif"), r"no images in .* found 1 \.tif"),
+        (lambda p: (p.mkdir(), (p / "a.heic").touch()), r"no images in .* found 1 \.heic"),
     ],
 )
 def test_no_data(tmp_path: Path, make: object, message: str) -> None:
-    make(tmp_path / "data")  # type: ignore[operator]
-    refusal(lambda: ImageFolder(tmp_path / "data", 8), message)
+    place = tmp_path / ("data.npy" if "npy" in message else "data")
+    make(place)  # type: ignore[operator]
+    refusal(lambda: ImageFolder(place, 8), message)
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
@@ -170,7 +211,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ImageFolder("", 8)
     with pytest.raises(ValueError, match="image_size must be positive, not 0"):
         ImageFolder(tmp_path, 0)
-    with pytest.raises(ValueError, match="labels must be one of prefix, folder, not 'x'"):
+    with pytest.raises(ValueError, match="labels must be one of auto, prefix, folder, not 'x'"):
         ImageFolder(tmp_path, 8, labels="x")
 
 

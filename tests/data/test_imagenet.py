@@ -47,7 +47,7 @@ def test_smaller_files(tmp_path: Path, kind: str) -> None:
     if kind == "zip":
         zipped(path, FILES | {"n01/n01_9.png": b"x"})
     found = prepare_imagenet(path, tmp_path / "out", image_size=8)
-    broken = {"not a PNG, JPEG, GIF, WebP or BMP inside": 1} if kind == "zip" else {}
+    broken = {"not a PNG, JPEG, GIF, WebP, BMP, TIFF or AVIF inside": 1} if kind == "zip" else {}
     assert found == Extracted(6, 2, {"not an image": 2} | broken)
     assert found_below(tmp_path / "out") == {*CLASSES, *(name.replace("JPEG", "png") for name in IMAGES)}
     for name, content in IMAGES.items():

@@ -1,9 +1,11 @@
 """Decoding: a decided behaviour for each kind of file that people (and attackers) have in their folders."""
 
 import io
+import re
 import struct
 import tracemalloc
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,21 +13,22 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from fastdiff.data import MAX_PIXELS, UnreadableImage, decode, load, resize_and_crop
+from fastdiff.data import MAX_PIXELS, Decoding, UnreadableImage, decode, load, resize_and_crop
 from fastdiff.data import images as module
+from fastdiff.data.images import load_described
 
 from .support import BROKEN_EXIF, noise, save
 
 
-def pixels(path: Path) -> np.ndarray:
-    image = decode(path)
+def pixels(path: Path, **how: object) -> np.ndarray:
+    image = decode(path, Decoding(**how))
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
-def refused(path: Path) -> str:
+def refused(path: Path, **how: object) -> str:
     with pytest.raises(UnreadableImage) as caught:
-        decode(path)
+        decode(path, Decoding(**how))
     assert str(caught.value) == f"{path}: {caught.value.reason}"
     return caught.value.reason
 
@@ -52,12 +55,12 @@ def test_resize_and_crop_is_the_originals(shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(result, original(image, 64))
 
 
-@pytest.mark.parametrize("extension", ["png", "bmp", "gif", "webp", "jpg"])
+@pytest.mark.parametrize("extension", ["png", "bmp", "gif", "webp", "jpg", "tif", "avif"])
 def test_every_format(tmp_path: Path, extension: str) -> None:
     flat = Image.new("RGB", (10, 6), (200, 30, 90))
     array = pixels(save(tmp_path / f"a.{extension}", flat)).astype(int)
     assert array.shape == (6, 10, 3)
-    assert np.abs(array - (200, 30, 90)).max() <= (8 if extension in ("webp", "jpg") else 0)
+    assert np.abs(array - (200, 30, 90)).max() <= (8 if extension in ("webp", "jpg", "avif") else 0)
 
 
 @pytest.mark.parametrize("shape", [(30000, 2), (2, 30000), (6001, 300)])
@@ -86,7 +89,7 @@ def test_zero_bytes(tmp_path: Path) -> None:
     assert refused(tmp_path / "a.png") == "empty file"
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "bmp", "webp"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "bmp", "webp", "avif"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.95])
 def test_truncated(tmp_path: Path, extension: str, kept: float) -> None:
     path = save(tmp_path / f"a.{extension}", noise(60, 50))
@@ -105,7 +108,7 @@ def test_damaged(tmp_path: Path) -> None:
     assert refused(path) == "damaged"
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "bmp", "webp"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "bmp", "webp", "tif", "avif"])
 def test_noise_after_the_magic_is_never_another_error(tmp_path: Path, extension: str) -> None:
     path = save(tmp_path / f"a.{extension}", noise(30, 20))
     whole = np.frombuffer(path.read_bytes(), np.uint8)
@@ -129,12 +132,61 @@ def test_text_named_png(tmp_path: Path) -> None:
     assert "not a PNG" in refused(tmp_path / "a.png")
 
 
-def test_tiff_named_png_is_refused(tmp_path: Path) -> None:
-    assert "not a PNG" in refused(save(tmp_path / "a.png", format="TIFF"))
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "AVIF"])
+def test_another_kind_named_png_is_read(tmp_path: Path, kind: str) -> None:
+    assert pixels(save(tmp_path / "a.png", format=kind)).shape == (8, 12, 3)
 
 
-def test_jpeg_named_png_is_read(tmp_path: Path) -> None:
-    assert pixels(save(tmp_path / "a.png", format="JPEG")).shape == (8, 12, 3)
+def test_a_page_of_a_tiff_is_the_first(tmp_path: Path) -> None:
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    path = save(tmp_path / "a.tif", first, save_all=True, append_images=[second], compression="tiff_lzw")
+    assert pixels(path)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_half_a_tiff(tmp_path: Path, kept: float, compression: str | None) -> None:
+    path = save(tmp_path / "a.tif", noise(60, 50), compression=compression)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    assert refused(path) in ("truncated", "damaged, or a TIFF that is not read: convert it to PNG")
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf", "HEIC"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "camera raw"),
+        (b"II*\0\x10\0\0\0CR\2\0", "camera raw"),
+        (b"\xff\x0a\xfa\x1f", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"P6\n8 8\n255\n", "Netpbm"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="x">', "SVG"),
+        (b"%PDF-1.7", "PDF"),
+        (bytes(128) + b"DICM", "DICOM"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\4CgBI", r"PNG for iOS \(CgBI\)"),
+    ],
+)
+def test_kinds_that_are_not_read_are_named(tmp_path: Path, start: bytes, kind: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(start + bytes(200))
+    assert re.fullmatch(kind + ", which is not read: convert it to PNG", refused(tmp_path / "a.jpg"))
+
+
+def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"<!DOCTYPE html><html>404</html>")
+    assert refused(tmp_path / "a.jpg") == "a web page, not the file itself: download that"
+    (tmp_path / "a.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refused(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(40))
+    assert "not a PNG" in refused(tmp_path / "a.jpg")
+
+
+def test_a_pillow_without_avif_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.avif")
+    monkeypatch.setattr(module.features, "check", lambda name: False)
+    assert refused(path) == "AVIF, which is not read: convert it to PNG"
 
 
 def test_mpo_of_a_phone_is_its_first_picture(tmp_path: Path) -> None:
@@ -192,7 +244,17 @@ def test_large_png_gives_no_warning_of_pillow(tmp_path: Path) -> None:
 def test_large_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.png", noise(60, 60))
     monkeypatch.setattr(module, "MAX_BYTES", 1000)
-    assert refused(path) == "over the limit of 1,000 bytes"
+    assert refused(path) == "over the limit of 1,000 bytes (16 for each of --max-pixels)"
+    assert pixels(path, max_pixels=2**26 * 20).shape == (60, 60, 3)
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "bmp", "webp", "tif", "avif"])
+def test_the_limit_of_pixels_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extension: str) -> None:
+    """Pillow's own limit, which it checks for some kinds, rises with it."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    path = save(tmp_path / f"a.{extension}", noise(60, 50))
+    assert refused(path, max_pixels=2999) == "60x50 is over the limit of 2,999 pixels: raise it with --max-pixels"
+    assert pixels(path, max_pixels=3000).shape == (50, 60, 3)
 
 
 def test_many_large_images_are_decoded_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +263,9 @@ def test_many_large_images_are_decoded_two_at_a_time(tmp_path: Path, monkeypatch
     inside: list[int] = []
     upright = module._upright_rgb
 
-    def watched(image: Image.Image) -> Image.Image:
+    def watched(image: Image.Image, *how: object) -> object:
         inside.append(module._large_images._value)
-        return upright(image)
+        return upright(image, *how)
 
     monkeypatch.setattr(module, "_upright_rgb", watched)
     decode(path)
@@ -226,7 +288,58 @@ def test_16_bit_grey_with_a_transparent_value(tmp_path: Path) -> None:
 def test_wide_integers_are_scaled_too() -> None:
     image = Image.fromarray(np.array([[0, 256, 65535, 70000, -5]], np.int32))
     assert image.mode == "I"
-    assert np.asarray(module._upright_rgb(image))[0, :, 0].tolist() == [0, 1, 255, 255, 0]
+    assert np.asarray(module._upright_rgb(image, None)[0])[0, :, 0].tolist() == [0, 1, 255, 255, 0]
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_a_window_of_16_bit_grey(tmp_path: Path, extension: str) -> None:
+    """A CT or a camera has 12 bits; their high byte is nearly black."""
+    values = np.array([[0, 1000, 2048, 4095, 65535]], np.uint16)
+    path = save(tmp_path / f"a.{extension}", Image.fromarray(values))
+    assert pixels(path)[0, :, 0].tolist() == [0, 3, 8, 15, 255]
+    assert pixels(path, window=(0, 4095))[0, :, 0].tolist() == [0, 62, 128, 255, 255]
+    assert pixels(path, window=(1000, 2000))[0, :, 0].tolist() == [0, 0, 255, 255, 255]
+
+
+def test_values_below_zero_have_a_window(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tif", Image.fromarray(np.array([[-1000, -160, 40, 240, 3000]], np.int32)))
+    assert pixels(path, window=(-160, 240))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_the_peak_of_16_bits(tmp_path: Path) -> None:
+    grey = lambda high: Image.fromarray(np.array([[0, high]], np.uint16))  # noqa: E731
+    assert load_described(save(tmp_path / "a.png", grey(4095)), 8).peak == 4095
+    assert load_described(save(tmp_path / "b.tif", grey(60000)), 8).peak == 60000
+    assert load_described(save(tmp_path / "c.png", Image.new("L", (8, 8), 3)), 8).peak is None
+    for value, peak in ((4095, 4095), (40000, 40191)):
+        (tmp_path / "d.png").write_bytes(png16(value))
+        described = load_described(tmp_path / "d.png", 8)
+        assert (described.peak, described.pixels[0, 0].tolist()) == (peak, [value >> 8] * 3)
+
+
+def png16(value: int) -> bytes:
+    """A PNG of one 16-bit colour, which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", PngImagePlugin._crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    rows = (b"\0" + struct.pack(">H", value) * 24) * 8
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_white_is_zero(tmp_path: Path) -> None:
+    values = np.array([[0, 65535]], np.uint16)
+    path = save(tmp_path / "a.tif", Image.fromarray(values), tiffinfo={262: 0})
+    assert pixels(path)[0, :, 0].tolist() == [255, 0]
+
+
+def test_floats(tmp_path: Path) -> None:
+    unit = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
+    assert pixels(save(tmp_path / "a.tif", unit))[0, :, 0].tolist() == [0, 128, 255]
+    wide = save(tmp_path / "b.tif", Image.fromarray(np.array([[-1, 0.5, np.nan]], np.float32)))
+    assert refused(wide) == "float values other than 0 to 1: name black and white with --window LOW,HIGH"
+    assert pixels(wide, window=(-1, 1))[0, :, 0].tolist() == [0, 191, 0]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -277,7 +390,7 @@ def test_cmyk_jpeg(tmp_path: Path) -> None:
     assert np.abs(pixels(path)[4, 4].astype(int) - (255, 0, 0)).max() <= 4
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif", "avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path: Path, extension: str, orientation: int) -> None:
     upright = Image.new("RGB", (32, 16), "black")

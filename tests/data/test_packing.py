@@ -14,7 +14,6 @@ import pytest
 
 from fastdiff.config import Cache, DataConfig
 from fastdiff.data import Dataset, ImageFolder, LeftOut, UnreadableImage, batches, load_dataset, read_samples
-from fastdiff.data import zipped as zipped_module
 from fastdiff.data.packing import pack_npz, pack_zip
 
 from ..support import refusal
@@ -46,7 +45,7 @@ def packed(data: Path, kind: str) -> Path:
     if kind == "zip":
         pack_zip(data, out)
     else:
-        pack_npz(data, out, 8)
+        pack_npz(DataConfig(data_dir=str(data)), out, 8)
     return out
 
 
@@ -89,14 +88,14 @@ def test_zip_and_folder_load_the_same(data: Path, cache: Cache, labelled: bool) 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_image_folder_of_a_zip(data: Path, method: int) -> None:
     files = {name: (data / name).read_bytes() for name in NAMES}
-    others = {"m/": b"", "notes.txt": b"", "scan.tif": b"", "__MACOSX/._a_1.png": b"x", ".x/a_3.png": b"x"}
+    others = {"m/": b"", "notes.txt": b"", "scan.heic": b"", "__MACOSX/._a_1.png": b"x", ".x/a_3.png": b"x"}
     path = zipped(data.parent / "x.zip", dict(reversed((files | others).items())), method=method)
     folder = ImageFolder(path, 8)
     assert folder.names == NAMES
     assert folder.paths == [path / name for name in NAMES]
     assert {item.name: item.reason for item in folder.left_out} == {
         "notes.txt": "not an image",
-        "scan.tif": "tif is not supported",
+        "scan.heic": "HEIC, which is not read: convert it to PNG",
     }
     original = ImageFolder(data, 8)
     for i, j in enumerate([0, 2, 3, 4, 5]):
@@ -118,7 +117,7 @@ def test_the_cache_of_a_zip(data: Path) -> None:
     assert not np.array_equal(again.images[1], first.images[1])
 
 
-@pytest.mark.parametrize("damage", ["bytes", "encrypted", "bomb", "large"])
+@pytest.mark.parametrize("damage", ["bytes", "encrypted", "deflate64", "bomb", "large"])
 def test_members_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     good, bad = png(1, 40, 30), png(2, 40, 30)
     if damage == "encrypted":
@@ -128,14 +127,18 @@ def test_members_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return
     path = tmp_path / "x.zip"
     if damage == "bomb":
-        monkeypatch.setattr(zipped_module, "MAX_BYTES", 2**25)
+        monkeypatch.setattr("fastdiff.data.images.MAX_BYTES", 2**25)
         zipped(path, {"a_1.png": good, "b_1.png": bytes(2**25 + 1)})
     elif damage == "large":
         zipped(path, {"a_1.png": good, "b_1.png": bytes(6 * 2**24)})
     else:
         zipped(path, {"a_1.png": good, "b_1.png": bad}, method=zipfile.ZIP_STORED)
         content = bytearray(path.read_bytes())
-        content[content.index(bad) + len(bad) // 2] ^= 1
+        if damage == "bytes":
+            content[content.index(bad) + len(bad) // 2] ^= 1
+        else:
+            for signature, place in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+                content[content.rindex(signature) + place] = 9  # the method
         path.write_bytes(content)
     tracemalloc.start()
     try:
@@ -145,7 +148,12 @@ def test_members_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tracemalloc.stop()
     assert peak < 3 * 2**24  # zipfile reads 16 MiB at once
     assert dataset.names == ("a_1.png",)
-    reason = {"bytes": "damaged", "bomb": "over the limit of 33,554,432 bytes", "large": "not a PNG, JPEG"}[damage]
+    reason = {
+        "bytes": "damaged",
+        "deflate64": "compressed in a way",
+        "bomb": "over the limit of 33,554,432 bytes",
+        "large": "not a PNG, JPEG",
+    }[damage]
     assert dataset.preflight.left_out[0].name == "b_1.png"
     assert dataset.preflight.left_out[0].reason.startswith(reason)
 
@@ -183,7 +191,9 @@ def test_names_that_are_not_text(data: Path) -> None:
 
 def test_an_npz_is_the_decoded_folder(data: Path) -> None:
     progress: list[tuple[int, int]] = []
-    preflight = pack_npz(data, data.parent / "out.npz", 8, on_progress=lambda *at: progress.append(at))
+    preflight = pack_npz(
+        DataConfig(data_dir=str(data)), data.parent / "out.npz", 8, on_progress=lambda *at: progress.append(at)
+    ).preflight
     assert progress == [(i, 6) for i in range(1, 7)]
     folder, npz = loaded(data), loaded(data.parent / "out.npz")
     assert preflight == folder.preflight
@@ -201,7 +211,7 @@ def test_an_npz_is_the_decoded_folder(data: Path) -> None:
 def test_labels_of_an_npz_are_its_own(tmp_path: Path) -> None:
     for name in ("x/a_1.png", "y/a_2.png", "y/b_1.png"):
         save(tmp_path / "data" / name)
-    pack_npz(tmp_path / "data", tmp_path / "out.npz", 8, "folder")
+    pack_npz(DataConfig(data_dir=str(tmp_path / "data"), labels="folder"), tmp_path / "out.npz", 8)
     for labels in ("prefix", "folder"):
         dataset = loaded(tmp_path / "out.npz", labels)
         assert (dataset.class_names, dataset.labels.tolist()) == (("x", "y"), [0, 1, 1])
@@ -216,7 +226,7 @@ def test_little_memory_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         save(tmp_path / "data" / f"a{i % 2}_{i}.png", noise(16, 16, seed=i))
     tracemalloc.start()
     try:
-        pack_npz(tmp_path / "data", tmp_path / "out.npz", 1024)
+        pack_npz(DataConfig(data_dir=str(tmp_path / "data")), tmp_path / "out.npz", 1024)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -245,6 +255,40 @@ def test_samples_are_data(tmp_path: Path) -> None:
     assert loaded(tmp_path / "c.npz", labelled=False).labels is None
     with pytest.raises(ValueError, match=r"c\.npz has no labels \(arr_1\), which training by class needs"):
         loaded(tmp_path / "c.npz")
+
+
+@pytest.mark.filterwarnings("ignore:.*has no class_names")
+def test_classes_from_one(tmp_path: Path) -> None:
+    """Their numbers stay their names; a run that began with a class 0 without images goes on with it."""
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    for labels, names in (([1, 2, 3, 1], "123"), ([2, 3, 2, 3], "0123"), ([1, 1, 1, 1], "01"), ([0, 2, 0, 2], "012")):
+        np.savez(tmp_path / "a.npz", images, np.array(labels))
+        dataset = loaded(tmp_path / "a.npz")
+        assert dataset.class_names == tuple(names)
+        assert [dataset.class_names[i] for i in dataset.labels] == list(map(str, labels))
+    np.savez(tmp_path / "a.npz", images, np.array([1, 2, 3, 1]))
+    earlier = load_dataset(DataConfig(data_dir=str(tmp_path / "a.npz")), 8, labelled=True, reading=1)
+    assert earlier.class_names == tuple("0123")
+    assert earlier.fingerprint != loaded(tmp_path / "a.npz").fingerprint
+
+
+def test_an_npz_has_no_label_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    refusal(lambda: loaded(tmp_path / "a.npz", label_file="x.csv"), "holds its own classes; leave it out")
+
+
+def test_label_files_are_packed(data: Path) -> None:
+    """So that the zip is the same data set under any rule; other tables are not of it."""
+    rows = "".join(f"{name},{'xy'[i % 2]}\n" for i, name in enumerate(["a_0.png", *NAMES]))
+    (data / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    (data / "sales.csv").touch()
+    out = packed(data, "zip")
+    with zipfile.ZipFile(out) as archive:
+        assert archive.namelist()[-1] == "metadata.csv"
+    folder, archive_ = loaded(data, "auto"), loaded(out, "auto")
+    assert folder.class_names == archive_.class_names == ("x", "y")
+    assert folder.fingerprint == archive_.fingerprint
+    assert folder.notes == archive_.notes == ("labels: the classes come from metadata.csv",)
 
 
 def test_another_size(tmp_path: Path) -> None:
@@ -329,7 +373,7 @@ def test_nothing_is_overwritten_or_left(data: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack_zip(data, data.parent / "out.zip", stop)
     with pytest.raises(KeyboardInterrupt):
-        pack_npz(data, data.parent / "out.npz", 8, on_progress=stop)
+        pack_npz(DataConfig(data_dir=str(data)), data.parent / "out.npz", 8, on_progress=stop)
     with pytest.raises(ValueError, match="does not exist"):
         pack_zip(data.parent / "nowhere", data.parent / "out.zip")
     assert found_below(data.parent) == before

@@ -5,11 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastdiff.config import DataConfig
 from fastdiff.data import LeftOut, load
 from fastdiff.data.packing import pack_npz, pack_zip
-from fastdiff.data.survey import SHOWN, survey
+from fastdiff.data.survey import SHOWN, Survey
+from fastdiff.data.survey import survey as survey_of
+from fastdiff.data.threads import Progress
 
 from .support import noise, save
+
+
+def survey(path: Path, image_size: int | None = None, on_progress: Progress | None = None, **options: object) -> Survey:
+    return survey_of(DataConfig(data_dir=str(path), **options), image_size, on_progress)
 
 
 @pytest.fixture
@@ -44,8 +51,9 @@ def test_a_folder(data: Path, kind: str) -> None:
     assert (found.shown.shape, found.shown.dtype) == ((14, 16, 16, 3), np.uint8)
     np.testing.assert_array_equal(found.shown[-1], load(data / "dog_1.jpg", 16))
     assert found.doubts == (
-        "6 images smaller than 16 pixels, which will be enlarged and blurred",
-        "1 image with the same pixels as another, at 16x16",
+        "6 images smaller than 16 pixels, which will be enlarged and blurred: "
+        "cat_00.png, cat_01.png, cat_02.png, cat_03.png, cat_04.png and 1 more",
+        "1 image with the same pixels as another, at 16x16: cat_01.png is cat_00.png",
         "1 of 2 classes with fewer than 10 images: dog",
     )
 
@@ -56,7 +64,7 @@ def test_64_pixels_unless_told_otherwise(data: Path) -> None:
 
 def test_an_npz(data: Path) -> None:
     with_few = data.parent / "out.npz"
-    pack_npz(data, with_few, 8)
+    pack_npz(DataConfig(data_dir=str(data)), with_few, 8)
     found = survey(with_few)
     assert (found.image_size, found.preflight.counts, found.unreadable) == (8, {"npz": 14}, ())
     assert found.class_counts == {"cat": 12, "dog": 2}

@@ -141,9 +141,9 @@ def test_a_folder_of_any_images(tmp_path: Path) -> None:
 def test_only_what_is_asked_for_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
 
-    def counting(path: Path, size: int) -> np.ndarray:
+    def counting(path: Path, *how: object) -> np.ndarray:
         decoded.append(path.name)
-        return load(path, size)
+        return load(path, *how)
 
     root = folder(tmp_path / "f", "cat_0.png", "cat_1.png", "cat_2.png", "cat_3.png")
     monkeypatch.setattr(dataset_module, "load", counting)
@@ -167,9 +167,9 @@ def test_odd_metadata_is_no_reason_to_warn(tmp_path: Path, monkeypatch: pytest.M
     """Pillow would, in the middle of a progress bar."""
     root = folder(tmp_path / "f", "a.png")
 
-    def warning(path: Path, size: int) -> np.ndarray:
+    def warning(path: Path, *how: object) -> np.ndarray:
         warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
-        return load(path, size)
+        return load(path, *how)
 
     monkeypatch.setattr(dataset_module, "load", warning)
     assert np.array_equal(load_base_samples(root, 4, None).batch(np.array([0])), IMAGES[:1])
