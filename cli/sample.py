@@ -1,5 +1,6 @@
 """``fastdiff sample``: a checkpoint in, images out."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,12 @@ def sample(
             rich_help_panel=PANEL,
         ),
     ] = None,
+    skip_unreadable: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unreadable", help="Leave out files of --base-samples that cannot be read.", rich_help_panel=PANEL
+        ),
+    ] = False,
     super_res: Annotated[
         Path | None,
         path_option(help="Enlarge the images with this super-resolution checkpoint or run.", rich_help_panel=PANEL),
@@ -122,13 +129,20 @@ def sample(
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
+    from fastdiff.runtime.words import printable
     from fastdiff.sampling import Classes, Job, Plan, SampleFiles, settings_of, split_classes
+    from fastdiff.sampling.base_samples import unreadable_in
 
     world = World.join(timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         local_rank = world.local_rank if world.size > 1 else None
         runtime = world.on_all(lambda: Runtime.resolve(RuntimeConfig.from_flags(flags), local_rank))
         paths = world.from_main(lambda: _paths(checkpoint, classifier, super_res, ema_rate))
+        silent = not world.main or not to_terminal
+        skipped: dict[str, str] = {}
+        if skip_unreadable:
+            with Display(silent) as display:
+                skipped = world.from_main(lambda: unreadable_in(base_samples, partial(display.advance, "base samples")))
 
         def planned() -> Plan:
             loaded = load_for(runtime, paths[0], flags, preset)
@@ -139,6 +153,7 @@ def sample(
                 config,
                 num_samples=flags.get("num_samples"),
                 base_samples=base_samples,
+                skipped=skipped,
                 classifier=guide,
                 super_res=None if paths[2] is None else _load_super_res(paths[2], runtime),
                 ends=interpolate,
@@ -153,11 +168,17 @@ def sample(
         world.from_main(files.check)
         settings = world.from_main(lambda: settings_of(plan, numbers, runtime, *paths, base_samples))
         job = world.on_all(lambda: Job(plan, numbers, files, settings, runtime, world))
-        with Display(silent=not world.main or not to_terminal) as display:
+        with Display(silent) as display:
+            for name, reason in skipped.items():
+                display.line(f"skipped: {printable(name)} ({reason})")
             models = ("model", plan.checkpoint), ("guided by", plan.classifier), ("enlarged by", plan.super_res)
             for (what, loaded), path in zip(models, paths, strict=True):
                 if loaded is not None:
                     display.line(f"{what}: {path}, step {loaded.step}{young_average(loaded)}")
+            if plan.base is not None and not skip_unreadable:
+                base = plan.base
+                world.from_main(lambda: base.check(numbers, partial(display.advance, "base samples")))
+                display.finish("base samples")
             status = job.run(display.line, Slowly(display))
     world.leave()
     raise typer.Exit(status)

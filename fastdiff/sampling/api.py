@@ -19,6 +19,7 @@ from fastdiff.checkpoint import (
 )
 from fastdiff.config import RuntimeConfig, SampleConfig
 from fastdiff.runtime.device import Runtime
+from fastdiff.sampling.base_samples import unreadable_in
 from fastdiff.sampling.loop import Int64Array
 from fastdiff.sampling.output import Uint8Array
 from fastdiff.sampling.plan import Plan
@@ -35,6 +36,7 @@ def sample(
     classes: Class | Sequence[Class] = (),
     ema_rate: float | None = None,
     base_samples: str | os.PathLike[str] | None = None,
+    skip_unreadable: bool = False,
     super_res: Source | None = None,
     classifier: str | os.PathLike[str] | ClassifierCheckpoint | None = None,
     interpolate: tuple[str | int, str | int] | None = None,
@@ -45,10 +47,10 @@ def sample(
     From a run folder the newest checkpoint is taken, and ``ema_rate`` selects its EMA; 0 selects the raw weights. The
     images are numbered 0 to num_samples - 1 (by default 16, or the number of base samples); ``indices`` draws other
     numbers instead. An image depends only on the seed and its number. ``classes`` are class names or indices, drawn in
-    turn. ``base_samples`` is an npz or a folder of images for a super-resolution model to enlarge. ``super_res`` is a
-    super-resolution checkpoint that enlarges the images of this one. ``classifier`` is a classifier's checkpoint or run
-    that guides this one by ``classifier_scale``; an unconditional model then draws the classifier's classes.
-    ``interpolate`` is a pair of seeds or image files.
+    turn. ``base_samples`` is an npz or a folder of images for a super-resolution model to enlarge; ``skip_unreadable``
+    leaves out those of the folder that cannot be read. ``super_res`` is a super-resolution checkpoint that enlarges the
+    images of this one. ``classifier`` is a classifier's checkpoint or run that guides this one by ``classifier_scale``;
+    an unconditional model then draws the classifier's classes. ``interpolate`` is a pair of seeds or image files.
     ``settings`` are the fields of SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of
     RuntimeConfig (device, precision, compile, ...).
 
@@ -63,18 +65,22 @@ def sample(
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
     if interpolate is not None and len(interpolate) != 2:
         raise ValueError(f"interpolate must be two seeds or image files, not {len(interpolate)}")
+    base = None if base_samples is None else Path(base_samples)
     plan = Plan.of(
         _loaded(checkpoint, runtime, ema_rate),
         config,
         super_res=None if super_res is None else _loaded(super_res, runtime, None),
         classifier=None if classifier is None else _loaded_classifier(classifier, runtime),
-        base_samples=None if base_samples is None else Path(base_samples),
+        base_samples=base,
+        skipped=unreadable_in(base) if skip_unreadable else None,
         ends=None if interpolate is None else (str(interpolate[0]), str(interpolate[1])),
         classes=[classes] if isinstance(classes, (str, int, np.integer)) else list(classes),
         num_samples=num_samples,
     )
     numbers = _numbers(np.arange(plan.config.num_samples) if indices is None else np.asarray(indices))
     labels = plan.labels(numbers)
+    if plan.base is not None and not skip_unreadable:
+        plan.base.check(numbers)
     return np.concatenate(list(plan.engine(runtime, len(numbers)).draw(numbers, labels)))
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.data import ImageFolder, read_samples
+from fastdiff.data.cache import decode
 from fastdiff.data.classes import class_of_file, completed, composed, renumbered
+from fastdiff.data.threads import Progress
 from fastdiff.runtime.words import printable
+
+_NAMED = 5  # files that an error names
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +40,53 @@ class BaseSamples:
             warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata and the like
             return np.stack([self.images[row][0] for row in rows])
 
+    def check(self, numbers: NDArray[np.int64], on_progress: Progress | None = None) -> None:
+        """Read the images of the samples ``numbers`` (n,), so that a bad one is known before the first is enlarged.
+
+        ``on_progress(done, total)`` is called after each. Raises ValueError, which names those that cannot be read.
+        """
+        if not isinstance(self.images, ImageFolder):
+            return
+        asked = self.images.only(np.unique(numbers % len(self)).tolist())
+        if unreadable := decode(asked, lambda *_: None, on_progress).unreadable:
+            named = [f"{printable(name)} ({reason})" for name, reason in list(unreadable.items())[:_NAMED]]
+            more = f" and {len(unreadable) - _NAMED:,} more" if len(unreadable) > _NAMED else ""
+            raise ValueError(
+                f"base_samples {self.images.root}: {len(unreadable):,} of {len(asked):,} images cannot be read: "
+                f"{', '.join(named)}{more}; repair or remove them, or leave them out with --skip-unreadable"
+            )
+
+    def described(self) -> list[str]:
+        """The name and length in bytes of each image's file, in order; empty for an npz."""
+        if not isinstance(self.images, ImageFolder):
+            return []
+        return [f"{n} {p.stat().st_size}" for n, p in zip(self.images.names, self.images.paths, strict=True)]
+
     def labels_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """The classes of the samples ``numbers`` (n,): int64 (n,), or None without labels."""
         return None if self.labels is None else self.labels[numbers % len(self)]
 
 
+def unreadable_in(path: Path | None, on_progress: Progress | None = None) -> dict[str, str]:
+    """The images of a folder of base samples that cannot be read, with the reason. An npz has none.
+
+    ``on_progress(done, total)`` is called after each image. Raises ValueError if there is no image that can be read.
+    """
+    if path is None or not (path := path.expanduser()).is_dir():
+        return {}
+    return decode(ImageFolder(path, 1, labels=None), lambda *_: None, on_progress).unreadable
+
+
 def load_base_samples(
-    path: Path, small_size: int, class_names: tuple[str, ...] | None, num_classes: int | None = None
+    path: Path,
+    small_size: int,
+    class_names: tuple[str, ...] | None,
+    num_classes: int | None = None,
+    skipped: Mapping[str, str] | None = None,
 ) -> BaseSamples:
     """Load base samples from an npz (arr_0, arr_1) of small_size, or from a folder of images, which are resized to it.
+
+    ``skipped`` are images of the folder that are left out.
 
     For a class-conditional model ``class_names`` names its ``num_classes`` classes (by default one per name); () means
     that they have no names. The samples then have labels. In an npz they are arr_1, whose class_names are matched with
@@ -57,6 +100,8 @@ def load_base_samples(
     path = path.expanduser()
     if path.is_dir():
         folder = ImageFolder(path, small_size, labels=None)
+        if skipped:
+            folder = folder.only([i for i, name in enumerate(folder.names) if name not in skipped])
         labels = None if class_names is None else _labels_in(folder, completed(class_names, num_classes or 0))
         return BaseSamples(folder, labels)
     samples = read_samples(path)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from fastdiff.checkpoint import Checkpoint, Lease, sha256
-from fastdiff.data import ImageFolder
 from fastdiff.runtime.device import COMPILING, Runtime
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
@@ -26,6 +25,8 @@ from fastdiff.sampling.plan import Plan
 
 MOST_COLUMNS = 16
 """A grid has one column per class, up to this many classes."""
+
+_DIGITS = 16  # of the SHA-256 of a base sample's name and length
 
 _ANSWER = "stopping after this step; finished images are kept"
 
@@ -118,19 +119,48 @@ class Job:
         try:
             held.enter_context(Lease(shards.folder, launcher(), option="--out"))
             found = None if files.overwrite and not again else shards.settings()
+            ours = {**self.settings, **files.manifest, "inputs": self._inputs()}
             if found is None:
-                shards.begin({**self.settings, **files.manifest})
-            elif difference := _difference(found, {**self.settings, **files.manifest}):
+                shards.begin(ours)
+            elif difference := self._changed(found, ours):
                 raise ValueError(
                     f"{shards.folder} holds an unfinished job with another {difference}: give the same flags to "
                     "resume it, name another --out, or start again with --overwrite"
                 )
+            elif found != ours:  # in what is still to be drawn
+                shards.describe(ours)
         except OSError:
             if new:
                 shards.remove()
             raise
         files.clean()
         return shards.missing(len(self.indices))
+
+    def _inputs(self) -> list[str]:
+        """A digest of each file of a folder of base samples; empty without one."""
+        described = [] if self.plan.base is None else self.plan.base.described()
+        return [hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:_DIGITS] for text in described]
+
+    def _changed(self, found: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+        """The first setting in which the unfinished job ``found`` differs from this one; empty if it can go on.
+
+        Of base samples in a folder only those count whose images are finished, and of the numbers those of these.
+        """
+        if not (found.get("inputs") and ours["inputs"]):
+            return _difference({**found, "inputs": []}, {**ours, "inputs": []})  # an earlier version wrote none
+        apart = ("inputs", "base_samples", "indices")
+        rest = [{name: value for name, value in job.items() if name not in apart} for job in (found, ours)]
+        if difference := _difference(*rest):
+            return difference
+        spans = self.files.shards.spans()
+        done = np.concatenate([np.arange(0), *(np.arange(span.start, span.stop) for span in spans)])
+        theirs, known = _numbers(found["indices"]), max((span.stop for span in spans), default=0)
+        if known > min(len(theirs), len(self.indices)) or not np.array_equal(theirs[done], self.indices[done]):
+            return _difference({"indices": found["indices"]}, {"indices": ours["indices"]})
+        before, now = np.array(found["inputs"]), np.array(ours["inputs"])
+        numbers = self.indices[done]
+        other = np.flatnonzero(before[numbers % len(before)] != now[numbers % len(now)])
+        return f"base_samples (that of image {numbers[other[0]]}, which is finished, has changed)" if len(other) else ""
 
     def _draw(self, engine: Engine, positions: Int64Array, stop: StopRequest, on_progress: OnProgress) -> int:
         """Draw the images at the increasing ``positions``, saving each batch while the next one is drawn.
@@ -247,7 +277,8 @@ def settings_of(
     if super_res is not None and plan.super_res is not None:
         settings["super_res"] = _described(super_res, plan.super_res)
     if base_samples is not None:
-        settings["base_samples"] = _fingerprint(base_samples)
+        described = [] if plan.base is None else plan.base.described()
+        settings["base_samples"] = _of_texts(base_samples, described) if described else _fingerprint(base_samples)
     if plan.ends is not None:
         settings["interpolate"] = [end if end.isdecimal() else _fingerprint(Path(end)) for end in plan.ends]
     return settings
@@ -260,13 +291,13 @@ def _described(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> str:
-    """The fingerprint of a file by its bytes, of a folder of images by their names and sizes."""
     path = path.expanduser()
-    if path.is_file():
-        return f"{path.name} {sha256(path)}"
-    folder = ImageFolder(path, 1, labels=None)
-    names = "\n".join(f"{name} {file.stat().st_size}" for name, file in zip(folder.names, folder.paths, strict=True))
-    return f"{path.name} {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()}"
+    return f"{path.name} {sha256(path)}"
+
+
+def _of_texts(path: Path, texts: list[str]) -> str:
+    digest = hashlib.sha256("\n".join(texts).encode(errors="surrogateescape"))
+    return f"{path.expanduser().name} {digest.hexdigest()}"
 
 
 def _ranges(numbers: Int64Array) -> str:
@@ -278,3 +309,9 @@ def _ranges(numbers: Int64Array) -> str:
         else:
             parts.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _numbers(ranges: str) -> Int64Array:
+    """The inverse of _ranges."""
+    ends = [part.partition("-") for part in ranges.split(",")]
+    return np.concatenate([np.arange(int(first), int(last or first) + 1) for first, _, last in ends])

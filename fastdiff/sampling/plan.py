@@ -1,6 +1,6 @@
 """What a job draws: the models, the classes and the starting points."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -53,15 +53,19 @@ class Plan:
         ends: tuple[str, str] | None,
         classes: Sequence[str | int],
         classifier: ClassifierCheckpoint | None = None,
+        skipped: Mapping[str, str] | None = None,
     ) -> Self:
-        """Create a plan: load the base samples and, unless ``num_samples`` is given, draw one image for each."""
+        """Create a plan: load the base samples and, unless ``num_samples`` is given, draw one image for each.
+
+        ``skipped`` are files of the base samples that are left out.
+        """
         base = None
         if base_samples is not None:
             model = checkpoint.model_config
             if not model.small_size:
                 raise ValueError("base_samples: this is not a super-resolution model and enlarges no images")
             names = checkpoint.class_names if model.class_cond else None
-            base = load_base_samples(base_samples, model.small_size, names, model.num_classes)
+            base = load_base_samples(base_samples, model.small_size, names, model.num_classes, skipped)
             num_samples = len(base) if num_samples is None else num_samples
         if num_samples is not None:
             config = replace(config, num_samples=num_samples)

@@ -52,12 +52,16 @@ class Shards:
             sync(self.folder.parent)
             self._forget()
             sync(self.folder)  # a power cut must not bring another job's images back beside this manifest
-            with replacing(self._manifest) as temporary:
-                manifest = {"format": FORMAT, "settings": settings}
-                temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            self.describe(settings)
         except OSError as error:
             why = error.strerror or error
             raise OSError(f"{self.folder} cannot be written to ({why}): make room, or name another --out") from error
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings of the job; its images stay."""
+        with replacing(self._manifest) as temporary:
+            manifest = {"format": FORMAT, "settings": settings}
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the unfinished job, as read from JSON; None if there is no job.
@@ -112,7 +116,7 @@ class Shards:
         path = self._path(span)
         with suppress(ValueError, OSError):
             images = read_samples(path).images
-            if len(images) == len(span):
+            if len(images) == len(span) and isinstance(images, np.memmap):  # as added, not converted
                 return np.array(images)
         raise ValueError(f"{path} is damaged and counts as missing: the same command draws its images again")
 

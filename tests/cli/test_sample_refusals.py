@@ -1,6 +1,7 @@
 """What fastdiff sample refuses, in one line that says what to do, and what stays of a job that comes to no end."""
 
 import errno
+import json
 import os
 import re
 import signal
@@ -164,19 +165,106 @@ def test_a_header_that_promises_more_than_the_file_holds(sample: Cli, here: Path
     left_nothing(here, lambda: sample("up.safetensors", "--base-samples", "lying.npz"), r"lying\.npz claims to hold")
 
 
-def test_a_picture_that_cannot_be_read(sample: Cli, here: Path) -> None:
-    """In the middle of a folder; what was drawn before it is kept."""
+ENLARGE = ("up.safetensors", "--base-samples", "base", "--batch-size", 1, "--steps", 2)
+
+
+@pytest.fixture
+def base(here: Path) -> Path:
+    """A folder of six small pictures, of which the fourth and the fifth cannot be read."""
     (here / "base").mkdir()
-    for i in range(4):
-        Image.new("RGB", (8, 8)).save(here / f"base/{i}.png")
-    (here / "base/2.png").write_bytes(b"no image")
-    flags = ("up.safetensors", "--base-samples", "base", "--batch-size", 1, "--steps", 2)
-    refused(sample(*flags), r"base/2\.png")
-    assert spans() == [range(1), range(1, 2)]
-    Image.new("RGB", (8, 8)).save(here / "base/2.png")
-    refused(sample(*flags), "another base_samples", "--overwrite")  # who knows whether only this one has changed
-    succeeded(sample(*flags, "--overwrite"))
-    assert np.shape(contents_of("samples.npz")["arr_0"]) == (4, 16, 16, 3)
+    for i in range(6):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(here / f"base/{i}.png")
+    (here / "base/3.png").write_bytes(b"no image")
+    (here / "base/4.png").write_bytes((here / "base/4.png").read_bytes()[:50])
+    return here / "base"
+
+
+def test_pictures_that_cannot_be_read_are_named_before_the_first_is_drawn(
+    sample: Cli, here: Path, base: Path, at_step: Callable[..., list[int]]
+) -> None:
+    taken = at_step()
+    told = (r"base_samples base: 2 of 6 images cannot be read: 3\.png \(not a PNG", r"4\.png \(", "--skip-unreadable")
+    left_nothing(here, lambda: sample(*ENLARGE), *told)
+    assert taken == [0]
+    succeeded(sample(*ENLARGE, "--num-samples", 3))  # they are not among these
+    for name in ("3.png", "4.png"):
+        Image.new("RGB", (8, 8)).save(base / name)
+    succeeded(sample(*ENLARGE, "--out", "b.npz"))
+    assert np.shape(contents_of("b.npz")["arr_0"]) == (6, 16, 16, 3)
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_named(sample: Cli, base: Path) -> None:
+    result = succeeded(sample(*ENLARGE, "--skip-unreadable"))
+    assert "skipped: 3.png (not a PNG" in result.out
+    assert "skipped: 4.png (" in result.out
+    images = contents_of("samples.npz")["arr_0"]
+    for name in ("3.png", "4.png"):
+        (base / name).unlink()
+    succeeded(sample(*ENLARGE, "--out", "b.npz"))
+    assert np.array_equal(contents_of("b.npz")["arr_0"], images)  # the images that the job draws are the same
+    for path in base.iterdir():
+        path.write_bytes(b"")
+    refused(sample(*ENLARGE, "--out", "c.npz", "--skip-unreadable"), "none of the 4 images in base can be read")
+
+
+@pytest.mark.parametrize("change", ["removed", "mended", "restored"])
+def test_a_job_goes_on_after_a_bad_picture_is_out_of_the_way(
+    sample: Cli, base: Path, at_step: Callable[..., list[int]], change: str
+) -> None:
+    """As long as the pictures of its finished images are what they were."""
+    at_step(4, interrupt())  # after the second image
+    assert sample(*ENLARGE, "--skip-unreadable").status == 143
+    assert sum(map(len, spans())) == 2
+    if change == "removed":
+        (base / "3.png").unlink()
+        (base / "4.png").unlink()
+    elif change == "mended":
+        Image.new("RGB", (8, 8), "green").save(base / "3.png")
+        (base / "4.png").unlink()
+    at_step()
+    result = succeeded(sample(*ENLARGE, *(["--skip-unreadable"] if change == "restored" else [])))
+    count = 5 if change == "mended" else 4
+    assert f"resuming: 2 of {count} images are finished" in result.out
+    resumed = contents_of("samples.npz")["arr_0"]
+    again = sample(*ENLARGE, "--out", "b.npz", *(["--skip-unreadable"] if change == "restored" else []))
+    succeeded(again)
+    assert np.array_equal(resumed, contents_of("b.npz")["arr_0"])
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_job_of_an_earlier_version_goes_on_with_the_same_pictures(
+    sample: Cli, base: Path, at_step: Callable[..., list[int]], changed: bool
+) -> None:
+    """It did not write which file each image is from."""
+    for name in ("3.png", "4.png"):
+        (base / name).unlink()
+    at_step(4, interrupt())
+    assert sample(*ENLARGE).status == 143
+    manifest = Path("samples.npz.parts/job.json")
+    written = json.loads(manifest.read_text())
+    del written["settings"]["inputs"]
+    manifest.write_text(json.dumps(written))
+    at_step()
+    if changed:
+        (base / "5.png").rename(base / "6.png")
+        refused(sample(*ENLARGE), "another base_samples", "--overwrite")
+    else:
+        assert "resuming: 2 of 4 images are finished" in succeeded(sample(*ENLARGE)).out
+
+
+def test_a_job_does_not_go_on_with_other_pictures_of_finished_images(
+    sample: Cli, base: Path, at_step: Callable[..., list[int]]
+) -> None:
+    at_step(4, interrupt())
+    assert sample(*ENLARGE, "--skip-unreadable").status == 143
+    (base / "0.png").rename(base / "00.png")
+    at_step()
+    refused(sample(*ENLARGE, "--skip-unreadable"), "another base_samples .that of image 0", "--overwrite")
+    (base / "00.png").rename(base / "0.png")
+    refused(sample(*ENLARGE, "--skip-unreadable", "--indices", "1-3"), "another indices .0-3, not 1-3")
+    refused(sample(*ENLARGE, "--skip-unreadable", "--num-samples", "1"), "another indices .0-3, not 0")
+    refused(sample(*ENLARGE, "--skip-unreadable", "--seed", "1"), "another seed")
+    assert "resuming: 2 of 9" in succeeded(sample(*ENLARGE, "--skip-unreadable", "--num-samples", "9")).out
 
 
 def test_an_optimizers_file(train: Cli, sample: Cli, run_dir: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import fastdiff
 from fastdiff import load_checkpoint
 from fastdiff.checkpoint import write_manifest
 from fastdiff.sampling import save_npz
+from fastdiff.sampling.output import save_png
 
 from .support import CLASSES, NAMES, SMOOTH, UPPER, command, saved
 
@@ -67,6 +68,18 @@ def test_it_draws_what_the_command_does(
     assert np.abs(images.astype(int) - expected).max() <= 1
     again = fastdiff.sample(Path(f"{name}.safetensors"), **how)
     assert np.array_equal(images, again)
+
+
+def test_pictures_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    for i in range(3):
+        save_png(tmp_path / f"cat_{i}.png", np.full((8, 8, 3), 80 * i, np.uint8))
+    (tmp_path / "cat_1.png").write_bytes(b"")
+    how: dict[str, Any] = {**PLACE, "steps": 2, "base_samples": tmp_path}
+    with pytest.raises(ValueError, match=r"1 of 3 images cannot be read: cat_1\.png \(empty file\).*--skip-unreadable"):
+        fastdiff.sample(folder / "upper.safetensors", **how)
+    images = fastdiff.sample(folder / "upper.safetensors", skip_unreadable=True, **how)
+    (tmp_path / "cat_1.png").unlink()
+    assert np.array_equal(images, fastdiff.sample(folder / "upper.safetensors", **how))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastdiff.data import UnreadableImage, load
 from fastdiff.data import dataset as dataset_module
-from fastdiff.sampling.base_samples import load_base_samples
+from fastdiff.sampling.base_samples import load_base_samples, unreadable_in
 from fastdiff.sampling.output import save_png
 
 from ..support import refusal
@@ -161,6 +161,32 @@ def test_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     assert np.array_equal(samples.batch(np.array([0, 2])), IMAGES[[0, 0]])
     with pytest.raises(UnreadableImage, match=r"b\.png: truncated"):
         samples.batch(np.array([0, 1]))
+
+
+def test_all_are_looked_at_before_the_first(tmp_path: Path) -> None:
+    root = folder(tmp_path / "f", "a.png", "b.png", "c.png", "d.png")
+    for name in "bc":
+        (root / f"{name}.png").write_bytes((root / f"{name}.png").read_bytes()[:60])
+    samples = load_base_samples(root, 4, None)
+    message = refusal(lambda: samples.check(np.arange(9)), "base_samples")
+    assert message == (
+        f"base_samples {root}: 2 of 4 images cannot be read: b.png (truncated), c.png (truncated); repair or remove "
+        "them, or leave them out with --skip-unreadable"
+    )
+    seen: list[tuple[int, int]] = []
+    samples.check(np.array([0, 4, 7]), lambda *at: seen.append(at))
+    assert seen == [(1, 2), (2, 2)]
+    skipped = unreadable_in(root)
+    assert skipped == {"b.png": "truncated", "c.png": "truncated"}
+    some = load_base_samples(root, 4, None, skipped=skipped)
+    assert np.array_equal(some.batch(np.arange(3)), IMAGES[[0, 3, 0]])
+    assert some.described() == [f"{name}.png {(root / f'{name}.png').stat().st_size}" for name in "ad"]
+
+
+def test_an_npz_is_looked_at_as_it_is_read(npz: Path) -> None:
+    samples = load_base_samples(npz, 4, None)
+    samples.check(NUMBERS)
+    assert (samples.described(), unreadable_in(npz), unreadable_in(None)) == ([], {}, {})
 
 
 def test_odd_metadata_is_no_reason_to_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
