@@ -22,13 +22,18 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastdiff.data.archives import DEFLATE_RATIO
+from fastdiff.data.arrays import WANTED, UnfitError, as_images, as_labels, may_be_images, may_be_labels
 from fastdiff.data.cache import available_memory
 from fastdiff.data.classes import composed
 from fastdiff.runtime.words import first_line, printable
 
 _CHUNK = 2**20  # bytes per read; the directory of an npz takes a few hundred
 _HEADER = 2**14  # bytes: more than NumPy accepts as an array's header
-_WANTED = "save uint8 images (N, H, W, 3) and integer labels (N,) with np.savez(file, images, labels)"
+_KEYS = (
+    *(("arr_0", "arr_1"), ("images", "labels"), ("image", "label"), ("x_train", "y_train"), ("X_train", "y_train")),
+    *(("train_images", "train_labels"), ("x", "y"), ("X", "y")),
+)
+"""Names of images and their labels: NumPy's and fastdiff's, Keras' and MedMNIST's. The first that is there counts."""
 
 _Fits = Callable[[tuple[int, ...], np.dtype[Any]], bool]
 
@@ -51,12 +56,13 @@ class Samples:
 def read_samples(path: Path) -> Samples:
     """Read the images (arr_0) of a file and, if it has them, its labels (arr_1), class_names and names.
 
+    Images and labels of other names (_KEYS), layouts and types are converted where their meaning is plain (arrays.py).
     Images that are stored uncompressed (np.savez) are memory-mapped and take no memory; compressed ones
     (np.savez_compressed) are read into memory. Either way the entire file is read once, to verify its checksums.
 
     Raises ValueError if the file is missing, not an npz, damaged or truncated, if it holds anything other than images
-    uint8 (N, H, W, 3) and as many integer labels (objects are never unpickled), if it claims to hold more than it
-    does, or if it is compressed and larger than the available memory.
+    and as many labels (objects are never unpickled), if it claims to hold more than it does, or if it is compressed or
+    needs converting and is larger than the available memory.
     """
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
@@ -65,29 +71,28 @@ def read_samples(path: Path) -> Samples:
         try:
             with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python and NumPy warn about odd headers
-                images = _read(file, archive, "arr_0", _are_images)
-                there, count = set(archive.namelist()), len(images)
+                there = set(archive.namelist())
+                found = next((keys for keys in _KEYS if f"{keys[0]}.npy" in there), _KEYS[0])
+                images = as_images(_read(file, archive, found[0], may_be_images), found[0])
+                count = len(images)
                 labels = class_names = names = None
-                if "arr_1.npy" in there:
-                    labels = np.array(_read(file, archive, "arr_1", partial(_are_labels, count)), np.int64)
                 if "class_names.npy" in there:
                     texts = _texts(_read(file, archive, "class_names", partial(_are_texts, None)))
                     class_names = tuple(map(composed, texts))
                     if len(set(class_names)) != len(class_names):
-                        raise _UnfitError("has two class_names that are the same: give each class its own name")
+                        raise UnfitError("has two class_names that are the same: give each class its own name")
+                if f"{found[1]}.npy" in there:
+                    stored = np.array(_read(file, archive, found[1], partial(may_be_labels, count)))
+                    labels, class_names = as_labels(stored, found[1], class_names)
                 if "names.npy" in there:
                     names = _texts(_read(file, archive, "names", partial(_are_texts, count)))
-                return Samples(images, labels, class_names, names, archive.getinfo("arr_0.npy").CRC)
-        except _UnfitError as error:
+                return Samples(images, labels, class_names, names, archive.getinfo(f"{found[0]}.npy").CRC)
+        except UnfitError as error:
             raise ValueError(f"{path} {error}") from None
         except Exception as error:  # zipfile and NumPy raise nearly anything on damaged bytes
             raise ValueError(
-                f"{path} is damaged or not an npz file ({first_line(error)}): copy it again, or {_WANTED}"
+                f"{path} is damaged or not an npz file ({first_line(error)}): copy it again, or {WANTED}"
             ) from None
-
-
-class _UnfitError(ValueError):
-    """The file cannot be used; the text says why, and the remedy."""
 
 
 class _Reader(io.BufferedReader):
@@ -97,14 +102,6 @@ class _Reader(io.BufferedReader):
         if size is not None and size > _CHUNK:
             raise zipfile.BadZipFile(f"a directory of {size:,} bytes")
         return super().read(size)
-
-
-def _are_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    return dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0
-
-
-def _are_labels(count: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    return dtype.kind in "iu" and np.can_cast(dtype, np.int64) and shape == (count,)
 
 
 def _are_texts(count: int | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
@@ -119,23 +116,23 @@ def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> ND
     """One array of the file, memory-mapped if it is stored uncompressed."""
     if f"{name}.npy" not in archive.namelist():
         found = ", ".join(archive.namelist()[:5])
-        raise _UnfitError(f"has no {name} (only {printable(found) or 'nothing'}): {_WANTED}")
+        raise UnfitError(f"has no {name} (only {printable(found) or 'nothing'}): {WANTED}")
     info = archive.getinfo(f"{name}.npy")
     stored = info.compress_type == zipfile.ZIP_STORED
     if not stored and info.compress_type != zipfile.ZIP_DEFLATED:
-        raise _UnfitError(f"is compressed in a way that NumPy does not know: {_WANTED}")
+        raise UnfitError(f"is compressed in a way that NumPy does not know: {WANTED}")
     with archive.open(info) as member:
         head = io.BytesIO(member.read(_HEADER))
         first = npy.read_magic(head) == (1, 0)
         shape, fortran_order, dtype = (npy.read_array_header_1_0 if first else npy.read_array_header_2_0)(head)
         if not fits(shape, dtype):
-            raise _UnfitError(f"holds {dtype.name} {shortened(shape)} as {name}: {_WANTED}")
+            raise UnfitError(f"holds {dtype.name} {shortened(shape)} as {name}: {WANTED}")
         promised, header = math.prod(shape) * dtype.itemsize, head.tell()
         most = min(info.compress_size, os.fstat(file.fileno()).st_size) * (1 if stored else DEFLATE_RATIO)
         if info.file_size != header + promised or info.file_size > most:
-            raise _UnfitError(f"claims to hold {shortened(shape)} as {name} but does not: copy it again")
+            raise UnfitError(f"claims to hold {shortened(shape)} as {name} but does not: copy it again")
         if not stored and promised > available_memory():
-            raise _UnfitError(
+            raise UnfitError(
                 f"holds {promised / 2**30:.2f} GiB compressed, more than the available memory: "
                 "save it with np.savez, which does not compress, so that it is memory-mapped instead"
             )

@@ -184,21 +184,25 @@ def test_no_npz(tmp_path: Path, content: bytes) -> None:
 
 
 def test_other_arrays(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS)
-    assert refused(tmp_path / "a.npz").startswith("has no arr_0 (only images.npy, labels.npy): save uint8 images")
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    assert refused(tmp_path / "a.npz").startswith("has no arr_0 (only mu.npy, sigma.npy): save uint8 images")
 
 
 @pytest.mark.parametrize(
     ("images", "found"),
     [
-        (IMAGES.astype(np.float32), "float32 (5, 4, 6, 3)"),
-        (IMAGES.astype(np.int8), "int8 (5, 4, 6, 3)"),
-        (IMAGES.astype(bool), "bool (5, 4, 6, 3)"),
+        (IMAGES.astype(np.float32) * 2, "float32 from 0 to 510"),
+        (IMAGES / 16, "float64 from 0 to 15.9375"),  # who knows what is white
+        (IMAGES / 255 - 2, "float64 from -2 to -1"),
+        (np.where(IMAGES == 0, np.nan, IMAGES), "float64 from nan to nan"),
+        (IMAGES.view(np.int8), "int8 from -128 to 127"),
+        (IMAGES.astype(np.uint16) * 257, "uint16 from 0 to 65535"),
+        (IMAGES.astype(complex), "complex128 (5, 4, 6, 3)"),
         (IMAGES.astype(object), "object (5, 4, 6, 3)"),
         (IMAGES.view("u1,u1,u1"), "void24 (5, 4, 6, 1)"),
         (IMAGES[0], "uint8 (4, 6, 3)"),
-        (IMAGES[..., :1], "uint8 (5, 4, 6, 1)"),
-        (IMAGES.transpose(0, 3, 1, 2), "uint8 (5, 3, 4, 6)"),
+        (IMAGES[0].transpose(1, 0, 2)[..., :1], "uint8 (6, 4, 1)"),
+        (IMAGES[..., :2], "uint8 (5, 4, 6, 2)"),
         (IMAGES[:0], "uint8 (0, 4, 6, 3)"),
         (IMAGES[:, :0], "uint8 (5, 0, 6, 3)"),
         (IMAGES[:, :, :0], "uint8 (5, 4, 0, 3)"),
@@ -213,13 +217,15 @@ def test_other_images(tmp_path: Path, images: np.ndarray, found: str) -> None:
 @pytest.mark.parametrize(
     ("labels", "found"),
     [
-        (LABELS.astype(float), "float64 (5,)"),
-        (LABELS.astype(bool), "bool (5,)"),
-        (LABELS.astype(np.uint64), "uint64 (5,)"),
+        (LABELS + 0.5, "float64 that are no whole numbers"),
+        (LABELS * np.nan, "float64 that are no whole numbers"),
+        (LABELS.astype(np.uint64) + 2**63, "uint64 that are no whole numbers"),
         (LABELS.astype("m8[s]"), "timedelta64[s] (5,)"),
         (LABELS.astype(object), "object (5,)"),
-        (np.array(list("abcde")), "str32 (5,)"),
-        (LABELS[:, None], "int64 (5, 1)"),
+        (np.array([*"abcdefghij"]).reshape(5, 2), "str32 (5, 2)"),
+        (LABELS[:, None] * np.ones((1, 2), int), "rows of 2 numbers that are not one-hot"),
+        (np.eye(5)[:, :4], "rows of 4 numbers that are not one-hot"),
+        (LABELS[:, None, None], "int64 (5, 1, 1)"),
         (LABELS[:4], "int64 (4,)"),
         (np.arange(6), "int64 (6,)"),
         (np.int64(3), "int64 ()"),
@@ -228,6 +234,94 @@ def test_other_images(tmp_path: Path, images: np.ndarray, found: str) -> None:
 def test_other_labels(tmp_path: Path, labels: np.ndarray, found: str) -> None:
     np.savez(tmp_path / "a.npz", IMAGES, labels)
     assert refused(tmp_path / "a.npz").startswith(f"holds {found} as arr_1: save uint8 images (N, H, W, 3)")
+
+
+GREY = IMAGES[..., 0]
+RGBA = np.concatenate([IMAGES, np.full((5, 4, 6, 1), 255, np.uint8)], axis=3)
+CLEAR = np.concatenate([IMAGES, np.zeros((5, 4, 6, 1), np.uint8)], axis=3)
+PLAIN: dict[str, tuple[np.ndarray, np.ndarray]] = {
+    "channels first": (IMAGES.transpose(0, 3, 1, 2), IMAGES),
+    "grey": (GREY, GREY[..., None].repeat(3, 3)),
+    "grey of one channel": (GREY[..., None], GREY[..., None].repeat(3, 3)),
+    "grey, channels first": (GREY[:, None], GREY[..., None].repeat(3, 3)),
+    "floats to 1": ((IMAGES / 255).astype(np.float32), IMAGES),
+    "half floats to 1": ((IMAGES / 255).astype(np.float16), IMAGES),
+    "floats from -1 to 1": (IMAGES / 127.5 - 1, IMAGES),
+    "floats to 255": (IMAGES.astype(np.float64), IMAGES),
+    "grey floats, channels first": ((GREY / 255)[:, None], GREY[..., None].repeat(3, 3)),
+    "integers": (IMAGES.astype(np.int64), IMAGES),
+    "truth values": (GREY > 99, ((GREY > 99) * 255).astype(np.uint8)[..., None].repeat(3, 3)),
+    "opaque": (RGBA, IMAGES),
+    "transparent": (CLEAR, np.full_like(IMAGES, 255)),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_of_a_plain_meaning(tmp_path: Path, kind: str, save: Callable[..., None]) -> None:
+    stored, expected = PLAIN[kind]
+    save(tmp_path / "a.npz", stored)
+    images = accepted(tmp_path / "a.npz").images
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, expected)
+
+
+def test_many_parts_are_converted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff.data.arrays._PART", 100)
+    np.savez(tmp_path / "a.npz", IMAGES / 255)
+    assert np.array_equal(accepted(tmp_path / "a.npz").images, IMAGES)
+
+
+def test_images_that_do_not_fit_as_uint8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff.data.arrays.available_memory", lambda: 300)
+    np.savez(tmp_path / "a.npz", GREY)
+    assert refused(tmp_path / "a.npz").startswith("holds uint8 as arr_0, which take 0.00 GiB as uint8 RGB, more than")
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected", "names"),
+    [
+        (LABELS[:, None], LABELS, None),
+        (LABELS.astype(np.float32), LABELS, None),
+        (LABELS.astype(np.uint64), LABELS, None),
+        (LABELS > 2, LABELS > 2, None),
+        (np.eye(6, dtype=int)[LABELS], LABELS, None),
+        (np.eye(6)[LABELS], LABELS, None),
+        (np.array(["cow", "ant", "bee", "ant", "cow"]), [2, 0, 1, 0, 2], ("ant", "bee", "cow")),
+        (np.array([b"cow", b"ant", b"bee", b"ant", b"cow"])[:, None], [2, 0, 1, 0, 2], ("ant", "bee", "cow")),
+    ],
+)
+def test_labels_of_a_plain_meaning(
+    tmp_path: Path, stored: np.ndarray, expected: object, names: tuple[str, ...] | None
+) -> None:
+    np.savez(tmp_path / "a.npz", IMAGES, stored)
+    samples = accepted(tmp_path / "a.npz")
+    assert samples.labels is not None
+    assert (samples.labels.dtype, samples.labels.ndim) == (np.int64, 1)
+    assert np.array_equal(samples.labels, expected)  # type: ignore[arg-type]
+    assert samples.class_names == names
+
+
+def test_text_and_class_names(tmp_path: Path) -> None:
+    texts = np.array(["cow", "ant", "bee", "ant", "cow"])
+    np.savez(tmp_path / "a.npz", IMAGES, texts, class_names=["dog", "cow", "bee", "ant"])
+    samples = accepted(tmp_path / "a.npz")
+    assert samples.labels is not None
+    assert (samples.labels.tolist(), samples.class_names) == ([1, 3, 2, 3, 1], ("dog", "cow", "bee", "ant"))
+    np.savez(tmp_path / "b.npz", IMAGES, texts, class_names=["dog", "cow"])
+    assert refused(tmp_path / "b.npz") == "holds the class 'ant' as arr_1, which is not in its class_names"
+
+
+@pytest.mark.parametrize(
+    "keys", [("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"), ("X", "y")]
+)
+def test_other_names_of_arrays(tmp_path: Path, keys: tuple[str, str]) -> None:
+    """Keras' and MedMNIST's, whose test images stay out."""
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, (GREY, LABELS), strict=True)), x_test=GREY[:1], y_test=LABELS[:1])
+    samples = accepted(tmp_path / "a.npz")
+    assert (samples.images.shape, samples.checksum > 0) == ((5, 4, 6, 3), True)
+    assert samples.labels is not None
+    assert samples.labels.tolist() == LABELS.tolist()
 
 
 def test_two_classes_of_one_name(tmp_path: Path) -> None:
