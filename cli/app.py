@@ -40,12 +40,12 @@ app = typer.Typer(
 app.command("train", cls=Paneled)(train.train)
 app.command("train-classifier", cls=Paneled)(train_classifier.train_classifier)
 app.command("sample", cls=Paneled)(sample.sample)
-app.command("demo")(demo.demo)
+app.command("demo", cls=Paneled)(demo.demo)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("benchmark", cls=Paneled)(benchmark.benchmark)
-app.command("presets")(presets.presets)
-app.command("doctor")(doctor.doctor)
-app.command("convert")(convert.convert)
+app.command("presets", cls=Paneled)(presets.presets)
+app.command("doctor", cls=Paneled)(doctor.doctor)
+app.command("convert", cls=Paneled)(convert.convert)
 app.add_typer(data.app, name="data")
 
 

@@ -2,11 +2,9 @@
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from fastdiff.cli.options import SWITCHES
 
 _OF_THE_DATA = {"class_names", "class_counts", "data_fingerprint", "reading"}
 """Entries of a run's config.json that describe its data and how it is read, and are no flags."""
@@ -43,13 +41,16 @@ def _words(path: Path) -> Iterator[str]:
         if seen.setdefault(flag, value) != value:  # a run's config.json has learn_sigma twice, with the same value
             raise ValueError(f"{path} sets {flag} twice: keep one of them")
         from_data = name in _OF_THE_DATA or (name == "num_classes" and value == len(document.get("class_names", ())))
-        if value is None or value == "" or (of_a_run and from_data):
+        if flag == "--config":
+            raise ValueError(f"{path} names another file of flags: leave config out")
+        if of_a_run and (from_data or value is None or value == ""):
             continue
+        if value is None or value == "":
+            raise ValueError(f"{path}: {name} has no value: give one, or leave it out")
         if value is True:
             yield flag
         elif value is False:
-            if name.replace("_", "-") in SWITCHES:  # another flag, such as --overwrite, is off unless given
-                yield flag.replace("--", "--no-", 1)
+            yield flag.replace("--", "--no-", 1)
         elif isinstance(value, list):
             yield f"{flag}={','.join(map(str, value))}"
         else:
@@ -76,8 +77,9 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError:
         raise ValueError(f"config {path} is not a text file: name a .toml, .yaml or .json file") from None
+    parse = _parser(path)
     try:
-        document = _parsers(path)(text)
+        document = parse(text)
     except (ValueError, RecursionError) as error:  # a TOML or JSON error is a ValueError, and so is ours of YAML
         raise ValueError(f"config {path} is damaged: {str(error) or 'too deep'}") from None
     if not isinstance(document, dict):
@@ -85,23 +87,28 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
-def _parsers(path: Path) -> Any:
+def _parser(path: Path) -> Callable[[str], Any]:
+    """The function that parses a file of this name; its errors are ValueErrors."""
     match path.suffix.lower():
         case ".toml":
             return tomllib.loads
         case ".json":
             return json.loads
         case ".yaml" | ".yml":
-            return _yaml
-    raise ValueError("its name must end in .toml, .yaml or .json")
+            return _yaml_parser(path)
+    raise ValueError(f"config {path}: its name must end in .toml, .yaml or .json")
 
 
-def _yaml(text: str) -> Any:
+def _yaml_parser(path: Path) -> Callable[[str], Any]:
     try:
         import yaml
     except ImportError:
-        raise ValueError("reading YAML needs pyyaml: pip install pyyaml (extra 'yaml'), or use TOML") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(f"config {path}: YAML needs pyyaml: pip install pyyaml (extra 'yaml'), or use TOML") from None
+
+    def parse(text: str) -> Any:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+
+    return parse

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint
 
 
-@with_flags(ModelConfig, DiffusionConfig)
+@with_flags(of_state_dicts=(ModelConfig, DiffusionConfig))
 def convert(
     flags: Flags,
     source: Annotated[
@@ -42,7 +42,7 @@ def convert(
     Both files are then loaded and run on the same input. The command prints the largest difference, what the conversion
     loses, and for a .pt file the flags of the originals' scripts.
 
-    The model and diffusion flags describe bare state dicts, as in fastdiff sample.
+    --help-all lists the flags that describe a bare state dict, as in fastdiff sample.
     """
     from fastdiff.checkpoint import conversion
     from fastdiff.interop.diffusers import Scheduler

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastdiff.cli.help import Paneled
 from fastdiff.cli.options import DebugFlag, path_argument, path_option
 from fastdiff.config import DataConfig, ImagesConfig, Labels
 
@@ -37,7 +38,7 @@ def _root(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@app.command()
+@app.command(cls=Paneled)
 def cifar10(
     source: Annotated[
         Path,
@@ -55,7 +56,7 @@ def cifar10(
     _go_on(out / "cifar_train", 32, "--class-cond")
 
 
-@app.command()
+@app.command(cls=Paneled)
 def lsun(
     source: Annotated[
         Path,
@@ -76,7 +77,7 @@ def lsun(
     _go_on(out, image_size)
 
 
-@app.command()
+@app.command(cls=Paneled)
 def imagenet(
     source: Annotated[
         Path,
@@ -101,7 +102,7 @@ def imagenet(
     _go_on(out, image_size or 64, *(("--class-cond", "--labels", "folder") if found.folders > 1 else ()))
 
 
-@app.command()
+@app.command(cls=Paneled)
 def check(
     path: Annotated[Path, path_argument(metavar="DIR", help="Folder of images, or a .zip or .npz of them.")],
     image_size: Annotated[
@@ -139,7 +140,7 @@ def check(
         typer.echo(f"drew {len(found.shown)} images in {sheet}")
 
 
-@app.command()
+@app.command(cls=Paneled)
 def pack(
     source: Annotated[Path, path_argument(metavar="DIR", help="Folder of images.")],
     out: Annotated[

@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import typer
 from fastdiff import __version__
 
 EXTRAS = {
+    "yaml": "--config FILE.yaml",
     "diffusers": "convert to and from its folders",
     "matplotlib": "evaluate nll --plot, benchmark --chart",
     "lmdb": "data lsun",
@@ -58,14 +59,17 @@ def _device() -> Iterator[tuple[str, str]]:
         more = f"; {count} GPUs, use them with torchrun --nproc-per-node={count}" if count > 1 else ""
         yield "device", f"{properties.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free{more}"
     else:
-        reason = "this torch is built for CPUs only" if torch.version.cuda is None else "PyTorch sees no GPU"
+        built = torch.version.cuda or torch.version.hip
+        reason = "PyTorch sees no GPU" if built else "this torch is built for CPUs only"
         instructions = torch.backends.cpu.get_cpu_capability()
-        yield "device", f"cpu with {instructions}: {reason}; a small model of 32 pixels trains in hours"
+        yield "device", f"cpu with {instructions}: {reason}; small models and images of up to 64 pixels are feasible"
     precision = resolve_precision(Precision.AUTO, device)
     why = "native here" if has_native_bf16(device) else "bf16 is not native here and would be slower"
     yield "precision", f"auto is {precision} ({why})"
-    triton = "absent" if not HAS_TRITON else version("triton") if _installed("triton") else "present"
-    use = "auto uses its kernels" if gpu and HAS_TRITON else "auto uses PyTorch's operations on a CPU"
+    triton = version("triton") if HAS_TRITON else "absent"
+    use = "auto uses PyTorch's own operations" + ("" if gpu else " on a CPU")
+    if gpu and HAS_TRITON:
+        use = "auto uses its kernels"
     yield "triton", f"{triton}: {use}"
     if has_compiler(device):
         yield "compiler", "found: long runs use torch.compile, which takes one to two minutes at first"
@@ -79,8 +83,11 @@ def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
     cores, threads = usable_cores(), torch.get_num_threads()
-    fit = "as many as cores" if threads <= cores else f"more than the cores: set OMP_NUM_THREADS={max(1, int(cores))}"
-    yield "threads", f"{threads} of {cores:g} usable cores: {fit}"
+    most = max(1, int(cores))
+    fit = "one per core"
+    if threads != most:
+        fit = f"{'more' if threads > most else 'fewer'} than the cores: OMP_NUM_THREADS={most} would be one per core"
+    yield "threads", f"{threads} threads on {cores:g} usable cores: {fit}"
     if hasattr(os, "getloadavg"):
         load = os.getloadavg()[0]
         busy = "other work will slow a run down" if load > _BUSY * cores else "idle enough"
@@ -104,13 +111,11 @@ def usable_cores() -> float:
 def _extras() -> Iterator[tuple[str, str]]:
     for package, purpose in EXTRAS.items():
         if _installed(package):
-            yield package, f"{version(package)}: {purpose}"
+            yield package, f"installed: {purpose}"
         else:
-            yield package, f"not installed, needed only for {purpose}: pip install {package}"
+            name = {"yaml": "pyyaml"}.get(package, package)
+            yield package, f"not installed, needed only for {purpose}: pip install -c constraints.txt {name}"
 
 
 def _installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None and bool(version(package))
-    except PackageNotFoundError:
-        return False
+    return find_spec(package) is not None

@@ -36,7 +36,9 @@ class StartConfig(Config):
         path=True,
     )
     batch_size_per_process: int | None = option(None, "Images per update and process, instead of --batch-size.")
-    dry_run: bool = option(False, "Show the data, the model, its memory and speed; train nothing and write nothing.")
+    dry_run: bool = option(
+        False, "Show the data, the model, its memory and speed; train nothing and leave the run folder alone."
+    )
     timeout: int = option(600, "Seconds after which a process that waits for the others gives up.")
 
     def check(self) -> None:

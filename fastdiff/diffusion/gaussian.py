@@ -57,7 +57,7 @@ class GaussianDiffusion(GaussianProcess):
         p = self._predict(x, output, at, clip_denoised, denoised_fn)
         if cond_fn is not None:
             p = p._replace(mean=p.mean + p.variance * self._gradient(cond_fn, x, t, model_kwargs))
-        return self._advanced(Sampler.DDPM, p, x, t, at, 0.0, noise)
+        return self._advanced(Sampler.DDPM, p, x, t, at, 0.0, noise, pred_xstart)
 
     def ddim_sample(
         self,
@@ -83,7 +83,7 @@ class GaussianDiffusion(GaussianProcess):
         at = self._coefficients(x, t)
         p = self._predict(x, output, at, clip_denoised, denoised_fn)
         p = p._replace(pred_xstart=self._guided_xstart(p.pred_xstart, cond_fn, x, t, model_kwargs))
-        return self._advanced(Sampler.DDIM, p, x, t, at, eta, noise)
+        return self._advanced(Sampler.DDIM, p, x, t, at, eta, noise, pred_xstart)
 
     def _gradient(self, cond_fn: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> Tensor:
         return cond_fn(x, self.model_timesteps(t), **(model_kwargs or {})).to(x.dtype)
@@ -98,14 +98,23 @@ class GaussianDiffusion(GaussianProcess):
         return x_start + (1 - alpha_bar) / alpha_bar.sqrt() * self._gradient(cond_fn, x, t, model_kwargs)
 
     def _advanced(
-        self, sampler: Sampler, p: Prediction, x: Tensor, t: Tensor, at: Coefficients, eta: float, noise: Noise
+        self,
+        sampler: Sampler,
+        p: Prediction,
+        x: Tensor,
+        t: Tensor,
+        at: Coefficients,
+        eta: float,
+        noise: Noise,
+        pred_xstart: bool,
     ) -> dict[str, Tensor]:
         """A step from a prediction that a function of the caller's has changed, which no kernel can call."""
         if isinstance(noise, Philox):
             noise = noise.of_update(self.num_timesteps - t, x.shape)
         elif noise is None and (sampler is Sampler.DDPM or eta):
             noise = torch.randn_like(x)
-        return {"sample": advance(p, x, t, at, sampler, eta, noise), "pred_xstart": p.pred_xstart}
+        out = {"sample": advance(p, x, t, at, sampler, eta, noise)}
+        return out | {"pred_xstart": p.pred_xstart} if pred_xstart else out
 
     def _fused(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from fastdiff.checkpoint import (
     load_classifier,
 )
 from fastdiff.config import RuntimeConfig, SampleConfig
+from fastdiff.models.unet import Encoder
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import unreadable_in
 from fastdiff.sampling.loop import Int64Array
@@ -26,6 +27,7 @@ from fastdiff.sampling.plan import Plan
 
 Source = str | os.PathLike[str] | Checkpoint
 Class = str | int
+Model = TypeVar("Model", bound=Encoder)
 
 
 def sample(
@@ -94,12 +96,16 @@ def _numbers(indices: NDArray[Any]) -> Int64Array:
 
 def _loaded_classifier(source: str | os.PathLike[str] | ClassifierCheckpoint, runtime: Runtime) -> ClassifierCheckpoint:
     if isinstance(source, ClassifierCheckpoint):
-        return replace(source, model=deepcopy(source.model).to(runtime.device).lay_out(runtime.memory_format))
+        return replace(source, model=_copied(source.model, runtime))
     return load_classifier(source, device=runtime.device, kernels=runtime.kernels, memory_format=runtime.memory_format)
+
+
+def _copied(model: Model, runtime: Runtime) -> Model:
+    return deepcopy(model).to(runtime.device).lay_out(runtime.memory_format)
 
 
 def _loaded(source: Source | None, runtime: Runtime, ema_rate: float | None) -> Checkpoint:
     if isinstance(source, Checkpoint):
-        return replace(source, model=deepcopy(source.model).to(runtime.device).lay_out(runtime.memory_format))
+        return replace(source, model=_copied(source.model, runtime))
     path = find_checkpoint(None if source is None else Path(source), ema_rate=ema_rate)
     return load_checkpoint(path, device=runtime.device, kernels=runtime.kernels, memory_format=runtime.memory_format)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.checkpoint import Checkpoint, Lease, sha256
+from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint, Lease, sha256
+from fastdiff.config import Config
 from fastdiff.runtime.device import COMPILING, Runtime
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
@@ -268,14 +269,13 @@ def settings_of(
     settings["indices"] = _ranges(indices)
     settings["class"] = ",".join(map(str, plan.classes)) or None
     settings["precision"] = str(runtime.precision)
-    settings["model"] = _described(model, plan.checkpoint)
+    settings["model"] = _described(model, plan.checkpoint, plan.checkpoint.model_config)
     if classifier is None or plan.classifier is None:
         del settings["classifier_scale"]
     else:
-        about = {"file": classifier.name, "step": plan.classifier.step, "sha256": sha256(classifier)}
-        settings["classifier"] = {**about, **plan.classifier.config.to_dict()}
+        settings["classifier"] = _described(classifier, plan.classifier, plan.classifier.config)
     if super_res is not None and plan.super_res is not None:
-        settings["super_res"] = _described(super_res, plan.super_res)
+        settings["super_res"] = _described(super_res, plan.super_res, plan.super_res.model_config)
     if base_samples is not None:
         described = [] if plan.base is None else plan.base.described()
         settings["base_samples"] = _of_texts(base_samples, described) if described else _fingerprint(base_samples)
@@ -284,10 +284,17 @@ def settings_of(
     return settings
 
 
-def _described(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    configs = {**checkpoint.model_config.to_dict(), **checkpoint.diffusion_config.to_dict()}
-    about = {name: checkpoint.metadata[name] for name in ("ema_rate",) if name in checkpoint.metadata}
-    return {"file": path.name, "step": checkpoint.step, "sha256": sha256(path), **about, **configs}
+def _described(path: Path, loaded: Checkpoint | ClassifierCheckpoint, architecture: Config) -> dict[str, Any]:
+    process = {} if loaded.diffusion_config is None else loaded.diffusion_config.to_dict()
+    about = {name: loaded.metadata[name] for name in ("ema_rate",) if name in loaded.metadata}
+    return {
+        "file": path.name,
+        "step": loaded.step,
+        "sha256": sha256(path),
+        **about,
+        **architecture.to_dict(),
+        **process,
+    }
 
 
 def _fingerprint(path: Path) -> str:

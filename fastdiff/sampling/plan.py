@@ -194,6 +194,8 @@ def _refuse_classifier(checkpoint: Checkpoint, classifier: ClassifierCheckpoint)
     model, config = checkpoint.model_config, classifier.config
     if model.small_size:
         raise ValueError("classifier: not with a super-resolution model; guide the model that draws the small images")
+    if not classifier.metadata.get("noised", True):
+        raise ValueError("classifier: it was trained on clean images (--no-noised) and cannot guide noisy ones")
     if model.image_size != config.image_size:
         raise ValueError(
             f"classifier: it knows images of {config.image_size} pixels, and the model draws {model.image_size}"

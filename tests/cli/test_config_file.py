@@ -16,14 +16,13 @@ image_size = 16
 "lr" = 0.001
 flip = true
 ema-rate = [0.99, 0.9]
-overwrite = false
 resume = false
 [model]
 channel_mult = "1,2"
 dropout = 0
 """
-YAML = "image_size: 16\nlr: 0.001\nflip: true\nema-rate: [0.99, 0.9]\noverwrite: false\nresume: no\nmodel:\n" \
-    "  channel_mult: '1,2'\n  dropout: 0\n  small_size: null\n"  # fmt: skip
+YAML = "image_size: 16\nlr: 0.001\nflip: true\nema-rate: [0.99, 0.9]\nresume: no\nmodel:\n" \
+    "  channel_mult: '1,2'\n  dropout: 0\n"  # fmt: skip
 WORDS = ["--image-size=16", "--lr=0.001", "--flip", "--ema-rate=0.99,0.9", "--no-resume", "--channel-mult=1,2"]
 WORDS += ["--dropout=0"]
 
@@ -48,7 +47,11 @@ def test_the_files_flags_come_before_the_given_ones(tmp_path: Path, name: str, t
         ("a.yaml", "!!python/object/apply:os.system ['true']", "config .*a.yaml is damaged: could not determine"),
         ("a.json", "[1, 2]", "config .*a.json must map flags to values"),
         ("a.json", "[" * 100_000, "config .*a.json is damaged"),
-        ("a.ini", "x=1", r"config .*a.ini is damaged: its name must end in \.toml, \.yaml or \.json"),
+        ("a.ini", "x=1", r"config .*a.ini: its name must end in \.toml, \.yaml or \.json"),
+        ("a.toml", "ema_warmpu = false", "(?i)no such option: --no-ema-warmpu"),
+        ("a.toml", "class_connd = ''", "class_connd has no value"),
+        ("a.yaml", "lr:", "lr has no value"),
+        ("a.toml", "config = 'other.toml'", "names another file of flags"),
         ("a.toml", "when = 2020-01-01", "a.toml: when must be text, a number, true, false or a list"),
         ("a.toml", "lr = 1\n[more]\nlr = 2", "a.toml sets --lr twice"),
         ("a.toml", b"\xff\xfe\x00", "config .*a.toml is not a text file"),

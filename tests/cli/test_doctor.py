@@ -26,7 +26,8 @@ def test_what_is_found(cli: Cli) -> None:
     assert found["torch"].startswith(torch.__version__)
     expected = {"device", "precision", "triton", "compiler", "threads", "disk", "cache", *module.EXTRAS}
     assert expected <= set(found)
-    assert f"{torch.get_num_threads()} of" in found["threads"]
+    assert found["threads"].startswith(f"{torch.get_num_threads()} threads on ")
+    assert found["diffusers"].startswith("installed: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
@@ -41,10 +42,18 @@ def test_what_it_means(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "runs are eager" in found["compiler"]
     assert found["precision"].startswith("auto is fp32 (bf16 is not native here")
     assert found["load"] == "64.0 in the last minute: other work will slow a run down"
-    assert "set OMP_NUM_THREADS=1" in found["threads"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert "more than the cores: OMP_NUM_THREADS=1" in lines(cli)["threads"]
+    monkeypatch.setattr(module, "usable_cores", lambda: 8)
+    assert "fewer than the cores: OMP_NUM_THREADS=8" in lines(cli)["threads"]
+    monkeypatch.setattr(module, "usable_cores", lambda: 2.5)
+    assert lines(cli)["threads"] == "2 threads on 2.5 usable cores: one per core"
     assert "1.0 GiB free" in found["disk"]
     assert "20 bytes per parameter" in found["disk"]
-    assert found["no_such_package"] == "not installed, needed only for nothing: pip install no_such_package"
+    assert (
+        found["no_such_package"]
+        == "not installed, needed only for nothing: pip install -c constraints.txt no_such_package"
+    )
     assert found["device"].startswith("cpu with ")
 
 

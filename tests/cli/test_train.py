@@ -376,7 +376,7 @@ def test_a_dry_run_shows_what_would_be_trained_and_leaves_nothing(train: Cli, tm
         assert said in result.out
     last = result.out.splitlines()[-1]
     found = re.fullmatch(
-        r"dry run: ([\d.]+) images/s .*, about (.+) for 1000 updates, [\d.]+ GiB; nothing was trained or written", last
+        r"dry run: ([\d.]+) images/s .*, about (.+) for 1000 updates, [\d.]+ GiB; nothing was trained, .*", last
     )
     assert found, last
     assert float(found[1]) > 0
