@@ -45,6 +45,29 @@ def test_the_gradient_of_the_log_probability() -> None:
     assert not x.requires_grad
 
 
+def test_a_small_gradient_does_not_underflow_in_fp16() -> None:
+    """Each pixel of a large image has little effect; 2e-9 is below fp16's smallest number."""
+    x, y = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+
+    def logits(x: Tensor, timesteps: Tensor) -> Tensor:
+        return torch.stack([x.half().sum(1), -x.half().sum(1)], 1).float() * 1e-8 + torch.tensor([4.0, -4.0])
+
+    found = class_gradient(logits, 2.0)(x, torch.zeros(2), y=y)
+    likeliest = torch.tensor([8.0, -8.0]).sigmoid()
+    expected = 2.0 * 2e-8 * torch.stack([1 - likeliest[0], -likeliest[0]])[:, None].expand(2, 3)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-2, atol=0)
+
+
+def test_the_prediction_can_be_left_out() -> None:
+    process, (x, noise, conditions) = diffusion(True), batch(0)
+    t = torch.full((3,), 2)
+    for step in (process.p_sample, process.ddim_sample):
+        how = {"noise": noise, "model_kwargs": conditions, "cond_fn": class_gradient(logits, 1.0)}
+        whole, part = step(GUIDED, x, t, **how), step(GUIDED, x, t, pred_xstart=False, **how)
+        assert part.keys() == {"sample"}
+        assert torch.equal(part["sample"], whole["sample"])
+
+
 CENTRES, SPREAD = torch.tensor([-0.5, 0.5], dtype=torch.float64), 0.1
 
 
@@ -261,6 +284,7 @@ def test_a_conditional_model_and_its_classifier_get_the_same_class(tmp_path: Pat
         ({"noise_schedule": "linear", "diffusion_steps": 40}, {"process": replace(PROCESS, diffusion_steps=40)},
          "classifier: it was trained with noise_schedule cosine, and the model with linear"),
         ({"rescale_timesteps": False}, {}, "classifier: it was trained with rescale_timesteps True"),
+        ({}, {"metadata": {"noised": False}}, "classifier: it was trained on clean images (--no-noised)"),
     ],
 )  # fmt: skip
 def test_a_classifier_of_other_images_is_refused(
