@@ -174,7 +174,8 @@ def sample(
             models = ("model", plan.checkpoint), ("guided by", plan.classifier), ("enlarged by", plan.super_res)
             for (what, loaded), path in zip(models, paths, strict=True):
                 if loaded is not None:
-                    display.line(f"{what}: {path}, step {loaded.step}{young_average(loaded)}")
+                    scale = f", scale {config.classifier_scale:g}" if what == "guided by" else ""
+                    display.line(f"{what}: {path}, step {loaded.step}{scale}{young_average(loaded)}")
             if plan.base is not None and not skip_unreadable:
                 base = plan.base
                 world.from_main(lambda: base.check(numbers, partial(display.advance, "base samples")))

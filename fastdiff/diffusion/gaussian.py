@@ -86,7 +86,11 @@ class GaussianDiffusion(GaussianProcess):
         return self._advanced(Sampler.DDIM, p, x, t, at, eta, noise, pred_xstart)
 
     def _gradient(self, cond_fn: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> Tensor:
-        return cond_fn(x, self.model_timesteps(t), **(model_kwargs or {})).to(x.dtype)
+        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        if not isinstance(gradient, Tensor) or gradient.shape != x.shape:
+            found = tuple(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
+            raise ValueError(f"cond_fn must return a gradient of x's shape {tuple(x.shape)}, not {found}")
+        return gradient.to(x.dtype)
 
     def _guided_xstart(
         self, x_start: Tensor, cond_fn: Guidance, x: Tensor, t: Tensor, model_kwargs: ModelKwargs

@@ -64,7 +64,9 @@ class GroupNormSiLU(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """x: (N, C, *spatial); scale, shift: (N, C) or None."""
+        """x: (N, C) or (N, C, *spatial); scale, shift: (N, C) or None."""
+        if x.ndim == 2:
+            return self(x[:, :, None], scale, shift)[:, :, 0]  # the operation wants a spatial dimension
         return kernels.group_norm_silu(
             x,
             self.weight,

@@ -212,9 +212,12 @@ def _refuse_classifier(checkpoint: Checkpoint, classifier: ClassifierCheckpoint)
         for name in ("diffusion_steps", "noise_schedule", "rescale_timesteps"):
             here, there = getattr(checkpoint.diffusion_config, name), getattr(process, name)
             if here != there and not (name == "rescale_timesteps" and process.diffusion_steps == 1000):
+                flag = f"--{name.replace('_', '-')} {here}"
+                if name == "rescale_timesteps":
+                    flag = "--rescale-timesteps" if here else "--no-rescale-timesteps"
                 raise ValueError(
                     f"classifier: it was trained with {name} {there}, and the model with {here}: train it with the "
-                    "model's process"
+                    f"model's process ({flag})"
                 )
 
 

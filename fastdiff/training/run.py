@@ -12,6 +12,7 @@ from typing import Any
 from fastdiff.checkpoint import Lease, saved_steps
 from fastdiff.config import (
     ClassifierConfig,
+    Compile,
     DiffusionConfig,
     Labels,
     ModelConfig,
@@ -123,7 +124,8 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         config, said = _continued(config, flags, run_dir, start.allow_changes)
         fixed_classes = True
     else:
-        run_folder.refuse_other_run(run_dir)
+        if not start.dry_run:
+            run_folder.refuse_other_run(run_dir)
         if resume and not flags.get("data_dir"):
             there = sorted(str(path.parent) for path in run_dir.parent.glob("*/config.json"))
             found = f"; there are {', '.join(there[:10])}" if there else ""
@@ -214,6 +216,8 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
         return Runtime.resolve(config.runtime, world.local_rank if world.size > 1 else None)
 
     runtime = world.on_all(resolve)
+    if plan.dry and config.runtime.compile is not Compile.ON:
+        runtime = replace(runtime, compile=Compile.OFF)  # it would take minutes
     world.check(runtime.device)
     dataset = load_shared(
         config.data,

@@ -191,10 +191,11 @@ class Trainer:
                 passes()
         speed = _REHEARSALS * train.batch_size / (time.perf_counter() - began)
         left = duration((train.steps - self.state.step) * train.batch_size / speed)
+        eager = "" if self.runtime.compiles(self.model_calls) else " eagerly,"
         # AdamW allocates its two moments in the first update
         memory = peak_memory_gib(self.device) + 8 * sum(p.numel() for p in self.state.parameters) / 2**30
         return (
-            f"dry run: {speed:.1f} images/s without data and optimizer, about {left} for {train.steps} updates, "
+            f"dry run: {speed:.1f} images/s{eager} without data and optimizer, about {left} for {train.steps} updates, "
             f"{memory:.2f} GiB; nothing was trained, and the run folder is as it was"
         )
 

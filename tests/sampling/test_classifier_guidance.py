@@ -58,6 +58,15 @@ def test_a_small_gradient_does_not_underflow_in_fp16() -> None:
     torch.testing.assert_close(found[1], expected[1], rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("wrong", [None, torch.zeros(()), torch.zeros(3, 1, 8, 8)], ids=str)
+def test_a_cond_fn_returns_a_gradient(wrong: Tensor | None) -> None:
+    process, (x, noise, conditions) = diffusion(True), batch(0)
+    with pytest.raises(ValueError, match=r"^cond_fn must return a gradient of x's shape \(3, 3, 8, 8\), not "):
+        process.p_sample(
+            GUIDED, x, torch.full((3,), 2), noise=noise, model_kwargs=conditions, cond_fn=lambda *_, **__: wrong
+        )
+
+
 def test_the_prediction_can_be_left_out() -> None:
     process, (x, noise, conditions) = diffusion(True), batch(0)
     t = torch.full((3,), 2)
