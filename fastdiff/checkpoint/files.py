@@ -81,7 +81,8 @@ def _opened(path: Path, kind: str | None, verified: bool) -> Iterator[tuple[Any,
 
 def _refuse_kind(path: Path, found: object, wanted: str) -> NoReturn:
     if str(found) in _CALLED and wanted in _CALLED:
-        raise ValueError(f"{path} is {_CALLED[str(found)]}, not {_CALLED[wanted]}")
+        use = f" (--classifier {path} guides a model)" if found == "classifier" else ""
+        raise ValueError(f"{path} is {_CALLED[str(found)]}, not {_CALLED[wanted]}{use}")
     models = "the model*.safetensors or ema_*.safetensors file beside it"
     other = "the opt* file" if wanted == "optimizer" else models
     raise ValueError(f"{path} is a file of the kind {found}, not {wanted}: name {other}")

@@ -225,8 +225,12 @@ def find_checkpoint(
             return place
     found = [p for p in (place.glob(_ANY) if place is not None else runs.glob(f"*/{_ANY}")) if _is_model(p)]
     if not found:
-        where = f"in {place}" if place is not None else f"in any folder of {runs}/"
-        raise ValueError(f"no checkpoint {where}: train a model first (fastdiff train --data-dir DIR) or name a file")
+        if place is not None:
+            raise ValueError(f"no checkpoint in {place}: name a file, or the folder of a run")
+        raise ValueError(
+            f"no checkpoint in any folder of {runs}/: train a model first (fastdiff train --data-dir DIR) or name a "
+            "file"
+        )
     found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     newest = found[0].parent
     if place is None:

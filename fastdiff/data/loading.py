@@ -203,7 +203,8 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool,
     labels = samples.labels if labelled else None
     if labelled and labels is None:
         raise ValueError(
-            f"{path} has no labels (arr_1), which training by class needs: pack it again, or leave --class-cond off"
+            f"{path} has no labels (arr_1), which --class-cond and classifiers need: pack it again from images with "
+            "classes"
         )
     named = labels is None or samples.class_names is not None
     known = samples.class_names

@@ -30,7 +30,8 @@ _FLAGS = {
 SIZES = {channel_mult_for(size): size for size in (32, 64, 128, 256, 512)}
 """The image size for which the originals have these width multipliers."""
 _GUIDED_DEFAULTS = {"rescale_timesteps": False, "rescale_learned_sigmas": False}
-_PER_BLOCK = 10  # tensors of a residual block, at least
+PER_BLOCK = 10
+"""Tensors of a residual block, at least."""
 _LONGEST_KEY = 80
 
 Shapes = dict[str, tuple[int, ...]]
@@ -166,7 +167,7 @@ def classifier_pool(state: Mapping[str, Tensor]) -> ClassifierPool | None:
 def refuse_classifier(state: Mapping[str, Tensor], name: object) -> None:
     """ValueError if ``state`` is the state dict of a classifier."""
     if classifier_pool(state) is not None:
-        raise ValueError(f"{name} is a classifier, not a diffusion model")
+        raise ValueError(f"{name} is a classifier, not a diffusion model (--classifier {name} guides a model)")
 
 
 def refuse_integers(state: Mapping[str, Tensor], name: object) -> None:
@@ -196,7 +197,7 @@ def _read(state: Mapping[str, Tensor]) -> Architecture:
                 attending.add(level)
         else:
             break
-    if len(set(blocks)) != 1 or _PER_BLOCK * sum(blocks) > len(state):
+    if len(set(blocks)) != 1 or PER_BLOCK * sum(blocks) > len(state):
         raise LookupError  # no model; one with the first level's blocks at all levels could be huge
     return Architecture(
         num_channels=state["time_embed.0.weight"].shape[1],

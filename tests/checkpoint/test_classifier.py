@@ -103,10 +103,16 @@ def test_a_file_of_the_other_kind_is_named(tmp_path: Path) -> None:
     ours = save_classifier(tmp_path / "c.safetensors", classifier(), config=CLASSIFIER)
     theirs = save_checkpoint(tmp_path / "m.safetensors", model, model_config=MODEL, diffusion_config=DIFFUSION)
     torch.save(model.state_dict(), tmp_path / "m.pt")
-    assert refusal(lambda: load_checkpoint(ours)) == f"{ours} is a classifier, not a diffusion model"
+    assert (
+        refusal(lambda: load_checkpoint(ours))
+        == f"{ours} is a classifier, not a diffusion model (--classifier {ours} guides a model)"
+    )
     assert refusal(lambda: load_classifier(theirs)) == f"{theirs} is a diffusion model, not a classifier"
     path = bare(tmp_path / "c.pt")
-    assert refusal(lambda: load_checkpoint(path)) == f"{path} is a classifier, not a diffusion model"
+    assert (
+        refusal(lambda: load_checkpoint(path))
+        == f"{path} is a classifier, not a diffusion model (--classifier {path} guides a model)"
+    )
     path = tmp_path / "m.pt"
     assert refusal(lambda: load_classifier(path)) == f"{path} is a diffusion model, not a classifier"
 

@@ -198,7 +198,9 @@ def test_other_contradictions() -> None:
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_is_named_as_one(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^x\.pt is a classifier, not a diffusion model$"):
+    with pytest.raises(
+        ValueError, match=r"^x\.pt is a classifier, not a diffusion model \(--classifier x\.pt guides a model\)$"
+    ):
         recognise(meta_state(name), "x.pt")
 
 
