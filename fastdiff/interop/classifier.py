@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.config import ClassifierConfig, ClassifierPool
 from fastdiff.config.base import number
-from fastdiff.interop.recognition import SIZES, Shapes, classifier_pool, refuse_integers, shapes_of, word
+from fastdiff.interop.recognition import PER_BLOCK, SIZES, Shapes, classifier_pool, refuse_integers, shapes_of, word
 from fastdiff.models import build_classifier
 
 LAST_LAYER = {
@@ -22,6 +22,8 @@ LAST_LAYER = {
     ClassifierPool.SPATIAL_V2: "out.3.weight",
 }
 """The weight of each pool's last layer, which has a row for each class."""
+
+_MOST_BLOCKS = 64  # the released classifiers have up to 29
 
 
 def describe_classifier(state: Mapping[str, Tensor], name: object, given: Mapping[str, Any]) -> ClassifierConfig:
@@ -146,7 +148,11 @@ def _readings(state: Mapping[str, Tensor], pool: ClassifierPool) -> Iterator[_Ar
     A residual block that halves has the keys of any other, but a level has ``depth`` blocks and, except the last, one
     that halves.
     """
-    blocks = next(i for i in count(1) if not any(key.startswith(f"input_blocks.{i}.") for key in state)) - 1
+    present = {key.split(".", 2)[1] for key in state if key.startswith("input_blocks.")}
+    blocks = next(i for i in count(1) if str(i) not in present) - 1
+    residual = sum(f"input_blocks.{i}.0.in_layers.2.weight" in state for i in range(1, blocks + 1))
+    if blocks > _MOST_BLOCKS or PER_BLOCK * residual > len(state):
+        return  # no classifier, and one model after another with as many whole blocks would be built
     for depth in range(1, blocks + 1):
         if (blocks + 1) % (depth + 1):
             continue

@@ -111,6 +111,21 @@ def test_a_unet_is_no_classifier() -> None:
     assert text == "m.pt is a diffusion model, not a classifier"
 
 
+@pytest.mark.parametrize("tensors", [1, 10])
+def test_of_many_made_up_blocks_no_model_is_built(tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file may name hundreds of blocks, of views of one number, and each division into levels is a model."""
+    block = [key.removeprefix("input_blocks.1.") for key in state_of(TINY) if key.startswith("input_blocks.1.")]
+    block.sort(key=lambda key: key != "0.in_layers.2.weight")
+    assert len(block) == 10
+    state = {"time_embed.0.weight": torch.zeros(256, 64), "out.3.weight": torch.zeros(7, 64, 1, 1)}
+    for i in range(1, 360):
+        state |= {f"input_blocks.{i}.{key}": torch.zeros(1).expand(64, 64, 3, 3) for key in block[:tensors]}
+    built: list[ClassifierConfig] = []
+    monkeypatch.setattr("fastdiff.interop.classifier.build_classifier", lambda config: built.append(config) or 1 / 0)  # type: ignore[func-returns-value]
+    assert "its sizes are those of none" in refusal(lambda: describe_classifier(state, "c.pt", {}))
+    assert not built
+
+
 def test_a_state_dict_of_other_shapes_is_refused() -> None:
     state = state_of(TINY)
     state["input_blocks.2.0.in_layers.2.bias"] = torch.empty(65, device="meta")
