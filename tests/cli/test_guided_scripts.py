@@ -172,7 +172,7 @@ def test_the_line_of_25_steps() -> None:
     )
 
 
-ALWAYS = "--holdout 0 --no-rescale-timesteps --labels prefix"
+ALWAYS = "--holdout 0 --no-rescale-timesteps --flip --labels prefix"
 CLASSIFIER_DEFAULTS = f"{ALWAYS} --batch-size-per-process 4 --steps 150000 --lr 3e-4 --weight-decay 0.0"
 
 
@@ -215,6 +215,7 @@ def test_words_of_classifier_train(pasted: str, ours: str) -> None:
 
 UNSAID = "--diffusion-steps 1000 --noise-schedule linear --num-heads 4"
 UNSCALED = "--no-rescale-timesteps --no-rescale-learned-sigmas"
+GUIDED = f"{UNSCALED} --flip"
 ORDER = "--no-use-new-attention-order"
 
 
@@ -228,7 +229,7 @@ ORDER = "--no-use-new-attention-order"
         ),
         (
             "image_train --resblock_updown True",
-            f"--batch-size-per-process 1 {UNSCALED} --resblock-updown",
+            f"--batch-size-per-process 1 {GUIDED} --resblock-updown",
             "guided-diffusion's defaults, as only it has --resblock-updown (--defaults improved: improved-diffusion",
         ),
         (
@@ -242,13 +243,13 @@ ORDER = "--no-use-new-attention-order"
             "--num-head-channels -1",
             "improved-diffusion's defaults (--defaults guided",
         ),
-        ("image_train --defaults guided", f"--batch-size-per-process 1 {UNSCALED}", ""),
-        ("image_train --defaults=guided --lr 1", f"--batch-size-per-process 1 {UNSCALED} --lr 1", ""),
+        ("image_train --defaults guided", f"--batch-size-per-process 1 {GUIDED}", ""),
+        ("image_train --defaults=guided --lr 1", f"--batch-size-per-process 1 {GUIDED} --lr 1", ""),
         ("image_train --channel_mult 1 --defaults improved", "--batch-size-per-process 1 --channel-mult 1", ""),
         ("image_train --preset lsun_cat --num_head_channels 64", "--preset lsun_cat --num-head-channels 64", ""),
         (
             "super_res_train --use_new_attention_order True",
-            f"--batch-size-per-process 1 --image-size 256 --small-size 64 {UNSCALED} --use-new-attention-order",
+            f"--batch-size-per-process 1 --image-size 256 --small-size 64 {GUIDED} --use-new-attention-order",
             "guided-diffusion's defaults, as only it has --use-new-attention-order",
         ),
         (
