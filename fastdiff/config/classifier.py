@@ -43,6 +43,7 @@ class ClassifierConfig(Config):
         None, "Width multiplier per level, e.g. 1,2,3,4; by default chosen from the image size."
     )
     num_classes: int = option(NUM_CLASSES, "Number of classes; training takes it from the data unless given.")
+    use_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
     def __post_init__(self) -> None:
         name = "classifier_attention_resolutions"
@@ -74,12 +75,17 @@ class ClassifierConfig(Config):
             resblock_updown=self.classifier_resblock_updown,
             channel_mult=self.channel_mult,
             num_classes=self.num_classes,
+            use_checkpoint=self.use_checkpoint,
         )
 
 
 @dataclass(frozen=True)
 class ClassifierTrainConfig(TrainConfig):
-    """The settings of a classifier's training, with guided-diffusion's defaults: no average of the weights."""
+    """The settings of a classifier's training.
+
+    Learning rate and weight decay are those of guided-diffusion's README, and as there no average of the weights is
+    kept. The other defaults are TrainConfig's.
+    """
 
     lr: float = option(3e-4, "Learning rate.")
     weight_decay: float = option(0.05, "Weight decay of AdamW.")
@@ -103,6 +109,7 @@ class ClassifierTrainConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        self.require(self.preview_interval == 0, "preview_interval", "0 for a classifier")
         self.require(0 <= self.holdout < 1, "holdout", "at least 0 and below 1")
         self.require(self.eval_interval >= 0, "eval_interval", "at least 0")
 

@@ -1,5 +1,6 @@
 """The UNet: conditions, memory layouts, precisions, gradient checkpointing, compilation."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastdiff.models import SuperResUNet, build_model
+from fastdiff.config import ClassifierConfig
+from fastdiff.models import SuperResUNet, build_classifier, build_model
 from fastdiff.models.layers import TimestepEmbedding
 
 from ..numerics import relative
-from ..support import gradients, inputs
+from ..support import gradients, inputs, randomise
 from .support import ONE_LEVEL, assert_near, small_config, small_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -105,6 +107,22 @@ def test_checkpointing_changes_nothing(variant: str) -> None:
     assert recomputing.state_dict().keys() == plain.state_dict().keys()
     out, grads = gradients(plain, inputs(plain))
     out_again, grads_again = gradients(recomputing, inputs(plain))
+    assert torch.equal(out_again, out)
+    assert grads_again.keys() == grads.keys()
+    for name, value in grads.items():
+        torch.testing.assert_close(grads_again[name], value, msg=name)
+
+
+@pytest.mark.parametrize("updown", [False, True])
+def test_checkpointing_changes_nothing_in_a_classifier(updown: bool) -> None:
+    config = ClassifierConfig(16, 64, 1, (8,), classifier_resblock_updown=updown, channel_mult=(1, 1), num_classes=3)
+    plain = randomise(build_classifier(config), seed=0)
+    recomputing = build_classifier(replace(config, use_checkpoint=True))
+    recomputing.load_state_dict(plain.state_dict())
+    assert all(block.use_checkpoint for block in recomputing.modules() if hasattr(block, "use_checkpoint"))
+    given = {"x": torch.randn(2, 3, 16, 16), "timesteps": torch.tensor([3.25, 990])}
+    out, grads = gradients(plain, given)
+    out_again, grads_again = gradients(recomputing, given)
     assert torch.equal(out_again, out)
     assert grads_again.keys() == grads.keys()
     for name, value in grads.items():
