@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ModelConfig
-from fastdiff.models import UNet
+from fastdiff.models import Classifier, UNet
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,14 +43,14 @@ def conditions(config: ModelConfig, batch: int = 2, generator: torch.Generator |
     return found
 
 
-def inputs(model: UNet, batch: int = 2) -> dict[str, Tensor]:
+def inputs(model: UNet | Classifier, batch: int = 2) -> dict[str, Tensor]:
     """All arguments of the model."""
     generator = torch.Generator().manual_seed(1)
     side = model.config.image_size
     return {
         "x": torch.randn(batch, 3, side, side, generator=generator),
         "timesteps": torch.linspace(3.25, 990, batch),
-        **conditions(model.config, batch, generator),
+        **(conditions(model.config, batch, generator) if isinstance(model, UNet) else {}),
     }
 
 

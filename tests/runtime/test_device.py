@@ -1,10 +1,12 @@
 """Where and how a model runs: what auto decides, what is refused, and that compiling changes no result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import ModelConfig, RuntimeConfig, build_model
+from fastdiff import ClassifierConfig, ModelConfig, RuntimeConfig, build_classifier, build_model
 from fastdiff.config import Compile, Precision
 from fastdiff.models.layers import GroupNormSiLU, Upsample, conv3x3
 from fastdiff.runtime.device import COMPILE_PAYS_AFTER, Runtime, has_native_bf16, resolve_device, resolve_precision
@@ -151,14 +153,27 @@ def test_what_lies_below_an_upsampling_has_its_gradient_compiled_for_bf16() -> N
     assert_compiled_is_eager(model, {"input": x}, Precision.BF16, 3e-2)
 
 
+# At 32 channels a group of a norm is one channel: a bias before it has the gradient 0, of which rounding is left.
+PLAIN = ModelConfig(image_size=8, num_channels=64, num_res_blocks=1, channel_mult=(1, 2), class_cond=True)
+CLASSIFIER = ClassifierConfig(
+    image_size=8,
+    classifier_width=64,
+    classifier_depth=1,
+    classifier_attention_resolutions=(4,),
+    channel_mult=(1, 2),
+    num_classes=5,
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [(Precision.BF16, 3e-2), (Precision.FP32, 1e-4)])
-def test_the_compiled_model_computes_the_same(precision: Precision, tolerance: float) -> None:
-    # At 32 channels a group of a norm is one channel: a bias before it has the gradient 0, of which rounding is left.
-    config = ModelConfig(image_size=8, num_channels=64, num_res_blocks=1, channel_mult=(1, 2), class_cond=True)
+@pytest.mark.parametrize("config", [PLAIN, replace(PLAIN, resblock_updown=True), CLASSIFIER])
+def test_the_compiled_model_computes_the_same(
+    config: ModelConfig | ClassifierConfig, precision: Precision, tolerance: float
+) -> None:
     torch.manual_seed(0)
-    model = randomise(build_model(config), std=None)
-    assert_compiled_is_eager(model, inputs(model, 3), precision, tolerance)
+    model = build_classifier(config) if isinstance(config, ClassifierConfig) else build_model(config)
+    assert_compiled_is_eager(randomise(model, std=None), inputs(model, 3), precision, tolerance)
 
 
 @pytest.mark.parametrize(
