@@ -125,7 +125,9 @@ class TrainConfig(Config):
         0.0, "Super-resolution: add noise of up to this std to the low-resolution images (black to white is 2)."
     )
     fp16_scale_growth: float = option(
-        0.0, "fp16: increase log2 of the loss scale by this every update, starting at 20; 0 uses PyTorch's rule."
+        0.0,
+        "fp16: increase log2 of the loss scale by this every update, starting at 20, or 16 for a classifier; 0 uses "
+        "PyTorch's rule.",
     )
     seed: int = option(0, "Seed of the initial weights, the image order and the noise.")
     log_interval: int = option(10, "Updates between log lines.", panel="Output")

@@ -21,8 +21,8 @@ from fastdiff.training.optimizer import FusedAdamW
 from fastdiff.training.parallel import own_part, part_of, whole_of
 from fastdiff.training.saver import CheckpointFile
 
-INITIAL_LOG_LOSS_SCALE = 20
-"""log2 of the initial loss scale with fp16_scale_growth, as in improved-diffusion."""
+INITIAL_LOG_LOSS_SCALE = {"model": 20, "classifier": 16}
+"""log2 of the initial loss scale with fp16_scale_growth, by kind, as in improved- and guided-diffusion."""
 
 
 class TrainState:
@@ -56,7 +56,7 @@ class TrainState:
         device = self.parameters[0].device
         # The fused optimizer skips a step with non-finite gradients on the device, without a host sync.
         self.optimizer = FusedAdamW(self.parameters, train.lr, train.weight_decay)
-        self.scaler = _scaler(device, precision, train.fp16_scale_growth)
+        self.scaler = _scaler(device, precision, train.fp16_scale_growth, INITIAL_LOG_LOSS_SCALE[objective.kind])
         self.guard = Guard(train.spike_guard, device)
         self.sums = LossSums(device, objective.terms)
         self.sampler: UniformSampler | LossSecondMomentSampler
@@ -179,14 +179,15 @@ class TrainState:
             }
 
 
-def _scaler(device: torch.device, precision: Precision, growth: float) -> torch.amp.GradScaler:
+def _scaler(device: torch.device, precision: Precision, growth: float, initial: int) -> torch.amp.GradScaler:
     """The loss scaler: PyTorch's rule, or improved-diffusion's, which grows the scale a little in every update.
 
+    ``growth`` is the increase of its log2 in every update, 0 for PyTorch's rule, and ``initial`` where it starts.
     Both rules halve the scale and skip the update if the gradient is not finite.
     """
     rule: dict[str, float] = {}
     if growth:
-        rule = {"init_scale": 2.0**INITIAL_LOG_LOSS_SCALE, "growth_factor": 2.0**growth, "growth_interval": 1}
+        rule = {"init_scale": 2.0**initial, "growth_factor": 2.0**growth, "growth_interval": 1}
     return torch.amp.GradScaler(device.type, enabled=precision is Precision.FP16, **rule)  # type: ignore[arg-type]
 
 
