@@ -46,8 +46,9 @@ def train(data_dir: _Place = None, run_dir: _Place = None, *, show: _Show = prin
 def train_classifier(
     data_dir: _Place = None, run_dir: _Place = None, *, show: _Show = print, **settings: Any
 ) -> ClassifierCheckpoint:
-    """Train a classifier of noisy images, as train trains a diffusion model; returns its last weights, on the CPU.
+    """Train a classifier of noisy images, as train trains a diffusion model; returns its checkpoint, on the CPU.
 
+    It holds the EMA of the highest rate if there is one (``ema_rate``, by default none), else the last weights.
     ``settings`` are the flags of ``fastdiff train-classifier`` with underscores: the fields of ClassifierConfig and
     ClassifierTrainConfig, and train's other settings. ``run_dir`` is by default runs/NAME-classifier.
     """

@@ -18,16 +18,20 @@ from fastdiff.config import ClassifierConfig, DiffusionConfig, Labels, ModelConf
 from fastdiff.config.base import differences, in_words
 from fastdiff.data.classes import completed, listed
 from fastdiff.interop.classifier import LAST_LAYER
-from fastdiff.interop.openai import load_state_dict
+from fastdiff.interop.openai import load_state_dict, said_by_name
 from fastdiff.interop.openai_run import step_of
-from fastdiff.interop.recognition import recognise, refuse_classifier
-from fastdiff.presets import described_by
+from fastdiff.interop.recognition import describe, recognise, refuse_classifier
+from fastdiff.presets import CLASSIFIER_PRESETS, described_by
 
 _FREE = {"dropout", "use_checkpoint"}  # compatible with any weights
 _LAYERS = {"class_cond", "num_classes", "learn_sigma"}  # if one differs, its layer is newly initialised
 _HEADS = ("num_heads", "num_heads_upsample", "num_head_channels")
 _DERIVED = {"channel_mult", "attention_resolutions", "image_size", *_HEADS}  # compared by their effect
 _UNSAID = {"num_heads": 4, "diffusion_steps": 1000, "noise_schedule": "linear"}  # defaults for improved-diffusion's
+_PROCESS = ("diffusion_steps", "noise_schedule")  # what a bare classifier does not say
+
+Initial = Weights | ClassifierWeights
+"""The weights to start from."""
 
 CLASSES, LAST = "label_emb.weight", ("out.2.weight", "out.2.bias")
 
@@ -47,8 +51,10 @@ def read_initial(path: Path, flags: Mapping[str, Any]) -> Weights:
     names = set(ModelConfig().to_dict()) | set(DiffusionConfig().to_dict())
     said = described_by(flags.get("preset")) | dict(flags)
     given = {name: value for name, value in said.items() if name in names - _FREE - _LAYERS - {"timestep_respacing"}}
-    guided = recognise(load_state_dict(path), path).resblock_updown
-    return read_weights(path, given=given if guided else _UNSAID | given)
+    state = load_state_dict(path)
+    if not recognise(state, path).resblock_updown:
+        given = _UNSAID | given
+    return Weights(path, state, *describe(state, path, given), (), said_by_name(path))
 
 
 def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConfig, DiffusionConfig, list[str]]:
@@ -85,24 +91,30 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
 def read_initial_classifier(path: Path, flags: Mapping[str, Any]) -> ClassifierWeights:
     """Read the weights to start a classifier from; ValueError as read_classifier, or if a flag contradicts the file.
 
-    Only the number of classes may change.
+    Only the number of classes may change, and use_checkpoint.
     """
-    names = set(ClassifierConfig().to_dict()) - {"num_classes"}
+    names = set(ClassifierConfig().to_dict()) - _FREE - {"num_classes"}
     return read_classifier(path, given={name: value for name, value in flags.items() if name in names})
 
 
-def flags_to_fine_tune(
-    path: Path, flags: Mapping[str, Any], classifier: bool = False
-) -> tuple[dict[str, Any], list[str]]:
+def flags_to_fine_tune(weights: Initial, flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The flags of a run that starts from a file's weights, and lines for the log: see configuration.
 
-    A ``classifier`` is trained on its file's process, or as the flags change it.
+    A classifier is trained on its file's process, or as the flags change it. ValueError if neither a bare state dict
+    nor the flags say the process.
     """
-    if not classifier:
-        model, process, notes = configuration(read_initial(path, flags), flags)
+    if isinstance(weights, Weights):
+        model, process, notes = configuration(weights, flags)
         return {**flags, **model.to_dict(), **process.to_dict()}, notes
-    weights = read_initial_classifier(path, flags)
-    before = weights.diffusion_config or DiffusionConfig.from_flags(flags)
+    path, before = weights.path, weights.diffusion_config
+    if before is None:
+        if missing := [name for name in _PROCESS if name not in flags]:
+            asked = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
+            raise ValueError(
+                f"{path} does not say which diffusion process the classifier was trained on: give {asked}, or its "
+                f"--preset ({', '.join(CLASSIFIER_PRESETS)})"
+            )
+        before = DiffusionConfig.from_flags(flags)
     process = _changed(before, flags)
     told = in_words(differences(before, process))
     return {**weights.config.to_dict(), **flags, **process.to_dict()}, [f"{path} is changed: {told}"] if told else []
@@ -112,12 +124,19 @@ def flags_to_resume(path: Path, flags: Mapping[str, Any], classifier: bool = Fal
     """The flags of a run that resumes from another run's step, and lines for the log.
 
     A ``.safetensors`` file and a ``classifier`` determine the model. For a ``.pt`` file of improved-diffusion the flags
-    do.
+    do, and for any ``.pt`` file they determine the diffusion process.
     """
     flags = dict(flags)
     notes: list[str] = []
     if classifier or path.suffix == ".safetensors":
-        flags, notes = flags_to_fine_tune(path, flags, classifier)
+        weights = read_initial_classifier(path, flags) if classifier else read_initial(path, flags)
+        assumed = {}
+        if classifier and weights.diffusion_config is None:
+            assumed = {name: getattr(DiffusionConfig, name) for name in _PROCESS if name not in flags}
+        flags, notes = flags_to_fine_tune(weights, assumed | flags)
+        if assumed:
+            said = ", ".join(f"{name} {value}" for name, value in assumed.items())
+            notes.append(f"{path} does not say its diffusion process: {said} assumed")
         run = read_metadata(path).get("run_config", {}) if path.suffix == ".safetensors" else {}
         if run.get("data", {}).get("labels") == Labels.AUTO and not flags.get("label_file"):
             flags = {"labels": Labels.AUTO} | flags
@@ -202,7 +221,7 @@ def _taken(known: Tensor, fresh: Tensor, rows: Sequence[int | None]) -> Tensor:
 
 
 def _matched(
-    weights: Weights | ClassifierWeights,
+    weights: Initial,
     their_count: int,
     our_count: int,
     class_names: Sequence[str],

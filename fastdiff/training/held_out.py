@@ -2,8 +2,10 @@
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from fastdiff.config import ClassifierTrainConfig, RunConfig
+from fastdiff.config import ClassifierTrainConfig, RunConfig, TrainConfig
 from fastdiff.data import Dataset, load_shared, normalised
 from fastdiff.data.classes import composed, renumbered
 from fastdiff.kernels import philox_normal, philox_uint32
@@ -23,7 +25,10 @@ from fastdiff.training.metrics import LossSums
 from fastdiff.training.objective import HELD_OUT_NOISE_STREAM, HELD_OUT_TIMESTEP_STREAM, Objective
 
 MOST = 10_000
-"""Held-out images that are measured, evenly chosen among more: an accuracy is then known to 0.5%."""
+"""Held-out images that are measured, evenly chosen among more: an accuracy is then known to 0.5%.
+
+Nor are more measured than are trained on between two measurements, so that these take at most a quarter of the time: a
+forward pass is a third of what an image costs in training."""
 
 Rows = NDArray[np.int64]
 
@@ -32,7 +37,8 @@ Rows = NDArray[np.int64]
 class HeldOut:
     """Images to measure a classifier on every ``interval`` updates.
 
-    They are the ``rows`` of ``dataset``, (N,), with ``labels`` (N,) in the classifier's numbering.
+    They are the ``rows`` of ``dataset``, (N,), with ``labels`` (N,) in the classifier's numbering, in the order of the
+    labels.
     """
 
     dataset: Dataset
@@ -53,8 +59,14 @@ def hold_out(
     if not isinstance(train, ClassifierTrainConfig) or dataset.labels is None:
         return None, None, []
     if train.val_data_dir:
-        if Path(train.val_data_dir).resolve().is_relative_to(Path(config.data.data_dir).resolve()):
+        val, data = Path(train.val_data_dir).resolve(), Path(config.data.data_dir).resolve()
+        if val.is_relative_to(data):
             world.refuse(f"val_data_dir {train.val_data_dir} is inside the data folder: its images would be trained on")
+        if data.is_relative_to(val):
+            world.refuse(
+                f"val_data_dir {train.val_data_dir} contains the data folder: images that are trained on would be "
+                "measured, too"
+            )
         images = replace(config.data, data_dir=train.val_data_dir)
         with warnings.catch_warnings(action="ignore"):  # they are about training on these images
             other = load_shared(
@@ -67,7 +79,9 @@ def hold_out(
             )
         labels = world.on_all(lambda: _labels(other, dataset, train.val_data_dir))
         lines = [f"held out: {other.preflight.line()}"]
-        return None, _measured(other, np.arange(len(labels)), labels, train.eval_interval), lines
+        return None, _measured(other, np.arange(len(labels)), labels, train), lines
+    if not train.holdout:
+        return None, None, ["no image is held out, so that no accuracy is measured: --val-data-dir gives one"]
     chosen = np.array([_fraction(name) < train.holdout for name in dataset.names])
     if chosen.all():
         world.refuse(
@@ -75,9 +89,9 @@ def hold_out(
         )
     rows = np.flatnonzero(chosen)
     if not len(rows):
-        missing = "give --val-data-dir, or a larger --holdout" if train.holdout else "--val-data-dir gives one"
+        missing = "give --val-data-dir, or a larger --holdout"
         return None, None, [f"no image is held out, so that no accuracy is measured: {missing}"]
-    held_out = _measured(dataset, rows, dataset.labels[rows], train.eval_interval)
+    held_out = _measured(dataset, rows, dataset.labels[rows], train)
     return np.flatnonzero(~chosen), held_out, [f"held out: {len(rows):,} of these images, not trained on"]
 
 
@@ -100,9 +114,28 @@ def _labels(other: Dataset, dataset: Dataset, place: str) -> Rows:
     )
 
 
-def _measured(dataset: Dataset, rows: Rows, labels: Rows, interval: int) -> HeldOut:
-    chosen = np.arange(MOST) * len(rows) // MOST if len(rows) > MOST else np.arange(len(rows))
-    return HeldOut(dataset, rows[chosen], labels[chosen], interval)
+def doubts(train: TrainConfig, metadata: Mapping[str, Any], path: Path) -> list[str]:
+    """A line for the log if images that are held out now were trained on by the run of the weights at ``path``.
+
+    ``metadata`` is the file's; one without a run says nothing.
+    """
+    theirs = metadata.get("run_config", {}).get("train", {})
+    if not isinstance(train, ClassifierTrainConfig) or train.val_data_dir or "holdout" not in theirs:
+        return []
+    before = 0.0 if theirs.get("val_data_dir") else theirs["holdout"]
+    if train.holdout <= before:
+        return []
+    return [
+        f"warning: {path} held out {before:g} of its images, and this run {train.holdout:g} of its own: if they share "
+        f"images, the accuracy counts some that the weights were trained on; --holdout {before:g} counts none"
+    ]
+
+
+def _measured(dataset: Dataset, rows: Rows, labels: Rows, train: ClassifierTrainConfig) -> HeldOut:
+    order = np.argsort(labels, kind="stable")
+    most = min(MOST, train.eval_interval * train.batch_size or MOST)
+    chosen = order[np.arange(most) * len(rows) // most] if len(rows) > most else order
+    return HeldOut(dataset, rows[chosen], labels[chosen], train.eval_interval)
 
 
 def measure(
@@ -116,9 +149,10 @@ def measure(
 ) -> dict[str, float]:
     """The mean terms over the held-out images, as ``val_loss``, and by quarter of the timesteps, ``val_loss_q0``.
 
-    Each image has one timestep and one noise, functions of the seed and its place among them. Neighbours take turns
-    with the quarters, so that each quarter has every class. Each process measures up to ``batch_size`` images at a
-    time. The model is not compiled here, because training's graph has gradients. Collective.
+    Each image has one timestep and one noise, functions of the seed and its place among them. Neighbours, which have
+    one class, take turns with the quarters, so that each quarter has every class of four images or more. Each process
+    measures up to ``batch_size`` images at a time. The model is not compiled here, because training's graph has
+    gradients. Collective.
     """
     forward, sums = runtime.eager(model), LossSums(runtime.device, objective.terms)
     count, steps = len(held_out.rows), objective.num_timesteps

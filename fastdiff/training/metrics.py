@@ -28,7 +28,10 @@ def columns(*terms: str) -> tuple[str, ...]:
 TERMS = ("loss", "mse", "vb")
 COLUMNS = columns(*TERMS)
 SHARES = ("acc1", "acc5")
-"""Terms that count images, not weighted by the timestep sampler as losses are."""
+"""Terms that count images, not weighted by the timestep sampler as losses are.
+
+With loss-second-moment their mean is therefore over the timesteps as that sampler draws them, more often those of large
+losses, and differs from the accuracy at uniform timesteps; that of held-out images (val_) is at uniform ones."""
 
 _KINDS: dict[str, type[int] | type[float]] = {"step": int, "samples": int, "skipped": int}
 

@@ -5,15 +5,18 @@ from pathlib import Path
 from torch import Tensor
 
 from fastdiff import checkpoint
+from fastdiff.checkpoint import ClassifierWeights, Weights
 from fastdiff.data.classes import composed, listed
 from fastdiff.interop.openai_run import read_run, step_of
 from fastdiff.training.fine_tuning import (
+    Initial,
     carried_over,
     classifier_carried_over,
     configuration,
     read_initial,
     read_initial_classifier,
 )
+from fastdiff.training.held_out import doubts
 from fastdiff.training.parallel import own_part, whole_of
 from fastdiff.training.trainer import Trainer
 
@@ -77,6 +80,8 @@ def resume_from(trainer: Trainer, path: Path) -> None:
                 f"{path} has the classes {listed(names)}, and the data {listed(ours) or 'none'}: "
                 "--init-from matches them by name"
             )
+        for line in doubts(trainer.config.train, metadata, path):
+            trainer.log(line)
         for rate in world.on_all(lambda: trainer.state.load(path.parent, step)):
             trainer.log(f"no EMA of rate {rate:g} beside it: this one starts from the weights")
     trainer.log(f"resumed at step {step} from {path}")
@@ -98,8 +103,11 @@ def _resume_from_openai(trainer: Trainer, path: Path) -> None:
             trainer.log(f"its optimizer had {name} {theirs:g}, but the run continues with --{flag} {ours:g}")
 
 
-def init_from(trainer: Trainer, path: Path) -> None:
-    """Start from the weights of a checkpoint; ValueError if they do not fit the model. Collective."""
+def init_from(trainer: Trainer, path: Path, weights: Initial | None = None) -> None:
+    """Start from the weights of a checkpoint, which this process may have read; ValueError if they do not fit.
+
+    Collective.
+    """
     config, state, world, named = trainer.config, trainer.state, trainer.world, trainer.dataset.named
     said = config.model.to_dict() | config.diffusion.to_dict()
 
@@ -107,14 +115,16 @@ def init_from(trainer: Trainer, path: Path) -> None:
         held = state.weights[name]
         return whole_of(own_part(held), held).detach().cpu()
 
-    if config.classifies:
-        classifier = world.on_all(lambda: read_initial_classifier(path, said))
+    read = read_initial_classifier if config.classifies else read_initial
+    found: Initial = world.on_all(lambda: weights or read(path, said))
+    if isinstance(found, ClassifierWeights):
         count = config.model.num_classes
-        initial, lines = classifier_carried_over(classifier, fresh, config.class_names, count, named)
+        initial, lines = classifier_carried_over(found, fresh, config.class_names, count, named)
+        lines += doubts(config.train, found.metadata, path)
     else:
-        weights = world.on_all(lambda: read_initial(path, said))
-        world.on_all(lambda: configuration(weights, said))  # rejects weights that do not fit this configuration
-        initial, lines = carried_over(weights, state.weights, fresh, config.class_names, named)
+        model: Weights = found
+        world.on_all(lambda: configuration(model, said))  # rejects weights that do not fit this configuration
+        initial, lines = carried_over(model, state.weights, fresh, config.class_names, named)
     world.on_all(lambda: state.set_weights(initial, path))
     for ema in state.emas:
         ema.load(state.parameters, updates=0)

@@ -12,6 +12,7 @@ from typing import Any
 from fastdiff.checkpoint import Lease, saved_steps
 from fastdiff.config import (
     ClassifierConfig,
+    ClassifierTrainConfig,
     Compile,
     DiffusionConfig,
     Labels,
@@ -33,6 +34,7 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.training import fine_tuning, resuming, run_folder, trackers
+from fastdiff.training.fine_tuning import Initial, read_initial, read_initial_classifier
 from fastdiff.training.held_out import hold_out
 from fastdiff.training.trainer import Trainer
 
@@ -58,8 +60,9 @@ def run(flags: Mapping[str, Any], start: StartConfig, world: World, display: Lin
     """
     with ExitStack() as held:
         held.enter_context(world.explained("use a smaller model, or --parallel fsdp on several GPUs"))
-        plan = world.from_main(lambda: _decide(dict(flags), start, world, held, classifier))
-        return Ended(plan.run_dir, _carry_out(plan, world, display, held))
+        read: list[Initial] = []
+        plan = world.from_main(lambda: _decide(dict(flags), start, world, held, classifier, read))
+        return Ended(plan.run_dir, _carry_out(plan, world, display, held, read))
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,13 @@ class _Plan:
     notes: list[str]
 
 
-def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitStack, classifier: bool) -> _Plan:
+def _decide(
+    flags: dict[str, Any], start: StartConfig, world: World, held: ExitStack, classifier: bool, read: list[Initial]
+) -> _Plan:
     """Make a plan from the flags and the folder.
 
-    If the folder contains a run, its lease is held from here on, so that no other process writes to it.
+    If the folder contains a run, its lease is held from here on, so that no other process writes to it. Weights that
+    are read for their configuration are added to ``read``.
     """
     run_dir = Path(start.run_dir) if start.run_dir else None
     init_from = Path(start.init_from) if start.init_from else None
@@ -141,7 +147,8 @@ def _decide(flags: dict[str, Any], start: StartConfig, world: World, held: ExitS
         flags = _with_steps(with_preset(flags, start.preset, presets=CLASSIFIER_PRESETS if classifier else PRESETS))
         if init_from is not None:
             init_from = fine_tuning.find_initial(init_from)  # resolved once: a run may save another step meanwhile
-            flags, said = fine_tuning.flags_to_fine_tune(init_from, flags, classifier)
+            read.append((read_initial_classifier if classifier else read_initial)(init_from, flags))
+            flags, said = fine_tuning.flags_to_fine_tune(read[0], flags)
         elif resume_checkpoint is not None:
             flags, said = fine_tuning.flags_to_resume(resume_checkpoint, flags, classifier)
             fixed_classes = "num_classes" in flags
@@ -191,6 +198,11 @@ def _continued(
     refuse_contradiction(flags, str(run_dir), config.model)
     fixed = {name: value for name, value in flags.items() if name in _FIXED_IN_CLASSIFIERS}
     refuse_contradiction(fixed, str(run_dir), config.train)
+    if isinstance(config.train, ClassifierTrainConfig) and config.train.holdout:
+        theirs, ours = config.train.val_data_dir, flags.get("val_data_dir", config.train.val_data_dir)
+        if bool(theirs) != bool(ours):
+            measures = f"the images of {theirs}" if theirs else "a share of its images, which it does not train on"
+            raise ValueError(f"{run_dir} measures {measures}, which cannot change: leave val_data_dir as it is")
     diffusion, notes = DiffusionConfig.from_flags(flags, base=config.diffusion), []
     if differing := in_words(differences(config.diffusion, diffusion)):
         if not allow_changes:
@@ -204,8 +216,8 @@ def _continued(
     return changed, notes
 
 
-def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> int:
-    """Load the images, open the folder, and train; returns the exit status."""
+def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack, read: list[Initial]) -> int:
+    """Load the images, open the folder, and train; returns the exit status. Takes the weights from ``read``, if any."""
     run_dir, config = plan.run_dir, plan.config
 
     def resolve() -> Runtime:
@@ -249,7 +261,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack) -> in
     if (given := plan.init_from or plan.resume_checkpoint) is not None and trainer.state.step:
         log(f"the weights of {given} are not used: the run continues with its own")
     elif plan.init_from is not None:
-        resuming.init_from(trainer, plan.init_from)
+        resuming.init_from(trainer, plan.init_from, read.pop() if read else None)
     elif plan.resume_checkpoint is not None:
         resuming.resume_from(trainer, plan.resume_checkpoint)
     if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:

@@ -18,9 +18,10 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ClassifierConfig, DiffusionConfig, build_classifier, load_classifier
 from fastdiff.checkpoint import read_tensors
-from fastdiff.config import RunConfig
+from fastdiff.config import ClassifierTrainConfig, RunConfig
 from fastdiff.data import batches, load_dataset, normalised
 from fastdiff.data.shapes import SHAPES, write_shapes
+from fastdiff.interop import openai
 from fastdiff.kernels import philox_normal
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines as Display
@@ -44,7 +45,7 @@ TINY: dict[str, Any] = {
     "classifier_attention_resolutions": "",
     "diffusion_steps": 20,
     "noise_schedule": "cosine",
-    "batch_size": 4,
+    "batch_size": 5,
     "log_interval": 1,
     "lr": 1e-3,
     "holdout": 0.3,
@@ -170,6 +171,21 @@ def test_it_learns(tmp_path: Path) -> None:
     assert row["val_loss_q0"] < 0.2 < row["val_loss_q3"]
 
 
+def test_previews_are_refused(run_dir: Path, images: Path) -> None:
+    """There is no such flag, but config.json may be edited."""
+    path = run_dir / "config.json"
+    values = json.loads(path.read_text())
+    values["train"]["preview_interval"] = 100
+    path.write_text(json.dumps(values))
+    text = refusal(lambda: fastdiff.train_classifier(images, run_dir, resume=True, show=None))
+    assert "preview_interval must be 0 for a classifier, not 100" in text
+
+
+def test_the_loss_scale_begins_where_guided_diffusions_does(tmp_path: Path, images: Path) -> None:
+    subject = trainer(tmp_path, images, precision="fp16", fp16_scale_growth=1e-3)
+    assert subject.state.scaler.get_scale() == 2.0**16
+
+
 # The objective
 
 
@@ -202,11 +218,11 @@ def test_without_noise_it_sees_clean_images_at_0(tmp_path: Path, images: Path) -
     real = subject.forward
     subject.forward = lambda x, t: seen.extend((x, t)) or real(x, t)  # type: ignore[func-returns-value]
     subject.run()
-    stream = batches(subject.dataset, subject.config.data, 4, 0, 0, among=subject.among)
+    stream = batches(subject.dataset, subject.config.data, 5, 0, 0, among=subject.among)
     drawn, _ = next(stream)
     stream.close()
     assert torch.equal(seen[0], normalised(drawn))
-    assert seen[1].tolist() == [0, 0, 0, 0]
+    assert seen[1].tolist() == [0] * 5
     (row,) = rows(tmp_path)
     assert row["acc1_q0"] == row["acc1"]
     assert "acc1_q1" not in row
@@ -245,7 +261,7 @@ def test_held_out_images_are_chosen_by_their_names_and_not_trained_on(tmp_path: 
     shutil.copytree(images, more / "sub")
     shutil.copytree(images, more, dirs_exist_ok=True)
     for folder, count in ((images, 24), (more, 48)):
-        subject = trainer(tmp_path / folder.name, folder, steps=8)
+        subject = trainer(tmp_path / folder.name, folder, steps=8, eval_interval=1000)
         assert subject.held_out is not None
         names = {subject.dataset.names[row] for row in subject.held_out.rows}
         assert {name for name in names if "/" not in name} == HELD_OUT  # whatever else is in the folder
@@ -258,7 +274,7 @@ def test_held_out_images_are_chosen_by_their_names_and_not_trained_on(tmp_path: 
     subject.run()
     trained = normalised(torch.from_numpy(subject.dataset.images[subject.among]))
     assert all(any(torch.equal(x, other) for other in trained) for x in seen)
-    assert len(seen) == 32
+    assert len(seen) == 40
 
 
 def test_nothing_is_held_out(tmp_path: Path, images: Path) -> None:
@@ -289,6 +305,10 @@ def test_other_images_to_measure_on(tmp_path: Path, images: Path) -> None:
     shutil.copytree(images, inside)
     text = refusal(lambda: fastdiff.train_classifier(inside.parent, tmp_path / "a", val_data_dir=inside, **TINY))
     assert text == f"val_data_dir {inside} is inside the data folder: its images would be trained on"
+    text = refusal(lambda: fastdiff.train_classifier(inside, tmp_path / "a", val_data_dir=inside.parent, **TINY))
+    assert text == (
+        f"val_data_dir {inside.parent} contains the data folder: images that are trained on would be measured, too"
+    )
     assert not (tmp_path / "a").exists()
 
 
@@ -323,6 +343,27 @@ def test_timesteps_of_held_out_images_cover_their_quarters() -> None:
         assert set(t.tolist()) == set(range(steps)) if steps < 10 else len(t.unique()) > 0.9 * steps
         assert (4 * t.double() / steps >= numbers % 4 - 4 / steps).all()
         assert (t * 4 <= (numbers % 4 + 1) * steps).all()
+
+
+def test_each_quarter_has_every_class(tmp_path: Path, images: Path) -> None:
+    """Images whose classes take turns would else have one quarter for each class."""
+    subject = trainer(tmp_path, images, eval_interval=1000)
+    assert isinstance(subject.config.train, ClassifierTrainConfig)
+    in_turn = np.arange(16) % 4
+    held = held_out._measured(subject.dataset, np.arange(16), in_turn, subject.config.train)
+    assert held.labels.tolist() == in_turn[held.rows].tolist()
+    t = held_out._timesteps(torch.arange(16), 0, 1000)
+    assert {(int(4 * ti // 1000), int(label)) for ti, label in zip(t, held.labels, strict=True)} == {
+        (quarter, label) for quarter in range(4) for label in range(4)
+    }
+
+
+def test_no_more_images_are_measured_than_trained_on_between(tmp_path: Path, images: Path) -> None:
+    for interval, count in ((1, 5), (2, 10), (1000, 10), (0, 10)):
+        held = trainer(tmp_path / str(interval), images, eval_interval=interval).held_out
+        assert held is not None
+        assert len(held.rows) == count
+        assert set(held.rows) <= {row for row, name in enumerate(held.dataset.names) if name in HELD_OUT}
 
 
 def test_of_many_held_out_images_some_are_measured(
@@ -416,6 +457,14 @@ def test_two_processes_train_as_one_does(tmp_path: Path, images: Path, parallel:
 # Where it starts
 
 
+def test_from_a_classifier_recomputing_activations(run_dir: Path, tmp_path: Path, images: Path) -> None:
+    new = fastdiff.train_classifier(
+        images, tmp_path / "new", init_from=run_dir, use_checkpoint=True, steps=1, show=None, **TINY
+    )
+    assert new.config.use_checkpoint
+    assert not load_classifier(run_dir).config.use_checkpoint
+
+
 def test_from_a_classifier_with_other_classes(run_dir: Path, tmp_path: Path, images: Path) -> None:
     """Rows of the last layer follow their class by name; a new class starts afresh."""
     others = tmp_path / "others"
@@ -460,6 +509,34 @@ def test_from_guided_diffusions_file(tmp_path: Path, images: Path, classes: int)
             assert len(ours) == 4
 
 
+def test_a_bare_state_dict_is_asked_for_its_process_and_read_once(
+    run_dir: Path, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model000003.pt"
+    torch.save(load_classifier(run_dir).model.state_dict(), path)
+    flags = {k: v for k, v in TINY.items() if k not in ("diffusion_steps", "noise_schedule")}
+    text = refusal(lambda: fastdiff.train_classifier(images, tmp_path / "a", init_from=path, **flags))
+    assert text == (
+        f"{path} does not say which diffusion process the classifier was trained on: give --diffusion-steps and "
+        "--noise-schedule, or its --preset (64x64_classifier, 128x128_classifier, 256x256_classifier, "
+        "512x512_classifier)"
+    )
+    more = {"diffusion_steps": 20}
+    text = refusal(lambda: fastdiff.train_classifier(images, tmp_path / "a", init_from=path, **flags, **more))
+    assert "give --noise-schedule, or its" in text
+    read: list[Path] = []
+    real = openai.read_file
+    monkeypatch.setattr(openai, "read_file", lambda path: read.append(path) or real(path))  # type: ignore[func-returns-value]
+    fastdiff.train_classifier(images, tmp_path / "a", init_from=path, steps=1, show=None, **TINY)
+    assert read == [path]
+    lines: list[str] = []
+    resumed = fastdiff.train_classifier(
+        images, tmp_path / "b", resume_checkpoint=path, steps=4, show=lines.append, **flags
+    )
+    assert resumed.diffusion_config == DiffusionConfig(diffusion_steps=1000, noise_schedule="linear")
+    assert f"{path} does not say its diffusion process: diffusion_steps 1000, noise_schedule linear assumed" in lines
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_another_runs_step_is_resumed(run_dir: Path, tmp_path: Path, images: Path, suffix: str) -> None:
     """Ours with its optimizer state, or guided-diffusion's files, which have the same contents."""
@@ -494,6 +571,43 @@ def test_settings_that_change_or_do_not(run_dir: Path, images: Path) -> None:
     assert fastdiff.train_classifier(images, **again, steps=4).step == 4
 
 
+def test_what_is_measured_on_stays_held_out(run_dir: Path, tmp_path: Path, images: Path) -> None:
+    """A run that held out its own images would train on them with others to measure on, and the other way round."""
+    again = {"resume": True, "show": None}
+    other = shutil.copytree(images, tmp_path / "other")
+    text = refusal(lambda: fastdiff.train_classifier(images, run_dir, val_data_dir=other, **again))
+    assert text == (
+        f"{run_dir} measures a share of its images, which it does not train on, which cannot change: leave "
+        "val_data_dir as it is"
+    )
+    new = tmp_path / "new"
+    fastdiff.train_classifier(images, new, val_data_dir=other, steps=1, show=None, **TINY)
+    text = refusal(lambda: fastdiff.train_classifier(images, new, val_data_dir="", **again))
+    assert text.startswith(f"{new} measures the images of {other}, which cannot change")
+    moved, lines = other.rename(tmp_path / "moved"), list[str]()
+    fastdiff.train_classifier(images, new, val_data_dir=moved, steps=2, resume=True, show=lines.append)
+    assert any("changed: " in line and f'val_data_dir "{other}" becomes "{moved}"' in line for line in lines)
+    none = TINY | {"holdout": 0.0}
+    fastdiff.train_classifier(images, tmp_path / "none", steps=1, show=None, **none)
+    fastdiff.train_classifier(images, tmp_path / "none", steps=2, val_data_dir=moved, **again)
+
+
+@pytest.mark.parametrize("setting", ["init_from", "resume_checkpoint"])
+def test_held_out_images_that_the_weights_may_know_are_told(
+    run_dir: Path, tmp_path: Path, images: Path, setting: str
+) -> None:
+    path = run_dir / "model000003.safetensors"
+    for holdout, told in ((0.3, False), (0.2, False), (0.4, True)):
+        lines: list[str] = []
+        flags = TINY | {"steps": 4, "holdout": holdout, setting: path}
+        fastdiff.train_classifier(images, tmp_path / str(holdout), show=lines.append, **flags)
+        line = (
+            f"warning: {path} held out 0.3 of its images, and this run 0.4 of its own: if they share images, the "
+            "accuracy counts some that the weights were trained on; --holdout 0.3 counts none"
+        )
+        assert (line in lines) == told
+
+
 def test_a_run_of_the_other_kind_is_named(run_dir: Path, tmp_path: Path, images: Path) -> None:
     again = {"resume": True, "show": None}
     text = refusal(lambda: fastdiff.train(images, run_dir, **again))
@@ -502,12 +616,12 @@ def test_a_run_of_the_other_kind_is_named(run_dir: Path, tmp_path: Path, images:
     assert refusal(lambda: fastdiff.train(images, run_dir, **again)) == text
     for setting in ("init_from", "resume_checkpoint"):
         text = refusal(lambda setting=setting: fastdiff.train(images, tmp_path / "a", **{setting: run_dir}, show=None))
-        assert text.endswith("model000003.safetensors is a classifier, not a diffusion model")
+        assert "model000003.safetensors is a classifier, not a diffusion model (--classifier " in text
     torch.save(load_classifier(run_dir).model.state_dict(), tmp_path / "model000003.pt")
     for setting in ("init_from", "resume_checkpoint"):
         given = {setting: tmp_path / "model000003.pt"}
         text = refusal(lambda given=given: fastdiff.train(images, tmp_path / "a", **given, show=None))
-        assert text.endswith("model000003.pt is a classifier, not a diffusion model")
+        assert "model000003.pt is a classifier, not a diffusion model (--classifier " in text
     other = tmp_path / "diffusion"
     tiny = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": ""}
     fastdiff.train(images, other, steps=1, batch_size=2, show=None, preview_interval=0, compile="off", **tiny)
