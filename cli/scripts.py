@@ -188,6 +188,8 @@ def in_our_words(arguments: Sequence[str]) -> tuple[list[str], str]:
         words += ["--fp16-scale-growth", "1e-3"]  # the originals' default
     if script is None:
         return [*command, *words, *model], ""
+    if "--classifier-scale" in script.defaults and model and not _given("--classifier", words):
+        raise ValueError("classifier_sample guides by a classifier: name it with --classifier_path")
     # a fastdiff checkpoint or run folder stores these settings
     bare = any(Path(path).suffix != ".safetensors" and not _is_run(Path(path)) for path in model)
     unsaid = (not named or bare) and not _given("--preset", words)

@@ -405,3 +405,7 @@ def test_the_pasted_line_trains_a_classifier_that_guides(
     succeeded(cli(*sampled.split(), *PLAIN))
     with np.load("log/samples_4x16x16x3.npz") as samples:
         assert samples["class_names"].tolist() == ["circle", "cross", "square", "triangle"]
+
+
+def test_classifier_sample_wants_its_classifier(cli: Cli) -> None:
+    refused(cli("classifier_sample", "--model_path", "m.safetensors"), "name it with --classifier_path")
