@@ -226,7 +226,10 @@ def find_checkpoint(
     found = [p for p in (place.glob(_ANY) if place is not None else runs.glob(f"*/{_ANY}")) if _is_model(p)]
     if not found:
         if place is not None:
-            raise ValueError(f"no checkpoint in {place}: name a file, or the folder of a run")
+            raise ValueError(
+                f"no checkpoint in {place}: train a model first (fastdiff train or train-classifier), or name another "
+                "place"
+            )
         raise ValueError(
             f"no checkpoint in any folder of {runs}/: train a model first (fastdiff train --data-dir DIR) or name a "
             "file"

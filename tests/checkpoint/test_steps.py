@@ -251,5 +251,7 @@ def test_find_checkpoint_in_vain(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no checkpoint in any folder of .*fastdiff train"):
         find_checkpoint(None, tmp_path / "runs")
     touch(tmp_path / "runs/a", "opt000010")
-    with pytest.raises(ValueError, match=r"no checkpoint in .*runs/a: name a file, or the folder of a run$"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .*runs/a: train a model first \(fastdiff train or train-classifier\)"
+    ):
         find_checkpoint(tmp_path / "runs/a")

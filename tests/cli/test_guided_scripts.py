@@ -271,8 +271,8 @@ ORDER = "--no-use-new-attention-order"
         ),
         ("classifier_sample --classifier_path c.pt", "--classifier c.pt", ""),
         (
-            "classifier_sample --classifier_use_fp16 True --use_fp16 False --model_path a.pt",
-            f"{UNSAID} {UNSCALED} {ORDER} --precision auto a.pt",
+            "classifier_sample --classifier_use_fp16 True --use_fp16 False --classifier_path c.pt --model_path a.pt",
+            f"{UNSAID} {UNSCALED} {ORDER} --precision auto --classifier c.pt a.pt",
             "",
         ),
     ],

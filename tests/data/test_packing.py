@@ -253,7 +253,7 @@ def test_samples_are_data(tmp_path: Path) -> None:
     np.testing.assert_array_equal(other.images, images)
     np.savez(tmp_path / "c.npz", images)
     assert loaded(tmp_path / "c.npz", labelled=False).labels is None
-    with pytest.raises(ValueError, match=r"c\.npz has no labels \(arr_1\), which training by class needs"):
+    with pytest.raises(ValueError, match=r"c\.npz has no labels \(arr_1\), which --class-cond and classifiers need"):
         loaded(tmp_path / "c.npz")
 
 

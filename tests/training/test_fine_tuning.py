@@ -114,6 +114,6 @@ def test_a_preset_says_what_a_bare_file_does_not(tmp_path: Path, monkeypatch: py
         wanted = PRESETS[name].config(ModelConfig)
         path = file(tmp_path, wanted, "pt")
         flags = with_preset({"preset": name, "class_cond": False, "lr": 1e-5}, name)
-        found, _ = flags_to_fine_tune(path, flags)
+        found, _ = flags_to_fine_tune(read_initial(path, flags), flags)
         assert ModelConfig.from_flags(found) == replace(wanted, class_cond=False)
         assert (found["lr"], found["noise_schedule"]) == (1e-5, PRESETS[name].config(DiffusionConfig).noise_schedule)
