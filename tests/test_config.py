@@ -407,3 +407,9 @@ def test_short_linear_schedules_are_refused(steps: int) -> None:
 
 def test_the_shortest_linear_schedule() -> None:
     assert DiffusionConfig(diffusion_steps=21).diffusion_steps == 21
+
+
+@pytest.mark.parametrize("changes", [{"num_channels": 32 * 10**30}, {"channel_mult": (1, 2**60)}], ids=str)
+def test_a_width_beyond_every_model_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^channel_mult \d+ gives a level more than 1,048,576 channels$"):
+        ModelConfig(**{"image_size": 32, "num_channels": 32, **changes})

@@ -8,6 +8,9 @@ from fastdiff.config.base import Config, number, option, tuple_of
 NUM_CLASSES = 1000
 """improved-diffusion's fixed number of classes (ImageNet's); training takes the number from the data instead."""
 
+MOST_CHANNELS = 2**20
+"""Maximum width of a level, far above any model's: a damaged configuration must not reach PyTorch's own limits."""
+
 GROUPS = 32
 """Every GroupNorm has 32 groups, so every width must be a multiple of 32."""
 
@@ -73,6 +76,8 @@ class ModelConfig(Config):
             "positive numbers such as 1,2,3,4",
         )
         for mult, width in zip(self.multipliers, self.widths, strict=True):
+            if width > MOST_CHANNELS:
+                raise ValueError(f"channel_mult {mult} gives a level more than {MOST_CHANNELS:,} channels")
             if width == 0 or width % GROUPS:
                 raise ValueError(
                     f"channel_mult {mult} gives a level {mult * self.num_channels:g} channels: every width must be a "
