@@ -143,7 +143,7 @@ class Models:
         """
         if (config, mode) not in self._inference:
             runtime = Runtime.resolve(config)
-            module = runtime.cast(self._module(runtime).eval())
+            module = runtime.cast(self._module(runtime).for_inference())
             compiled = runtime.eager(torch.compile(module, dynamic=False, mode=mode)) if mode else None
             candidate = Candidate(module, compiled or runtime.prepare(module, LONG), runtime)
             tolerance = TOLERANCE[runtime.precision]

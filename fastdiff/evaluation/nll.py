@@ -102,7 +102,7 @@ class Nll:
         self._last = last
         self._starts = range(first, last, self._size or 1)
         self.calls = parts * self.diffusion.num_timesteps
-        self._model = runtime.prepare(runtime.cast(checkpoint.model.eval()), self.calls)
+        self._model = runtime.prepare(runtime.cast(checkpoint.model.for_inference()), self.calls)
 
     def run(self, stop: StopRequest, on_progress: OnProgress) -> Bound:
         """Compute the bound of all images and return it on every process.

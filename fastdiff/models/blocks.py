@@ -1,12 +1,11 @@
 """The two blocks of the UNet: a residual block conditioned on the timestep, and self-attention over pixels."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff import kernels
-from fastdiff.models.layers import GroupNormSiLU, Resize, TokenLinear, conv3x3, zeroed
+from fastdiff.models.layers import GroupNormSiLU, QKVLinear, Resize, TokenLinear, conv3x3, zeroed
 
 
 class ResBlock(nn.Module):
@@ -68,20 +67,15 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention over the pixels of a feature map.
-
-    The rows of ``qkv`` are heads and then q, k, v within each; with ``new_order`` they are q, k, v and then heads
-    within each (guided-diffusion's use_new_attention_order).
-    """
+    """Residual self-attention over the pixels of a feature map."""
 
     def __init__(self, channels: int, heads: int, use_checkpoint: bool, backend: str, new_order: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.new_order = new_order
         self.backend = backend
         self.use_checkpoint = use_checkpoint
         self.norm = GroupNormSiLU(channels, backend, silu=False)
-        self.qkv = TokenLinear(channels, 3 * channels)
+        self.qkv = QKVLinear(channels, heads, new_order)
         self.proj_out = zeroed(TokenLinear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,18 +86,5 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C), a view if x is channels_last
-        qkv = project_in_new_order(self.qkv, tokens, self.heads) if self.new_order else self.qkv(tokens)
-        h = self.proj_out(kernels.attention(qkv, self.heads, backend=self.backend))
+        h = self.proj_out(kernels.attention(self.qkv(tokens), self.heads, backend=self.backend))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def project_in_new_order(qkv: TokenLinear, tokens: Tensor, heads: int) -> Tensor:
-    """``qkv`` applied to tokens (N, T, C), its output (N, T, 3C) brought from q, k, v outermost to heads outermost.
-
-    The weights are reordered and not the output: they are smaller, and their cast under autocast copies them anyway.
-    """
-    assert qkv.bias is not None
-    weight, bias = (
-        rows.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2) for rows in (qkv.weight.squeeze(-1), qkv.bias)
-    )
-    return F.linear(tokens, weight, bias)

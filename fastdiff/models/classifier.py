@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from fastdiff import kernels
 from fastdiff.config import ClassifierConfig, ClassifierPool, Kernels, MemoryFormat
 from fastdiff.config.classifier import HEAD_CHANNELS
-from fastdiff.models.blocks import project_in_new_order
-from fastdiff.models.layers import GroupNormSiLU, TokenLinear, zeroed
+from fastdiff.models.layers import GroupNormSiLU, QKVLinear, TokenLinear, zeroed
 from fastdiff.models.unet import Encoder
 
 _HIDDEN = 2048
@@ -67,17 +66,14 @@ class Classifier(Encoder):
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention of the mean token over all pixels (after Radford et al. 2021, CLIP's attention pooling).
-
-    The rows of ``qkv_proj`` are q, k, v and then heads within each.
-    """
+    """Multi-head attention of the mean token over all pixels (after Radford et al. 2021, CLIP's attention pooling)."""
 
     def __init__(self, side: int, channels: int, classes: int, backend: str) -> None:
         super().__init__()
         self.heads = channels // HEAD_CHANNELS
         self.backend = backend
         self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)
-        self.qkv_proj = TokenLinear(channels, 3 * channels)
+        self.qkv_proj = QKVLinear(channels, self.heads, new_order=True)
         self.c_proj = TokenLinear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,6 +81,6 @@ class AttentionPool(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (N, T, C)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
         tokens = tokens + self.positional_embedding.T.to(tokens.dtype)
-        qkv = project_in_new_order(self.qkv_proj, tokens, self.heads)
-        pooled = kernels.attention(qkv, self.heads, backend=self.backend)[:, 0]  # the mean token's
+        h = kernels.attention(self.qkv_proj(tokens), self.heads, backend=self.backend)
+        pooled = h[:, 0]  # the mean token's
         return F.linear(pooled, self.c_proj.weight.squeeze(-1), self.c_proj.bias)

@@ -90,6 +90,39 @@ class TokenLinear(nn.Conv1d):
         return F.linear(x, self.weight.squeeze(-1), self.bias)
 
 
+class QKVLinear(TokenLinear):
+    """q, k and v of tokens: (N, T, C) -> (N, T, 3C), heads outermost and q, k, v within each, as the attention reads.
+
+    The rows of its parameters are in that order, or with ``new_order`` q, k, v outermost and heads within each
+    (guided-diffusion's use_new_attention_order).
+    """
+
+    bias: nn.Parameter
+
+    def __init__(self, channels: int, heads: int, new_order: bool) -> None:
+        super().__init__(channels, 3 * channels)
+        self.heads = heads
+        self.new_order = new_order
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, T, C) -> (N, T, 3C)."""
+        if not self.new_order:
+            return super().forward(x)
+        # the parameters and not the output: they are smaller, and their cast under autocast copies them anyway
+        weight, bias = map(self._heads_outermost, (self.weight, self.bias))
+        return F.linear(x, weight.squeeze(-1), bias)
+
+    def reorder(self) -> None:
+        """Put the rows of the parameters heads outermost, in place, so that no call has to."""
+        if self.new_order:
+            for parameter in (self.weight, self.bias):
+                parameter.data = self._heads_outermost(parameter.data)
+            self.new_order = False
+
+    def _heads_outermost(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, then a convolution."""
 

@@ -10,6 +10,7 @@ from fastdiff.models.blocks import AttentionBlock, ResBlock
 from fastdiff.models.layers import (
     Downsample,
     GroupNormSiLU,
+    QKVLinear,
     Resize,
     TimestepEmbedding,
     Upsample,
@@ -109,6 +110,13 @@ class Encoder(nn.Module):
         self.channels_last = MemoryFormat(memory_format) is MemoryFormat.CHANNELS_LAST
         wanted = torch.channels_last if self.channels_last else torch.contiguous_format
         return self.to(memory_format=wanted)  # type: ignore[call-overload]  # missing from its annotations
+
+    def for_inference(self) -> Self:
+        """Evaluation mode, with the rows of qkv reordered in place (see QKVLinear): not to be trained or saved."""
+        for module in self.modules():
+            if isinstance(module, QKVLinear):
+                module.reorder()
+        return self.eval()
 
     def embed(self, timesteps: Tensor) -> Tensor:
         """The embedding (N, E) of timesteps (N,), which may be fractional."""

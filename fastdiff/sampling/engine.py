@@ -30,9 +30,9 @@ class Engine:
     ``images`` is the number of images to expect, which decides whether compilation pays. ``base`` supplies the inputs
     of a super-resolution model: small images, or the engine that draws them (a cascade: Nichol & Dhariwal 2021,
     section 4), whose class labels ``upper_labels`` maps to this model's. ``classifier`` guides the sampling by
-    ``config.classifier_scale``. The attribute ``start``, set after encoding
-    with the engine, supplies x_T if it is not noise. The engine takes ownership of the models and casts their
-    weights. ValueError if ``config`` asks for timesteps that the diffusion process does not have.
+    ``config.classifier_scale``. The attribute ``start``, set after encoding with the engine, supplies x_T if it is not
+    noise. The engine takes ownership of the models and changes their weights in place: their order and precision.
+    ValueError if ``config`` asks for timesteps that the diffusion process does not have.
     """
 
     def __init__(
@@ -59,12 +59,13 @@ class Engine:
         self.config = replace(config, seed=(config.seed + shift) % 2**64)
         calls = len(batch_slices(images, config.batch_size)) * self.diffusion.num_timesteps if images else 0
         self.calls = 2 * calls if config.sampler is Sampler.HEUN else calls
-        self._module = runtime.cast(checkpoint.model.eval())
+        self._module = runtime.cast(checkpoint.model.for_inference())
         self._model = runtime.prepare(self._module, self.calls)
         self._classifier: Classifier | None = None
+        self._logits: Callable[..., Tensor] | None = None
         if classifier is not None and config.classifier_scale:
             # no gradient of its weights is wanted, nor the memory that one would take
-            self._classifier = runtime.cast(classifier.model.eval().requires_grad_(False))
+            self._classifier = runtime.cast(classifier.model.for_inference().requires_grad_(False))
             self._logits = runtime.prepare(self._classifier, self.calls)
         self._labelled = checkpoint.model_config.class_cond or classifier is not None
 
@@ -85,7 +86,7 @@ class Engine:
             low_res = partial(_next_of, self.base.draw(indices, labels, on_step))  # split into the same batches
         elif self.base is not None:
             low_res = self._given
-        inputs = self._inputs(indices, labels, low_res, self._logits if self._classifier is not None else None)
+        inputs = self._inputs(indices, labels, low_res, self._logits)
         return generate(self._without_class(self._model), self.diffusion, self.config, **inputs, on_step=on_step)
 
     def trajectories(self, indices: Int64Array, labels: Int64Array | None, most: int) -> Uint8Array:
@@ -106,8 +107,8 @@ class Engine:
             small = normalised(torch.from_numpy(self.base.trajectories(indices, labels, 1)[:, -1]))
             low_res = lambda _: small  # noqa: E731
         # another batch size would be compiled again
-        model, classifier = self.runtime.eager(self._module), self._classifier
-        logits = None if classifier is None else self.runtime.eager(classifier)
+        model = self.runtime.eager(self._module)
+        logits = None if self._classifier is None else self.runtime.eager(self._classifier)
         config = replace(self.config, batch_size=len(indices))
         inputs = self._inputs(indices, labels, low_res, logits)
         for _ in generate(self._without_class(model), self.diffusion, config, **inputs, watch=watch):

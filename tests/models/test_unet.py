@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "added embedding": {"use_scale_shift_norm": False},
     "super-resolution": {"small_size": 4},
     "one head up": {"num_heads": 4, "num_heads_upsample": 1},
+    "guided": {"num_head_channels": 16, "resblock_updown": True, "use_new_attention_order": True},
 }
 
 
@@ -38,7 +39,10 @@ def test_every_parameter_but_the_bias_of_the_keys_has_an_effect(variant: str) ->
     parts = {}
     for name in [name for name in grads if name.endswith("qkv.bias")]:
         heads = model.get_submodule(name.removesuffix(".qkv.bias")).heads
-        q_k_v = grads.pop(name).view(heads, 3, -1).unbind(1)  # heads outermost, the q, the k and the v of each
+        if model.config.use_new_attention_order:
+            q_k_v = grads.pop(name).view(3, heads, -1).unbind(0)
+        else:
+            q_k_v = grads.pop(name).view(heads, 3, -1).unbind(1)  # heads outermost, the q, the k and the v of each
         parts |= {f"{name}, {part}": gradient for part, gradient in zip("qkv", q_k_v, strict=True)}
     norms = {name: float(gradient.norm()) for name, gradient in (grads | parts).items()}
     rounding = 1e-12 * max(norms.values())
@@ -198,6 +202,21 @@ def test_low_res_of_any_size_is_enlarged(side: int) -> None:
     torch.testing.assert_close(model(**given), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["plain", "guided"])
+def test_for_inference_only_moves_rows(variant: str) -> None:
+    model = small_model(**VARIANTS[variant]).train()
+    given, before = inputs(model), model.state_dict()
+    with torch.no_grad():
+        expected = model.eval()(**given)
+        for _ in range(2):
+            assert torch.equal(model.train().for_inference()(**given), expected)
+            assert not model.training
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {n for n in before if ".qkv." in n and variant == "guided"}
+    for name in moved:
+        assert torch.equal(model.state_dict()[name].sort(0).values, before[name].sort(0).values)
+
+
 # sizes
 
 
@@ -298,10 +317,12 @@ def test_the_embedding_of_a_bf16_model(dtype: torch.dtype) -> None:
 # torch.compile
 
 
-def test_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("variant", ["plain", "guided"])
+def test_compiles_to_one_graph(variant: str) -> None:
     """One graph without a break, and no second one for other timesteps or images."""
     torch._dynamo.reset()
-    model = small_model(**VARIANTS["by class"], **VARIANTS["super-resolution"], learn_sigma=True).eval()
+    conditions = VARIANTS["by class"] | VARIANTS["super-resolution"]
+    model = small_model(**VARIANTS[variant], **conditions, learn_sigma=True).eval()
     given = inputs(model)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

@@ -30,13 +30,14 @@ def engine(tmp_path: Path, precision: str = "fp32", images: int = 4, **flags: An
 HEADS: dict[str, Any] = {"num_heads": 2, "num_res_blocks": 2}
 LEVELS: dict[str, Any] = {**CLASSES, "learn_sigma": True, "channel_mult": (1, 2), "attention_resolutions": "4"}
 UNSCALED: dict[str, Any] = {"use_scale_shift_norm": False, **CLASSES}
+GUIDED: dict[str, Any] = {**LEVELS, "num_head_channels": 16, "resblock_updown": True, "use_new_attention_order": True}
 
 
 # every model and every precision, but not in all pairs: what is cast does not depend on what it is cast to
 @pytest.mark.parametrize(
     ("flags", "precision"),
     [
-        *((HEADS, "bf16"), (LEVELS, "fp16"), (UNSCALED, "bf16"), (UPPER, "fp16")),
+        *((HEADS, "bf16"), (LEVELS, "fp16"), (UNSCALED, "bf16"), (UPPER, "fp16"), (GUIDED, "bf16")),
         *(pytest.param(f, "fp16", marks=pytest.mark.slow) for f in (HEADS, UNSCALED)),
         *(pytest.param(f, "bf16", marks=pytest.mark.slow) for f in (LEVELS, UPPER)),
     ],

@@ -112,27 +112,36 @@ def test_killed_and_resumed_is_straight_on(
 
 
 @pytest.mark.parametrize(
-    "others", [("ddp", "fsdp_parts"), pytest.param(("fsdp", "parts"), marks=pytest.mark.slow)], ids="-".join
+    "names",
+    [
+        ("one", "ddp", "fsdp_parts"),
+        ("guided", "guided_fsdp"),
+        pytest.param(("one", "fsdp", "parts"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
 )
-def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes: Path, others: tuple[str, ...]) -> None:
+def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes: Path, names: tuple[str, ...]) -> None:
     """For three steps losses and gradient norms are equal to 1e-5, with micro-batches as without."""
     flags = [*LEARNING, "--precision", "fp32", "--steps", "3", "--spike-guard", "50", "--grad-clip", "1"]
     flags += ["--batch-size", "8"]  # 4 on each of two, as 3 and 1
+    guided = ["--channel-mult", "1,1", "--resblock-updown", "--use-new-attention-order", "--num-head-channels", "16"]
     kinds: dict[str, tuple[int, list[str]]] = {
         "one": (1, []),
         "ddp": (2, []),
         "fsdp": (2, ["--parallel", "fsdp"]),
         "parts": (2, ["--microbatch", "3"]),
         "fsdp_parts": (2, ["--parallel", "fsdp", "--microbatch", "3", "--use-checkpoint"]),
+        "guided": (1, guided),
+        "guided_fsdp": (2, [*guided, "--parallel", "fsdp", "--microbatch", "3", "--use-checkpoint"]),
     }
     found = {}
-    for name in ("one", *others):
+    for name in names:
         processes, more = kinds[name]
         train(processes, name, *flags, *more, cwd=tmp_path, data=shapes)
         found[name] = rows(tmp_path / name)
     compared = ("loss", "mse", "vb", *(f"loss_q{q}" for q in range(4)), "grad_norm")
     for name, step in itertools.product(found, range(3)):
-        ours, one = found[name][step], found["one"][step]
+        ours, one = found[name][step], found[names[0]][step]
         assert ours["skipped"] == "0"
         for column in compared:
             assert (ours[column] == "") == (one[column] == ""), (name, column)
