@@ -3,7 +3,6 @@
 from fastdiff.checkpoint.classifier import (
     ClassifierCheckpoint,
     ClassifierWeights,
-    classifier_metadata,
     load_classifier,
     read_classifier,
     save_classifier,
@@ -53,7 +52,6 @@ __all__ = [
     "NewerFormat",
     "Weights",
     "begin_step",
-    "classifier_metadata",
     "delete_step",
     "ema_path",
     "find_checkpoint",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.files import read_tensors, write_tensors
-from fastdiff.checkpoint.model import load_weights
+from fastdiff.checkpoint.model import described_by, load_weights, model_metadata
 from fastdiff.checkpoint.steps import find_checkpoint, verify_file
-from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat
+from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat, with_multipliers
 from fastdiff.config.base import refuse_contradiction
-from fastdiff.data.classes import composed
 from fastdiff.interop import openai
 from fastdiff.interop.classifier import describe_classifier
 from fastdiff.models import Classifier, build_classifier
@@ -50,26 +49,7 @@ def save_classifier(
     The write is atomic. OSError if the file cannot be written.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    described = classifier_metadata(config, diffusion_config, step, class_names, **metadata)
-    return write_tensors(Path(path), state, described)
-
-
-def classifier_metadata(
-    config: ClassifierConfig,
-    diffusion_config: DiffusionConfig | None,
-    step: int,
-    class_names: tuple[str, ...] = (),
-    **metadata: Any,
-) -> dict[str, Any]:
-    """The metadata of a classifier's file, as JSON-compatible values."""
-    return {
-        "kind": "classifier",
-        "classifier_config": replace(config, channel_mult=config.encoder().multipliers).to_dict(),
-        "diffusion_config": None if diffusion_config is None else diffusion_config.to_dict(),
-        "step": step,
-        "class_names": list(class_names),
-        **metadata,
-    }
+    return write_tensors(Path(path), state, model_metadata(config, diffusion_config, step, class_names, **metadata))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,20 +71,14 @@ def read_classifier(
     path = find_checkpoint(place)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    said = {} if config is None else config.to_dict() | {"channel_mult": config.encoder().multipliers}
+    said = {} if config is None else with_multipliers(config).to_dict()
     said |= {name: value for name, value in (given or {}).items() if value is not None}
     if path.suffix != ".safetensors":
         state = openai.load_state_dict(path)
         described = describe_classifier(state, path, said)
         return ClassifierWeights(path, state, described, None, (), openai.said_by_name(path))
     state, metadata = read_tensors(path, kind="classifier", verified=verify_file(path))
-    try:
-        described = ClassifierConfig.from_dict(metadata["classifier_config"])
-        process = metadata["diffusion_config"]
-        diffusion_config = None if process is None else DiffusionConfig.from_dict(process)
-        class_names = tuple(map(composed, metadata["class_names"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} holds a configuration that this version does not support: {error}") from None
+    described, diffusion_config, class_names = described_by(metadata, path, ClassifierConfig)
     refuse_contradiction(said, str(path), described)
     return ClassifierWeights(path, state, described, diffusion_config, class_names, metadata)
 

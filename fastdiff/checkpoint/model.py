@@ -4,19 +4,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.files import read_tensors, write_tensors
 from fastdiff.checkpoint.steps import find_checkpoint, verify_file
-from fastdiff.config import DiffusionConfig, Kernels, MemoryFormat, ModelConfig, with_multipliers
+from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat, ModelConfig, with_multipliers
 from fastdiff.data.classes import composed
 from fastdiff.diffusion import GaussianDiffusion, build_diffusion
 from fastdiff.interop import openai
 from fastdiff.interop.recognition import describe
 from fastdiff.models import UNet, build_model
+
+C = TypeVar("C", ModelConfig, ClassifierConfig)
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,40 @@ def save_checkpoint(
 
 
 def model_metadata(
-    model_config: ModelConfig,
-    diffusion_config: DiffusionConfig,
+    config: ModelConfig | ClassifierConfig,
+    diffusion_config: DiffusionConfig | None,
     step: int,
     class_names: tuple[str, ...] = (),
     **metadata: Any,
 ) -> dict[str, Any]:
-    """The metadata of a model's file, as JSON-compatible values."""
+    """The metadata of a model's or classifier's file, as JSON-compatible values."""
+    kind = "classifier" if isinstance(config, ClassifierConfig) else "model"
     return {
-        "kind": "model",
-        "model_config": with_multipliers(model_config).to_dict(),
-        "diffusion_config": diffusion_config.to_dict(),
+        "kind": kind,
+        f"{kind}_config": with_multipliers(config).to_dict(),
+        "diffusion_config": None if diffusion_config is None else diffusion_config.to_dict(),
         "step": step,
         "class_names": list(class_names),
         **metadata,
     }
+
+
+def described_by(
+    metadata: Mapping[str, Any], path: Path, kind: type[C]
+) -> tuple[C, DiffusionConfig | None, tuple[str, ...]]:
+    """The inverse of model_metadata: the configurations, that of the model of class ``kind``, and the class names.
+
+    ValueError if this version does not support them.
+    """
+    try:
+        process = metadata["diffusion_config"]
+        return (
+            kind.from_dict(metadata["classifier_config" if kind is ClassifierConfig else "model_config"]),
+            None if process is None else DiffusionConfig.from_dict(process),
+            tuple(map(composed, metadata["class_names"])),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} holds a configuration that this version does not support: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +119,9 @@ def read_weights(
         state, metadata = read_tensors(path, kind="model", verified=verify_file(path))
         if model_config is not None or diffusion_config is not None or given:
             raise ValueError(f"{path} already contains its configuration: give one only for bare state dicts")
-        try:
-            model_config = ModelConfig.from_dict(metadata["model_config"])
-            diffusion_config = DiffusionConfig.from_dict(metadata["diffusion_config"])
-            class_names = tuple(map(composed, metadata["class_names"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} holds a configuration that this version does not support: {error}") from None
+        model_config, diffusion_config, class_names = described_by(metadata, path, ModelConfig)
+        if diffusion_config is None:
+            raise ValueError(f"{path} has no diffusion_config in its metadata: save it with save_checkpoint")
     else:
         state, metadata, class_names = openai.load_state_dict(path), openai.said_by_name(path), ()
         if model_config is None or diffusion_config is None:

@@ -20,7 +20,7 @@ from fastdiff.config.choices import (
     ScheduleSampler,
     Tracker,
 )
-from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig
+from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig, with_multipliers
 from fastdiff.config.evaluation import NllConfig
 from fastdiff.config.job import (
     MOST_SAMPLES,
@@ -37,7 +37,6 @@ from fastdiff.config.model import (
     ModelConfig,
     channel_mult_for,
     is_table_size,
-    with_multipliers,
 )
 from fastdiff.config.run import READING, RunConfig, StartConfig
 

@@ -1,6 +1,7 @@
 """A classifier of noisy images: its architecture and its training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from fastdiff.config.base import Config, option, tuple_of
 from fastdiff.config.choices import ClassifierPool
@@ -63,6 +64,11 @@ class ClassifierConfig(Config):
                 text = text.replace(ours, name)
             raise ValueError(text) from None
 
+    @property
+    def multipliers(self) -> tuple[float, ...]:
+        """channel_mult, or its default for the image size."""
+        return self.encoder().multipliers
+
     def encoder(self) -> ModelConfig:
         """The UNet of which a classifier has the downsampling half and the middle block."""
         return ModelConfig(
@@ -77,6 +83,14 @@ class ClassifierConfig(Config):
             num_classes=self.num_classes,
             use_checkpoint=self.use_checkpoint,
         )
+
+
+C = TypeVar("C", bound=ModelConfig | ClassifierConfig)
+
+
+def with_multipliers(config: C) -> C:
+    """The same model with an explicit channel_mult, so that a saved file does not depend on the default."""
+    return replace(config, channel_mult=config.multipliers)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The architecture of a model."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastdiff.config.base import Config, number, option, tuple_of
 
@@ -211,8 +211,3 @@ def channel_mult_for(
 def is_table_size(image_size: int) -> bool:
     """Whether improved-diffusion, its fork or guided-diffusion defines the multipliers for this image size."""
     return image_size in _CHANNEL_MULT
-
-
-def with_multipliers(config: ModelConfig) -> ModelConfig:
-    """The same model with an explicit channel_mult, so that a saved file does not depend on the default."""
-    return replace(config, channel_mult=config.multipliers)

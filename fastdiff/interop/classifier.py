@@ -12,7 +12,17 @@ from torch import Tensor
 
 from fastdiff.config import ClassifierConfig, ClassifierPool
 from fastdiff.config.base import number
-from fastdiff.interop.recognition import PER_BLOCK, SIZES, Shapes, classifier_pool, refuse_integers, shapes_of, word
+from fastdiff.interop.recognition import (
+    PER_BLOCK,
+    SIZES,
+    Shapes,
+    classifier_pool,
+    differing_keys,
+    first_difference,
+    refuse_integers,
+    shapes_of,
+    word,
+)
 from fastdiff.models import build_classifier
 
 LAST_LAYER = {
@@ -118,25 +128,21 @@ def _recognise(state: Mapping[str, Tensor], name: object) -> list[_Architecture]
         if "output_blocks.0.0.in_layers.0.weight" in state:
             raise ValueError(f"{name} is a diffusion model, not a classifier")
         raise ValueError(f"{name} is not a classifier of guided-diffusion's family: it has no pool")
-    theirs, found, nearest = shapes_of(state), [], dict[str, Any]()
+    theirs, found, others = shapes_of(state), list[_Architecture](), list[tuple[list[str], Shapes]]()
     for one in _readings(state, pool):
         try:
             ours = _shapes_of_classifier(ClassifierConfig(**one.flags(one.smallest_size)))
         except (ValueError, TypeError, RuntimeError, ArithmeticError):  # sizes of no valid classifier
             continue
-        differing = {key: (theirs.get(key), ours.get(key)) for key in ours | theirs if ours.get(key) != theirs.get(key)}
-        if not differing:
+        if differing := differing_keys(theirs, ours):
+            others.append((differing, ours))
+        else:
             found.append(one)
-        elif not nearest or len(differing) < len(nearest):
-            nearest = differing
     if not found:
         said = "its sizes are those of none"
-        if nearest:
-            key, (here, there) = next(iter(nearest.items()))
-            said = (
-                f"from the nearest, {len(nearest)} tensors differ, first {key[:80]!r}: {here or 'absent'} instead of "
-                f"{there or 'absent'}"
-            )
+        if others:
+            keys, ours = min(others, key=lambda other: len(other[0]))
+            said = f"from the nearest, {first_difference(keys, theirs, ours)}"
         raise ValueError(f"{name} is not a classifier of guided-diffusion's family: {said}")
     refuse_integers(state, name)
     return found

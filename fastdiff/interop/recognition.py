@@ -226,6 +226,17 @@ def _blocks_until_resized(state: Mapping[str, Tensor]) -> int | None:
     return None
 
 
+def differing_keys(theirs: Shapes, ours: Shapes) -> list[str]:
+    """The keys with another shape, or in only one of the two."""
+    return [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+
+
+def first_difference(keys: list[str], theirs: Shapes, ours: Shapes) -> str:
+    """The number of ``keys``, which differ, and the first of them with its two shapes."""
+    here, there = (shapes.get(keys[0], "absent") for shapes in (theirs, ours))
+    return f"{len(keys)} tensors differ, first {keys[0][:_LONGEST_KEY]!r}: {here} instead of {there}"
+
+
 def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
     """The shape of every tensor."""
     return {key: tuple(value.shape) for key, value in state.items()}
@@ -245,15 +256,11 @@ def _refuse(state: Mapping[str, Tensor], name: object, own: Shapes) -> NoReturn:
     theirs = shapes_of(state)
     known = {"a model of its sizes": own} if own else {}
     known |= {f"--preset {preset}": _shapes_of_model(values.config(ModelConfig)) for preset, values in PRESETS.items()}
-    differing = {
-        what: [key for key in ours | theirs if ours.get(key) != theirs.get(key)] for what, ours in known.items()
-    }
+    differing = {what: differing_keys(theirs, ours) for what, ours in known.items()}
     nearest = min((what for what in known if what.startswith("--")), key=lambda what: len(differing[what]))
 
     def difference(what: str) -> str:
-        keys = differing[what]
-        here, there = (shapes.get(keys[0], "absent") for shapes in (theirs, known[what]))
-        return f"{what}, {len(keys)} tensors differ, first {keys[0][:_LONGEST_KEY]!r}: {here} instead of {there}"
+        return f"{what}, {first_difference(differing[what], theirs, known[what])}"
 
     nearer = [what for what in known if len(differing[what]) < len(differing[nearest])]
     also = "".join(f"; from {difference(what)}" for what in nearer)

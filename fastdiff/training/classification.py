@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.checkpoint import classifier_metadata
+from fastdiff.checkpoint import model_metadata
 from fastdiff.config import ClassifierConfig, ClassifierTrainConfig, RunConfig
 from fastdiff.models import build_classifier
 from fastdiff.models.unet import Encoder
@@ -66,7 +66,7 @@ class Classification(Objective):
         }
 
     def metadata(self, config: RunConfig, step: int) -> dict[str, Any]:
-        return classifier_metadata(
+        return model_metadata(
             self.model,
             config.diffusion,
             step,

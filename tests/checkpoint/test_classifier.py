@@ -19,7 +19,7 @@ from fastdiff import (
     save_checkpoint,
     save_classifier,
 )
-from fastdiff.checkpoint import classifier_metadata
+from fastdiff.checkpoint import model_metadata
 from fastdiff.models import Classifier
 
 from ..support import randomise, refusal
@@ -71,7 +71,7 @@ def test_the_metadata_are_plain_json_with_the_widths_written_out(tmp_path: Path)
         (text,) = file.metadata().values()
     metadata = json.loads(text)
     assert (metadata["kind"], metadata["classifier_config"]["channel_mult"]) == ("classifier", [1, 2, 2, 2])
-    assert metadata.keys() == {"sha256", *classifier_metadata(config, None, 0)}
+    assert metadata.keys() == {"sha256", *model_metadata(config, None, 0)}
 
 
 def test_a_setting_may_repeat_the_file_but_not_contradict_it(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 
 from fastdiff import DiffusionConfig, build_model, load_checkpoint, save_checkpoint
+from fastdiff.checkpoint import model_metadata
+from fastdiff.checkpoint.files import write_tensors
 
 from .support import DIFFUSION, MODEL, save
 
@@ -56,6 +58,13 @@ def test_a_file_is_not_overruled_by_another_process(tmp_path: Path) -> None:
     except ValueError:
         return  # a refusal would do too
     assert loaded.diffusion_config == DIFFUSION
+
+
+def test_a_model_without_its_process_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_tensors(path, build_model(MODEL).state_dict(), model_metadata(MODEL, None, 0))
+    with pytest.raises(ValueError, match=r"m\.safetensors has no diffusion_config in its metadata: save it with"):
+        load_checkpoint(path)
 
 
 BARE = {"image_size": 8, "num_heads": 4, "diffusion_steps": 20, "noise_schedule": "cosine"}
