@@ -110,12 +110,8 @@ def usable_cores() -> float:
 
 def _extras() -> Iterator[tuple[str, str]]:
     for package, purpose in EXTRAS.items():
-        if _installed(package):
+        if find_spec(package) is not None:
             yield package, f"installed: {purpose}"
         else:
             name = {"yaml": "pyyaml"}.get(package, package)
             yield package, f"not installed, needed only for {purpose}: pip install -c constraints.txt {name}"
-
-
-def _installed(package: str) -> bool:
-    return find_spec(package) is not None
