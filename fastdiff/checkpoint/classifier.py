@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.files import read_tensors, write_tensors
-from fastdiff.checkpoint.model import described_by, load_weights, model_metadata
+from fastdiff.checkpoint.model import configurations_of, load_weights, model_metadata
 from fastdiff.checkpoint.steps import find_checkpoint, verify_file
 from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat, with_multipliers
 from fastdiff.config.base import refuse_contradiction
@@ -78,7 +78,7 @@ def read_classifier(
         described = describe_classifier(state, path, said)
         return ClassifierWeights(path, state, described, None, (), openai.said_by_name(path))
     state, metadata = read_tensors(path, kind="classifier", verified=verify_file(path))
-    described, diffusion_config, class_names = described_by(metadata, path, ClassifierConfig)
+    described, diffusion_config, class_names = configurations_of(metadata, path, ClassifierConfig)
     refuse_contradiction(said, str(path), described)
     return ClassifierWeights(path, state, described, diffusion_config, class_names, metadata)
 

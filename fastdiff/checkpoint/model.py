@@ -73,7 +73,7 @@ def model_metadata(
     }
 
 
-def described_by(
+def configurations_of(
     metadata: Mapping[str, Any], path: Path, kind: type[C]
 ) -> tuple[C, DiffusionConfig | None, tuple[str, ...]]:
     """The inverse of model_metadata: the configurations, that of the model of class ``kind``, and the class names.
@@ -119,7 +119,7 @@ def read_weights(
         state, metadata = read_tensors(path, kind="model", verified=verify_file(path))
         if model_config is not None or diffusion_config is not None or given:
             raise ValueError(f"{path} already contains its configuration: give one only for bare state dicts")
-        model_config, diffusion_config, class_names = described_by(metadata, path, ModelConfig)
+        model_config, diffusion_config, class_names = configurations_of(metadata, path, ModelConfig)
         if diffusion_config is None:
             raise ValueError(f"{path} has no diffusion_config in its metadata: save it with save_checkpoint")
     else:
