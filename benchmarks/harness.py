@@ -4,10 +4,8 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastdiff import __version__
+from fastdiff.runtime.environment import cpu_name, git, version_of
 
 HEAD_START = 500_000
 """GPU cycles, a quarter of a millisecond, in which the host can queue the timed work before the clock starts."""
@@ -257,10 +255,10 @@ def environment(device: torch.device) -> dict[str, str]:
     threads = torch.get_num_threads()
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{_cpu_name()}, {threads} thread{'s' * (threads != 1)}",
+        "machine": f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}",
         "gpu": torch.cuda.get_device_name(device) if on_gpu(device) else "none",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton") or "none",
         "commit": _commit(),
     }
 
@@ -270,34 +268,6 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return statistics.median(values) if share == 0.5 else sorted(values)[round(share * (len(values) - 1))]
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
 def _commit() -> str:
     """The commit of this checkout, not of another one in which the package is installed; else the version."""
-    checkout = RESULTS.parents[1]
-    if _git("rev-parse", "--show-toplevel") == str(checkout) and (found := _git("describe", "--always", "--dirty")):
-        return found
-    return f"fastdiff {__version__}"
-
-
-def _git(*words: str) -> str:
-    """The output of git in this checkout, or an empty string."""
-    try:
-        run = subprocess.run(["git", *words], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
-    except OSError:  # git is not installed
-        return ""
-    return run.stdout.strip() if run.returncode == 0 else ""
+    return git(RESULTS.parents[1], "describe", "--always", "--dirty") or f"fastdiff {__version__}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _OF_THE_DATA = {"class_names", "class_counts", "data_fingerprint", "reading"}
-"""Entries of a run's config.json that describe its data and how it is read, and are no flags."""
+"""Entries of a run's config.json that describe its data and how it is read, and are no flags, nor is "environment"."""
 
 
 def with_config_file(words: Sequence[str]) -> list[str]:
@@ -36,6 +36,8 @@ def _words(path: Path) -> Iterator[str]:
     seen: dict[str, Any] = {}
     document = _read(path)
     of_a_run = "class_names" in document
+    if of_a_run:
+        document.pop("environment", None)
     for name, value in _flat(document, path):
         flag = f"--{name.replace('_', '-')}"
         if seen.setdefault(flag, value) != value:  # a run's config.json has learn_sigma twice, with the same value

@@ -4,13 +4,10 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import typer
-
-from fastdiff import __version__
 
 EXTRAS = {
     "yaml": "--config FILE.yaml",
@@ -37,9 +34,12 @@ def doctor() -> None:
 def _software() -> Iterator[tuple[str, str]]:
     import torch
 
-    yield "fastdiff", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+    from fastdiff.runtime.environment import versions
+
+    found = versions()
+    yield "fastdiff", f"{found['fastdiff']}, Python {found['python']}, {platform.platform(terse=True)}"
     built = torch.version.cuda or torch.version.hip
-    yield "torch", f"{torch.__version__}, built for {f'CUDA or ROCm {built}' if built else 'CPUs only'}"
+    yield "torch", f"{found['torch']}, built for {f'CUDA or ROCm {built}' if built else 'CPUs only'}"
 
 
 def _device() -> Iterator[tuple[str, str]]:
@@ -48,25 +48,26 @@ def _device() -> Iterator[tuple[str, str]]:
     from fastdiff.config import Precision
     from fastdiff.kernels.backend import HAS_TRITON
     from fastdiff.runtime.device import has_compiler, has_native_bf16, resolve_device, resolve_precision
+    from fastdiff.runtime.environment import cpu_name, device_name, version_of
     from fastdiff.runtime.throughput import peak_flops
 
     device = resolve_device("auto")
     gpu = device.type == "cuda"
     if gpu:
-        properties = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
         count = torch.cuda.device_count()
         more = f"; {count} GPUs, use them with torchrun --nproc-per-node={count}" if count > 1 else ""
-        yield "device", f"{properties.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free{more}"
+        yield "device", f"{device_name(device)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free{more}"
     else:
         built = torch.version.cuda or torch.version.hip
         reason = "PyTorch sees no GPU" if built else "this torch is built for CPUs only"
         instructions = torch.backends.cpu.get_cpu_capability()
-        yield "device", f"cpu with {instructions}: {reason}; small models and images of up to 64 pixels are feasible"
+        feasible = "small models and images of up to 64 pixels are feasible"
+        yield "device", f"cpu with {instructions} ({cpu_name()}): {reason}; {feasible}"
     precision = resolve_precision(Precision.AUTO, device)
     why = "native here" if has_native_bf16(device) else "bf16 is not native here and would be slower"
     yield "precision", f"auto is {precision} ({why})"
-    triton = version("triton") if HAS_TRITON else "absent"
+    triton = (version_of("triton") or "of another name") if HAS_TRITON else "absent"
     use = "auto uses PyTorch's own operations" + ("" if gpu else " on a CPU")
     if gpu and HAS_TRITON:
         use = "auto uses its kernels"

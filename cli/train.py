@@ -1,5 +1,8 @@
 """``fastdiff train``: a folder of images in, a run folder out."""
 
+import shlex
+import sys
+
 import typer
 
 from fastdiff.cli.options import DebugFlag, Flags, with_flags
@@ -34,7 +37,8 @@ def run_training(flags: Flags, classifier: bool = False) -> int:
     from fastdiff.training.run import run
 
     world = World.join(start.timeout)
+    command = shlex.join(["fastdiff", *sys.argv[1:]])
     with Display(silent=not world.main or "stdout" not in formats) as display:
-        status = run(flags, start, world, display, classifier).status
+        status = run(flags, start, world, display, classifier, command).status
     world.leave()
     return status

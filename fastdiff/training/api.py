@@ -73,7 +73,8 @@ def _train(data_dir: _Place, run_dir: _Place, show: _Show, settings: dict[str, A
     world = World.join(start.timeout)
     try:
         lines = Lines(show if show is not None and world.main else lambda line: None)
-        ended = run(flags, start, world, lines, classifier)
+        command = f"fastdiff.{'train_classifier' if classifier else 'train'}(...)"
+        ended = run(flags, start, world, lines, classifier, command)
     except (ValueError, OSError) as error:
         if not isinstance(error, ConnectionError):  # without the others a process group cannot be left in order
             world.leave()

@@ -33,6 +33,7 @@ from fastdiff.presets import CLASSIFIER_PRESETS, PRESETS, with_preset
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World, launcher, restarted
+from fastdiff.runtime.environment import environment
 from fastdiff.training import fine_tuning, resuming, run_folder, trackers
 from fastdiff.training.fine_tuning import Initial, read_initial, read_initial_classifier
 from fastdiff.training.held_out import hold_out
@@ -52,17 +53,24 @@ class Ended:
     status: int
 
 
-def run(flags: Mapping[str, Any], start: StartConfig, world: World, display: Lines, classifier: bool = False) -> Ended:
+def run(
+    flags: Mapping[str, Any],
+    start: StartConfig,
+    world: World,
+    display: Lines,
+    classifier: bool = False,
+    command: str = "",
+) -> Ended:
     """Train with the flags, or resume the run in their folder with its configuration and the flags. Collective.
 
     It trains a diffusion model, or a ``classifier``. ``flags`` are fields of a run's configurations, and ``start`` is
-    their StartConfig; an absent flag was not given.
+    their StartConfig; an absent flag was not given. ``command`` is what the run's files say was called.
     """
     with ExitStack() as held:
         held.enter_context(world.explained("use a smaller model, or --parallel fsdp on several GPUs"))
         read: list[Initial] = []
         plan = world.from_main(lambda: _decide(dict(flags), start, world, held, classifier, read))
-        return Ended(plan.run_dir, _carry_out(plan, world, display, held, read))
+        return Ended(plan.run_dir, _carry_out(plan, world, display, held, read, command))
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,7 @@ def _continued(
     return changed, notes
 
 
-def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack, read: list[Initial]) -> int:
+def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack, read: list[Initial], command: str) -> int:
     """Load the images, open the folder, and train; returns the exit status. Takes the weights from ``read``, if any."""
     run_dir, config = plan.run_dir, plan.config
 
@@ -256,6 +264,7 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack, read:
     for line in (*plan.notes, f"data: {dataset.preflight.line()}", *dataset.notes, *changes, *said):
         log(line)
     trainer = Trainer(config, dataset, runtime, run_dir, log, world, among, held_out)
+    trainer.environment = environment(runtime, world.size, trainer.model_calls, command)
     if plan.resuming:
         resuming.resume(trainer)
     if (given := plan.init_from or plan.resume_checkpoint) is not None and trainer.state.step:

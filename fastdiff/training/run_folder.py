@@ -70,12 +70,13 @@ def _from_dict(values: Mapping[str, Any]) -> RunConfig:
     return replace(config, class_names=tuple(map(composed, config.class_names)))
 
 
-def write_config(config: RunConfig, run_dir: Path) -> None:
-    """Write config.json; OSError if that fails."""
+def write_config(config: RunConfig, run_dir: Path, environment: Mapping[str, Any] | None = None) -> None:
+    """Write config.json, with the ``environment`` of this process if it is given; OSError if that fails."""
     path = run_dir / "config.json"
+    values = config.to_dict() | ({"environment": dict(environment)} if environment else {})
     try:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror}): name another folder with --run-dir") from error
 

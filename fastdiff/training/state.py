@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,21 +82,23 @@ class TrainState:
         """This process's shards of a state dict, in the parameters' order."""
         return (part_of(whole[name], held) for name, held in self.weights.items())
 
-    def snapshot(self, run_dir: Path) -> list[CheckpointFile]:
+    def snapshot(self, run_dir: Path, **about: Any) -> list[CheckpointFile]:
         """Copy the files of this step to the host, so that later updates do not change them. Collective.
+
+        ``about`` joins the metadata of every file.
 
         On CUDA the copies are asynchronous and may still be running on return. Only rank 0 gets the files; the other
         processes get an empty list.
         """
-        described = self.objective.metadata(self.config, self.step)
+        described = self.objective.metadata(self.config, self.step) | about
         weights = self._on_host(self.parameters)
         files = [CheckpointFile(checkpoint.model_path(run_dir, self.step), weights, described)]
         for ema in self.emas:
             path = checkpoint.ema_path(run_dir, ema.rate, self.step)
-            about = {"ema_rate": ema.rate, "ema_warmup": ema.warmup, "ema_updates": ema.updates}
-            files.append(CheckpointFile(path, self._on_host(ema.tensors()), described | about))
+            average = {"ema_rate": ema.rate, "ema_warmup": ema.warmup, "ema_updates": ema.updates}
+            files.append(CheckpointFile(path, self._on_host(ema.tensors()), described | average))
         path = checkpoint.optimizer_path(run_dir, self.step)
-        said = {"kind": "optimizer", "step": self.step, "scaler": self.scaler.state_dict()}
+        said = {"kind": "optimizer", "step": self.step, "scaler": self.scaler.state_dict()} | about
         files.append(CheckpointFile(path, self._optimizer_tensors(), said | {"run_config": self.config.to_dict()}))
         return files if self.world.main else []
 

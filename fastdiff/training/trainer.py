@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class Trainer:
     """Trains the run in ``run_dir`` until its last update or a signal.
 
     ``among`` are the rows of the dataset to train on, by default all; the accuracy is measured on ``held_out`` images.
+    ``environment`` is what config.json and the checkpoints then say about the process, as JSON-compatible values.
 
     Every process of ``world`` creates one and calls the same methods; rank 0 writes the run folder.
     """
@@ -89,6 +91,7 @@ class Trainer:
         self.runtime = runtime
         self.run_dir = run_dir
         self.log = log
+        self.environment: dict[str, Any] = {}
         self.device = runtime.device
         self.objective = (Classification if config.classifies else Denoising)(config, runtime)
         self.model = self.objective.build(runtime).train()
@@ -223,7 +226,7 @@ class Trainer:
         # approximately a checkpoint: weights, EMAs and two Adam moments in fp32
         free_space_check(self.run_dir, 4 * self.state.num_parameters * (3 + len(self.state.emas)))
         sinks = open_sinks(self.config.train, self.run_dir, self.config.to_dict(), self.log)
-        write_config(self.config, self.run_dir)
+        write_config(self.config, self.run_dir, self.environment)
         return [ProgressFiles(self.run_dir, self.state.step, self.log, self.objective.columns), *sinks]
 
     def _report(self, outputs: Sequence[Sink], clock: Clock, measures: bool) -> str:
@@ -290,7 +293,7 @@ class Trainer:
         if step in (self._snapshot_step, self.state.first_step):
             return
         self.world.on_all(self.saver.wait)  # before taking another snapshot; has no timeout
-        files = self.state.snapshot(self.run_dir)
+        files = self.state.snapshot(self.run_dir, **({"environment": self.environment} if self.environment else {}))
         self._snapshot_step = step
         if self.world.main:
             copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None

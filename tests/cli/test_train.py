@@ -17,6 +17,7 @@ from fastdiff import load_checkpoint
 from fastdiff.training.metrics import COLUMNS
 
 from ..processes import Job
+from ..training.support import content
 from .conftest import Cli
 from .support import PLAIN, SHORT, TINY, contents, refused, succeeded
 
@@ -171,15 +172,16 @@ def test_resume_on_an_empty_folder_begins_afresh(train: Cli, tmp_path: Path) -> 
 
 def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(train: Cli, tmp_path: Path) -> None:
     succeeded(train("r", "--steps", 4, "--save-interval", 2))
-    whole = (tmp_path / "r/model000004.safetensors").read_bytes()
-    (tmp_path / "r/model000004.safetensors").write_bytes(whole[:1000])
+    path = tmp_path / "r/model000004.safetensors"
+    whole = content(path)
+    path.write_bytes(path.read_bytes()[:1000])
     result = train("r", "--steps", 4, "--resume")
     assert result.status == 0
     assert "resumed at step 2" in result.out
     said = result.out + result.err
     assert "warning" in said
     assert "model000004.safetensors is damaged" in said
-    assert (tmp_path / "r/model000004.safetensors").read_bytes() == whole  # made again, the same
+    assert content(path) == whole  # made again, the same
 
 
 def test_resume_is_refused_where_no_checkpoint_is_whole(train: Cli, run_dir: Path) -> None:

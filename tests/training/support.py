@@ -1,5 +1,7 @@
 """A training of a few updates without the command line."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -74,6 +76,24 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 def file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+
+def content(path: Path) -> bytes:
+    """A checkpoint file's bytes, but without what it says about the process that wrote it."""
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    (key,) = header["__metadata__"]
+    metadata = json.loads(header["__metadata__"][key])
+    assert metadata.pop("environment").keys() >= {"command", "started"}
+    del metadata["sha256"]
+    header["__metadata__"][key] = json.dumps(metadata)
+    return json.dumps(header).encode() + raw[start:]
+
+
+def digests(run_dir: Path, step: int) -> dict[str, str]:
+    """The SHA-256 of each file of a step, as ``content`` reads it."""
+    return {p.name: hashlib.sha256(content(p)).hexdigest() for p in run_dir.glob(f"*{step:06d}.safetensors")}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -1,7 +1,6 @@
 """A classifier is trained by the engine that trains diffusion models: runs, their resumption, and held-out images."""
 
 import csv
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from fastdiff.training.update import Updater
 from ..processes import launch
 from ..support import randomise, refusal
 from ..watch import Watch
-from .support import Lines, file, same
+from .support import Lines, digests, file, same
 
 TINY: dict[str, Any] = {
     "image_size": 8,
@@ -413,10 +412,6 @@ def train(
     result = launch(WORKER, arguments, cwd, {"XDG_CACHE_HOME": str(cwd / "cache"), **environment}, processes)
     assert result.status == status, result
     return result.out
-
-
-def digests(run_dir: Path, step: int) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run_dir.glob(f"*{step:06d}.safetensors")}
 
 
 def test_killed_and_resumed_is_straight_on(tmp_path: Path, images: Path) -> None:

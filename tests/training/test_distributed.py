@@ -1,7 +1,6 @@
 """Several processes train as one does, and what is killed goes on as if nothing had been."""
 
 import csv
-import hashlib
 import itertools
 import re
 import shutil
@@ -20,6 +19,7 @@ from fastdiff.sampling import generate, save_grid
 from ..cli.support import refused
 from ..processes import Result, launch
 from ..sampling.support import command
+from .support import digests
 
 WORKER = Path(__file__).with_name("worker.py")
 MODEL = [
@@ -74,7 +74,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Straight
 
 
 def hashes(run_dir: Path, step: int) -> dict[str, str]:
-    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run_dir.glob(f"*{step:06d}.safetensors")}
+    found = digests(run_dir, step)
     assert len(found) == 4, found  # weights, two averages, optimizer
     return found
 
