@@ -32,6 +32,9 @@ def convert(
         Path, path_argument(metavar="DST", help="The .safetensors or .pt file, or diffusers folder, to write.")
     ],
     scheduler: Annotated[str, typer.Option(help="Scheduler to write into a diffusers folder: ddim or ddpm.")] = "ddim",
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="Licence that a folder's model card states, such as mit.")
+    ] = None,
     ema_rate: EmaRateFlag = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DST.")] = False,
     preset: PresetFlag = None,
@@ -40,20 +43,27 @@ def convert(
     """Convert a model between fastdiff (.safetensors), improved- or guided-diffusion (.pt) and diffusers (a folder).
 
     Both files are then loaded and run on the same input. The command prints the largest difference, what the conversion
-    loses, and for a .pt file the flags of the originals' scripts.
+    loses, and for a .pt file the flags of the originals' scripts. A folder gets a model card, README.md.
 
     --help-all lists the flags that describe a bare state dict, as in fastdiff sample.
     """
     from fastdiff.checkpoint import conversion
+    from fastdiff.checkpoint.model_card import check_license
     from fastdiff.interop.diffusers import Scheduler
 
     if scheduler not in list(Scheduler):
         raise ValueError(f"scheduler must be one of {', '.join(Scheduler)}, not {scheduler!r}")
     conversion.check_target(source, target, overwrite)
+    if license is not None:
+        check_license(license)
+        if conversion.is_file(target):
+            raise ValueError(
+                f"license {license} is for the model card of a folder, and {target} has none: leave it out"
+            )
     path, loaded = _load(source, flags, preset, ema_rate)
     if path.resolve() == target.resolve():  # SRC may be the run folder that holds DST
         raise ValueError(f"{target} is SRC itself: name another place")
-    for line in conversion.convert(path, loaded, target, Scheduler(scheduler)):
+    for line in conversion.convert(path, loaded, target, Scheduler(scheduler), license or ""):
         typer.echo(line)
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastdiff.checkpoint import model_card
 from fastdiff.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
 from fastdiff.interop import diffusers
 from fastdiff.interop.scripts import for_the_scripts
@@ -22,10 +23,14 @@ _TIMESTEPS = 4
 _Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 
+def is_file(target: Path) -> bool:
+    """Whether this name is that of a file, and not of a diffusers folder."""
+    return target.suffix in (_SAFETENSORS, _BARE)
+
+
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """ValueError if ``target`` is not a valid name for a converted model, may not be replaced or is not writable."""
-    is_file = target.suffix in (_SAFETENSORS, _BARE)
-    if not is_file and target.suffix[1:].isalpha():
+    if not is_file(target) and target.suffix[1:].isalpha():
         raise ValueError(f"{target}: DST must end in .safetensors or .pt, or be a folder's name without a suffix")
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"{target} is SRC itself, or contains it: name another path")
@@ -37,25 +42,33 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{target} exists: name another, or use --overwrite")
-    if is_file != target.is_file() or not (is_file or diffusers.is_folder(target)):
-        raise ValueError(f"{target} exists and is not {'a file' if is_file else 'a diffusers folder'}: name another")
-    there = [] if is_file else [path for path in target.rglob("*") if not path.is_dir() or path.is_symlink()]
-    if others := sorted({path.relative_to(target).as_posix() for path in there} - diffusers.WRITTEN):
+    if is_file(target) != target.is_file() or not (is_file(target) or diffusers.is_folder(target)):
+        kind = "a file" if is_file(target) else "a diffusers folder"
+        raise ValueError(f"{target} exists and is not {kind}: name another")
+    there = [] if is_file(target) else [path for path in target.rglob("*") if not path.is_dir() or path.is_symlink()]
+    ours = diffusers.WRITTEN | ({model_card.NAME} if model_card.is_untouched(target / model_card.NAME) else set())
+    if others := sorted({path.relative_to(target).as_posix() for path in there} - ours):
         raise ValueError(f"{target} holds {others[0]} too, which would be lost: name another, or move that away")
 
 
-def convert(source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers.Scheduler) -> list[str]:
+def convert(
+    source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers.Scheduler, license: str = ""
+) -> list[str]:
     """Write the checkpoint loaded from ``source`` to ``target``; returns lines for the log.
 
     The suffix of ``target`` selects the format: .safetensors is fastdiff's, .pt is improved-diffusion's and
-    guided-diffusion's, and any other name is a diffusers folder. Both models are then loaded from their files again and
-    run on the same input in fp32. The target is written atomically. ValueError if the format cannot express the model,
-    or the outputs differ by more than rounding error; OSError if the target cannot be written.
+    guided-diffusion's, and any other name is a diffusers folder, whose model card states the ``license``. Both models
+    are then loaded from their files again and run on the same input in fp32. The target is written atomically.
+    ValueError if the format cannot express the model, or the outputs differ by more than rounding error; OSError if the
+    target cannot be written.
     """
     state = {key: value.float().contiguous() for key, value in loaded.model.state_dict().items()}
-    is_file = target.suffix in (_SAFETENSORS, _BARE)
-    with (replacing if is_file else replacing_folder)(target) as temporary:
+    with (replacing if is_file(target) else replacing_folder)(target) as temporary:
         lines = _write(temporary, state, loaded, scheduler)
+        if not is_file(target):
+            back = diffusers.read_process(temporary, loaded.model_config)
+            card = model_card.model_card(target.name, source, loaded, scheduler, back, license)
+            (temporary / model_card.NAME).write_text(card, encoding="utf-8")
         difference = _difference(source, loaded, temporary, target)
     return [f"{source} -> {target}", *lines, difference]
 
@@ -77,7 +90,8 @@ def _write(path: Path, state: dict[str, Tensor], loaded: Checkpoint, scheduler: 
     lost = []
     if loaded.class_names:
         names = ", ".join(f"{i} {name}" for i, name in enumerate(loaded.class_names))
-        lost.append(f"the class names are not written: {names}")
+        where = "not written" if path.suffix == _BARE else f"in {model_card.NAME} only"
+        lost.append(f"the class names are {where}: {names}")
     if loaded.metadata.get("label_dropout"):
         lost.append("the model was trained with --label-dropout: label -1 (no class) exists only in fastdiff")
     try:

@@ -178,7 +178,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
         state = our_state(tensors, config)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{weights} {first_line(error, limit=500)}") from None
-    return state, config, _process(folder / "scheduler" / "scheduler_config.json", config)
+    return state, config, read_process(folder, config)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -238,7 +238,9 @@ def _model_config(path: Path) -> ModelConfig:
     return config
 
 
-def _process(path: Path, model: ModelConfig) -> dict[str, Any]:
+def read_process(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    """The DiffusionConfig fields that a folder's scheduler determines; errors as read's."""
+    path = folder / "scheduler" / "scheduler_config.json"
     options = _json(path)
     predicts, kind = options.get("prediction_type", "epsilon"), options.get("_class_name")
     if predicts not in ("epsilon", "sample"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -182,6 +183,27 @@ def test_what_a_checkpoint_says_of_itself_stays(cli: Cli) -> None:
     succeeded(cli("convert", "a.safetensors", "b.safetensors"))
     loaded = load_checkpoint("b.safetensors")
     assert (loaded.step, loaded.class_names, loaded.metadata["ema_rate"]) == (9, ("a",), 0.99)
+
+
+def test_only_a_folder_gets_a_model_card(cli: Cli) -> None:
+    process = replace(COSINE, diffusion_steps=1000, sigma_small=True, learn_sigma=False)
+    save("a.safetensors", replace(SMALL, learn_sigma=False), process, class_names=("a|b",))
+    for target in ("b.safetensors", "b.pt"):
+        succeeded(cli("convert", "a.safetensors", target))
+        refused(
+            cli("convert", "a.safetensors", target, "--license", "mit", "--overwrite"), "license mit is for the mod"
+        )
+    assert not list(Path().rglob("README.md"))
+    succeeded(cli("convert", "a.safetensors", "folder", "--license", "mit"))
+    card = Path("folder/README.md").read_text()
+    assert "\nlicense: mit\n" in card
+    refused(cli("convert", "a.safetensors", "other", "--license", "My own"), "license must be an identifier")
+    (commands,) = re.findall(r"```sh\n(.*?)```", card, re.DOTALL)
+    for line in commands.splitlines():
+        assert cli(*shlex.split(line)[1:], *(PLAIN if " sample " in line else ())).status == 0
+    assert Path("model.safetensors").exists()
+    assert "--sigma-small" in commands
+    assert load_checkpoint("model.safetensors").diffusion_config == process
 
 
 def test_a_run_folder_is_converted(cli: Cli, run_dir: Path) -> None:
