@@ -25,8 +25,8 @@ import torch
 
 from .kinds import KINDS, run
 
-LONGEST = 10
-"""Seconds after which a command hangs."""
+LONGEST, LONGEST_WAIT = 10, 60
+"""Seconds of the processor, and seconds of a clock, after which a command hangs: others may be using the machine."""
 
 MOST_GROWTH = 1.0
 """GiB by which a damaged input may raise the peak of the memory."""
@@ -38,6 +38,17 @@ class Hang(BaseException):
 
 def _hangs(*_: Any) -> None:
     raise Hang
+
+
+def watch() -> None:
+    """Let the two clocks raise Hang."""
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, _hangs)
+
+
+def _end_after(seconds: float, waiting: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, waiting)
 
 
 class Bench:
@@ -61,7 +72,7 @@ class Bench:
     def fault(self, seed: int, number: int) -> tuple[str, str]:
         """What is wrong with the command's answer to the damage ``number``, or an empty text; and its answer."""
         peak = _peak()
-        signal.alarm(LONGEST)
+        _end_after(LONGEST, LONGEST_WAIT)
         try:
             status, out, err, damaged = self._run(self._work, Random(f"{seed} {self.name} {number}"))
         except Hang:
@@ -69,7 +80,7 @@ class Bench:
         except Exception:
             return traceback.format_exc(), ""
         finally:
-            signal.alarm(0)
+            _end_after(0, 0)
         answer = f"{damaged}: {(err or out).strip().splitlines()[-1:] or ['nothing']}"
         if (self._work / "HACKED").exists():
             return "runs code", answer
@@ -99,7 +110,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print every answer")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, _hangs)
+    watch()
     home, faults = Path.cwd(), 0
     for name in given.kinds or KINDS:
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ import pytest
 
 from fastdiff.data import cifar10
 
-from .__main__ import Bench, _hangs
+from .__main__ import Bench, watch
 from .kinds import KINDS, run
 
 COUNT = 4
@@ -19,9 +19,11 @@ COUNT = 4
 def _as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(cifar10, "_ROWS", cifar10._ROWS)  # which the kind changes
     monkeypatch.chdir(tmp_path)
-    before = signal.signal(signal.SIGALRM, _hangs)
+    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGPROF)}
+    watch()
     yield
-    signal.signal(signal.SIGALRM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", KINDS)
