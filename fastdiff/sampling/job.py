@@ -1,7 +1,6 @@
 """A sampling job: draws images into files, with one process or many, and resumes if it was interrupted."""
 
 import hashlib
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +20,8 @@ from fastdiff.runtime.words import duration
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.files import FRAMES, SampleFiles, png_names
 from fastdiff.sampling.loop import Int64Array, StopSampling
-from fastdiff.sampling.output import save_grid, save_trajectories
+from fastdiff.sampling.output import MOST_COLUMNS, columns_by_class, save_grid, save_trajectories
 from fastdiff.sampling.plan import Plan
-
-MOST_COLUMNS = 16
-"""A grid has one column per class, up to this many classes."""
 
 _DIGITS = 16  # of the SHA-256 of a base sample's name and length
 
@@ -221,10 +217,7 @@ class Job:
         columns, names = None, None
         if labels is not None:
             shown = labels[: len(first)]
-            names = [self.class_names[label] for label in shown]
-            in_turn = len(np.unique(shown))
-            if 1 < in_turn <= MOST_COLUMNS and np.array_equal(shown[in_turn:], shown[:-in_turn]):
-                columns = in_turn * max(1, round(math.sqrt(len(shown)) / in_turn))  # one class per column, near square
+            names, columns = [self.class_names[label] for label in shown], columns_by_class(shown)
         if self.plan.ends is not None:
             columns = min(len(first), MOST_COLUMNS)  # from one endpoint to the other
         save_grid(files.grid, first, columns, names)

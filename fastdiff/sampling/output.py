@@ -25,6 +25,9 @@ GAP = 2
 CELL = 64
 """Pixels that each image of a grid has at least in width and height, after it is enlarged."""
 
+MOST_COLUMNS = 16
+"""A grid has one column per class, up to this many classes."""
+
 MOST_LINES = 6
 """Most lines of a name in a grid; a longer name is shortened."""
 
@@ -67,6 +70,17 @@ def make_grid(images: Uint8Array, columns: int | None = None, gap: int = GAP) ->
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+def columns_by_class(labels: NDArray[np.int64]) -> int | None:
+    """The number of columns, near square, in which images with ``labels`` (N,) have one class per column.
+
+    None if their classes do not take turns, or are too many.
+    """
+    classes = len(np.unique(labels))
+    if not 1 < classes <= MOST_COLUMNS or not np.array_equal(labels[classes:], labels[:-classes]):
+        return None
+    return classes * max(1, round(math.sqrt(len(labels)) / classes))
 
 
 def save_grid(path: Path, images: Uint8Array, columns: int | None = None, names: Sequence[str] | None = None) -> None:

@@ -46,7 +46,7 @@ def test_a_run_folder_holds_what_the_plan_says(train: Cli, tmp_path: Path) -> No
     assert previews == {"000005_raw.png", "000005_ema_0.9.png", "000005_ema_0.5.png"}
     for name in previews:
         with Image.open(run_dir / "previews" / name) as image:
-            assert (image.mode, image.width) == ("RGB", image.height)
+            assert (image.mode, image.width) == ("RGB", 8 * 42)  # four classes, their names above
     log = (run_dir / "log.txt").read_text()
     for word in ("12 images (12 png, 8x8) in 4 classes: circle, cross, square, triangle", str(run_dir), "step 4/5"):
         assert word in log, word

@@ -7,7 +7,7 @@ import re
 import resource
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from PIL._util import DeferredError
 
 from fastdiff.sampling import output
 from fastdiff.sampling.output import (
+    columns_by_class,
     make_grid,
     save_gif,
     save_grid,
@@ -164,6 +165,22 @@ def test_grid(columns: int | None, rows_columns: tuple[int, int]) -> None:
         top, left = 1 + i // wide * 5, 1 + i % wide * 7
         assert np.array_equal(grid[top : top + 4, left : left + 6], image)
     assert (grid == 255).all(2).sum() == grid.shape[0] * grid.shape[1] - 5 * 4 * 6
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        ([0, 1, 2] * 4, 3),
+        ([5, 2] * 8, 4),  # near square
+        ([0, 1, 2, 0, 1], 3),
+        (range(16), 16),
+        (range(17), None),
+        ([0, 1, 1, 0], None),
+        ([3, 3, 3], None),
+    ],
+)
+def test_columns_of_one_class(labels: Sequence[int], columns: int | None) -> None:
+    assert columns_by_class(np.array(labels)) == columns
 
 
 def test_a_small_grid_is_enlarged_by_a_whole_factor(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastdiff import SampleConfig, load_checkpoint
 from fastdiff.checkpoint import verify_step
+from fastdiff.data.shapes import SHAPES
 from fastdiff.sampling import generate, save_grid
 
 from ..cli.support import refused
@@ -172,7 +173,8 @@ def test_two_processes_draw_previews_from_the_weights_that_they_save(
             device=torch.device("cpu"),
             labels=np.arange(16) % 4,
         )
-        save_grid(tmp_path / "expected.png", np.concatenate(list(drawn)))
+        names = [*SHAPES] * 4
+        save_grid(tmp_path / "expected.png", np.concatenate(list(drawn)), 4, names)
         expected = np.asarray(Image.open(tmp_path / "expected.png")).astype(int)
         preview = "raw" if name == "model" else name.strip("_")
         pictures[name] = np.asarray(Image.open(tmp_path / f"run/previews/000003_{preview}.png")).astype(int)
