@@ -179,6 +179,11 @@ def _tar_members(path: Path, file: IO[bytes]) -> Generator[Member, None, None]:
         # tarfile takes nearly anything for the end: its last read must be the block of zeros that ends a tar
         if reader.last.strip(b"\0") or len(reader.last) != tarfile.BLOCKSIZE:
             raise EOFError("it has no end marker")
+    while part := file.read(_CHUNK):
+        if part.strip(b"\0"):  # tars that were joined with cat, or a tar with bytes inserted: the rest would be lost
+            raise ArchiveError(
+                f"{path} holds a tar with more behind its end: copy it again, or unpack it (tar -i) and pack it again"
+            )
 
 
 def _members(path: Path, raw: IO[bytes]) -> Generator[Member, None, None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import gzip
 import os
 import resource
 import shutil
@@ -109,6 +110,20 @@ def test_a_tar_without_an_end_or_with_rubbish_in_it(tmp_path: Path) -> None:
     assert "it has no end marker" in refused(tmp_path, path)
     path.write_bytes(content[:second] + b"rubbish!" * 64 + content[second + 512 :])
     assert "it has no end marker" in refused(tmp_path, path)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "nested"])
+def test_a_tar_with_more_behind_its_end(tmp_path: Path, kind: str) -> None:
+    """As cat a.tar b.tar makes it: the second one would be lost without a word."""
+    joined = tar_bytes(GOOD) + tar_bytes({"n3/c_3.png": png(3)})
+    path = tmp_path / ("x.tar" if kind == "nested" else f"x.{kind}")
+    if kind == "nested":
+        tar(path, {"n01440764.tar": joined, **GOOD})
+    else:
+        path.write_bytes(joined if kind == "tar" else gzip.compress(joined))
+    assert "holds a tar with more behind its end: copy it again, or unpack it (tar -i)" in refused(tmp_path, path)
+    path.write_bytes(tar_bytes(GOOD) + bytes(2**21))  # the padding of a tape's blocks
+    assert prepare_imagenet(path, tmp_path / "out").images == 2
 
 
 def test_a_damaged_member_of_a_zip(tmp_path: Path) -> None:
