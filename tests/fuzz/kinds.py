@@ -1,10 +1,12 @@
 """What is damaged, the command that reads it, and when its result is right."""
 
 import io
+import json
 import pickle
 import shutil
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -130,29 +132,63 @@ def _draw(model: object, out: object, count: int = 1, batch: int = 1) -> tuple[o
     return ("sample", model, *how, *PLAIN)
 
 
-def _cifar(folder: Path) -> None:
+def _cifar_batches(binary: bool = False) -> dict[str, bytes]:
+    """The six files of CIFAR-10, of two images each."""
     cifar10._ROWS = 2  # of 10,000: a batch of the archive is small
-    batch = {b"data": np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072), b"labels": [3, 5]}
-    members = {f"data_batch_{i}": batch for i in range(1, 6)} | {"test_batch": batch}
-    with tarfile.open(folder / "cifar.tar.gz", "w:gz") as archive:
-        for name, content in members.items():
-            data = pickle.dumps(content, protocol=2)
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+    pixels = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    batch = {b"data": pixels, b"labels": [3, 5], b"batch_label": b"one", b"filenames": [b"a.png", b"b.png"]}
+    data = pickle.dumps(batch, protocol=2)
+    if binary:
+        data = b"".join(bytes([label]) + row.tobytes() for label, row in zip((3, 5), pixels, strict=True))
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    return {f"{name}.bin" if binary else name: data for name in names}
+
+
+def _cifar(name: str, mode: str = "") -> Callable[[Path], None]:
+    """The archive of this name, written in this mode of tarfile, or without one the folder that it unpacks to."""
+
+    def make(folder: Path) -> None:
+        files = _cifar_batches(binary="binary" in name)
+        if mode:
+            _tar(folder / name, {f"cifar-10-batches-py/{file}": data for file, data in files.items()}, mode)
+            return
+        (folder / name).mkdir()
+        for file, data in files.items():
+            (folder / name / file).write_bytes(data)
+
+    return make
+
+
+def _tar(path: Path, files: dict[str, bytes], mode: str) -> None:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
 
 
-def _imagenet(folder: Path) -> None:
-    write_shapes(folder / "n01440764", 2, 16, seed=0)
-    with tarfile.open(folder / "imagenet.tar", "w") as archive:
-        inner = io.BytesIO()
-        with tarfile.open(fileobj=inner, mode="w") as part:
-            for path in sorted((folder / "n01440764").iterdir()):
-                part.add(path, path.name)
-        info = tarfile.TarInfo("n01440764.tar")
-        info.size = len(inner.getvalue())
-        archive.addfile(info, io.BytesIO(inner.getvalue()))
-    shutil.rmtree(folder / "n01440764")
+def _imagenet(name: str, mode: str) -> Callable[[Path], None]:
+    """A tar with two classes, as tars in it, written in this mode of tarfile; or a zip."""
+
+    def make(folder: Path) -> None:
+        write_shapes(folder / "shapes", 2, 16, seed=0)
+        images = {path.name: path.read_bytes() for path in sorted((folder / "shapes").iterdir())}
+        shutil.rmtree(folder / "shapes")
+        if not mode:
+            with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file, data in images.items():
+                    archive.writestr(f"some/{file}", data)
+            return
+        _tar(folder / "class", images, "w")
+        inner = (folder / "class").read_bytes()
+        (folder / "class").unlink()
+        _tar(
+            folder / name,
+            {"n01440764.tar": inner, "n01443537.tar": inner, "more/a.png": next(iter(images.values()))},
+            mode,
+        )
+
+    return make
 
 
 def _lsun(folder: Path) -> None:
@@ -163,6 +199,41 @@ def _lsun(folder: Path) -> None:
             file = io.BytesIO()
             Image.new("RGB", (20, 16), (40 * i, 0, 0)).save(file, "WEBP")
             writing.put(f"{i:040d}".encode(), file.getvalue())
+
+
+def _zipped_lsun(folder: Path) -> None:
+    _lsun(folder)
+    with zipfile.ZipFile(folder / "lsun.zip", "w") as archive:
+        archive.write(folder / "lsun" / "data.mdb", "lsun/data.mdb")
+    shutil.rmtree(folder / "lsun")
+
+
+def _labelled(name: str, text: str) -> Callable[[Path], None]:
+    """Eight images and a label file."""
+
+    def make(folder: Path) -> None:
+        write_shapes(folder / "images", 8, 16, seed=0)
+        for i, path in enumerate(sorted((folder / "images").iterdir())):
+            path.rename(path.with_name(f"{i}.png"))
+        (folder / "images" / name).write_text(text)
+
+    return make
+
+
+_ROWS = [(f"{i}.png", "cat" if i % 2 else "dog") for i in range(8)]
+_LABELS = {
+    "dataset.json": json.dumps({"labels": [[file, int(name == "cat")] for file, name in _ROWS]}),
+    "metadata.jsonl": "".join(json.dumps({"file_name": file, "label": name}) + "\n" for file, name in _ROWS),
+    "metadata.csv": "".join(f"{file},{name}\n" for file, name in (("file_name", "label"), *_ROWS)),
+    "hot.csv": "file,cat,dog\n" + "".join(f"{f},{int(n == 'cat')},{int(n == 'dog')}\n" for f, n in _ROWS),
+    "names.json": json.dumps({file: {"class_name": name, "note": [1, None]} for file, name in _ROWS}),
+}
+
+
+def _diffusers(folder: Path) -> None:
+    saved(folder / "model.safetensors", rescale_timesteps=False)
+    _sound("convert", folder / "model.safetensors", folder / "pipeline")
+    (folder / "model.safetensors").unlink()
 
 
 def _settings(folder: Path) -> None:
@@ -190,13 +261,19 @@ def _other_weights(found: Path, sound: Path, out: str) -> str:
     return "" if "warning" in told or "changed" in told else "other weights were trained without a word"
 
 
+def _other_number(found: Path, sound: Path, out: str) -> str:
+    """As many images are unpacked: nothing else shows damage in a file without checksums."""
+    ours, theirs = (len(list((folder / "out").rglob("*.png"))) for folder in (found, sound))
+    return "" if ours == theirs else f"{theirs - ours} images are missing without a word"
+
+
 def _fewer_images(found: Path, sound: Path, out: str) -> str:
     """What is unpacked is what the sound archive holds, or the difference is told."""
     ours, theirs = (
         {str(path.relative_to(folder)): path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
         for folder in (found, sound)
     )
-    told = any(word in out for word in ("skip", "damaged", "warning", "missing", "could not be read"))
+    told = any(word in out for word in ("skip", "left out", "damaged", "warning", "missing", "could not be read"))
     return "" if told or set(ours) >= set(theirs) else f"{len(theirs) - len(ours)} images are missing without a word"
 
 
@@ -225,9 +302,27 @@ KINDS: dict[str, Kind] = {
     "job": Kind(
         _unfinished, "s.npz.parts/*", tuple(map(str, _draw("model.safetensors", "s.npz", 4, 2))), _other_images
     ),
-    "cifar": Kind(_cifar, "*", ("data", "cifar10", "cifar.tar.gz", "out"), _fewer_images),
-    "imagenet": Kind(_imagenet, "*", ("data", "imagenet", "imagenet.tar", "out"), _fewer_images),
+    "cifar": Kind(_cifar("cifar.tar.gz", "w:gz"), "*", ("data", "cifar10", "cifar.tar.gz", "out"), _fewer_images),
+    "cifar-tar": Kind(_cifar("cifar.tar", "w"), "*", ("data", "cifar10", "cifar.tar", "out"), _other_number),
+    "cifar-binary": Kind(_cifar("binary.tar", "w"), "*", ("data", "cifar10", "binary.tar", "out"), _other_number),
+    "cifar-folder": Kind(_cifar("cifar"), "cifar/*", ("data", "cifar10", "cifar", "out"), _other_number),
+    "imagenet": Kind(_imagenet("a.tar", "w"), "*", ("data", "imagenet", "a.tar", "out"), _fewer_images),
+    "imagenet-gz": Kind(_imagenet("a.tar.gz", "w:gz"), "*", ("data", "imagenet", "a.tar.gz", "out"), _fewer_images),
+    "imagenet-zip": Kind(_imagenet("a.zip", ""), "*", ("data", "imagenet", "a.zip", "out"), _fewer_images),
+    "imagenet-small": Kind(
+        _imagenet("a.tar", "w"), "*", ("data", "imagenet", "a.tar", "out", "--image-size", "8"), _fewer_images
+    ),
     "lsun": Kind(_lsun, "lsun/data.mdb", ("data", "lsun", "lsun", "out"), _fewer_images),
+    "lsun-zip": Kind(_zipped_lsun, "*", ("data", "lsun", "lsun.zip", "out"), _fewer_images),
+    "diffusers": Kind(_diffusers, "pipeline/*/*", ("convert", "pipeline", "model.safetensors")),
+    **{
+        f"labels-{name}": Kind(
+            _labelled(name, text),
+            f"images/{name}",
+            ("data", "check", "images", *(("--label-file", name) if name in ("hot.csv", "names.json") else ())),
+        )
+        for name, text in _LABELS.items()
+    },
     **{
         f"config-{name.partition('.')[2]}": Kind(_settings, name, (*_SETTINGS, "--config", name))
         for name in ("a.toml", "b.yaml", "c.json")
