@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdiff.cli.scripts import script_of
+
 _OF_THE_DATA = {"class_names", "class_counts", "data_fingerprint", "reading"}
 """Entries of a run's config.json that describe its data and how it is read, and are no flags, nor is "environment"."""
 
@@ -28,15 +30,17 @@ def with_config_file(words: Sequence[str]) -> list[str]:
             if any(word.partition("=")[0] == "--config" for word in rest):
                 raise ValueError("--config is given twice: name one file")
             commands = next((n for n, other in enumerate(rest) if other.startswith("-")), len(rest))
-            return [*rest[:commands], *_words(path), *rest[commands:]]
+            return [*rest[:commands], *_words(path, rest), *rest[commands:]]
     return rest
 
 
-def _words(path: Path) -> Iterator[str]:
+def _words(path: Path, line: Sequence[str]) -> Iterator[str]:
+    """The flags in the file, for this command line."""
     seen: dict[str, Any] = {}
     document = _read(path)
     of_a_run = "class_names" in document
     if of_a_run:
+        _refuse_other_command(path, document, line)
         document.pop("environment", None)
     for name, value in _flat(document, path):
         flag = f"--{name.replace('_', '-')}"
@@ -57,6 +61,21 @@ def _words(path: Path) -> Iterator[str]:
             yield f"{flag}={','.join(map(str, value))}"
         else:
             yield f"{flag}={value}"
+
+
+_TRAINS = {"train": "a diffusion model", "train-classifier": "a classifier"}
+
+
+def _refuse_other_command(path: Path, document: Mapping[str, Any], line: Sequence[str]) -> None:
+    """ValueError, which names the command, if a run's file is given to the training of another kind of model."""
+    script = script_of(line)
+    command = " ".join(line[:1] if script is None else script.command)
+    model = document.get("model")
+    own = "train-classifier" if isinstance(model, dict) and "classifier_width" in model else "train"
+    if command in _TRAINS and command != own:
+        raise ValueError(
+            f"config {path} is of a run that trained {_TRAINS[own]}: give it to fastdiff {own}, or name another file"
+        )
 
 
 def _flat(table: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:

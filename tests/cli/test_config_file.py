@@ -83,3 +83,15 @@ def test_the_config_of_a_run_describes_another(run_dir: Path, cli: Cli) -> None:
     assert after["train"].pop("steps") == 1
     assert before["train"].pop("steps") == 2
     assert after == before
+
+
+def test_the_config_of_the_other_kind_of_run_names_its_command(run_dir: Path, cli: Cli) -> None:
+    said = "config .*json is of a run that trained a diffusion model: give it to fastdiff train, or name another"
+    for command in ("train-classifier", "classifier_train"):
+        refused(cli(command, "--config", run_dir / "config.json"), said)
+    values = json.loads((run_dir / "config.json").read_text())
+    Path("classifier.json").write_text(json.dumps(values | {"model": {"classifier_width": 64, "image_size": 8}}))
+    said = "config classifier.json is of a run that trained a classifier: give it to fastdiff train-classifier, or"
+    for command in ("train", "image_train", "super-res-train"):
+        refused(cli(command, "--config", "classifier.json"), said)
+    refused(cli("sample", run_dir, "--config", "classifier.json"), "(?i)no such option")
