@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fastdiff.interop.recognition import differing_keys, first_difference, refuse_integers, shapes_of
@@ -55,8 +54,7 @@ def kind_of_file(path: Path) -> str:
 
 def with_weights(make: Callable[[], Network], state: dict[str, Tensor], path: Path) -> Network:
     """The network with these weights; ValueError if the shapes are not its own."""
-    with torch.device("meta"):
-        network = make()
+    network = make()
     # How often a batch norm was updated is of no use here, and some translations leave it out.
     theirs, ours = (
         {key: shape for key, shape in shapes_of(s).items() if not key.endswith("num_batches_tracked")}
@@ -65,6 +63,5 @@ def with_weights(make: Callable[[], Network], state: dict[str, Tensor], path: Pa
     if differing := differing_keys(theirs, ours):
         raise ValueError(f"{path} has not the weights of this network: {first_difference(differing, theirs, ours)}")
     refuse_integers({key: state[key] for key in ours}, path)
-    network = network.to_empty(device="cpu")
     network.load_state_dict(state, strict=False)
     return network
