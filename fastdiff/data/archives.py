@@ -7,7 +7,7 @@ import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,11 +31,24 @@ def safe_name(archive: Path, name: str) -> str:
     The name of the root itself, which a tar of "." contains, is empty.
     """
     parts = name.split("/")
-    if name.startswith("/") or ".." in parts or "\\" in name or re.match("[A-Za-z]:", name):
+    if name.startswith("/") or ".." in re.split(r"[/\\]", name) or re.match("[A-Za-z]:", name):
         raise ArchiveError(
             f"{archive} holds {printable(name)}, a name that leads out of its folder: do not use it, or pack it again"
         )
+    if "\\" in name:
+        raise ArchiveError(
+            f"{archive} holds {printable(name)}, and a backslash is part of a name on some systems and ends a folder "
+            "on others: pack it again with slashes"
+        )
     return "/".join(part for part in parts if part not in ("", "."))
+
+
+def with_slashes(names: Sequence[str]) -> list[str]:
+    """The names of a zip's files, with "/" where they come from a Windows program that writes backslashes instead.
+
+    That is plain if no name has a slash (ZIP's specification, 4.4.17, wants slashes only).
+    """
+    return [*names] if any("/" in name for name in names) else [name.replace("\\", "/") for name in names]
 
 
 def safe_file_name(archive: Path, name: str) -> str:
@@ -205,9 +218,9 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     if sum(info.compress_size for info in infos) > path.stat().st_size:
         raise zipfile.BadZipFile("its files overlap")
-    for info in infos:
-        folder = info.filename.endswith("/")
-        name = (safe_name if folder else safe_file_name)(path, info.filename)
+    for info, said in zip(infos, with_slashes([info.filename for info in infos]), strict=True):
+        folder = said.endswith("/")
+        name = (safe_name if folder else safe_file_name)(path, said)
         mode = info.external_attr >> 16
         if info.flag_bits & 1:
             raise ArchiveError(

@@ -33,9 +33,8 @@ def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> in
             try:
                 safe_name(out, name)
             except ArchiveError:
-                raise ValueError(
-                    f"{printable(name)} in {source} has a name that leads out of a zip: rename it"
-                ) from None
+                what = "a backslash in its name" if "\\" in name else "a name that leads out of a zip"
+                raise ValueError(f"{printable(name)} in {source} has {what}: rename it") from None
             info = zipfile.ZipInfo(name)  # without a time, so that equal folders make equal files
             info.external_attr = 0o644 << 16
             try:

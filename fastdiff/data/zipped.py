@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from fastdiff.data.archives import safe_file_name
+from fastdiff.data.archives import safe_file_name, with_slashes
 from fastdiff.data.images import MAX_BYTES, UnreadableImage
 from fastdiff.runtime.words import first_line
 
@@ -62,8 +62,9 @@ def zip_members(path: Path, most: int = MAX_BYTES) -> dict[str, ZipMember]:
     except Exception as error:  # zipfile raises nearly anything on damaged bytes
         raise ValueError(f"{path} is damaged or not a zip ({first_line(error)}): copy it again") from None
     weakref.finalize(archive, file.close)
+    infos = archive.infolist()
     return {
-        safe_file_name(path, info.filename): ZipMember(archive, info, most)
-        for info in archive.infolist()
-        if not info.filename.endswith("/")  # is_dir() fails without a name
+        safe_file_name(path, name): ZipMember(archive, info, most)
+        for info, name in zip(infos, with_slashes([info.filename for info in infos]), strict=True)
+        if not name.endswith("/")  # is_dir() fails without a name
     }

@@ -20,6 +20,7 @@ from fastdiff.data import ImageFolder
 from fastdiff.data.archives import ArchiveError, reading
 from fastdiff.data.cifar10 import prepare_cifar10
 from fastdiff.data.imagenet import prepare_imagenet
+from fastdiff.data.loading import load_dataset
 from fastdiff.data.packing import pack_npz, pack_zip
 
 from ..support import refusal
@@ -66,6 +67,42 @@ def test_names_that_lead_out_are_refused(tmp_path: Path, kind: str, name: str) -
     else:
         path = (tar if kind == "tar" else zipped)(tmp_path / f"x.{kind}", members)
     assert "leads out of its folder" in refused(tmp_path, path)
+
+
+WINDOWS = {"photos\\n1\\": b"", "photos\\n1\\a.png": png(1), "photos\\n2\\b.png": png(2)}
+"""As some Windows programs name the files of a zip."""
+
+
+def test_backslashes_end_the_folders_of_a_zip_without_slashes(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.zip", WINDOWS)
+    found = prepare_imagenet(path, tmp_path / "out")
+    assert found.images == 2
+    assert {"photos/n1/a.png", "photos/n2/b.png"} <= found_below(tmp_path / "out")
+    same = zipped(tmp_path / "y.zip", {name.replace("\\", "/"): content for name, content in WINDOWS.items()})
+    folders = [ImageFolder(place, 8, labels="auto") for place in (path, same)]
+    for folder in folders:
+        assert folder.names == ["photos/n1/a.png", "photos/n2/b.png"]
+        assert folder.class_names == ("n1", "n2")
+        assert len([folder[i] for i in range(2)]) == 2
+    prints = [load_dataset(DataConfig(data_dir=str(p)), 8, labelled=False).fingerprint for p in (path, same)]
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("name", ["..\\a.png", "a\\..\\..\\b.png", "\\a.png", "\\\\host\\a.png", "C:\\a.png"])
+def test_names_with_backslashes_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+    path = zipped(tmp_path / "x.zip", {**WINDOWS, name: png()})
+    assert "leads out of its folder" in refused(tmp_path, path)
+    refusal(lambda: ImageFolder(path, 8), "leads out of its folder")
+
+
+def test_backslashes_beside_slashes_are_refused_as_what_they_are(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.zip", {**WINDOWS, "photos/c.png": png()})
+    said = "a backslash is part of a name on some systems and ends a folder on others: pack it again with slashes"
+    assert said in refused(tmp_path, path)
+    refusal(lambda: ImageFolder(path, 8), said)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a\\b.png").write_bytes(png())
+    refusal(lambda: pack_zip(tmp_path / "images", tmp_path / "y.zip"), "has a backslash in its name: rename it")
 
 
 def test_a_tar_whose_own_name_leads_out(tmp_path: Path) -> None:
