@@ -194,9 +194,10 @@ class ImageFolder:
     def _nothing_found(self) -> str:
         kinds = Counter(f".{e}" if (e := extension(item.name)) else "other" for item in self.left_out)
         found = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds.most_common(_SHOWN))
+        packed = "; images inside Parquet files are not read: save them as files" if kinds[".parquet"] else ""
         return (
             f"no images in data_dir {self.root}: looked for {' '.join('.' + e for e in EXTENSIONS)} here and in all "
-            f"sub-folders, found {found or 'no files'}"
+            f"sub-folders, found {found or 'no files'}{packed}"
         )
 
 

@@ -16,10 +16,10 @@ from fastdiff.data.images import File
 from fastdiff.data.kinds import extension
 from fastdiff.runtime.words import first_line, printable
 
-STANDARD = ("dataset.json", "metadata.jsonl", "metadata.csv")
-"""The names that other projects give to label files."""
+STANDARD = ("dataset.json", "metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""The names that other projects give to label files. The last one is only named, not read."""
 
-EXTENSIONS = ("csv", "tsv", "json", "jsonl")
+EXTENSIONS = ("csv", "tsv", "json", "jsonl", "parquet")
 
 MOST_BYTES = 2**28
 """Larger label files are refused."""
@@ -33,6 +33,7 @@ _CLASS = ("class_name", "label_name", "class", "label", "category", "species", "
 _NO_CLASS = ("text", "caption", "prompt", "description", "width", "height")
 _CLASS_NAMES = ("class_names", "classes")
 _MOST_NUMBER = 10**6  # greater numbers are names
+_PARQUET = b"PAR1"
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,6})(\.0*)?")  # 007 is a name
 _WANTED = 'wanted are columns file_name and label, or JSON such as {"labels": [["a.png", 0], ["b.png", 1]]}'
 
@@ -107,10 +108,17 @@ def read_label_file(file: File, name: str, folder: str = "", most: int = MOST_BY
     """
     try:
         with file.open("rb") as content:
-            raw = content.read(most + 1)
+            raw = content.read(len(_PARQUET))
+            raw += b"" if raw == _PARQUET else content.read(most + 1 - len(raw))
     except Exception as error:  # zipfile and its decompressors raise nearly anything
         said = error.strerror.lower() if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ValueError(f"{printable(name)} cannot be read ({said}): copy it again") from None
+    if raw == _PARQUET:
+        csv_name = os.path.basename(os.path.splitext(name)[0]) + ".csv"
+        raise ValueError(
+            f"{printable(name)} is in Parquet, which is not read here: save it as {printable(csv_name)}, such as with "
+            "pandas.read_parquet(FILE).to_csv(FILE, index=False)"
+        )
     if len(raw) > most:
         raise ValueError(f"{name} has more than {most:,} bytes: give a file with nothing but the classes")
     try:

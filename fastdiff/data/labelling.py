@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ _PART = re.compile(
     r"(?:[-_ ]?(?:set|images|data|\d+))?",
     re.IGNORECASE,
 )
+_FEW = 3  # classes, among which one called train is more likely a part of the data
 _OFFERED = 8  # more files with other names than the standard ones are annotations of one image each
 _OFFERED_BYTES = 2**24  # what is only named takes no minutes to read
 
@@ -119,7 +120,8 @@ class Source:
         folders = [path[0] for path in paths if len(path) > 1]
         if len(folders) == len(paths) and folders != by_prefix.classes:
             of = f" of {listed(parts) if parts else printable(above)}" if parts or above else ""
-            notes.append(f"labels: the sub-folders{of} are the classes; --labels prefix takes the file names{one}")
+            odd = "" if parts else _parts_among(set(folders), self.root / above)
+            notes.append(f"labels: the sub-folders{of} are the classes; --labels prefix takes the file names{one}{odd}")
             return Labelling(folders, sorted(set(folders)), tuple(notes))
         if len(set(folders)) > 1 and nearly_as_many(len(by_prefix.order), len(paths)):
             self._refuse_outside(paths, self.root / above)
@@ -145,6 +147,16 @@ def _joined(tables: Sequence[LabelTable]) -> LabelTable:
     if len({type(value) for value in classes.values()}) > 1:
         classes = {key: str(value) for key, value in classes.items()}
     return LabelTable(first.name, classes, first.names)  # type: ignore[arg-type]  # of one type
+
+
+def _parts_among(classes: Set[str], folder: Path) -> str:
+    """A phrase about classes that are called like the parts of a data set, or an empty text if there is no doubt."""
+    found = sorted(name for name in classes if _PART.fullmatch(name))
+    if not found or (len(found) == 1 and len(classes) > _FEW):
+        return ""  # one of many kinds of vehicles
+    part = next((name for name in found if "train" in name.lower()), found[0])
+    one = f"--data-dir {printable(str(folder / part))}" if folder.is_dir() else "a zip of one part"
+    return f"; warning: {listed(found)} became {'classes' if len(found) > 1 else 'a class'}: for a part use {one}"
 
 
 def _without_parts(paths: list[list[str]]) -> tuple[list[list[str]], str, list[str]]:

@@ -68,6 +68,26 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert folder.class_names == ("bus", "test", "train")
 
 
+@pytest.mark.parametrize("around", ["", "photos/"])
+def test_parts_beside_another_folder_become_classes_and_a_line_says_so(tmp_path: Path, around: str) -> None:
+    names = [f"{around}{part}/{kind}/{i}.png" for part in ("test", "train") for kind in ("cat", "dog") for i in "01"]
+    folder = automatic(made(tmp_path, *names, f"{around}extra/1.png"))
+    assert folder.class_names == ("extra", "test", "train")
+    (note,) = folder.notes
+    assert note.endswith(
+        "--labels prefix takes the file names; warning: test, train became classes: for a part use --data-dir "
+        f"{tmp_path / around / 'train'}"
+    )
+
+
+def test_one_part_beside_another_folder(tmp_path: Path) -> None:
+    zipped(tmp_path / "a.zip", {name: png() for name in ("train/1.png", "more/1.png")})
+    (note,) = automatic(tmp_path / "a.zip").notes
+    assert note.endswith("; warning: train became a class: for a part use a zip of one part")
+    (note,) = automatic(made(tmp_path / "b", *(f"{name}/1.png" for name in ("bus", "car", "plane", "train")))).notes
+    assert "warning" not in note
+
+
 @pytest.mark.parametrize("around", ["", "photos/", "a/b/"])
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_a_folder_around_everything_is_no_class(tmp_path: Path, around: str, kind: str) -> None:
@@ -181,6 +201,30 @@ def test_metadata_of_hugging_face(tmp_path: Path, name: str) -> None:
     folder = automatic(tmp_path)
     assert classes(folder) == {**expected, "test/0.png": "cow", "test/1.png": "dog"}
     assert folder.notes == (f"labels: the classes come from test/{name}, train/{name}",)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_metadata_in_parquet_is_named_with_the_remedy(tmp_path: Path, kind: str) -> None:
+    content = b"PAR1\x15\x04" + bytes(2000) + b"PAR1"
+    names = ("train/0.png", "train/1.png")
+    if kind == "zip":
+        root = zipped(tmp_path / "a.zip", {name: png() for name in names} | {"train/metadata.parquet": content})
+    else:
+        root = made(tmp_path / "a", *names)
+        (root / "train" / "metadata.parquet").write_bytes(content)
+    said = "train/metadata.parquet is in Parquet, which is not read here: save it as metadata.csv, such as with pandas."
+    assert automatic(root).notes[0].startswith(f"labels: {said}")
+    assert "\n" not in automatic(root).notes[0]
+    refusal(lambda: ImageFolder(root, 8, label_file="train/metadata.parquet"), f"^{said}")
+    if kind == "folder":
+        (root / "train" / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,dog\n")
+        assert automatic(root).notes == ("labels: the classes come from train/metadata.csv",)
+
+
+def test_images_inside_parquet_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1" + bytes(100))
+    said = r"found 1 \.parquet; images inside Parquet files are not read: save them as files$"
+    refusal(lambda: ImageFolder(tmp_path, 8), said)
 
 
 def test_captions_are_no_classes(tmp_path: Path) -> None:
