@@ -45,7 +45,7 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(_HEAD, _CLASSES)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (N, 3, H, W). The features are the means over the last feature map, before the linear layer."""
+        """x: (N, 3, H, W), multiples of 32. Features are the means over the last map, before the linear layer."""
         x = F.relu6(self._bn0(self._conv_stem(x)), inplace=True)  # (N, 32, H/2, W/2)
         for block in self._blocks:
             x = block(x)
@@ -54,10 +54,7 @@ class EfficientNetLite0(nn.Module):
         return features, self._fc(features)
 
     def folded(self) -> Self:
-        """A copy for evaluation of images whose H and W are multiples of 32, in channels_last: twice as fast on a CPU.
-
-        Its batch norms, and TensorFlow's uneven padding, are folded into the convolutions.
-        """
+        """A copy for evaluation, in channels_last: batch norms and uneven padding are folded into the convolutions."""
         copy = deepcopy(self).eval()
         for module in (copy, *copy._blocks):
             for conv, norm in _PAIRS:
@@ -99,26 +96,25 @@ class _Block(nn.Module):
 
 
 class _SameConv2d(nn.Conv2d):
-    """A convolution with TensorFlow's padding "SAME": ceil(size / stride), and an odd pixel of padding goes last."""
+    """A convolution with TensorFlow's padding "SAME": where it halves an even size, one pixel more at the end."""
 
     def __init__(self, channels: int, out: int, kernel: int, *, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(
-            channels, out, kernel, stride, padding=kernel // 2 if stride == 1 else 0, groups=groups, bias=False
-        )
+        padding = kernel // 2 if stride == 1 else 0
+        super().__init__(channels, out, kernel, stride, padding, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        stride, kernel = self.stride[0], self.kernel_size[0]
-        if stride > 1:
-            height, width = (max(kernel - (size % stride or stride), 0) for size in x.shape[2:])
-            x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        """x: (N, C, H, W)."""
+        if self.stride[0] == 2:
+            before = self.kernel_size[0] // 2 - 1
+            x = F.pad(x, (before, before + 1, before, before + 1))
         return super().forward(x)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """One convolution for both, for images of an even height and width if the stride is 2.
+    """One convolution for both.
 
-    TensorFlow then pads one pixel less at the start than at the end. A row and a column of zeros at the start of the
-    kernel, with one pixel more of padding there, are the same without a padded copy of the image.
+    A row and a column of zeros at the start of a kernel, with one pixel more of padding there, make the padding even:
+    no padded copy of the image is needed.
     """
     both = fuse_conv_bn_eval(conv, norm)
     assert both.bias is not None
@@ -126,7 +122,9 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     if conv.stride[0] == 2:
         kernel = F.pad(kernel, (1, 0, 1, 0))
     out, channels, size, _ = kernel.shape
-    folded = nn.Conv2d(channels * conv.groups, out, size, conv.stride[0], padding, groups=conv.groups)
+    folded = nn.Conv2d(
+        channels * conv.groups, out, size, conv.stride[0], padding, groups=conv.groups, dtype=kernel.dtype
+    )
     folded.load_state_dict({"weight": kernel, "bias": both.bias})
     return folded
 
