@@ -20,6 +20,7 @@ from fastdiff.cli import (
     doctor,
     evaluate,
     presets,
+    report,
     sample,
     scripts,
     train,
@@ -42,6 +43,7 @@ app.command("train-classifier", cls=Paneled)(train_classifier.train_classifier)
 app.command("sample", cls=Paneled)(sample.sample)
 app.command("demo", cls=Paneled)(demo.demo)
 app.add_typer(evaluate.app, name="evaluate")
+app.command("report", cls=Paneled)(report.report)
 app.command("benchmark", cls=Paneled)(benchmark.benchmark)
 app.command("presets", cls=Paneled)(presets.presets)
 app.command("doctor", cls=Paneled)(doctor.doctor)

@@ -92,3 +92,19 @@ def _holder(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def held(folder: Path) -> bool:
+    """Whether a process holds the lease of the folder; where the lock cannot be tried, whether one says that it does."""
+    if not (folder / _LOCKED).exists():
+        return False
+    lock = FileLock(folder / _LOCKED)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except (NotImplementedError, OSError):
+        return bool(_holder(folder))
+    lock.release()
+    return False
