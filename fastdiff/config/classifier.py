@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from fastdiff.config.base import Config, option, tuple_of
 from fastdiff.config.choices import ClassifierPool
-from fastdiff.config.job import TrainConfig
+from fastdiff.config.job import HOLDOUT, TrainConfig
 from fastdiff.config.model import NUM_CLASSES, ModelConfig, multiplier
 
 HEAD_CHANNELS = 64
@@ -106,26 +106,11 @@ class ClassifierTrainConfig(TrainConfig):
     ema_rate: tuple[float, ...] = option((), "EMA rates of the weights, e.g. 0.9999; by default there is none.")
     preview_interval: int = option(0, "Not for classifiers.")
     noised: bool = option(True, "Train on noisy images, as guidance needs, or with --no-noised on clean ones.")
-    val_data_dir: str = option(
-        "",
-        "Folder of images, or a .zip or .npz, to measure the accuracy on, instead of --holdout.",
-        path=True,
-        panel="Data",
-    )
-    holdout: float = option(
-        0.05,
-        "Share of the images, chosen by a hash of their names, to measure on and not to train on; 0 for none.",
-        panel="Data",
-    )
-    eval_interval: int = option(
-        1000, "Updates between measurements on the held-out images; 0 disables them.", panel="Output"
-    )
+    holdout: float = option(0.05, HOLDOUT, panel="Data")
 
     def check(self) -> None:
         super().check()
         self.require(self.preview_interval == 0, "preview_interval", "0 for a classifier")
-        self.require(0 <= self.holdout < 1, "holdout", "at least 0 and below 1")
-        self.require(self.eval_interval >= 0, "eval_interval", "at least 0")
 
 
 UNUSED_BY_CLASSIFIERS = frozenset(

@@ -99,6 +99,9 @@ class DataConfig(ImagesConfig):
     strict: bool = option(False, "Refuse a folder with unreadable images instead of skipping them.")
 
 
+HOLDOUT = "Share of the images, chosen by a hash of their names, to measure on and not to train on; 0 for none."
+
+
 @dataclass(frozen=True)
 class TrainConfig(Config):
     """The settings of training. A step is one update of the weights."""
@@ -137,6 +140,13 @@ class TrainConfig(Config):
         0, "Never delete checkpoints at multiples of this many updates; 0 protects none.", panel="Output"
     )
     preview_interval: int = option(1000, "Updates between preview grids; 0 disables them.", panel="Output")
+    eval_interval: int = option(
+        1000, "Updates between measurements on the held-out images; 0 disables them.", panel="Output"
+    )
+    val_data_dir: str = option(
+        "", "Folder of images, or a .zip or .npz, to measure on, instead of --holdout.", path=True, panel="Data"
+    )
+    holdout: float = option(0.0, HOLDOUT, panel="Data")
     tensorboard: bool = option(False, "Also write TensorBoard event files (extra 'tensorboard').", panel="Output")
     tracker: Tracker = option(
         Tracker.NONE, "Also send the log to wandb or trackio (extra of the same name).", panel="Output"
@@ -165,10 +175,12 @@ class TrainConfig(Config):
             "keep_last",
             "keep_every",
             "preview_interval",
+            "eval_interval",
         ):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.spike_guard == 0 or self.spike_guard > 1, "spike_guard", "above 1, or 0 for never")
         self.require(self.lr > 0, "lr", "positive")
+        self.require(0 <= self.holdout < 1, "holdout", "at least 0 and below 1")
         self.require(0 <= self.label_dropout < 1, "label_dropout", "at least 0 and below 1")
         self.require(0 <= self.conditioning_noise <= 2, "conditioning_noise", "between 0 and 2")
         self.require(0 <= self.fp16_scale_growth <= 1, "fp16_scale_growth", "between 0 and 1")

@@ -42,7 +42,7 @@ class Classification(Objective):
     def build(self, runtime: Runtime) -> Encoder:
         return build_classifier(self.model, runtime.kernels, runtime.memory_format)
 
-    def conditions(self, x_start: Tensor, labels: Tensor | None, numbers: Tensor) -> dict[str, Tensor]:
+    def conditions(self, x_start: Tensor, labels: Tensor | None, numbers: Tensor | None) -> dict[str, Tensor]:
         assert labels is not None
         return {"y": labels}
 

@@ -1,4 +1,4 @@
-"""Images that a classifier is not trained on, and its accuracy on them."""
+"""Images that a model is not trained on, and its losses on them, or a classifier's accuracy."""
 
 import hashlib
 import warnings
@@ -35,15 +35,15 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Images to measure a classifier on every ``interval`` updates.
+    """Images to measure a model on every ``interval`` updates.
 
-    They are the ``rows`` of ``dataset``, (N,), with ``labels`` (N,) in the classifier's numbering, in the order of the
-    labels.
+    They are the ``rows`` of ``dataset``, (N,), with ``labels`` (N,) in the model's numbering, in the order of the
+    labels; None if the model has no classes.
     """
 
     dataset: Dataset
     rows: Rows
-    labels: Rows
+    labels: Rows | None
     interval: int
 
 
@@ -56,8 +56,7 @@ def hold_out(
     ValueError if no image is left to train on, or if val_data_dir has a class that the dataset lacks. Collective.
     """
     train = config.train
-    if not isinstance(train, ClassifierTrainConfig) or dataset.labels is None:
-        return None, None, []
+    unmeasured = f"no image is held out, so that no {'accuracy' if config.classifies else 'held-out loss'} is measured"
     if train.val_data_dir:
         val, data = Path(train.val_data_dir).resolve(), Path(config.data.data_dir).resolve()
         if val.is_relative_to(data):
@@ -72,16 +71,16 @@ def hold_out(
             other = load_shared(
                 images,
                 config.model.image_size,
-                labelled=True,
+                labelled=config.labelled,
                 world=world,
                 display=display,
                 reading=config.reading,
             )
         labels = world.on_all(lambda: _labels(other, dataset, train.val_data_dir))
         lines = [f"held out: {other.preflight.line()}"]
-        return None, _measured(other, np.arange(len(labels)), labels, train), lines
+        return None, _measured(other, np.arange(len(other.images)), labels, train), lines
     if not train.holdout:
-        return None, None, ["no image is held out, so that no accuracy is measured: --val-data-dir gives one"]
+        return None, None, [f"{unmeasured}: --val-data-dir gives one"] if config.classifies else []
     chosen = np.array([_fraction(name) < train.holdout for name in dataset.names])
     if chosen.all():
         world.refuse(
@@ -89,9 +88,8 @@ def hold_out(
         )
     rows = np.flatnonzero(chosen)
     if not len(rows):
-        missing = "give --val-data-dir, or a larger --holdout"
-        return None, None, [f"no image is held out, so that no accuracy is measured: {missing}"]
-    held_out = _measured(dataset, rows, dataset.labels[rows], train)
+        return None, None, [f"{unmeasured}: give --val-data-dir, or a larger --holdout"]
+    held_out = _measured(dataset, rows, None if dataset.labels is None else dataset.labels[rows], train)
     return np.flatnonzero(~chosen), held_out, [f"held out: {len(rows):,} of these images, not trained on"]
 
 
@@ -101,9 +99,10 @@ def _fraction(name: str) -> float:
     return int.from_bytes(digest[:4], "big") / 2**32
 
 
-def _labels(other: Dataset, dataset: Dataset, place: str) -> Rows:
-    """The other images' labels in the dataset's numbering."""
-    assert other.labels is not None
+def _labels(other: Dataset, dataset: Dataset, place: str) -> Rows | None:
+    """The other images' labels in the dataset's numbering, if it has any."""
+    if other.labels is None:
+        return None
     return renumbered(
         other.labels,
         other.class_names if other.named else None,
@@ -120,22 +119,23 @@ def doubts(train: TrainConfig, metadata: Mapping[str, Any], path: Path) -> list[
     ``metadata`` is the file's; one without a run says nothing.
     """
     theirs = metadata.get("run_config", {}).get("train", {})
-    if not isinstance(train, ClassifierTrainConfig) or train.val_data_dir or "holdout" not in theirs:
+    if train.val_data_dir or not theirs:
         return []
-    before = 0.0 if theirs.get("val_data_dir") else theirs["holdout"]
+    before = 0.0 if theirs.get("val_data_dir") else theirs.get("holdout", 0.0)
     if train.holdout <= before:
         return []
+    what = "accuracy" if isinstance(train, ClassifierTrainConfig) else "held-out loss"
     return [
         f"warning: {path} held out {before:g} of its images, and this run {train.holdout:g} of its own: if they share "
-        f"images, the accuracy counts some that the weights were trained on; --holdout {before:g} counts none"
+        f"images, the {what} counts some that the weights were trained on; --holdout {before:g} counts none"
     ]
 
 
-def _measured(dataset: Dataset, rows: Rows, labels: Rows, train: ClassifierTrainConfig) -> HeldOut:
-    order = np.argsort(labels, kind="stable")
+def _measured(dataset: Dataset, rows: Rows, labels: Rows | None, train: TrainConfig) -> HeldOut:
+    order = np.arange(len(rows)) if labels is None else np.argsort(labels, kind="stable")
     most = min(MOST, train.eval_interval * train.batch_size or MOST)
     chosen = order[np.arange(most) * len(rows) // most] if len(rows) > most else order
-    return HeldOut(dataset, rows[chosen], labels[chosen], train.eval_interval)
+    return HeldOut(dataset, rows[chosen], None if labels is None else labels[chosen], train.eval_interval)
 
 
 def measure(
@@ -150,9 +150,9 @@ def measure(
     """The mean terms over the held-out images, as ``val_loss``, and by quarter of the timesteps, ``val_loss_q0``.
 
     Each image has one timestep and one noise, functions of the seed and its place among them. Neighbours, which have
-    one class, take turns with the quarters, so that each quarter has every class of four images or more. Each process
-    measures up to ``batch_size`` images at a time. The model is not compiled here, because training's graph has
-    gradients. Collective.
+    one class, take turns with the quarters, so that each quarter has every class of four images or more. Labels are the
+    true ones, and there is no dropout. Each process measures up to ``batch_size`` images at a time. The model is not
+    compiled here, because training's graph has gradients. Collective.
     """
     forward, sums = runtime.eager(model), LossSums(runtime.device, objective.terms)
     count, steps = len(held_out.rows), objective.num_timesteps
@@ -168,16 +168,20 @@ def measure(
         x_start = normalised(images)
         t = _timesteps(numbers, seed, steps)
         noise = philox_normal(seed, numbers, HELD_OUT_NOISE_STREAM, x_start.shape[1:])
-        y = torch.from_numpy(held_out.labels[places]).to(runtime.device)
-        terms = objective.losses(forward, x_start, t, objective.conditions(x_start, y, numbers), noise)
+        y = None if held_out.labels is None else torch.from_numpy(held_out.labels[places]).to(runtime.device)
+        terms = objective.losses(forward, x_start, t, objective.conditions(x_start, y, None), noise)
         sums.add({name: term.masked_fill(numbers >= count, torch.nan) for name, term in terms.items()}, t, steps)
 
     def batches() -> None:
         for first in range(0, count, world.size * size):
             batch(first + world.rank * size)
 
-    with torch.no_grad():
-        world.on_all(batches)
+    model.eval()
+    try:
+        with torch.no_grad():
+            world.on_all(batches)
+    finally:
+        model.train()
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass the outermost layers stay unsharded, with their old values
     found = sums.read(world.all_reduce)
@@ -190,8 +194,11 @@ def _timesteps(numbers: Tensor, seed: int, steps: int) -> Tensor:
     return ((numbers % 4 * 2**32 + words) * steps) >> 34
 
 
-def summary(found: dict[str, float], images: int) -> str:
-    """The measured terms as a line for the log."""
+def summary(found: dict[str, float], images: int, training: float) -> str:
+    """The measured terms as a line for the log, beside a diffusion model's mean loss in ``training``."""
+    if "val_acc1" not in found:
+        count = f"{images:,} image{'s' * (images != 1)}"
+        return f"held-out loss {found['val_loss']:.4f} (training {training:.4f}) on {count}"
     quarters = [f"{found[name]:.1%}" for q in range(4) if (name := f"val_acc1_q{q}") in found]
     by_quarter = f" ({', '.join(quarters)} by quarter of the timesteps)" if len(quarters) > 1 else ""
     return (

@@ -26,7 +26,8 @@ def columns(*terms: str) -> tuple[str, ...]:
 
 
 TERMS = ("loss", "mse", "vb")
-COLUMNS = columns(*TERMS)
+COLUMNS = columns(*TERMS, *(f"val_{term}" for term in TERMS))
+"""Those of a diffusion model; val_ are of held-out images."""
 SHARES = ("acc1", "acc5")
 """Terms that count images, not weighted by the timestep sampler as losses are.
 

@@ -43,10 +43,11 @@ class Objective(ABC):
         """The model, with fresh weights."""
 
     @abstractmethod
-    def conditions(self, x_start: Tensor, labels: Tensor | None, numbers: Tensor) -> dict[str, Tensor]:
+    def conditions(self, x_start: Tensor, labels: Tensor | None, numbers: Tensor | None) -> dict[str, Tensor]:
         """What ``losses`` needs besides the images x_start (N, 3, H, W) in [-1, 1], each with a row for every image.
 
-        labels: int64 (N,), or None if the run has no classes. numbers: those of the images in the run, (N,).
+        labels: int64 (N,), or None if the run has no classes. numbers: those of the images in the run, (N,), or None
+        for images that are only measured, whose labels are not dropped and to whose conditions no noise is added.
         """
 
     @abstractmethod
@@ -80,16 +81,18 @@ class Denoising(Objective):
     def build(self, runtime: Runtime) -> Encoder:
         return build_model(self.model, runtime.kernels, runtime.memory_format)
 
-    def conditions(self, x_start: Tensor, labels: Tensor | None, numbers: Tensor) -> dict[str, Tensor]:
+    def conditions(self, x_start: Tensor, labels: Tensor | None, numbers: Tensor | None) -> dict[str, Tensor]:
         """The model's inputs besides x_t and t: class labels ``y``, and ``low_res`` images for super-resolution."""
-        train, conditions = self.train, {}
+        train, conditions = self.train, dict[str, Tensor]()
         if labels is not None:
-            conditions["y"] = with_null_class(train, labels, numbers) if train.label_dropout else labels
+            if train.label_dropout and numbers is not None:
+                labels = with_null_class(train, labels, numbers)
+            conditions["y"] = labels
         if self.model.small_size is not None:
             low_res = low_resolution(x_start, self.model.small_size)
-            conditions["low_res"] = (
-                with_conditioning_noise(train, low_res, numbers) if train.conditioning_noise else low_res
-            )
+            if train.conditioning_noise and numbers is not None:
+                low_res = with_conditioning_noise(train, low_res, numbers)
+            conditions["low_res"] = low_res
         return conditions
 
     def losses(

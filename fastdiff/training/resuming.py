@@ -120,11 +120,11 @@ def init_from(trainer: Trainer, path: Path, weights: Initial | None = None) -> N
     if isinstance(found, ClassifierWeights):
         count = config.model.num_classes
         initial, lines = classifier_carried_over(found, fresh, config.class_names, count, named)
-        lines += doubts(config.train, found.metadata, path)
     else:
         model: Weights = found
         world.on_all(lambda: configuration(model, said))  # rejects weights that do not fit this configuration
         initial, lines = carried_over(model, state.weights, fresh, config.class_names, named)
+    lines += doubts(config.train, found.metadata, path)
     world.on_all(lambda: state.set_weights(initial, path))
     for ema in state.emas:
         ema.load(state.parameters, updates=0)

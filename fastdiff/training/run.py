@@ -12,7 +12,6 @@ from typing import Any
 from fastdiff.checkpoint import Lease, saved_steps
 from fastdiff.config import (
     ClassifierConfig,
-    ClassifierTrainConfig,
     Compile,
     DiffusionConfig,
     Labels,
@@ -42,7 +41,7 @@ from fastdiff.training.trainer import Trainer
 FAST_STEPS = 20
 """Steps of the fast sampler that the last line of a run names."""
 
-_FIXED_IN_CLASSIFIERS = ("noised", "holdout")  # else the accuracy would count images that were trained on
+_FIXED = ("noised", "holdout")  # else what is measured would count images that were trained on
 
 
 @dataclass(frozen=True)
@@ -204,9 +203,9 @@ def _continued(
     The model never changes; the diffusion process changes only if ``allow_changes``.
     """
     refuse_contradiction(flags, str(run_dir), config.model)
-    fixed = {name: value for name, value in flags.items() if name in _FIXED_IN_CLASSIFIERS}
+    fixed = {name: value for name, value in flags.items() if name in _FIXED}
     refuse_contradiction(fixed, str(run_dir), config.train)
-    if isinstance(config.train, ClassifierTrainConfig) and config.train.holdout:
+    if config.train.holdout:
         theirs, ours = config.train.val_data_dir, flags.get("val_data_dir", config.train.val_data_dir)
         if bool(theirs) != bool(ours):
             measures = f"the images of {theirs}" if theirs else "a share of its images, which it does not train on"

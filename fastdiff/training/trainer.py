@@ -65,7 +65,7 @@ class Clock:
 class Trainer:
     """Trains the run in ``run_dir`` until its last update or a signal.
 
-    ``among`` are the rows of the dataset to train on, by default all; the accuracy is measured on ``held_out`` images.
+    ``among`` are the rows of the dataset to train on, by default all; ``held_out`` are images to measure the model on.
     ``environment`` is what config.json and the checkpoints then say about the process, as JSON-compatible values.
 
     Every process of ``world`` creates one and calls the same methods; rank 0 writes the run folder.
@@ -244,7 +244,7 @@ class Trainer:
         if state.scaler.is_enabled():
             row["lg_loss_scale"] = float(np.log2(state.scaler.get_scale()))
         if measures:
-            row |= self._measure()
+            row |= self._measure(row["loss"])
         for output in outputs:
             output.write(row)
         left = (train.steps - state.step) * train.batch_size / row["images_per_s"]
@@ -267,12 +267,15 @@ class Trainer:
             )
         return note
 
-    def _measure(self) -> dict[str, float]:
-        """The terms of the held-out images; every resumed run has the same. Collective."""
+    def _measure(self, training: float) -> dict[str, float]:
+        """The terms of the held-out images, of which every resumed run has the same. Collective.
+
+        The log has them beside the mean ``training`` loss.
+        """
         assert self.held_out is not None
         train, size = self.config.train, micro_batches(self.config.train, self.world.size)[0].stop
         found = measure(self.held_out, self.objective, self.model, self.runtime, self.world, train.seed, size)
-        self.log(f"step {self.state.step}: {summary(found, len(self.held_out.rows))}")
+        self.log(f"step {self.state.step}: {summary(found, len(self.held_out.rows), training)}")
         return found
 
     def _offenders(self) -> str:
