@@ -84,14 +84,16 @@ class Display(Lines):
 
 
 class Slowly:
-    """Reports the progress of a job: up to five times a second on a bar, every 30 seconds as lines."""
+    """Reports the progress of the job ``what``: up to five times a second on a bar, every 30 seconds as lines."""
 
-    def __init__(self, display: Display) -> None:
-        self._display = display
+    def __init__(self, display: Display, what: str = "image steps") -> None:
+        self._display, self._what = display, what
         self._shown = time.perf_counter()
 
     def __call__(self, done: int, total: int, note: str) -> None:
         now = time.perf_counter()
         if now - self._shown >= (0.2 if self._display.live else 30) or done == total:
             self._shown = now
-            self._display.advance("image steps", done, total, note)
+            self._display.advance(self._what, done, total, note)
+        if done == total:
+            self._display.finish(self._what)

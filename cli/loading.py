@@ -24,13 +24,15 @@ def find_with_rate(place: Path | None, ema_rate: str | None) -> Path:
     """
     from fastdiff.checkpoint import find_checkpoint
 
-    rate = None
-    if ema_rate is not None:
-        try:
-            rate = 0.0 if ema_rate == "raw" else float(ema_rate)
-        except ValueError:
-            raise ValueError(f"ema_rate must be a rate such as 0.9999, or raw, not {ema_rate!r}") from None
-    return find_checkpoint(place or log_folder(), ema_rate=rate)
+    return find_checkpoint(place or log_folder(), ema_rate=rate_of(ema_rate))
+
+
+def rate_of(ema_rate: str | None) -> float | None:
+    """The rate that the text of --ema-rate names: 0 for the raw weights, None without a text."""
+    try:
+        return None if ema_rate is None else 0.0 if ema_rate == "raw" else float(ema_rate)
+    except ValueError:
+        raise ValueError(f"ema_rate must be a rate such as 0.9999, or raw, not {ema_rate!r}") from None
 
 
 def load_for(runtime: "Runtime", path: Path, flags: Flags | None = None, preset: str | None = None) -> "Checkpoint":

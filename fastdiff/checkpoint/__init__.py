@@ -28,6 +28,7 @@ from fastdiff.checkpoint.model import (
 )
 from fastdiff.checkpoint.steps import (
     begin_step,
+    best_path,
     delete_step,
     ema_path,
     find_checkpoint,
@@ -40,6 +41,7 @@ from fastdiff.checkpoint.steps import (
     saved_steps,
     verify_file,
     verify_step,
+    weights_of,
     write_manifest,
 )
 
@@ -52,6 +54,7 @@ __all__ = [
     "NewerFormat",
     "Weights",
     "begin_step",
+    "best_path",
     "delete_step",
     "ema_path",
     "find_checkpoint",
@@ -76,6 +79,7 @@ __all__ = [
     "sha256",
     "verify_file",
     "verify_step",
+    "weights_of",
     "write_manifest",
     "write_tensors",
 ]

@@ -81,6 +81,11 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(m["step"]) for p in run_dir.glob("manifest*.json") if (m := _MANIFEST.fullmatch(p.name)))
 
 
+def weights_of(run_dir: Path, step: int) -> list[Path]:
+    """The files with a step's weights: the raw ones, then the EMAs by rising rate."""
+    return sorted(filter(_is_model, _files(run_dir, step)), key=_rank)
+
+
 def holds_checkpoint(run_dir: Path) -> bool:
     """Whether the folder contains any checkpoint file or manifest."""
     return any(_NAME.fullmatch(p.name) or _MANIFEST.fullmatch(p.name) for p in run_dir.glob("*"))
@@ -207,7 +212,7 @@ def remove_leftovers(run_dir: Path) -> list[str]:
 def find_checkpoint(
     place: str | os.PathLike[str] | None, runs: Path = Path("runs"), ema_rate: float | None = None
 ) -> Path:
-    """Find the checkpoint file for ``place``: a file, a run folder (its newest step) or ``run@step``.
+    """Find the checkpoint file for ``place``: a file, a run folder (its newest step), ``run@step`` or ``run@best``.
 
     If ``place`` is None, the newest run of a diffusion model under ``runs`` is used.
 
@@ -216,7 +221,9 @@ def find_checkpoint(
     """
     step = None
     if place is not None:
-        place, step = _split(Path(os.path.expanduser(place)))
+        place, step, best = _split(Path(os.path.expanduser(place)))
+        if best is not None and ema_rate is None:
+            return best
         if not place.exists():
             raise ValueError(f"{place} does not exist")
         if not place.is_dir():
@@ -276,16 +283,39 @@ def run_and_step(place: Path) -> tuple[Path, str] | None:
     return (folder, step) if at and not place.exists() and folder.is_dir() else None
 
 
-def _split(place: Path) -> tuple[Path, int | None]:
-    """The run folder and its step; ``place`` itself and None if it names no step."""
+def _split(place: Path) -> tuple[Path, int | None, Path | None]:
+    """The run folder, its step and, for run@best, the best file; ``place`` itself and None if it names no step."""
     if (found := run_and_step(place)) is None:
-        return place, None
+        return place, None, None
     folder, step = found
     if step == "best":
-        raise ValueError(f"{place}: the best step is not known; name a step, such as {folder}@500")
+        best = _best(folder, place)
+        return folder, _rank(best)[0], best
     if not step.isdecimal():
-        raise ValueError(f"{place}: {step!r} is not a step; name one, such as {folder}@500")
-    return folder, int(step)
+        raise ValueError(f"{place}: {step!r} is not a step; name one, such as {folder}@500 or {folder}@best")
+    return folder, int(step), None
+
+
+def best_path(run_dir: Path) -> Path:
+    """The file that says which checkpoint is the best; fastdiff evaluate checkpoints writes it."""
+    return run_dir / "best.json"
+
+
+def _best(run_dir: Path, place: Path) -> Path:
+    """The checkpoint that best.json names, a file of the run folder."""
+    evaluate = f"fastdiff evaluate checkpoints {run_dir}"
+    try:
+        name = json.loads(best_path(run_dir).read_text(encoding="utf-8"))["checkpoint"]
+        path = run_dir / name
+        if not _is_model(Path(name)) or path.name != name:
+            raise ValueError
+    except FileNotFoundError:
+        raise ValueError(f"{place}: the best step is not known; {evaluate} finds it") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{best_path(run_dir)} is damaged: {evaluate} writes it again") from None
+    if not path.exists():
+        raise ValueError(f"{place}: {name}, which was the best, is gone: {evaluate} finds the best of what is there")
+    return path
 
 
 def _is_model(path: Path) -> bool:

@@ -13,6 +13,7 @@ from fastdiff.config.choices import (
     Kernels,
     Labels,
     MemoryFormat,
+    Metric,
     NoiseSchedule,
     Parallel,
     Precision,
@@ -21,7 +22,7 @@ from fastdiff.config.choices import (
     Tracker,
 )
 from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig, with_multipliers
-from fastdiff.config.evaluation import NllConfig
+from fastdiff.config.evaluation import FAST_STEPS, MetricsConfig, NllConfig
 from fastdiff.config.job import (
     MOST_SAMPLES,
     DataConfig,
@@ -41,6 +42,7 @@ from fastdiff.config.model import (
 from fastdiff.config.run import READING, RunConfig, StartConfig
 
 __all__ = [
+    "FAST_STEPS",
     "GROUPS",
     "MOST_SAMPLES",
     "NUM_CLASSES",
@@ -59,6 +61,8 @@ __all__ = [
     "Kernels",
     "Labels",
     "MemoryFormat",
+    "Metric",
+    "MetricsConfig",
     "ModelConfig",
     "NllConfig",
     "NoiseSchedule",

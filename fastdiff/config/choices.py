@@ -67,6 +67,24 @@ class Sampler(StrEnum):
         return self in (Sampler.DDPM, Sampler.DPM_SDE)
 
 
+class Metric(StrEnum):
+    """A figure of samples: Fréchet and kernel distance of features, shares of neighbourhoods, sFID, Inception score."""
+
+    FD = "fd"
+    KD = "kd"
+    PRECISION = "precision"
+    RECALL = "recall"
+    DENSITY = "density"
+    COVERAGE = "coverage"
+    SFID = "sfid"
+    SCORE = "score"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether it is a distance."""
+        return self in (Metric.FD, Metric.KD, Metric.SFID)
+
+
 class ClassMix(StrEnum):
     """How classes are chosen if none is given: each in turn, or as often as in the training data."""
 

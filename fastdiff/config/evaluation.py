@@ -1,10 +1,12 @@
 """The settings of an evaluation."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from fastdiff.config.base import number, option
-from fastdiff.config.choices import Labels, Precision
-from fastdiff.config.job import MOST_SAMPLES, ImagesConfig
+from fastdiff.config.choices import Labels, Precision, Sampler
+from fastdiff.config.job import MOST_SAMPLES, ImagesConfig, SampleConfig
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,60 @@ class NllConfig(ImagesConfig):
     def respacing(self) -> str | None:
         """The respacing spec of the timesteps to use, or None for the checkpoint's timesteps."""
         return str(self.steps) if self.steps is not None else self.timestep_respacing
+
+
+FAST_STEPS = 20
+"""Steps of the fast sampler that draws images to measure, unless flags say otherwise."""
+
+_METRICS = "Metrics"
+
+
+@dataclass(frozen=True)
+class MetricsConfig(SampleConfig):
+    """Which features images are compared by, and how those of a checkpoint are drawn."""
+
+    num_samples: int = option(
+        10_000, "Images to draw of a run or checkpoint; of other images the first so many, by default all.", shown=""
+    )
+    sampler: Sampler = option(
+        Sampler.DPM, "ddpm (ancestral), ddim, dpm++, dpm++-sde or heun; dpm++ with 20 steps by default."
+    )
+    steps: int | None = option(
+        FAST_STEPS, "Number of evenly spaced timesteps; by default all if a --sampler is given.", shown=""
+    )
+    seed: int = option(0, "Seed of the noise and of the subsets that the kernel distance compares.")
+    extractor: str = option(
+        "efficientnet-lite0",
+        "Network whose features are compared: efficientnet-lite0 (extra 'metrics'), or a file: TorchScript "
+        "(inception-2015-12-05.pt), a state dict of Inception, or an exported program.",
+        panel=_METRICS,
+    )
+    extractor_size: int = option(
+        224, "Pixels to which images are resized for other networks than Inception and EfficientNet.", panel=_METRICS
+    )
+    trust: bool = option(False, "Run the extractor's file, which may contain any code.", panel=_METRICS)
+    image_size: int | None = option(
+        None,
+        "Size to which the images of folders are resized and cropped; by default that of the samples.",
+        panel=_METRICS,
+    )
+    cache_dir: str = option(
+        "", "Folder for the decoded images of folders; by default the user's cache folder.", path=True, panel=_METRICS
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.num_samples > 1, "num_samples", "at least 2")
+        self.require(0 < self.extractor_size <= 4096, "extractor_size", "between 1 and 4096")
+        if self.image_size is not None:
+            self.require(0 < number(int, "image_size", self.image_size) <= 4096, "image_size", "between 1 and 4096")
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
+        """As Config.from_flags; a given sampler or timestep_respacing has no default number of steps."""
+        chosen = {"sampler", "timestep_respacing"} & {name for name, value in flags.items() if value is not None}
+        return super().from_flags({"steps": None, **flags} if chosen else flags, base)
+
+    def within(self, timesteps: int) -> Self:
+        """The same for a process of ``timesteps``, which may have fewer than the default number of steps."""
+        return replace(self, steps=None) if self.steps == FAST_STEPS and timesteps < FAST_STEPS else self

@@ -9,7 +9,7 @@ import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -93,6 +93,25 @@ def read_samples(path: Path) -> Samples:
             raise ValueError(
                 f"{path} is damaged or not an npz file ({first_line(error)}): copy it again, or {WANTED}"
             ) from None
+
+
+def read_arrays(path: Path, fits: Mapping[str, _Fits], wanted: str) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz that ``fits`` names, each with a test of its shape and type; absent ones are left out.
+
+    The limits are those of read_samples. ValueError, which ends in what is ``wanted``, if an array does not fit, or if
+    the file is missing, damaged or no npz.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {wanted}")
+    with _Reader(io.FileIO(os.fspath(path))) as file:
+        try:
+            with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python and NumPy warn about odd headers
+                there = set(archive.namelist())
+                return {name: _read(file, archive, name, fit) for name, fit in fits.items() if f"{name}.npy" in there}
+        except Exception as error:  # zipfile and NumPy raise nearly anything on damaged bytes
+            said = str(error).removesuffix(f": {WANTED}") if isinstance(error, UnfitError) else ""
+            raise ValueError(f"{path} {said or f'is damaged or no npz file ({first_line(error)})'}: {wanted}") from None
 
 
 class _Reader(io.BufferedReader):

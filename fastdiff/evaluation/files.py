@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.evaluation.nll import TERMS, Bound, Int64Array
-from fastdiff.evaluation.plot import refuse_without_matplotlib, save_plot
+from fastdiff.evaluation.plot import refuse_plot, save_plot
 from fastdiff.runtime.files import refuse_unwritable, replacing
 
 SUMMARY, IMAGES = "nll.json", "images.npz"
@@ -36,14 +36,7 @@ class NllFiles:
             raise ValueError(f"out_dir {self.out_dir} holds results: name another folder, or use --overwrite")
         refuse_unwritable("out_dir", self.out_dir)
         if self.plot is not None:
-            refuse_without_matplotlib()
-            if self.plot.suffix.lower() != ".png":
-                raise ValueError(f"plot {self.plot} must end in .png")
-            if self.plot.is_dir():
-                raise ValueError(f"plot {self.plot} is a folder: name a file")
-            if self.plot.exists() and not self.overwrite:
-                raise ValueError(f"plot {self.plot} exists: name another file, or use --overwrite")
-            refuse_unwritable("plot", self.plot.parent)
+            refuse_plot(self.plot, self.overwrite)
 
     def write(self, bound: Bound, names: Sequence[str], timesteps: Int64Array, about: Mapping[str, Any]) -> None:
         """Write the files; ``names`` are the images' names, ``about`` is added to the figures in the summary.

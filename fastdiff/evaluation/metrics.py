@@ -33,7 +33,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """The mean (D,) and the covariance (D, D) of ``count`` feature vectors, in float64; 0 if their number is unknown."""
+    """The mean (D,) and covariance (D, D) of ``count`` feature vectors, in float64; 0 if their number is unknown."""
 
     mean: Float64Array
     covariance: Float64Array
@@ -204,7 +204,7 @@ def nearest_in(samples: Features, reference: Features, count: int, device: _Devi
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """The squared distances of x (n, D) and y (m, D), float64 (n, m); those that rounding made of equal vectors are 0."""
+    """The squared distances of x (n, D) and y (m, D), float64 (n, m): exactly 0 for equal vectors."""
     squares = x.square().sum(1)[:, None] + y.square().sum(1)
     distances = squares - 2 * (x @ y.T)
     return distances.masked_fill_(distances <= 1e-13 * squares, 0)  # float32 vectors differ by more, or are equal

@@ -1,11 +1,12 @@
-"""Plots the terms of the bound."""
+"""Plots of an evaluation: the terms of the bound, metrics over steps."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastdiff.evaluation.nll import Bound, Int64Array
-from fastdiff.runtime.files import replacing
+from fastdiff.runtime.files import refuse_unwritable, replacing
 
 _PANELS = {
     "vb": "variational bound (bits/dim)",
@@ -24,6 +25,18 @@ def refuse_without_matplotlib(option: str = "plot") -> None:
         ) from None
 
 
+def refuse_plot(path: Path, overwrite: bool = False) -> None:
+    """ValueError unless a plot can be written to ``path``, which must be new unless it may ``overwrite`` a file."""
+    refuse_without_matplotlib()
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"plot {path} must end in .png")
+    if path.is_dir():
+        raise ValueError(f"plot {path} is a folder: name a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"plot {path} exists: name another file, or use --overwrite")
+    refuse_unwritable("plot", path.parent)
+
+
 def save_plot(path: Path, bound: Bound, timesteps: Int64Array, title: str) -> None:
     """Plot the three terms against ``timesteps`` (T,), t = T-1 first, as a PNG; OSError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,5 +53,23 @@ def save_plot(path: Path, bound: Bound, timesteps: Int64Array, title: str) -> No
         axes.set_xlabel("timestep")
         axes.grid(color="#d9d9d9", linewidth=0.6)
         axes.set_axisbelow(True)
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def save_lines(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> None:
+    """Plot lines by name as a PNG, each of points (x, y); OSError if it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker=".")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y, fontsize="small")
+    axes.legend(frameon=False)
+    axes.grid(color="#d9d9d9", linewidth=0.6)
+    axes.set_axisbelow(True)
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)

@@ -1,0 +1,298 @@
+"""``fastdiff evaluate fid``: how near samples are to a set of images."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastdiff.cli.loading import find_with_rate, load_for, rate_of, young_average
+from fastdiff.cli.options import DebugFlag, EmaRateFlag, Flags, PresetFlag, path_argument, path_option, with_flags
+from fastdiff.cli.scripts import log_formats
+from fastdiff.config import DiffusionConfig, Metric, MetricsConfig, ModelConfig, RuntimeConfig, SampleConfig
+
+if TYPE_CHECKING:
+    from fastdiff.evaluation.image_sets import ImageSet, ReferenceStatistics
+    from fastdiff.evaluation.session import Session
+
+_DRAWING = {f.name for f in fields(SampleConfig)} - {"num_samples", "seed"}
+"""The flags that only matter if images are drawn."""
+
+SamplesArgument = Annotated[
+    Path | None,
+    path_argument(
+        help="Images (.npz, folder, .zip), or a checkpoint, run folder or RUN@STEP, of which images are drawn first; "
+        "by default the newest run under runs/."
+    ),
+]
+ReferenceArgument = Annotated[
+    Path | None,
+    path_argument(
+        help="Images, or statistics of their features (.npz of mu, sigma); by default the training images of a run."
+    ),
+]
+TrainingArgument = Annotated[Path | None, path_argument(help="The training images; by default those of the run.")]
+OutDirFlag = Annotated[
+    Path | None, path_option(help="Folder for samples that are drawn; by default evaluation/ in the run.")
+]
+OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+TimeoutFlag = Annotated[
+    int,
+    typer.Option(min=1, help="Seconds after which a process that waits for the others gives up."),
+]
+
+
+@with_flags(MetricsConfig, RuntimeConfig, of_state_dicts=(ModelConfig, DiffusionConfig), without={"classifier_scale"})
+def fid(
+    flags: Flags,
+    samples: SamplesArgument = None,
+    reference: ReferenceArgument = None,
+    out_dir: Annotated[
+        Path | None,
+        path_option(help="Folder for samples and figures; by default evaluation/ in the run, none for other samples."),
+    ] = None,
+    save_stats: Annotated[
+        Path | None, path_option(help="Save the statistics of the reference's features in this .npz, to compare with.")
+    ] = None,
+    ema_rate: EmaRateFlag = None,
+    timeout: TimeoutFlag = 600,
+    preset: PresetFlag = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Compare samples with images: FID, KID, precision, recall, density, coverage.
+
+    For example: fastdiff evaluate fid samples.npz photos
+
+    Of a run or checkpoint images are drawn first; the same command resumes an interrupted job. Figures compare only if
+    extractor, number of samples and reference are equal. Under torchrun several processes share the work.
+    """
+    from fastdiff.evaluation.image_sets import refuse_statistics_file, save_statistics
+    from fastdiff.evaluation.records import append_record, record_of
+
+    if save_stats is not None:
+        refuse_statistics_file(save_stats)
+    with _session(flags, timeout) as session:
+        opened = _opened(session, flags, samples, reference, out_dir, ema_rate, preset)
+        world, display, extractor = session.world, session.display, session.extractor
+        with session.comparison(opened.out_dir) as comparison:
+            compared = comparison.reference(opened.reference)
+            figures = comparison.figures(opened.samples, compared)
+
+            def written() -> None:
+                if compared is None:  # not the first process
+                    return
+                for figure in figures:
+                    display.line(figure.line())
+                if save_stats is not None:
+                    save_statistics(save_stats, compared.statistics, compared.spatial, extractor)
+                    display.line(f"wrote {save_stats}")
+                if opened.out_dir is not None:
+                    record = record_of(figures, opened.origin, compared.about, extractor, opened.checkpoint)
+                    display.line(f"recorded in {append_record(opened.out_dir, record)}")
+
+            world.on_all(written)
+
+
+@with_flags(MetricsConfig, RuntimeConfig, of_state_dicts=(ModelConfig, DiffusionConfig), without={"classifier_scale"})
+def neighbours(
+    flags: Flags,
+    samples: SamplesArgument = None,
+    reference: TrainingArgument = None,
+    out: Annotated[
+        Path, path_option(help="The sheet to write (.png), with a table of all samples beside it (.csv).")
+    ] = Path("neighbours.png"),
+    out_dir: OutDirFlag = None,
+    ema_rate: EmaRateFlag = None,
+    overwrite: OverwriteFlag = False,
+    timeout: TimeoutFlag = 600,
+    preset: PresetFlag = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Find the training images most like each sample: does the model repeat them?
+
+    For example: fastdiff evaluate neighbours samples.npz photos
+
+    The figure is the share of samples that are farther from their nearest training image than that is from any other.
+    """
+    from fastdiff.evaluation.image_sets import ImageSet
+    from fastdiff.evaluation.neighbours import lines, neighbours_of, refuse_outputs, save_sheet, save_table
+
+    table = refuse_outputs(out, overwrite)
+    with _session(flags, timeout) as session:
+        opened = _opened(session, flags, samples, reference, out_dir, ema_rate, preset)
+        ours, theirs = opened.samples, opened.reference
+        if not isinstance(theirs, ImageSet):
+            session.world.refuse(f"{reference} holds statistics: name the training images")
+        with session.comparison(opened.out_dir) as comparison:
+            compared, extraction = comparison.reference(theirs), comparison.extract(ours, "samples")
+
+            def written() -> None:
+                if compared is None or compared.extraction is None or extraction is None:  # not the first process
+                    return
+                found = neighbours_of(extraction.features, compared.extraction.features, session.runtime.device)
+                save_sheet(out, found, ours, theirs)
+                save_table(table, found, ours, theirs)
+                session.display.line(f"wrote {out} and {table}")
+                for line in lines(found, ours, theirs, session.extractor.name):
+                    session.display.line(line)
+
+            session.world.on_all(written)
+
+
+@with_flags(MetricsConfig, RuntimeConfig, without={"classifier_scale", "image_size"})
+def checkpoints(
+    flags: Flags,
+    run: Annotated[Path | None, path_argument(help="Run folder; by default the newest run under runs/.")] = None,
+    reference: ReferenceArgument = None,
+    metric: Annotated[Metric, typer.Option(help="The figure that decides which checkpoint is the best.")] = Metric.FD,
+    ema_rate: Annotated[
+        str | None, typer.Option(help="Only the EMA of this rate, or raw; by default every EMA of a step.")
+    ] = None,
+    plot: Annotated[
+        Path | None, path_option(help="Plot the figure over the steps in this .png file (extra 'plot': matplotlib).")
+    ] = None,
+    timeout: TimeoutFlag = 600,
+    debug: DebugFlag = False,
+) -> None:
+    """Compare the checkpoints of a run, and record which one is the best: RUN@best names it.
+
+    For example: fastdiff evaluate checkpoints runs/photos --num-samples 1000
+
+    Images are drawn from every checkpoint and compared with the training images. The same command resumes, and measures
+    only checkpoints that are new. The table is also in evaluation/checkpoints.csv of the run.
+    """
+    rate = rate_of(ema_rate)
+    from fastdiff.evaluation import checkpoints as of_run
+    from fastdiff.evaluation.plot import refuse_plot
+    from fastdiff.evaluation.session import FOLDER
+
+    if plot is not None:
+        refuse_plot(plot, overwrite=True)
+    if run is not None and not run.is_dir():
+        raise ValueError(f"{run} is not a folder: name the folder of a run")
+    with _session(flags, timeout) as session:
+        world, display = session.world, session.display
+        run_dir = world.from_main(lambda: run or find_with_rate(None, None).parent)
+        paths = world.from_main(lambda: of_run.checkpoints_of(run_dir, rate))
+        first = world.on_all(lambda: load_for(session.runtime, paths[-1]))
+        size, out_dir = first.model_config.image_size, run_dir / FOLDER
+        theirs = session.training_images(first, paths[-1]) if reference is None else session.reference(reference, size)
+        display.line(f"reference: {_said(theirs)}")
+        display.line(
+            f"checkpoints: {len(paths)} of {run_dir}, {session.config.num_samples:,} images from each; --num-samples "
+            "reduces it"
+        )
+        rows = []
+        with session.comparison(out_dir) as comparison:
+            comparing = of_run.Comparing(session, comparison, theirs, out_dir, metric)
+            for path in paths:
+                display.line(f"model: {path}")
+                row = comparing.measure(world.on_all(partial(load_for, session.runtime, path)), path)
+                if isinstance(row, int):
+                    raise typer.Exit(row)
+                rows.append(row)
+
+        def written() -> None:
+            if not world.main:
+                return
+            best = of_run.best_of(rows, metric)
+            for line in of_run.table(rows, best):
+                display.line(line)
+            of_run.write_table(out_dir / of_run.TABLE, rows)
+            of_run.write_best(run_dir, best, metric)
+            wrote = [str(out_dir / of_run.TABLE)]
+            if plot is not None:
+                of_run.plot(plot, rows, metric)
+                wrote.append(str(plot))
+            display.line(f"wrote {' and '.join(wrote)}; {run_dir}@best is step {best.step}, {best.average}")
+
+        world.on_all(written)
+
+
+@contextmanager
+def _session(flags: Flags, timeout: int) -> Iterator["Session"]:
+    """A Session with the flags, on every process that torchrun started."""
+    config = MetricsConfig.from_flags(flags)
+    to_terminal = "stdout" in log_formats()
+    from fastdiff.cli.display import Display, Slowly
+    from fastdiff.evaluation.session import Session
+    from fastdiff.runtime.device import Runtime
+    from fastdiff.runtime.distributed import World
+    from fastdiff.runtime.signals import signals_as_exceptions
+
+    world = World.join(timeout)
+    try:
+        with (
+            world.explained(f"use a smaller --batch-size than {config.batch_size}"),
+            signals_as_exceptions(),
+            Display(silent=not world.main or not to_terminal) as display,
+        ):
+            machine = RuntimeConfig.from_flags(flags)
+            runtime = world.on_all(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
+            session = Session(config, runtime, world, display, lambda what: Slowly(display, what))
+            display.line(f"extractor: {session.extractor.name}, images at {session.extractor.resizing}")
+            yield session
+    except typer.Exit:
+        world.leave()
+        raise
+    world.leave()
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """The two sides of a comparison, the origin of the samples as values for JSON, and the folder of its record."""
+
+    samples: "ImageSet"
+    reference: "ImageSet | ReferenceStatistics"
+    origin: dict[str, Any]
+    checkpoint: dict[str, Any] | None
+    out_dir: Path | None
+
+
+def _opened(
+    session: "Session",
+    flags: Flags,
+    samples: Path | None,
+    reference: Path | None,
+    out_dir: Path | None,
+    ema_rate: str | None,
+    preset: str | None,
+) -> _Opened:
+    """Open the reference and the samples, which are drawn first if they are a checkpoint's."""
+    from fastdiff.evaluation.records import about_checkpoint
+    from fastdiff.evaluation.session import folder_for, is_checkpoint
+
+    world, display = session.world, session.display
+    if samples is None or is_checkpoint(samples):
+        path = world.from_main(lambda: find_with_rate(samples, ema_rate))
+        loaded = world.on_all(lambda: load_for(session.runtime, path, flags, preset))
+        display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
+        size, folder = loaded.model_config.image_size, out_dir or folder_for(path)
+        theirs = session.training_images(loaded, path) if reference is None else session.reference(reference, size)
+        display.line(f"reference: {_said(theirs)}")
+        about = world.from_main(lambda: about_checkpoint(loaded, path))
+        drawing = session.drawing(loaded, path, folder)
+        if status := drawing.run():
+            raise typer.Exit(status)
+        return _Opened(session.images(drawing.path, size), theirs, drawing.origin, about, folder)
+    if reference is None:
+        raise ValueError(f"reference: name the images to compare {samples} with")
+    if unused := sorted(_DRAWING & set(flags)) + ["ema_rate"] * (ema_rate is not None):
+        raise ValueError(f"{unused[0]} is for drawing from a checkpoint, and {samples} holds images: leave it out")
+    ours, known = session.both(samples, reference)
+    if "num_samples" in flags:
+        ours = world.on_all(lambda: ours.first(session.config.num_samples))
+    display.line(f"samples: {_said(ours)}")
+    display.line(f"reference: {_said(known)}")
+    return _Opened(ours, known, ours.about, None, out_dir)
+
+
+def _said(known: "ImageSet | ReferenceStatistics") -> str:
+    """One side of a comparison in words."""
+    count, images = known.about["count"], getattr(known, "images", None)
+    if images is None:
+        return f"statistics{f' of {count:,} images' if count else ''}, {known.about['data']}"
+    return f"{len(images):,} images of {images.shape[1]} pixels, {known.about['data']}"

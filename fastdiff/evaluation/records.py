@@ -1,0 +1,70 @@
+"""The record of evaluations in a run folder: a line of metrics.jsonl for each, and the best checkpoint in best.json."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdiff.checkpoint import Checkpoint, sha256
+from fastdiff.evaluation.extractors import Extractor
+from fastdiff.evaluation.quality import Figure
+
+RECORD = "metrics.jsonl"
+
+
+def about_checkpoint(loaded: Checkpoint, path: Path) -> dict[str, Any]:
+    """What a record says of the checkpoint at ``path``."""
+    return {
+        "checkpoint": path.name,
+        "step": loaded.step,
+        "ema_rate": loaded.metadata.get("ema_rate", 0.0),
+        "sha256": sha256(path),
+    }
+
+
+def record_of(
+    figures: Sequence[Figure],
+    samples: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    extractor: Extractor,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """An evaluation as values for JSON, with the figures' names; ``checkpoint`` is that of about_checkpoint."""
+    values = {str(figure.key): figure.value for figure in figures}
+    values |= {f"{f.key}_deviation": f.deviation for f in figures if f.deviation is not None}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **(checkpoint or {}),
+        "samples": dict(samples),
+        "reference": dict(reference),
+        "extractor": {"name": extractor.name, "sha256": extractor.sha256},
+        "figures": {name: value if math.isfinite(value) else None for name, value in values.items()},
+        "names": {figure.key: figure.name for figure in figures},
+    }
+
+
+def append_record(out_dir: Path, record: Mapping[str, Any]) -> Path:
+    """Add the record to metrics.jsonl of the folder; returns its path. OSError if it cannot be written."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / RECORD
+    with path.open("a+b") as file:
+        if file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n":
+            file.write(b"\n")  # a killed process left half a line
+        file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+    return path
+
+
+def read_records(out_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, oldest first, without damaged lines such as the last one of a killed process."""
+    path = out_dir / RECORD
+    found = []
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("figures"), dict):
+            found.append(record)
+    return found

@@ -1,0 +1,182 @@
+"""What the commands that measure samples share: samples and reference, the network, the machine and the display."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdiff.checkpoint import Checkpoint, holds_checkpoint, run_and_step
+from fastdiff.config import READING, DataConfig, MetricsConfig, SampleConfig
+from fastdiff.evaluation.extractors import open_extractor
+from fastdiff.evaluation.features import OnProgress
+from fastdiff.evaluation.image_sets import (
+    ImageSet,
+    ReferenceStatistics,
+    holds_images,
+    holds_statistics,
+    open_images,
+    read_statistics,
+)
+from fastdiff.evaluation.quality import Comparison
+from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.display import Lines
+from fastdiff.runtime.distributed import World
+from fastdiff.sampling import Job, Plan, SampleFiles, settings_of
+
+FOLDER = "evaluation"
+"""The folder of a run that keeps what its evaluations draw and find."""
+
+_DIGITS = 12  # of the SHA-256 of a job's settings, in the name of its samples
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The job that draws a checkpoint's samples into the file ``path``, which its settings name.
+
+    ``origin`` are these settings, as values for JSON. ``there`` says that the file exists already.
+    """
+
+    path: Path
+    origin: dict[str, Any]
+    there: bool
+    run: Callable[[], int]
+    """Draw what is missing; returns 0, or a signal's exit status."""
+
+
+def is_checkpoint(place: Path | None) -> bool:
+    """Whether a place names a model, not images: a checkpoint's file, a run folder, run@step, or nothing."""
+    if place is None or run_and_step(place) is not None:
+        return True
+    if place.is_dir():
+        return (place / "config.json").exists() or holds_checkpoint(place)
+    return place.suffix in (".safetensors", ".pt", ".pth")
+
+
+def folder_for(checkpoint: Path) -> Path:
+    """Where the evaluations of a checkpoint's file are kept: in its run folder, or else in the working directory."""
+    return checkpoint.parent / FOLDER if holds_checkpoint(checkpoint.parent) else Path(FOLDER)
+
+
+class Session:
+    """Opens what is compared, draws samples and compares features as ``config`` says.
+
+    ``progress`` returns, for a job's name, what its progress is told. Every process of ``world`` creates one and calls
+    the same methods. ValueError if the extractor cannot be opened.
+    """
+
+    def __init__(
+        self,
+        config: MetricsConfig,
+        runtime: Runtime,
+        world: World,
+        display: Lines,
+        progress: Callable[[str], OnProgress],
+    ) -> None:
+        self.config, self.runtime, self.world, self.display = config, runtime, world, display
+        self._progress = progress
+        self.extractor = world.on_all(
+            lambda: open_extractor(config.extractor, runtime.device, trust=config.trust, size=config.extractor_size)
+        )
+
+    def images(self, place: Path, size: int | None = None) -> ImageSet:
+        """The images of an npz, or of a folder or zip at ``size``: by default config.image_size."""
+        config = DataConfig(cache_dir=self.config.cache_dir)
+        return open_images(place, size or self.config.image_size, self.world, self.display, config)
+
+    def reference(self, place: Path, size: int | None = None) -> ImageSet | ReferenceStatistics:
+        """The images or statistics at ``place``.
+
+        A file of guided-diffusion's evaluator may hold both: its statistics are of Inception and of more images, so
+        they count if that is the extractor.
+        """
+        world = self.world
+        if world.from_main(lambda: place.is_file() and holds_statistics(place)):
+            both = world.from_main(lambda: holds_images(place))
+            if not (both and self.extractor.family):
+                return world.on_all(lambda: read_statistics(place, self.extractor))
+        return self.images(place, size)
+
+    def both(self, samples: Path, reference: Path) -> tuple[ImageSet, ImageSet | ReferenceStatistics]:
+        """Samples that exist already and what they are compared with, at one size: that of an npz goes first."""
+        known = self.world.from_main(lambda: reference.suffix.lower() == ".npz" and not holds_statistics(reference))
+        if samples.is_dir() and known and self.config.image_size is None:
+            theirs = self.images(reference)
+            return self.images(samples, theirs.size), theirs
+        ours = self.images(samples)
+        return ours, self.reference(reference, ours.size)
+
+    def training_images(self, loaded: Checkpoint, path: Path) -> ImageSet:
+        """The images that the checkpoint was trained on, by its own configuration; ValueError if they are gone."""
+        run = loaded.metadata.get("run_config", {})
+
+        def found() -> tuple[DataConfig, int]:
+            remedy = "name the images to compare with after it"
+            try:
+                config, reading = DataConfig.from_dict(run["data"]), int(run.get("reading", 1))
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{path} does not say which images it was trained on: {remedy}") from None
+            if not Path(config.data_dir).exists():
+                raise ValueError(f"{config.data_dir}, on which {path} was trained, does not exist: {remedy}")
+            return replace(config, cache_dir=self.config.cache_dir or config.cache_dir), min(reading, READING)
+
+        config, reading = self.world.from_main(found)
+        size = loaded.model_config.image_size
+        return open_images(Path(config.data_dir), size, self.world, self.display, config, reading)
+
+    def drawing(self, loaded: Checkpoint, path: Path, out_dir: Path) -> Drawing:
+        """The job that draws config.num_samples images of the checkpoint at ``path`` into a file of ``out_dir``.
+
+        An unfinished job is resumed, and of finished one nothing is drawn. ValueError if the model draws no images by
+        itself.
+        """
+        world, config = self.world, self.config.within(loaded.diffusion_config.diffusion_steps)
+        if small := loaded.model_config.small_size:
+            world.refuse(
+                f"{path} enlarges images of {small} pixels: draw with fastdiff sample and --base-samples, and name the "
+                "npz that it writes"
+            )
+        drawing = SampleConfig.from_flags(config.to_dict())
+
+        def planned() -> Plan:
+            nothing: dict[str, Any] = {"base_samples": None, "super_res": None, "ends": None, "classes": ()}
+            return Plan.of(loaded, drawing, num_samples=None, **nothing)
+
+        plan, numbers = world.on_all(planned), np.arange(config.num_samples)
+        settings = world.from_main(lambda: settings_of(plan, numbers, self.runtime, path))
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+        files = SampleFiles(out_dir / f"samples_{path.stem}_{digest}.npz")
+        there = world.from_main(files.out.exists)
+
+        def run() -> int:
+            if there:
+                self.display.line(f"samples: {files.out}, drawn before")
+                return 0
+            world.from_main(files.check)
+            job = world.on_all(lambda: Job(plan, numbers, files, settings, self.runtime, world))
+            return job.run(self.display.line, self._progress("image steps"))
+
+        return Drawing(files.out, {"count": config.num_samples, **settings}, there, run)
+
+    @contextmanager
+    def comparison(self, out_dir: Path | None) -> Iterator[Comparison]:
+        """A Comparison whose features are in a folder of ``out_dir``, or of the system, that is removed at the end."""
+
+        def made() -> Path:
+            if out_dir is not None:
+                out_dir.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=".features.", suffix=".tmp", dir=out_dir))
+
+        folder, world = self.world.from_main(made), self.world
+        line, seed = self.display.line, self.config.seed
+        try:
+            yield Comparison(self.extractor, self.runtime.device, folder, world, line, self._progress, seed)
+        finally:
+            if world.main:
+                shutil.rmtree(folder, ignore_errors=True)
