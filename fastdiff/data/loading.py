@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastdiff.config import READING, DataConfig, ImagesConfig
 from fastdiff.data.cache import Decoded, decode_once
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_counts
-from fastdiff.data.images import Decoding
+from fastdiff.data.images import DARK, Decoding
 from fastdiff.data.labelling import nearly_as_many
 from fastdiff.data.npz import Samples, read_samples
 from fastdiff.data.threads import Progress
@@ -27,6 +27,8 @@ from fastdiff.runtime.words import printable
 if TYPE_CHECKING:
     from fastdiff.runtime.distributed import World
 
+_DARK = 2 * DARK // 256  # of 255: a bit more than DARK, for values from 0 to 16
+_AT_ONCE = 2**24  # values
 _MOST_CLASSES = 10**6  # a model has an embedding for each
 
 
@@ -157,6 +159,17 @@ def doubts_of_values(decoded: Decoded, window: tuple[float, float] | None) -> li
     ]
 
 
+def doubts_of_pixels(images: NDArray[np.uint8]) -> list[str]:
+    """A warning about images (N, H, W, 3) of an npz that are all nearly black, as a phrase that follows "has"."""
+    peak, step = 0, max(1, _AT_ONCE // images[0].size)
+    for at in range(0, len(images), step):  # of most data the first part decides
+        peak = max(peak, int(images[at : at + step].max()))
+        if peak > _DARK:
+            return []
+    scaled = f": multiply the values by {255 / peak:.3g}, which makes {peak} white, and save it again" if peak else ""
+    return [f"no value above {peak} of 255 in any image, which are nearly black{scaled}"]
+
+
 def folder_of(config: ImagesConfig, image_size: int, labelled: bool = True, reading: int = READING) -> ImageFolder:
     """The images of a folder or zip, read as ``config`` says. Raises ImageFolder's ValueErrors."""
     decoding = Decoding(config.max_pixels, config.window, reading)
@@ -199,6 +212,8 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool,
             f"{path} holds images of {width}x{height} pixels, not {image_size}x{image_size}: pack the images again "
             f"with --image-size {image_size}{other}"
         )
+    for doubt in doubts_of_pixels(samples.images):
+        warnings.warn(f"{path} has {doubt}", stacklevel=3)
     count = len(samples.images)
     labels = samples.labels if labelled else None
     if labelled and labels is None:

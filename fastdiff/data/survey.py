@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastdiff.config import DataConfig
 from fastdiff.data.cache import decode
 from fastdiff.data.dataset import LeftOut, Preflight, extension_counts
-from fastdiff.data.loading import doubts_of_classes, doubts_of_values, folder_of, load_dataset
+from fastdiff.data.loading import doubts_of_classes, doubts_of_pixels, doubts_of_values, folder_of, load_dataset
 from fastdiff.data.npz import read_samples
 from fastdiff.data.threads import Progress
 from fastdiff.runtime.words import printable
@@ -97,7 +97,7 @@ def _of_samples(path: Path, image_size: int | None, on_progress: Progress | None
             on_progress(i + 1, len(data.images))
     classes = [] if data.labels is None else [data.class_names[label] for label in data.labels]
     counts = dict.fromkeys(data.class_names, 0) | Counter(classes)
-    return look.survey(data.preflight, (), counts, classes or list(data.names), [])
+    return look.survey(data.preflight, (), counts, classes or list(data.names), doubts_of_pixels(data.images))
 
 
 class _Look:

@@ -260,7 +260,7 @@ def test_samples_are_data(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*has no class_names")
 def test_classes_from_one(tmp_path: Path) -> None:
     """Their numbers stay their names; a run that began with a class 0 without images goes on with it."""
-    images = np.zeros((4, 8, 8, 3), np.uint8)
+    images = np.full((4, 8, 8, 3), 200, np.uint8)
     for labels, names in (([1, 2, 3, 1], "123"), ([2, 3, 2, 3], "0123"), ([1, 1, 1, 1], "01"), ([0, 2, 0, 2], "012")):
         np.savez(tmp_path / "a.npz", images, np.array(labels))
         dataset = loaded(tmp_path / "a.npz")
@@ -273,7 +273,7 @@ def test_classes_from_one(tmp_path: Path) -> None:
 
 
 def test_an_npz_has_no_label_file(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "a.npz", np.full((4, 8, 8, 3), 200, np.uint8))
     refusal(lambda: loaded(tmp_path / "a.npz", label_file="x.csv"), "holds its own classes; leave it out")
 
 
@@ -301,7 +301,7 @@ def test_another_size(tmp_path: Path) -> None:
         loaded(tmp_path / "b.npz", labelled=False)
 
 
-IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
+IMAGES = np.full((2, 8, 8, 3), 200, np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_the_fingerprint_of_an_npz(tmp_path: Path) -> None:
 
 
 def test_an_npz_that_loses_its_end(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", np.zeros((100, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "a.npz", np.full((100, 8, 8, 3), 200, np.uint8))
     dataset = loaded(tmp_path / "a.npz", labelled=False)
     dataset.check()
     os.truncate(tmp_path / "a.npz", 10_000)

@@ -1,5 +1,6 @@
 """The close look: counts, classes, what cannot be read, what is doubtful, and what is shown."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from fastdiff.config import DataConfig
 from fastdiff.data import LeftOut, load
+from fastdiff.data.loading import load_dataset
 from fastdiff.data.packing import pack_npz, pack_zip
 from fastdiff.data.survey import SHOWN, Survey
 from fastdiff.data.survey import survey as survey_of
@@ -60,6 +62,37 @@ def test_a_folder(data: Path, kind: str) -> None:
 
 def test_64_pixels_unless_told_otherwise(data: Path) -> None:
     assert survey(data).shown.shape[1:] == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "peak", "factor"),
+    [
+        (np.uint8, 16, 16, "15.9"),  # scikit-learn's digits
+        (np.uint16, 1, 1, "255"),
+        (np.float32, 0.1, 26, "9.81"),
+        (np.uint8, 31, 31, "8.23"),
+    ],
+)
+def test_an_npz_that_is_nearly_black(tmp_path: Path, dtype: type, most: float, peak: int, factor: str) -> None:
+    """As a folder of 16-bit images is."""
+    images = (np.random.default_rng(0).random((12, 8, 8, 3)) * most).astype(dtype)
+    images[7, 0, 0, 0] = most
+    np.savez(tmp_path / "a.npz", images)
+    said = (
+        f"no value above {peak} of 255 in any image, which are nearly black: multiply the values by {factor}, which "
+        f"makes {peak} white, and save it again"
+    )
+    assert survey(tmp_path / "a.npz").doubts[0] == said
+    with pytest.warns(UserWarning, match=re.escape(f"a.npz has {said}")):
+        load_dataset(DataConfig(data_dir=str(tmp_path / "a.npz")), 8, labelled=False)
+
+
+def test_an_npz_with_some_dark_images_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff.data.loading._AT_ONCE", 500)
+    images = np.zeros((12, 8, 8, 3), np.uint8)
+    images[:, 0, 0, 0], images[11, 3, 3, 1] = np.arange(12), 32
+    np.savez(tmp_path / "a.npz", images)
+    assert survey(tmp_path / "a.npz").doubts == ()
 
 
 def test_an_npz(data: Path) -> None:
