@@ -15,7 +15,14 @@ from torch import Tensor
 
 from fastdiff.evaluation import efficientnet, inception
 from fastdiff.evaluation.extractor_files import EXPORTED, STATE_DICT, WANTED, kind_of_file, with_weights
-from fastdiff.evaluation.programs import arguments_of, calling, features_of, load_exported, load_torchscript
+from fastdiff.evaluation.programs import (
+    arguments_of,
+    calling,
+    features_of,
+    load_exported,
+    load_torchscript,
+    output_weight,
+)
 from fastdiff.evaluation.resizing import resized_like_pillow, resized_like_tensorflow
 from fastdiff.interop.openai import load_state_dict
 
@@ -125,7 +132,7 @@ class _Program(Extractor):
 
     def _extract(self, images: Tensor) -> Extracted:
         images = (resized_like_pillow(images, self._size) - self._mean) / self._deviation
-        with calling(self._path, images):
+        with calling(self._path):
             output = self._network(images)
         return Extracted(features_of(output, len(images), self._path))
 
@@ -135,17 +142,23 @@ class _InceptionProgram(Extractor):
 
     gives_probabilities = True
 
-    def __init__(self, path: Path, sha256: str, network: Callable[..., Any]) -> None:
+    def __init__(self, path: Path, sha256: str, network: Callable[..., Any], device: torch.device) -> None:
         known = sha256 in KNOWN_PROGRAMS
         self.name, self.family = (KNOWN_PROGRAMS[sha256], "") if known else (path.stem, path.stem)
         self.sha256, self.resizing = sha256, _INCEPTION_RESIZING if known else "as the program does it"
         self._path, self._network = path, network
+        with calling(path), torch.inference_mode():
+            self._output_weight = output_weight(network, device)
 
     def _extract(self, images: Tensor) -> Extracted:
-        with calling(self._path, images):
+        with calling(self._path):
             features = self._network(images, return_features=True)
-            probabilities = self._network(images, no_output_bias=True)
-        return Extracted(*(features_of(output, len(images), self._path) for output in (features, probabilities)))
+            if self._output_weight is None:
+                probabilities = self._network(images, no_output_bias=True)
+            else:
+                probabilities = (features @ self._output_weight.T).softmax(dim=1)
+        features, probabilities = (features_of(x, len(images), self._path) for x in (features, probabilities))
+        return Extracted(features, probabilities=probabilities)
 
 
 def open_extractor(
@@ -174,7 +187,7 @@ def open_extractor(
         return _Program(path, sha256, load_exported(path, device), size, device)
     network = load_torchscript(path, device)
     if {"return_features", "no_output_bias"} <= arguments_of(network):
-        return _InceptionProgram(path, sha256, network)
+        return _InceptionProgram(path, sha256, network, device)
     return _Program(path, sha256, network, size, device)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.runtime.words import first_line
+from fastdiff.runtime.words import first_line, printable
 
 
 def load_torchscript(path: Path, device: torch.device) -> torch.jit.ScriptModule:
@@ -56,18 +56,36 @@ def arguments_of(module: torch.jit.ScriptModule) -> set[str]:
     return {argument.name for argument in module._c._get_method("forward").schema.arguments}
 
 
+def output_weight(network: Callable[..., Any], device: torch.device) -> Tensor | None:
+    """The weight (K, D) that turns features of StyleGAN's Inception into logits; None if it is not to be found.
+
+    With it one call gives features and probabilities. It is tried on an image: nothing but a name tells it.
+    """
+    weight = getattr(getattr(network, "output", None), "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    image = torch.arange(3 * 64 * 64, device=device).remainder(251).to(torch.uint8).view(1, 3, 64, 64)
+    features, probabilities = network(image, return_features=True), network(image, no_output_bias=True)
+    if features.shape[1:] != weight.shape[1:] or probabilities.shape[1] != len(weight):
+        return None
+    same = torch.allclose((features @ weight.T).softmax(dim=1), probabilities, rtol=1e-3, atol=1e-6)
+    return weight if same else None
+
+
 @contextmanager
-def calling(path: Path, images: Tensor) -> Iterator[None]:
-    """Make an error of a program that is called with these images one line that names the file."""
+def calling(path: Path) -> Iterator[None]:
+    """Make an error of a program that is called one line that names the file."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        shape = "x".join(map(str, images.shape))
+        said = str(error).strip().splitlines()
+        in_script = bool(said) and "TorchScript interpreter" in said[0]  # a traceback, the error in its last line
+        reason = printable(said[-1])[:100] if in_script else first_line(error)
         raise ValueError(
-            f"{path} does not take images of shape {shape} ({first_line(error)}): set --extractor-size, and export it "
-            "for any number of images"
+            f"{path} does not take these images ({reason}): --extractor-size says how large they are, and their number "
+            "must not be fixed in the file"
         ) from None
 
 
@@ -75,16 +93,15 @@ def features_of(output: object, count: int, path: Path) -> Tensor:
     """The features (N, D) float32 in what a program returned for ``count`` images.
 
     They are its first tensor with two dimensions, or the means over the first one with four. ValueError if there is
-    none, or it has not a row for each image.
+    none that has a row for each image.
     """
-    parts = list(
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else [output]
-    )
+    parts = list(output.values()) if isinstance(output, Mapping) else output
+    parts = list(parts) if isinstance(parts, list | tuple) else [parts]
     tensors = [part for part in parts if isinstance(part, Tensor) and part.shape[:1] == (count,)]
     flat = [part for part in tensors if part.ndim == 2] or [part.mean(dim=(2, 3)) for part in tensors if part.ndim == 4]
     if not flat:
-        shapes = ", ".join(
-            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts
+        found = [str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        raise ValueError(
+            f"{path} returns no features ({count}, D) for {count} images, but {', '.join(found) or 'nothing'}"
         )
-        raise ValueError(f"{path} returns no features ({count}, D) for {count} images, but {shapes or 'nothing'}")
     return flat[0].float()

@@ -60,18 +60,13 @@ def extractor(weights: Path) -> Extractor:
     return open_extractor()
 
 
-@pytest.mark.parametrize("name", [*CLASSES, "formula"])
 @torch.inference_mode()
-def test_the_network_is_the_packages(weights: Path, name: str) -> None:
+def test_the_network_is_the_packages(weights: Path) -> None:
     network = EfficientNetLite0().eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
-    x = (resized_by_pillow(pixels(name), SIZE).double() - MEAN) / DEVIATION
-    features, logits = network.double()(x)
-    wanted, wanted_logits = judged(name)
-    # JPEG decoders differ by a level in some pixels; the judge's numbers were stored in fp32.
-    allowed = 1e-2 if name in CLASSES else 1e-6
-    assert difference(features[0], wanted) < allowed
-    assert difference(logits[0], wanted_logits) < allowed
+    x = (resized_by_pillow(pixels("formula"), SIZE).double() - MEAN) / DEVIATION
+    for found, wanted in zip(network.double()(x), judged("formula"), strict=True):
+        assert difference(found[0], wanted) < 1e-6  # the judge's numbers were stored in fp32
 
 
 @torch.inference_mode()
@@ -90,9 +85,11 @@ def test_a_folded_network_computes_the_same() -> None:
 def test_it_sees_what_is_in_photographs(extractor: Extractor) -> None:
     for name, number in CLASSES.items():
         found = extractor(pixels(name))
+        features, logits = judged(name)
         assert found.probabilities is not None
-        assert found.probabilities.argmax() == number, name
+        assert found.probabilities.argmax() == logits.argmax() == number, name
         assert found.probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+        assert difference(found.features[0], features) < 2e-2  # decoders and resizing differ by a level here and there
 
 
 def test_the_extractor_resizes_and_gives_the_judges_features(extractor: Extractor) -> None:
