@@ -12,6 +12,10 @@ from fastdiff.runtime.words import printable
 
 WANTED = "save uint8 images (N, H, W, 3) and integer labels (N,) with np.savez(file, images, labels)"
 
+IMAGES = "numbers (N, H, W), (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels C"
+LABELS = "whole numbers or text ({n},) or ({n}, 1), or one-hot ({n}, K)"
+"""What the arrays of images and labels must be, in words; n is the number of images."""
+
 _PART = 2**22  # values that are converted at a time
 _CHANNELS = (1, 3, 4)
 
@@ -72,18 +76,20 @@ def _scale(array: NDArray[Any], name: str) -> tuple[float, float]:
     if array.dtype == np.uint8:
         return 1, 0
     least, most = array.min(), array.max()
+    ranges = "integers must be from 0 to 255"
     if array.dtype.kind == "b":
         return 255, 0
     if array.dtype.kind in "iu" and least >= 0 and most <= 255:
         return 1, 0
     if array.dtype.kind == "f":
+        ranges = "floats must be from 0 to 1, from -1 to 1, or from 0 to 255 with one above 127"
         if least >= 0 and most <= 1:
             return 255, 0
         if -1 <= least < 0 and most <= 1:
             return 127.5, 127.5
         if least >= 0 and 127 < most <= 255:
             return 1, 0
-    raise UnfitError(f"holds {array.dtype.name} from {least:g} to {most:g} as {name}: {WANTED}")
+    raise UnfitError(f"holds {array.dtype.name} from {least:g} to {most:g} as {name}, and {ranges}: {WANTED}")
 
 
 def as_labels(
@@ -97,7 +103,8 @@ def as_labels(
         array = array[:, 0]
     if array.dtype.kind in "US":
         if array.ndim == 2:
-            raise UnfitError(f"holds {array.dtype.name} {array.shape} as {name}: {WANTED}")
+            forms = LABELS.format(n=len(array))
+            raise UnfitError(f"holds {array.dtype.name} {array.shape} as {name}, which must be {forms}: {WANTED}")
         return _from_text(array, name, class_names)
     values = array.astype(np.int64)
     if (values != array).any():

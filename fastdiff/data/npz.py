@@ -22,7 +22,16 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastdiff.data.archives import DEFLATE_RATIO
-from fastdiff.data.arrays import WANTED, UnfitError, as_images, as_labels, may_be_images, may_be_labels
+from fastdiff.data.arrays import (
+    IMAGES,
+    LABELS,
+    WANTED,
+    UnfitError,
+    as_images,
+    as_labels,
+    may_be_images,
+    may_be_labels,
+)
 from fastdiff.data.cache import available_memory
 from fastdiff.data.classes import composed
 from fastdiff.runtime.words import first_line, printable
@@ -72,20 +81,24 @@ def read_samples(path: Path) -> Samples:
             with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python and NumPy warn about odd headers
                 there = set(archive.namelist())
-                found = next((keys for keys in _KEYS if f"{keys[0]}.npy" in there), _KEYS[0])
-                images = as_images(_read(file, archive, found[0], may_be_images), found[0])
+                found = next((keys for keys in _KEYS if f"{keys[0]}.npy" in there), None)
+                if found is None:
+                    *others, last = dict.fromkeys(images for images, _ in _KEYS)
+                    raise UnfitError(f"has no {', '.join(others)} or {last} ({_only(archive)}): {WANTED}")
+                images = as_images(_read(file, archive, found[0], may_be_images, IMAGES), found[0])
                 count = len(images)
                 labels = class_names = names = None
                 if "class_names.npy" in there:
-                    texts = _texts(_read(file, archive, "class_names", partial(_are_texts, None)))
+                    texts = _texts(_read(file, archive, "class_names", partial(_are_texts, None), "text (K,)"))
                     class_names = tuple(map(composed, texts))
                     if len(set(class_names)) != len(class_names):
                         raise UnfitError("has two class_names that are the same: give each class its own name")
                 if f"{found[1]}.npy" in there:
-                    stored = np.array(_read(file, archive, found[1], partial(may_be_labels, count)))
+                    fits, forms = partial(may_be_labels, count), LABELS.format(n=count)
+                    stored = np.array(_read(file, archive, found[1], fits, forms))
                     labels, class_names = as_labels(stored, found[1], class_names)
                 if "names.npy" in there:
-                    names = _texts(_read(file, archive, "names", partial(_are_texts, count)))
+                    names = _texts(_read(file, archive, "names", partial(_are_texts, count), f"text ({count},)"))
                 return Samples(images, labels, class_names, names, archive.getinfo(f"{found[0]}.npy").CRC)
         except UnfitError as error:
             raise ValueError(f"{path} {error}") from None
@@ -131,11 +144,12 @@ def _texts(array: NDArray[Any]) -> tuple[str, ...]:
     return tuple(os.fsdecode(text) for text in array.tolist())  # older writers store bytes
 
 
-def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> NDArray[Any]:
-    """One array of the file, memory-mapped if it is stored uncompressed."""
-    if f"{name}.npy" not in archive.namelist():
-        found = ", ".join(archive.namelist()[:5])
-        raise UnfitError(f"has no {name} (only {printable(found) or 'nothing'}): {WANTED}")
+def _only(archive: zipfile.ZipFile) -> str:
+    return f"only {printable(', '.join(archive.namelist()[:5])) or 'nothing'}"
+
+
+def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits, forms: str = "") -> NDArray[Any]:
+    """One array of the file, memory-mapped if it is stored uncompressed; ``forms`` says what shapes and types fit."""
     info = archive.getinfo(f"{name}.npy")
     stored = info.compress_type == zipfile.ZIP_STORED
     if not stored and info.compress_type != zipfile.ZIP_DEFLATED:
@@ -145,7 +159,8 @@ def _read(file: _Reader, archive: zipfile.ZipFile, name: str, fits: _Fits) -> ND
         first = npy.read_magic(head) == (1, 0)
         shape, fortran_order, dtype = (npy.read_array_header_1_0 if first else npy.read_array_header_2_0)(head)
         if not fits(shape, dtype):
-            raise UnfitError(f"holds {dtype.name} {shortened(shape)} as {name}: {WANTED}")
+            must = f", which must be {forms}" if forms else ""
+            raise UnfitError(f"holds {dtype.name} {shortened(shape)} as {name}{must}: {WANTED}")
         promised, header = math.prod(shape) * dtype.itemsize, head.tell()
         most = min(info.compress_size, os.fstat(file.fileno()).st_size) * (1 if stored else DEFLATE_RATIO)
         if info.file_size != header + promised or info.file_size > most:

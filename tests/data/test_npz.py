@@ -185,7 +185,8 @@ def test_no_npz(tmp_path: Path, content: bytes) -> None:
 
 def test_other_arrays(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
-    assert refused(tmp_path / "a.npz").startswith("has no arr_0 (only mu.npy, sigma.npy): save uint8 images")
+    said = "has no arr_0, images, image, x_train, X_train, train_images, x or X (only mu.npy, sigma.npy): save uint8 im"
+    assert refused(tmp_path / "a.npz").startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,14 @@ def test_other_arrays(tmp_path: Path) -> None:
 )
 def test_other_images(tmp_path: Path, images: np.ndarray, found: str) -> None:
     np.savez(tmp_path / "a.npz", images)
-    assert refused(tmp_path / "a.npz").startswith(f"holds {found} as arr_0: save uint8 images (N, H, W, 3)")
+    must = (
+        "and floats must be from 0 to 1, from -1 to 1, or from 0 to 255 with one above 127"
+        if found.startswith("float")
+        else "and integers must be from 0 to 255"
+        if " from " in found
+        else "which must be numbers (N, H, W), (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels C"
+    )
+    assert refused(tmp_path / "a.npz").startswith(f"holds {found} as arr_0, {must}: save uint8 images (N, H, W, 3)")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +241,20 @@ def test_other_images(tmp_path: Path, images: np.ndarray, found: str) -> None:
 )
 def test_other_labels(tmp_path: Path, labels: np.ndarray, found: str) -> None:
     np.savez(tmp_path / "a.npz", IMAGES, labels)
-    assert refused(tmp_path / "a.npz").startswith(f"holds {found} as arr_1: save uint8 images (N, H, W, 3)")
+    must = ", which must be whole numbers or text (5,) or (5, 1), or one-hot (5, K)" if found.endswith(")") else ""
+    assert refused(tmp_path / "a.npz").startswith(f"holds {found} as arr_1{must}: save uint8 images (N, H, W, 3)")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"names": np.array(["a"] * 4)}, "holds str32 (4,) as names, which must be text (5,): "),
+        ({"class_names": np.arange(3)}, "holds int64 (3,) as class_names, which must be text (K,): "),
+    ],
+)
+def test_other_names(tmp_path: Path, more: dict[str, np.ndarray], said: str) -> None:
+    np.savez(tmp_path / "a.npz", IMAGES, **more)
+    assert refused(tmp_path / "a.npz").startswith(said)
 
 
 GREY = IMAGES[..., 0]
