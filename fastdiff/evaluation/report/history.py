@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +19,11 @@ _LONGEST_LINE = 2**20
 _LARGEST_STEP = 2**53
 _MOST_OPEN = 2**16
 _TERMS = ("loss", "mse", "vb", "acc1", "acc5")
-_OTHERS = ("grad_norm", "skipped", "lg_loss_scale", "lr", "images_per_s", "data_wait", "samples")
-_COLUMN = re.compile(rf"(val_)?({'|'.join(_TERMS)})(_q[0-3])?|{'|'.join(_OTHERS)}")
+_COLUMNS = frozenset(
+    {f"{val}{term}{q}" for val in ("", "val_") for term in _TERMS for q in ("", "_q0", "_q1", "_q2", "_q3")}
+    | {"grad_norm", "skipped", "lg_loss_scale", "lr", "images_per_s", "data_wait", "samples"}
+)
+_NOT_FINITE = (None, "NaN", "nan", "Infinity", "-Infinity")
 
 Point = tuple[float, float | None]
 """A step and its value; None is a gap in the line."""
@@ -77,25 +79,18 @@ class History:
     _first: tuple[float, float] | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a row of progress.jsonl; ValueError if it has no step."""
+        """Add a row of progress.jsonl; ValueError if it has no step, or something else than numbers."""
         step = row.get("step")
         if type(step) is float and step.is_integer():
             step = int(step)
         if type(step) is not int or not 0 <= step < _LARGEST_STEP:
             raise ValueError(f"a row without a step: {step!r}")
-        values: dict[str, float | None] = {}
-        for column, value in row.items():
-            if type(value) in (int, float) or value is None:
-                if _COLUMN.fullmatch(column):
-                    values[column] = _finite(value)
-            elif value in ("NaN", "nan", "Infinity", "-Infinity") and _COLUMN.fullmatch(column):
-                values[column] = None
+        values = {column: _finite(row[column]) for column in row.keys() & _COLUMNS}
         previous = self._open[-1][0] if self._open else self._stretches[-1].last if self._stretches else -1
         if step <= previous:
             self._go_back(step)
         values |= self._seconds(values.get("samples"), values.get("images_per_s"))
         self.rows += 1
-        self.last = {"step": step} | {column: value for column, value in values.items() if value is not None}
         if self._open and (step // self._width != self._open[0][0] // self._width or len(self._open) == _MOST_OPEN):
             self._close()
         self._open.append((step, values))
@@ -135,6 +130,8 @@ class History:
         """Turn the open rows into a stretch; if there are too many stretches, make them twice as wide."""
         if not self._open:
             return
+        step, values = self._open[-1]
+        self.last = {"step": step} | {column: value for column, value in values.items() if value is not None}
         cells: dict[str, _Cell] = {}
         for column in dict.fromkeys(column for _, values in self._open for column in values):
             there = [(v, step) for step, values in self._open if (v := values.get(column)) is not None]
@@ -258,9 +255,12 @@ def _row(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _finite(value: float | None) -> float | None:
-    try:
-        number = math.nan if value is None else float(value)
-    except OverflowError:
+def _finite(value: object) -> float | None:
+    """The number that a row holds; None if it is not a finite one."""
+    if type(value) is float:
+        return value if math.isfinite(value) else None
+    if type(value) is int and abs(value) < 2**1000:
+        return float(value)
+    if value in _NOT_FINITE:
         return None
-    return number if math.isfinite(number) else None
+    raise ValueError(f"not a number: {value!r}")

@@ -1,16 +1,15 @@
 """Sample metrics over the saved steps: a chart per figure, and a table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastdiff.config import Metric
 from fastdiff.evaluation.report.axes import horizontal, vertical
 from fastdiff.evaluation.report.charts import DOTS, Chart, Line
 from fastdiff.evaluation.report.history import known
 from fastdiff.evaluation.report.markup import MISSING, figure, name, text
 from fastdiff.evaluation.report.run import Measured, Run
 
-_LOWER = ("fd", "fid", "kd", "kid", "sfid")
-_HIGHER = ("precision", "recall", "density", "coverage", "inception_score", "is")
 _DEVIATION = "_deviation"
 _ROWS = 200
 
@@ -33,6 +32,14 @@ def quality(runs: Sequence[Run]) -> str:
 
 def _keys(one: Measured) -> list[_Key]:
     return [(key, one.names.get(key, key)) for key in one.figures if not key.endswith(_DEVIATION)]
+
+
+def _better(key: str) -> Callable[..., Any] | None:
+    """What picks the best of a figure's values, min or max; None for a figure that this version does not know."""
+    try:
+        return min if Metric(key).lower_is_better else max
+    except ValueError:
+        return None
 
 
 def average(rate: float) -> str:
@@ -78,7 +85,7 @@ def _chart(runs: Sequence[Run], key: _Key, steps: set[int]) -> Chart:
     spreads = ((line, x, y) for line in lines for x, y in known(line.points))
     values = [y + sign * line.spread.get(x, 0) for line, x, y in spreads for sign in (-1, 1)]
     rings = [ring for i, run in enumerate(runs) if (ring := _best(run, i, key, lines)) is not None]
-    notes = ["lower is better" if key[0] in _LOWER else "higher is better" if key[0] in _HIGHER else ""]
+    notes = [{min: "lower is better", max: "higher is better", None: ""}[_better(key[0])]]
     notes.append(("ring: the best of each run" if len(rings) > 1 else "ring: the best") if rings else "")
     keyed = "<br>".join(map(_keyed, lines))
     return Chart(
@@ -109,9 +116,9 @@ def _best(run: Run, number: int, key: _Key, lines: Sequence[Line]) -> tuple[int,
     points = [(value, step) for line in lines if line.run == number for step, value in known(line.points)]
     if best is not None and (best.metric, best.name) == key and (best.value, best.step) in points:
         return number, best.step, best.value
-    if len(points) < 2 or key[0] not in _LOWER + _HIGHER:
+    if len(points) < 2 or (better := _better(key[0])) is None:
         return None
-    value, step = min(points) if key[0] in _LOWER else max(points)
+    value, step = better(points)
     return number, step, value
 
 
@@ -137,9 +144,8 @@ def _in_two_lines(full: str) -> str:
 
 
 def _extreme(values: Sequence[float], key: str) -> float | None:
-    if len(values) < 2 or key not in _LOWER + _HIGHER:
-        return None
-    return min(values) if key in _LOWER else max(values)
+    better = _better(key)
+    return better(values) if better is not None and len(values) > 1 else None
 
 
 def _row(run: Run, one: Measured, keys: Sequence[_Key], best: dict[_Key, float | None], number: int | None) -> str:

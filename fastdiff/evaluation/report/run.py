@@ -12,9 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fastdiff.checkpoint import holds_checkpoint, model_path, read_metadata, run_and_step, saved_steps
-from fastdiff.checkpoint.lease import held
 from fastdiff.evaluation.report.history import History, read_history
 from fastdiff.evaluation.report.log import Log, read_log
+from fastdiff.runtime.lease import held
 from fastdiff.runtime.words import first_line
 
 CONFIG, PROGRESS, METRICS, BEST = "config.json", "progress.jsonl", "evaluation/metrics.jsonl", "best.json"
@@ -74,7 +74,7 @@ class Run:
         """Whether the run trains a classifier."""
         return "classifier_width" in self.part("model")
 
-    @property
+    @cached_property
     def step(self) -> int | None:
         """The last step that the run is known to have reached."""
         known = [int(self.history.last["step"])] if self.history.last else []
