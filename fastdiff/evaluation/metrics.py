@@ -62,11 +62,11 @@ def frechet_distance(one: Statistics, other: Statistics, device: _Device = "cpu"
     """
     means, roots, traces = [], [], 0.0
     for statistics in (one, other):
-        covariance = torch.from_numpy(statistics.covariance).to(device)
+        covariance = torch.tensor(statistics.covariance, device=device)
         values, vectors = torch.linalg.eigh(covariance)
         rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]  # zeros come out as large as this
         roots.append(vectors * torch.where(values > rounding, values, 0).sqrt())  # root @ root.T is the covariance
-        means.append(torch.from_numpy(statistics.mean).to(device))
+        means.append(torch.tensor(statistics.mean, device=device))
         traces += float(covariance.trace())
     shared = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
     return float((means[0] - means[1]).square().sum() - 2 * shared) + traces
@@ -97,7 +97,8 @@ def kernel_distance(
     for _ in range(subsets):
         x, y = (_rows(part, random.choice(len(part), size, replace=False), device) for part in (samples, reference))
         found.append(squared_mmd(x, y))
-    return KernelDistance(float(np.mean(found)), float(np.std(found)), subsets, size)
+    with np.errstate(over="ignore", invalid="ignore"):  # of huge features it is not finite
+        return KernelDistance(float(np.mean(found)), float(np.std(found)), subsets, size)
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> float:

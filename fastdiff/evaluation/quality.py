@@ -145,7 +145,7 @@ class Comparison:
 
     @staticmethod
     def _figure(key: Metric, name: str, value: float, deviation: float | None = None) -> Figure:
-        if not math.isfinite(value):
+        if not (math.isfinite(value) and math.isfinite(deviation or 0)):
             raise ValueError(f"{name} is not a finite number: the features are too large, or damaged")
         return Figure(key, name, value, deviation)
 

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastdiff.evaluation.records import read_records
+
 from ..processes import Result, launch
 from ..sampling.support import saved
+from .colours import pictures, program
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -89,3 +92,34 @@ def test_bad_input_is_told_once(model: Path, tmp_path: Path) -> None:
     result = evaluate(2, model, tmp_path / "nowhere", tmp_path)
     assert result.status != 0
     assert result.err.count("error: data_dir") == 1, result
+
+
+def test_two_processes_compare_what_one_does(model: Path, shapes: Path, tmp_path: Path) -> None:
+    """Three of seven samples are the second process's, and five of twelve images of the reference."""
+    how = ("--extractor", program(tmp_path / "colours.pt"), "--trust", "--extractor-size", 8, "--num-samples", 7)
+    plain = ("--batch-size", 2, "--compile", "off", "--precision", "fp32", "--device", "cpu", "--cache-dir", tmp_path)
+    for processes in (1, 2):
+        place = ("evaluate", "fid", model, shapes, "--out-dir", tmp_path / str(processes))
+        result = launch(None, (*place, *how, *plain), tmp_path, {}, processes)
+        assert result.status == 0, result
+        assert result.out.count("FD-colours (n=7, colours)") == 1
+    (one,), (two,) = (read_records(tmp_path / name) for name in ("1", "2"))
+    assert two["figures"] == pytest.approx(one["figures"], rel=1e-6, abs=1e-9)
+    assert not list(tmp_path.glob("[12]/.features*"))
+
+
+def test_more_processes_than_samples(shapes: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(3))
+    how = ("--extractor", program(tmp_path / "colours.pt"), "--trust", "--extractor-size", 8, "--device", "cpu")
+    result = launch(None, ("evaluate", "fid", "a.npz", shapes, *how, "--cache-dir", tmp_path), tmp_path, {}, 4)
+    assert result.status == 0, result
+    assert "FD-colours (n=3, colours)" in result.out
+
+
+def test_what_is_wrong_with_an_extractor_is_told_once(shapes: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=pictures(3))
+    how = ("--extractor", program(tmp_path / "colours.pt"), "--device", "cpu", "--cache-dir", tmp_path)
+    result = launch(None, ("evaluate", "fid", "a.npz", shapes, *how), tmp_path, {}, 2)
+    assert result.status != 0
+    assert result.err.count("error: ") == 1
+    assert "--trust" in result.err

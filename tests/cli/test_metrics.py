@@ -1,0 +1,342 @@
+"""fastdiff evaluate fid, neighbours and checkpoints, and what they refuse."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.evaluation import metrics
+from fastdiff.evaluation.records import read_records
+from fastdiff.sampling import SampleFiles, job
+
+from ..evaluation.colours import Quarters, pictures, program
+from ..sampling.support import UPPER, command, saved
+from .conftest import Cli
+from .support import SHORT, TINY, Result, contents, refused, succeeded
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An extractor that sees images as they are, at their 8 pixels."""
+    return program(tmp_path_factory.mktemp("extractor") / "colours.pt")
+
+
+@pytest.fixture
+def evaluate(cli: Cli, colours: Path, tmp_path: Path) -> Cli:
+    machine = ["--compile", "off", "--precision", "fp32", "--device", "cpu", "--cache-dir", tmp_path / "cache"]
+
+    def run(what: str, *args: object) -> Result:
+        return cli("evaluate", what, *args, "--extractor", colours, "--trust", "--extractor-size", 8, *machine)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """A run with the steps 2 and 4 and two averages. Not to be written to."""
+    folder = tmp_path_factory.mktemp("trained") / "a"
+    flags = (
+        *TINY,
+        *SHORT,
+        "--class-cond",
+        "--save-interval",
+        2,
+        "--steps",
+        4,
+        "--ema-rate",
+        "0.5,0.99",
+        "--lr",
+        "1e-2",
+    )
+    command("train", "--data-dir", shapes, "--run-dir", folder, *flags)
+    return folder
+
+
+@pytest.fixture
+def run_dir(cli: Cli, trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "runs" / "a"))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> None:
+    """a.npz and b.npz, 40 and 50 images of 8 pixels."""
+    np.savez(tmp_path / "a.npz", arr_0=pictures(40))
+    np.savez(tmp_path / "b.npz", arr_0=pictures(50, seed=1))
+
+
+def value(result: Result, name: str) -> float:
+    """What the line that begins with the name ends in."""
+    (line,) = [line for line in result.out.splitlines() if line.startswith(f"{name} (")]
+    return float(line.split()[-1])
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    def seen(images: np.ndarray) -> metrics.Statistics:
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        mean, deviation = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return metrics.statistics_of(Quarters()((x - mean) / deviation).numpy())
+
+    return metrics.frechet_distance(seen(one), seen(other))
+
+
+@pytest.mark.usefixtures("two")
+def test_two_files(evaluate: Cli, tmp_path: Path) -> None:
+    result = succeeded(evaluate("fid", "a.npz", "b.npz"))
+    assert value(result, "FD-colours") == pytest.approx(distance(pictures(40), pictures(50, seed=1)), abs=1e-4)
+    for name in ("KD-colours", "precision", "recall", "density", "coverage"):
+        assert "(n=40, colours" in result.out
+        assert np.isfinite(value(result, name))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npz", "b.npz"}
+
+
+@pytest.mark.usefixtures("two")
+def test_statistics_saved_and_read_back(evaluate: Cli) -> None:
+    one = succeeded(evaluate("fid", "a.npz", "b.npz", "--save-stats", "b-stats.npz", "--out-dir", "out"))
+    two = succeeded(evaluate("fid", "a.npz", "b-stats.npz", "--out-dir", "out"))
+    assert value(two, "FD-colours") == value(one, "FD-colours")
+    assert "reference: statistics of 50 images" in two.out
+    assert "precision" not in two.out
+    first, second = read_records(Path("out"))
+    assert first["figures"].keys() > second["figures"].keys() == {"fd"}
+    assert first["extractor"] == second["extractor"]
+    assert (first["samples"]["count"], first["reference"]["count"]) == (40, 50)
+    assert second["names"] == {"fd": "FD-colours (n=40, colours)"}
+    refused(evaluate("fid", "a.npz", "b.npz", "--save-stats", "b-stats.npz"), "save_stats b-stats.npz exists")
+
+
+def test_a_folder_and_an_npz(evaluate: Cli, two: None, tmp_path: Path) -> None:
+    """The folder's images are cropped to the size of the npz, whichever side it is on."""
+    (tmp_path / "photos").mkdir()
+    for i, pixels in enumerate(pictures(20, size=24, seed=2)):
+        Image.fromarray(pixels[:, : 24 - i % 3]).save(tmp_path / "photos" / f"{i}.png")
+    for pair in (("a.npz", "photos"), ("photos", "b.npz")):
+        assert "20 images of 8 pixels" in succeeded(evaluate("fid", *pair)).out
+    refused(evaluate("fid", "photos", "photos"), "22x24 to 24x24 pixels: give the size to compare at with --image-size")
+    result = succeeded(evaluate("fid", "photos", "photos", "--image-size", 8, "--num-samples", 10))
+    assert "(n=10, colours)" in result.out
+
+
+def test_samples_of_a_run_are_drawn_once(evaluate: Cli, run_dir: Path, shapes: Path, monkeypatch) -> None:
+    first = succeeded(evaluate("fid", run_dir, "--num-samples", 7, "--batch-size", 3))
+    assert "drawing: 7 images of 8 pixels, 20 dpm++ steps, seed 0" in first.out
+    assert f"reference: 12 images of 8 pixels, {shapes}" in first.out
+    (drawn,) = (run_dir / "evaluation").glob("samples_ema_0.99_000004_*.npz")
+
+    def fails(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(job.Job, "run", fails)
+    second = succeeded(evaluate("fid", run_dir, "--num-samples", 7, "--batch-size", 4))
+    assert f"samples: {drawn.relative_to(Path.cwd())}, drawn before" in second.out.replace(f"{Path.cwd()}/", "")
+    assert value(first, "FD-colours") == value(second, "FD-colours")
+    one, two = read_records(run_dir / "evaluation")
+    assert (one["checkpoint"], one["step"], one["ema_rate"]) == ("ema_0.99_000004.safetensors", 4, 0.99)
+    assert (one["samples"]["sampler"], one["samples"]["steps"], one["samples"]["count"]) == ("dpm++", 20, 7)
+    assert {k: v for k, v in one.items() if k != "time"} == {k: v for k, v in two.items() if k != "time"}
+    with np.load(drawn) as stored:
+        assert stored["arr_0"].shape == (7, 8, 8, 3)
+        expected = distance(stored["arr_0"], np.stack([np.asarray(Image.open(p)) for p in sorted(shapes.iterdir())]))
+    assert value(first, "FD-colours") == pytest.approx(expected, abs=1e-3)
+
+
+def test_other_settings_are_other_samples(evaluate: Cli, run_dir: Path) -> None:
+    for flags in ((), ("--seed", 1), ("--sampler", "ddim"), ("--ema-rate", "raw")):
+        succeeded(evaluate("fid", run_dir, "--num-samples", 4, *flags))
+    assert len(list((run_dir / "evaluation").glob("samples_*.npz"))) == 4
+    steps = [record["samples"]["steps"] for record in read_records(run_dir / "evaluation")]
+    assert steps == [20, 20, None, 20]
+
+
+def test_a_process_with_fewer_timesteps_than_the_sampler(evaluate: Cli, two: None, tmp_path: Path) -> None:
+    saved(tmp_path / "few.safetensors", diffusion_steps=5)
+    assert "5 dpm++ steps" in succeeded(evaluate("fid", "few.safetensors", "a.npz", "--num-samples", 4)).out
+    assert (tmp_path / "evaluation" / "metrics.jsonl").exists()
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("a.npz",), "name the images to compare a.npz with"),
+        (("a.npz", "none.npz"), "none.npz"),
+        (("a.npz", "b.npz", "--steps", 3), "steps is for drawing from a checkpoint, and a.npz holds images"),
+        (("a.npz", "b.npz", "--ema-rate", "0.9"), "ema_rate is for drawing"),
+        (("a.npz", "b.npz", "--num-samples", 41), "num_samples 41: .*a.npz has 40 images"),
+        (("a.npz", "b.npz", "--num-samples", 1), "num_samples must be at least 2"),
+        (("a.npz", "b.npz", "--save-stats", "x.txt"), "save_stats x.txt must end in .npz"),
+        (("a.npz", "b.npz", "--image-size", 9), "a.npz holds images of 8 pixels, not 9"),
+        (("a.npz", "text.npz"), "text.npz is damaged or not an npz file"),
+        (("a.npz", "nothing"), "no images in data_dir nothing"),
+        (("none", "b.npz"), "data_dir none does not exist"),
+    ],
+)
+def test_bad_input_of_fid(evaluate: Cli, tmp_path: Path, args: tuple[object, ...], said: str) -> None:
+    (tmp_path / "text.npz").write_text("no zip")
+    (tmp_path / "nothing").mkdir()
+    refused(evaluate("fid", *args), said)
+
+
+def test_an_upsampler_draws_nothing_alone(evaluate: Cli, two: None, tmp_path: Path) -> None:
+    saved(tmp_path / "up.safetensors", **UPPER)
+    np.savez(tmp_path / "large.npz", arr_0=pictures(4, size=16))
+    refused(evaluate("fid", "up.safetensors", "large.npz"), "enlarges images of 8 pixels: draw with fastdiff sample")
+
+
+def test_training_images_that_are_gone(evaluate: Cli, run_dir: Path, tmp_path: Path, two: None) -> None:
+    saved(tmp_path / "bare.safetensors")
+    refused(evaluate("fid", "bare.safetensors"), "does not say which images it was trained on: name the images")
+    path = run_dir / "config.json"
+    for file in run_dir.glob("*.safetensors"):
+        data = file.read_bytes().replace(b"/shapes", b"/shapez")
+        file.write_bytes(data)
+    path.write_text(path.read_text().replace("/shapes", "/shapez"))
+    for manifest in run_dir.glob("manifest*"):
+        manifest.unlink()
+    assert evaluate("fid", run_dir).status == 2
+
+
+def test_neighbours(evaluate: Cli, two: None, tmp_path: Path) -> None:
+    """Ten samples are images of b, 30 are not."""
+    np.savez(tmp_path / "s.npz", arr_0=np.concatenate([pictures(30, seed=7), pictures(50, seed=1)[5:15]]))
+    result = succeeded(evaluate("neighbours", "s.npz", "b.npz"))
+    assert "10 of 40 samples are the same as a training image" in result.out
+    assert "nearest: sample 30 to image 5, at 0.00" in result.out
+    assert 0 < value(result, "authenticity") <= 0.75
+    with Image.open("neighbours.png") as sheet:
+        assert sheet.width > 6 * 64
+    with open("neighbours.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sample"] for row in rows[:10]] == [f"sample {i}" for i in range(30, 40)]
+    assert [row["nearest_1"] for row in rows[:10]] == [f"image {i}" for i in range(5, 15)]
+    assert len(rows) == 40
+    refused(evaluate("neighbours", "s.npz", "b.npz"), "neighbours.png exists: .*--overwrite")
+    succeeded(evaluate("neighbours", "s.npz", "b.npz", "--overwrite"))
+
+
+def test_neighbours_of_a_run(evaluate: Cli, run_dir: Path) -> None:
+    result = succeeded(evaluate("neighbours", run_dir, "--num-samples", 5, "--out", "sheet.png"))
+    assert "authenticity (n=5, colours)" in result.out
+    with open("sheet.csv", newline="") as file:
+        names = {row["nearest_1"] for row in csv.DictReader(file)}
+    assert all(name.endswith(".png") for name in names)
+
+
+@pytest.mark.usefixtures("two")
+def test_bad_input_of_neighbours(evaluate: Cli, tmp_path: Path) -> None:
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(12), sigma=np.eye(12), extractor="colours")
+    refused(evaluate("neighbours", "a.npz", "stats.npz"), "stats.npz holds statistics: name the training images")
+    refused(evaluate("neighbours", "a.npz", "b.npz", "--out", "x.jpg"), "out x.jpg must end in .png")
+
+
+def test_checkpoints(evaluate: Cli, run_dir: Path, sample: Cli) -> None:
+    flags = ("--num-samples", 8, "--batch-size", 8)
+    first = succeeded(evaluate("checkpoints", run_dir, *flags, "--plot", "plot.png"))
+    records = read_records(run_dir / "evaluation")
+    assert [(r["step"], r["ema_rate"]) for r in records] == [(2, 0.5), (2, 0.99), (4, 0.5), (4, 0.99)]
+    best = min(records, key=lambda record: record["figures"]["fd"])
+    told = json.loads((run_dir / "best.json").read_text())
+    assert told["checkpoint"] == best["checkpoint"]
+    assert told["value"] == best["figures"]["fd"]
+    assert (told["metric"], told["name"]) == ("fd", "FD-colours (n=8, colours)")
+    with open(run_dir / "evaluation" / "checkpoints.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["fd"]) for row in rows] == [record["figures"]["fd"] for record in records]
+    (marked,) = [line for line in first.out.splitlines() if line.endswith("best")]
+    assert marked.split()[0] == str(best["step"])
+    assert first.out.splitlines()[-1].endswith(f"@best is step {best['step']}, {best['ema_rate']:g}")
+    with Image.open("plot.png") as picture:
+        assert picture.width > 400
+    kept = [path.stem for path in (run_dir / "evaluation").glob("samples_*")]
+    assert {stem.rpartition("_")[0] for stem in kept} == {f"samples_{Path(best['checkpoint']).stem}"}
+    # the best checkpoint by its name, everywhere
+    drawn = succeeded(sample(f"{run_dir}@best", "--num-samples", 1, "--steps", 1))
+    assert best["checkpoint"] in drawn.out
+
+
+def test_checkpoints_are_measured_once(evaluate: Cli, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--num-samples", 8, "--batch-size", 8)
+    first = succeeded(evaluate("checkpoints", run_dir, *flags))
+    before = contents(run_dir)
+
+    def fails(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(job.Job, "run", fails)
+    second = succeeded(evaluate("checkpoints", run_dir, *flags, "--metric", "fd"))
+    assert second.out.splitlines()[-7:] == first.out.splitlines()[-7:]
+    assert contents(run_dir) == before
+    result = succeeded(evaluate("checkpoints", run_dir, *flags, "--metric", "recall", "--ema-rate", "0.5"))
+    assert json.loads((run_dir / "best.json").read_text())["metric"] == "recall"
+    assert sum(line.split()[1] == "0.5" for line in result.out.splitlines()[-4:-1]) == 2
+
+
+def test_bad_input_of_checkpoints(evaluate: Cli, run_dir: Path, sample: Cli, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(evaluate("checkpoints", "empty"), "empty has no checkpoint to compare")
+    refused(evaluate("checkpoints", run_dir, "--ema-rate", "0.7"), "no checkpoint of the rate 0.7")
+    refused(evaluate("checkpoints", run_dir, "--ema-rate", "high"), "ema_rate must be a rate")
+    refused(evaluate("checkpoints", run_dir / "model000002.safetensors"), "is not a folder: name the folder of a run")
+    refused(
+        evaluate("checkpoints", run_dir, "--num-samples", 4, "--metric", "score"), "metric score: these figures are"
+    )
+    refused(sample(f"{run_dir}@best"), "best step is not known; fastdiff evaluate checkpoints .*/runs/a finds it")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "best.json is damaged: fastdiff evaluate checkpoints"),
+        ("[]", "best.json is damaged"),
+        ('{"checkpoint": "../../x.safetensors"}', "best.json is damaged"),
+        ('{"checkpoint": "opt000002.safetensors"}', "best.json is damaged"),
+        ('{"checkpoint": 3}', "best.json is damaged"),
+        ('{"checkpoint": "model000003.safetensors"}', "model000003.safetensors, which was the best, is gone"),
+    ],
+)
+def test_a_damaged_best(run_dir: Path, sample: Cli, text: str, said: str) -> None:
+    (run_dir / "best.json").write_text(text)
+    refused(sample(f"{run_dir}@best"), said)
+
+
+def test_the_best_step_with_another_average(run_dir: Path, sample: Cli) -> None:
+    (run_dir / "best.json").write_text('{"checkpoint": "ema_0.5_000002.safetensors"}')
+    flags = ("--num-samples", 1, "--steps", 1)
+    assert "ema_0.5_000002" in succeeded(sample(f"{run_dir}@best", *flags)).out
+    assert "model000002" in succeeded(sample(f"{run_dir}@best", *flags, "--ema-rate", "raw", "--out", "b.npz")).out
+    refused(sample(f"{run_dir}@worst", *flags, "--out", "c.npz"), "'worst' is not a step; name one, such as .*@best")
+
+
+def test_half_a_line_of_a_record(evaluate: Cli, run_dir: Path) -> None:
+    flags = ("--num-samples", 4)
+    succeeded(evaluate("fid", run_dir, *flags))
+    path = run_dir / "evaluation" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"time": "20')
+    succeeded(evaluate("fid", run_dir, *flags))
+    assert len(read_records(path.parent)) == 2
+
+
+def test_an_interrupted_drawing_goes_on(evaluate: Cli, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after some images: nothing is recorded, and the same command draws the others."""
+    real = SampleFiles.keep
+
+    def interrupting(self: SampleFiles, *args: Any) -> None:
+        real(self, *args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    flags = ("--num-samples", 24, "--batch-size", 4)
+    monkeypatch.setattr(SampleFiles, "keep", interrupting)
+    assert evaluate("fid", run_dir, *flags).status == 130
+    assert not (run_dir / "evaluation" / "metrics.jsonl").exists()
+    monkeypatch.setattr(SampleFiles, "keep", real)
+    result = succeeded(evaluate("fid", run_dir, *flags))
+    assert re.search(r"resuming: \d+ of 24 images are finished", result.out)
+    assert "(n=24, colours)" in result.out
