@@ -53,7 +53,8 @@ def _loading(path: Path) -> Iterator[None]:
 
 def arguments_of(module: torch.jit.ScriptModule) -> set[str]:
     """The names of the arguments that a TorchScript module takes."""
-    return {argument.name for argument in module._c._get_method("forward").schema.arguments}
+    forward: Any = module.forward
+    return {argument.name for argument in forward.schema.arguments}
 
 
 def output_weight(network: Callable[..., Any], device: torch.device) -> Tensor | None:
