@@ -13,14 +13,11 @@ from fastdiff.config import READING, Cache, DataConfig
 from fastdiff.data import Dataset, UnreadableImage, decode, load_shared, read_samples
 from fastdiff.data.loading import folder_of
 from fastdiff.data.npz import read_arrays
-from fastdiff.evaluation.extractors import Extractor
+from fastdiff.evaluation.extractors import INCEPTION, Extractor
 from fastdiff.evaluation.metrics import Statistics
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World
 from fastdiff.runtime.files import refuse_unwritable, replacing
-
-INCEPTION = "inception-2015-12-05"
-"""The extractor of statistics that do not name theirs: guided-diffusion's evaluator writes such files."""
 
 _WANTED = "give an npz of images (arr_0), or of statistics (mu and sigma)"
 
@@ -135,7 +132,7 @@ def holds_images(place: Path) -> bool:
 
 
 def read_statistics(path: Path, extractor: Extractor) -> ReferenceStatistics:
-    """The statistics that save_statistics or guided-diffusion's evaluator wrote.
+    """The statistics that save_statistics wrote or guided-diffusion's evaluator, which names no extractor: Inception.
 
     ValueError if they are damaged, or of another extractor than this one.
     """
@@ -150,7 +147,8 @@ def read_statistics(path: Path, extractor: Extractor) -> ReferenceStatistics:
     fits |= {"count": is_real(0), "extractor": is_text, "sha256": is_text}
     stored = read_arrays(path, fits, _WANTED)
     name, digest = (str(stored[key]) if key in stored else None for key in ("extractor", "sha256"))
-    if (name or INCEPTION) != extractor.name or digest not in (None, extractor.sha256):
+    foreign = name is None and extractor.family != ""  # a file of that name that is not Inception's
+    if foreign or (name or INCEPTION) != extractor.name or digest not in (None, extractor.sha256):
         whose = name or f"{INCEPTION}, as those of guided-diffusion's evaluator are"
         same = " with other weights" if name == extractor.name else ""
         raise ValueError(

@@ -143,7 +143,7 @@ def test_the_average_is_chosen_by_its_rate(cli: Cli, shapes: Path, runs: Path) -
     ("name", "said"),
     [
         ("runs/a@3", r"runs/(a|up) has no step 3: it has 2, 4"),
-        ("runs/a@best", r"runs/(a|up)@best: the best step is not known; name a step"),
+        ("runs/a@best", r"runs/(a|up)@best: the best step is not known; fastdiff evaluate checkpoints"),
         ("runs/a@last", r"runs/(a|up)@last: 'last' is not a step; name one, such as"),
         ("runs", r"(no checkpoint in runs: train a model first|runs is not a file)"),
         ("typo", "typo does not exist"),
