@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastdiff.cli.loading import find_with_rate, load_with_flags
+from fastdiff.cli.loading import find_with_rate, load_classifier_with_flags, load_with_flags, refuse_flags_of
 from fastdiff.cli.options import (
     DebugFlag,
     EmaRateFlag,
@@ -14,15 +14,16 @@ from fastdiff.cli.options import (
     path_argument,
     with_flags,
 )
-from fastdiff.config import DiffusionConfig, ModelConfig
+from fastdiff.config import ClassifierConfig, DiffusionConfig, ModelConfig
 from fastdiff.config.base import refuse_contradiction
 from fastdiff.presets import with_preset
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint
+    from fastdiff.checkpoint.conversion import Loaded
 
 
-@with_flags(of_state_dicts=(ModelConfig, DiffusionConfig))
+@with_flags(of_state_dicts=(ModelConfig, DiffusionConfig, ClassifierConfig))
 def convert(
     flags: Flags,
     source: Annotated[
@@ -42,8 +43,9 @@ def convert(
 ) -> None:
     """Convert a model between fastdiff (.safetensors), improved- or guided-diffusion (.pt) and diffusers (a folder).
 
-    Both files are then loaded and run on the same input. The command prints the largest difference, what the conversion
-    loses, and for a .pt file the flags of the originals' scripts. A folder gets a model card, README.md.
+    A classifier is converted between .safetensors and .pt. Both files are then loaded and run on the same input. The
+    command prints the largest difference, what the conversion loses, and for a .pt file the flags of the originals'
+    scripts. A folder gets a model card, README.md.
 
     --help-all lists the flags that describe a bare state dict, as in fastdiff sample.
     """
@@ -67,18 +69,29 @@ def convert(
         typer.echo(line)
 
 
-def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) -> "tuple[Path, Checkpoint]":
+def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) -> "tuple[Path, Loaded]":
     """The file or folder that ``source`` names, and its checkpoint."""
+    from fastdiff.checkpoint import is_classifier
+    from fastdiff.interop import diffusers
+
+    if diffusers.is_folder(source):
+        if ema_rate is not None:
+            raise ValueError(f"ema_rate {ema_rate} chooses among the files of a run folder, and {source} is not one")
+        refuse_flags_of(ClassifierConfig, flags, f"{source} is not a classifier")
+        return source, _load_folder(source, flags, preset)
+    path = find_with_rate(source, ema_rate)
+    if path.is_file() and is_classifier(path):
+        return path, load_classifier_with_flags(path, flags, preset)
+    refuse_flags_of(ClassifierConfig, flags, f"{path} is not a classifier")
+    return path, load_with_flags(path, flags, preset)
+
+
+def _load_folder(source: Path, flags: Flags, preset: str | None) -> "Checkpoint":
     from fastdiff.checkpoint import Checkpoint, load_weights
     from fastdiff.diffusion import build_diffusion
     from fastdiff.interop import diffusers
     from fastdiff.models import build_model
 
-    if not diffusers.is_folder(source):
-        path = find_with_rate(source, ema_rate)
-        return path, load_with_flags(path, flags, preset)
-    if ema_rate is not None:
-        raise ValueError(f"ema_rate {ema_rate} chooses among the files of a run folder, and {source} is not one")
     state, config, process = diffusers.read(source)
     given = with_preset(flags, preset, ModelConfig, DiffusionConfig)
     if unsaid := [name for name in ("diffusion_steps", "noise_schedule") if name not in process | given]:
@@ -88,4 +101,4 @@ def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) 
     refuse_contradiction(given, str(source), config, diffusion)
     model = build_model(config)
     load_weights(model, state, source)
-    return source, Checkpoint(model.eval(), build_diffusion(diffusion), config, diffusion, 0, (), {})
+    return Checkpoint(model.eval(), build_diffusion(diffusion), config, diffusion, 0, (), {})

@@ -1,14 +1,14 @@
 """Loads the checkpoint that a command names, and compares it with the command's flags."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.options import Flags
 from fastdiff.cli.scripts import log_folder
-from fastdiff.config import ClassifierConfig, DiffusionConfig, ModelConfig
+from fastdiff.config import UNUSED_BY_CLASSIFIERS, ClassifierConfig, DiffusionConfig, ModelConfig
 from fastdiff.config.base import refuse_contradiction
-from fastdiff.presets import described_by, with_preset
+from fastdiff.presets import CLASSIFIER_PRESETS, described_by, with_preset
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
@@ -69,6 +69,38 @@ def load_with_flags(path: Path, flags: Flags, preset: str | None = None, **where
     loaded = load_checkpoint(path, **where)
     refuse_contradiction(given, str(path), loaded.model_config, loaded.diffusion_config)
     return loaded
+
+
+def load_classifier_with_flags(path: Path, flags: Flags, preset: str | None = None) -> "ClassifierCheckpoint":
+    """Load the classifier at ``path``, as load_with_flags does a model.
+
+    The process of its training is None if neither the file nor the flags say it. ValueError if they say a part of it.
+    """
+    from fastdiff.checkpoint import load_classifier
+
+    refuse_flags_of(ModelConfig, flags, f"{path} is a classifier")
+    given = with_preset(flags, preset, ClassifierConfig, DiffusionConfig, presets=CLASSIFIER_PRESETS)
+    if unused := next((name for name in given if name in UNUSED_BY_CLASSIFIERS), None):
+        raise ValueError(f"{unused} means nothing for a classifier, and {path} is one: leave it out")
+    own = {f.name for f in fields(ClassifierConfig)}
+    loaded = load_classifier(path, given={name: value for name, value in given.items() if name in own})
+    said = {name: value for name, value in given.items() if name not in own}
+    if loaded.diffusion_config is not None:
+        refuse_contradiction(said, str(path), loaded.diffusion_config)
+        return loaded
+    if missing := [name for name in ("diffusion_steps", "noise_schedule") if said and name not in said]:
+        asked = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ValueError(f"{path} does not say the process of its training: give {asked}, too")
+    return replace(loaded, diffusion_config=DiffusionConfig.from_flags(said) if said else None)
+
+
+def refuse_flags_of(kind: type[ModelConfig | ClassifierConfig], flags: Flags, why: str) -> None:
+    """ValueError, which says ``why``, if a flag is for models of this kind only."""
+    other = ClassifierConfig if kind is ModelConfig else ModelConfig
+    only = {f.name for f in fields(kind)} - {f.name for c in (other, DiffusionConfig) for f in fields(c)}
+    if name := next((name for name in flags if name in only), None):
+        what = "diffusion models" if kind is ModelConfig else "classifiers"
+        raise ValueError(f"{name} is a flag of {what}, and {why}: leave it out")
 
 
 def young_average(loaded: "Checkpoint | ClassifierCheckpoint") -> str:

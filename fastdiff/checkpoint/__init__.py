@@ -3,6 +3,7 @@
 from fastdiff.checkpoint.classifier import (
     ClassifierCheckpoint,
     ClassifierWeights,
+    is_classifier,
     load_classifier,
     read_classifier,
     save_classifier,
@@ -59,6 +60,7 @@ __all__ = [
     "ema_path",
     "find_checkpoint",
     "holds_checkpoint",
+    "is_classifier",
     "load_checkpoint",
     "load_classifier",
     "load_weights",

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoint.files import read_tensors, write_tensors
+from fastdiff.checkpoint.files import read_metadata, read_tensors, write_tensors
 from fastdiff.checkpoint.model import configurations_of, load_weights, model_metadata
 from fastdiff.checkpoint.steps import find_checkpoint, verify_file
 from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat, with_multipliers
 from fastdiff.config.base import refuse_contradiction
 from fastdiff.interop import openai
 from fastdiff.interop.classifier import describe_classifier
+from fastdiff.interop.recognition import classifier_pool
 from fastdiff.models import Classifier, build_classifier
 
 
@@ -81,6 +82,13 @@ def read_classifier(
     described, diffusion_config, class_names = configurations_of(metadata, path, ClassifierConfig)
     refuse_contradiction(said, str(path), described)
     return ClassifierWeights(path, state, described, diffusion_config, class_names, metadata)
+
+
+def is_classifier(path: Path) -> bool:
+    """Whether a ``.safetensors`` or ``.pt`` file holds a classifier; ValueError if it cannot be read."""
+    if path.suffix == ".safetensors":
+        return bool(read_metadata(path)["kind"] == "classifier")
+    return classifier_pool(openai.load_state_dict(path)) is not None
 
 
 def load_classifier(

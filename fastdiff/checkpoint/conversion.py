@@ -1,7 +1,7 @@
 """Convert a model between projects' file formats, verify its outputs, and report what the target cannot store."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdiff.checkpoint import model_card
-from fastdiff.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
+from fastdiff.checkpoint.classifier import ClassifierCheckpoint, load_classifier
+from fastdiff.checkpoint.files import write_tensors
+from fastdiff.checkpoint.model import Checkpoint, load_checkpoint, model_metadata
+from fastdiff.config import ClassifierConfig, ClassifierPool, DiffusionConfig, ModelConfig
 from fastdiff.interop import diffusers
-from fastdiff.interop.scripts import for_the_scripts
+from fastdiff.interop.classifier import unsaid_of_classifier
+from fastdiff.interop.scripts import for_the_classifier_scripts, for_the_scripts
 from fastdiff.runtime.files import replacing, replacing_folder
 
 _SAFETENSORS, _BARE = ".safetensors", ".pt"
@@ -20,6 +24,8 @@ _TOLERANCE = 1e-3
 """Tolerance relative to the outputs' largest absolute value; a larger difference is not rounding error."""
 _COMPARED_SIDE = 64
 _TIMESTEPS = 4
+_PROCESS = "--diffusion-steps and --noise-schedule"
+Loaded = Checkpoint | ClassifierCheckpoint
 _Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 
@@ -51,10 +57,8 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} holds {others[0]} too, which would be lost: name another, or move that away")
 
 
-def convert(
-    source: Path, loaded: Checkpoint, target: Path, scheduler: diffusers.Scheduler, license: str = ""
-) -> list[str]:
-    """Write the checkpoint loaded from ``source`` to ``target``; returns lines for the log.
+def convert(source: Path, loaded: Loaded, target: Path, scheduler: diffusers.Scheduler, license: str = "") -> list[str]:
+    """Write the checkpoint loaded from ``source``, a model's or a classifier's, to ``target``; returns log lines.
 
     The suffix of ``target`` selects the format: .safetensors is fastdiff's, .pt is improved-diffusion's and
     guided-diffusion's, and any other name is a diffusers folder, whose model card states the ``license``. Both models
@@ -64,59 +68,104 @@ def convert(
     """
     state = {key: value.float().contiguous() for key, value in loaded.model.state_dict().items()}
     with (replacing if is_file(target) else replacing_folder)(target) as temporary:
-        lines = _write(temporary, state, loaded, scheduler)
-        if not is_file(target):
-            back = diffusers.read_process(temporary, loaded.model_config)
-            card = model_card.model_card(target.name, source, loaded, scheduler, back, license)
-            (temporary / model_card.NAME).write_text(card, encoding="utf-8")
+        try:
+            if target.suffix == _SAFETENSORS:
+                lines = _write_ours(temporary, state, loaded)
+            elif target.suffix == _BARE:
+                torch.save(state, temporary)
+                lines = [*_lost(loaded, "not written"), *_flags_of_bare(state, loaded)]
+            else:
+                lines = [
+                    *_lost(loaded, f"in {model_card.NAME} only"),
+                    *_write_folder(temporary, target.name, state, source, loaded, scheduler, license),
+                ]
+        except (RuntimeError, SafetensorError) as error:  # a full disk can raise either
+            raise OSError(f"DST cannot be written ({str(error).splitlines()[0]})") from error
         difference = _difference(source, loaded, temporary, target)
     return [f"{source} -> {target}", *lines, difference]
 
 
-def _write(path: Path, state: dict[str, Tensor], loaded: Checkpoint, scheduler: diffusers.Scheduler) -> list[str]:
-    """Write the file or folder; returns one line for each thing the format cannot store."""
-    if path.suffix == _SAFETENSORS:
-        described = {"kind", "model_config", "diffusion_config", "step", "class_names"}
-        save_checkpoint(
-            path,
-            state,
-            model_config=loaded.model_config,
-            diffusion_config=loaded.diffusion_config,
-            step=loaded.step,
-            class_names=loaded.class_names,
-            **{key: value for key, value in loaded.metadata.items() if key not in described},
-        )
-        return []
-    lost = []
+def _lost(loaded: Loaded, names_are: str) -> Iterator[str]:
+    """A line for each thing that fastdiff's own files say of the model and the others do not."""
     if loaded.class_names:
         names = ", ".join(f"{i} {name}" for i, name in enumerate(loaded.class_names))
-        where = "not written" if path.suffix == _BARE else f"in {model_card.NAME} only"
-        lost.append(f"the class names are {where}: {names}")
+        yield f"the class names are {names_are}: {names}"
     if loaded.metadata.get("label_dropout"):
-        lost.append("the model was trained with --label-dropout: label -1 (no class) exists only in fastdiff")
-    try:
-        if path.suffix == _BARE:
-            torch.save(state, path)
-            return [*lost, *for_the_scripts(loaded.model_config, loaded.diffusion_config)]
-        return [*lost, *diffusers.write(path, state, loaded.model_config, loaded.diffusion_config, scheduler)]
-    except (RuntimeError, SafetensorError) as error:  # a full disk can raise either
-        raise OSError(f"DST cannot be written ({str(error).splitlines()[0]})") from error
+        yield "the model was trained with --label-dropout: label -1 (no class) exists only in fastdiff"
+    if not loaded.metadata.get("noised", True):
+        yield "that it was trained on clean images, and so guides nothing, is not written"
 
 
-def _difference(source: Path, loaded: Checkpoint, written: Path, target: Path) -> str:
-    """Load both models from their files and compare their outputs; ValueError if they differ by more than rounding."""
-    config, process = loaded.model_config, loaded.diffusion_config
+def _write_ours(path: Path, state: dict[str, Tensor], loaded: Loaded) -> list[str]:
+    """Write a file of fastdiff, with all that the checkpoint says of itself."""
+    described = model_metadata(_config(loaded), loaded.diffusion_config, loaded.step, loaded.class_names)
+    write_tensors(path, state, {**loaded.metadata, **described})
+    if loaded.diffusion_config is None:
+        return [f"the process of its training is not known: {_PROCESS} add it"]
+    return []
+
+
+def _flags_of_bare(state: dict[str, Tensor], loaded: Loaded) -> Iterator[str]:
+    """The flags that describe a state dict, which holds tensors only."""
+    if isinstance(loaded, Checkpoint):
+        yield from for_the_scripts(loaded.model_config, loaded.diffusion_config)
+        return
+    if (process := loaded.diffusion_config) is None:
+        yield f"the process of its training is not known: {_PROCESS} add it to a .safetensors file"
+    yield from for_the_classifier_scripts(loaded.config, process)
+    asked = {name: getattr(loaded.config, name) for name in unsaid_of_classifier(state, loaded.config)}
+    if process is not None:
+        asked |= {"diffusion_steps": process.diffusion_steps, "noise_schedule": process.noise_schedule}
+    if asked:
+        yield "and those that fastdiff may ask for:"
+        yield "  " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.items())
+
+
+def _write_folder(
+    path: Path,
+    name: str,
+    state: dict[str, Tensor],
+    source: Path,
+    loaded: Loaded,
+    scheduler: diffusers.Scheduler,
+    license: str,
+) -> list[str]:
+    """Write a diffusers folder, which will be called ``name``; returns a line for each thing that changes."""
+    if not isinstance(loaded, Checkpoint):
+        raise ValueError(f"{source} is a classifier, which diffusers cannot express: convert to .pt or .safetensors")
+    lines = diffusers.write(path, state, loaded.model_config, loaded.diffusion_config, scheduler)
+    back = diffusers.read_process(path, loaded.model_config)
+    card = model_card.model_card(name, source, loaded, scheduler, back, license)
+    (path / model_card.NAME).write_text(card, encoding="utf-8")
+    return lines
+
+
+def _config(loaded: Loaded) -> ModelConfig | ClassifierConfig:
+    return loaded.model_config if isinstance(loaded, Checkpoint) else loaded.config
+
+
+def _inputs(loaded: Loaded) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Noise, timesteps and conditions that the model takes."""
+    config, process = _config(loaded), loaded.diffusion_config or DiffusionConfig(rescale_timesteps=False)
     factor = 2 ** (len(config.multipliers) - 1)
     side = config.image_size if config.image_size <= _COMPARED_SIDE else factor * max(1, _COMPARED_SIDE // factor)
+    if isinstance(config, ClassifierConfig) and config.classifier_pool is ClassifierPool.ATTENTION:
+        side = config.image_size  # the pool has a position for each pixel
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_TIMESTEPS, 3, side, side, generator=generator)
     last = 999 if process.rescale_timesteps else process.diffusion_steps - 1
     t = torch.linspace(0, last, _TIMESTEPS).round()
     given = {}
-    if config.class_cond:
+    if isinstance(config, ModelConfig) and config.class_cond:
         given["y"] = torch.randint(config.num_classes, (_TIMESTEPS,), generator=generator)
-    if config.small_size is not None:
+    if isinstance(config, ModelConfig) and config.small_size is not None:
         given["low_res"] = torch.randn(_TIMESTEPS, 3, max(1, side // 2), max(1, side // 2), generator=generator)
+    return x, t, given
+
+
+def _difference(source: Path, loaded: Loaded, written: Path, target: Path) -> str:
+    """Load both models from their files and compare their outputs; ValueError if they differ by more than rounding."""
+    x, t, given = _inputs(loaded)
     with torch.inference_mode():
         outputs = [_predictor(path, loaded)(x, t, given) for path in (source, written)]
     if not all(output.isfinite().all() for output in outputs):
@@ -130,14 +179,16 @@ def _difference(source: Path, loaded: Checkpoint, written: Path, target: Path) -
             f"{target} was not written: its outputs would differ from {source}'s by {apart:.2g} "
             f"({relative:.2g} relative)"
         )
-    where = f"outputs at {_TIMESTEPS} timesteps, {side}x{side} pixels"
+    where = f"outputs at {_TIMESTEPS} timesteps, {x.shape[3]}x{x.shape[2]} pixels"
     return f"{where}: largest difference {apart:.2g} ({relative:.2g} relative)"
 
 
-def _predictor(path: Path, loaded: Checkpoint) -> _Predict:
+def _predictor(path: Path, loaded: Loaded) -> _Predict:
     if path.is_dir():
         unet = diffusers.load_unet(path)
         return lambda x, t, given: unet(x, t, given.get("y")).sample
+    if not isinstance(loaded, Checkpoint):
+        return lambda x, t, given: load_classifier(path, config=loaded.config).model(x, t)
     configs: dict[str, Any] = {}
     if path.suffix != _SAFETENSORS:
         configs = {"model_config": loaded.model_config, "diffusion_config": loaded.diffusion_config}

@@ -60,6 +60,20 @@ def describe_classifier(state: Mapping[str, Tensor], name: object, given: Mappin
     return ClassifierConfig.from_dict(given | one.flags(size))
 
 
+def unsaid_of_classifier(state: Mapping[str, Tensor], config: ClassifierConfig) -> tuple[str, ...]:
+    """The fields of ``config`` that its state dict does not determine, and describe_classifier asks for."""
+    unsaid = ("image_size", "classifier_depth")
+    for names in ((), *((name,) for name in unsaid), unsaid):
+        given = {name: getattr(config, name) for name in names}
+        try:
+            found = describe_classifier(state, "the classifier", given)
+        except ValueError:
+            continue
+        if all(getattr(found, name) == getattr(config, name) for name in unsaid):
+            return names
+    return unsaid
+
+
 @dataclass(frozen=True)
 class _Architecture:
     """The part of a classifier's configuration that the keys and shapes of its state dict determine."""

@@ -4,7 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fastdiff.config import NUM_CLASSES, DiffusionConfig, ModelConfig, channel_mult_for
+from fastdiff.config import (
+    NUM_CLASSES,
+    UNUSED_BY_CLASSIFIERS,
+    ClassifierConfig,
+    DiffusionConfig,
+    ModelConfig,
+    channel_mult_for,
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,33 @@ def for_the_scripts(model: ModelConfig, diffusion: DiffusionConfig) -> Iterator[
     flags += _settings(model, diffusion, project.defaults)
     if not project.chooses_widths(model) and project.takes_widths(model):
         flags.append(("channel_mult", model.multipliers))
+    yield "  " + " ".join(f"--{name} {_word(value)}" for name, value in flags)
+
+
+def for_the_classifier_scripts(config: ClassifierConfig, process: DiffusionConfig | None) -> Iterator[str]:
+    """Lines that say with which flags guided-diffusion's scripts take a classifier, and what they lack."""
+    if config.image_size not in _GUIDED.sizes or config.multipliers != channel_mult_for(config.image_size):
+        yield (
+            f"guided-diffusion's scripts lack channel_mult {_word(config.multipliers)} at image_size "
+            f"{config.image_size}: change script_util.py"
+        )
+    if config.num_classes != NUM_CLASSES:
+        yield (
+            f"guided-diffusion's scripts have {NUM_CLASSES} classes: set out_channels={config.num_classes} in "
+            "create_classifier of script_util.py"
+        )
+    yield "the file holds tensors only; the flags for guided-diffusion's scripts are:"
+    flags: list[tuple[str, Any]] = [("image_size", config.image_size)]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name == "classifier_attention_resolutions":
+            value = _resolutions(config.encoder())
+        if f.name.startswith("classifier_") and value != f.default:
+            flags.append((f.name, value))
+    for f in fields(process) if process is not None else ():
+        value = getattr(process, f.name)
+        if f.name not in UNUSED_BY_CLASSIFIERS and value != _GUIDED.defaults.get(f.name, f.default):
+            flags.append((f.name, value))
     yield "  " + " ".join(f"--{name} {_word(value)}" for name, value in flags)
 
 

@@ -21,13 +21,16 @@ from fastdiff import (
     build_classifier,
     build_model,
     load_checkpoint,
+    load_classifier,
     save_checkpoint,
+    save_classifier,
 )
 from fastdiff.checkpoint import conversion
 from fastdiff.config import with_multipliers
-from fastdiff.presets import PRESETS, Preset, described_by
+from fastdiff.presets import CLASSIFIER_PRESETS, PRESETS, Preset, described_by
 
-from ..interop.support import GOLDEN, random_model
+from ..interop.support import CLASSIFIERS, GOLDEN, random_model
+from ..support import randomise
 from .conftest import Cli
 from .support import PLAIN, contents, refused, succeeded
 
@@ -185,6 +188,100 @@ def test_what_a_checkpoint_says_of_itself_stays(cli: Cli) -> None:
     assert (loaded.step, loaded.class_names, loaded.metadata["ema_rate"]) == (9, ("a",), 0.99)
 
 
+CLASSIFIER = ClassifierConfig(
+    image_size=24,
+    classifier_width=64,
+    classifier_depth=1,
+    classifier_attention_resolutions=(12,),
+    channel_mult=(1, 1),
+    classifier_pool="adaptive",
+    num_classes=3,
+)
+OF_CLASSIFIER = DiffusionConfig(diffusion_steps=400, noise_schedule="cosine", rescale_timesteps=False)
+
+
+def classifier_state(config: ClassifierConfig = CLASSIFIER) -> Mapping[str, Tensor]:
+    return randomise(build_classifier(config), seed=0).state_dict()
+
+
+def test_a_classifier_goes_there_and_back(cli: Cli) -> None:
+    state = classifier_state()
+    about: dict[str, Any] = {"class_names": ("cat", "dog", "eel"), "step": 9, "noised": False, "run_config": {"a": 1}}
+    save_classifier("a.safetensors", state, config=CLASSIFIER, diffusion_config=OF_CLASSIFIER, **about)
+    out = succeeded(cli("convert", "a.safetensors", "b.pt")).out
+    assert out.splitlines() == [
+        "a.safetensors -> b.pt",
+        "the class names are not written: 0 cat, 1 dog, 2 eel",
+        "that it was trained on clean images, and so guides nothing, is not written",
+        "guided-diffusion's scripts lack channel_mult 1,1 at image_size 24: change script_util.py",
+        "guided-diffusion's scripts have 1000 classes: set out_channels=3 in create_classifier of script_util.py",
+        "the file holds tensors only; the flags for guided-diffusion's scripts are:",
+        "  --image_size 24 --classifier_width 64 --classifier_depth 1 --classifier_attention_resolutions 12 "
+        "--classifier_pool adaptive --diffusion_steps 400 --noise_schedule cosine",
+        "and those that fastdiff may ask for:",
+        "  --image-size 24 --diffusion-steps 400 --noise-schedule cosine",
+        "outputs at 4 timesteps, 24x24 pixels: largest difference 0 (0 relative)",
+    ]
+    assert same(state, torch.load("b.pt", weights_only=True))
+    flags = ("--image-size", 24, "--diffusion-steps", 400, "--noise-schedule", "cosine", "--no-rescale-timesteps")
+    assert "not known" not in succeeded(cli("convert", "b.pt", "c.safetensors", *flags)).out
+    loaded = load_classifier("c.safetensors")
+    assert (loaded.config, loaded.diffusion_config, loaded.class_names) == (CLASSIFIER, OF_CLASSIFIER, ())
+    assert same(state, loaded.model.state_dict())
+    out = succeeded(cli("convert", "b.pt", "d.safetensors", "--image-size", 24)).out
+    assert "the process of its training is not known: --diffusion-steps and --noise-schedule add it" in out
+    assert load_classifier("d.safetensors").diffusion_config is None
+    refused(
+        cli("convert", "c.safetensors", "e.pt", "--diffusion-steps", 500), "diffusion_steps is 400 in c.safetensors"
+    )
+    refused(cli("convert", "b.pt", "e.safetensors"), "does not say its image size: give image_size")
+    succeeded(cli("convert", "a.safetensors", "e.safetensors"))
+    loaded = load_classifier("e.safetensors")
+    assert (loaded.step, loaded.class_names, loaded.metadata["run_config"]) == (9, ("cat", "dog", "eel"), {"a": 1})
+    assert loaded.metadata["noised"] is False
+    assert not list(Path().glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["64x64_classifier", "512x512_classifier"])
+def test_a_converted_classifier_has_the_originals_keys(cli: Cli, name: str) -> None:
+    """At half the width, which changes no key."""
+    config = replace(CLASSIFIER_PRESETS[name].config(ClassifierConfig), classifier_width=64)
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in build_classifier(config).state_dict().items()}
+    save_classifier("a.safetensors", {key: torch.zeros(shape) for key, shape in shapes.items()}, config=config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "_difference", lambda *_: "not compared")
+        out = succeeded(cli("convert", "a.safetensors", "b.pt")).out
+    written = torch.load("b.pt", weights_only=True, mmap=True)
+    assert list(written) == list(CLASSIFIERS[name]["state_dict"])
+    assert {key: value.shape for key, value in written.items()} == shapes
+    assert "lack" not in out
+    depth = " --classifier_depth 4" if name == "64x64_classifier" else ""
+    assert f"scripts are:\n  --image_size {config.image_size} --classifier_width 64{depth}\n" in out
+    assert "may ask" not in out
+
+
+def test_a_classifier_that_does_not_come_out_the_same_is_not_written(cli: Cli) -> None:
+    save_classifier("a.safetensors", classifier_state(), config=CLASSIFIER)
+    real = torch.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", lambda state, path: real({k: v * 1.01 for k, v in state.items()}, path))
+        refused(cli("convert", "a.safetensors", "b.pt"), r"b\.pt was not written: its outputs would differ")
+    assert not list(Path().glob("*b*"))
+
+
+def test_the_run_of_a_classifier_is_converted(cli: Cli, shapes: Path) -> None:
+    flags = ("--image-size", 8, "--classifier-width", 64, "--classifier-depth", 1, "--channel-mult", 1, "--steps", 1)
+    run = ("--classifier-attention-resolutions", "", "--diffusion-steps", 20, "--noise-schedule", "cosine")
+    result = cli("train-classifier", "--data-dir", shapes, "--run-dir", "run", *flags, *run, "--batch-size", 4, *PLAIN)
+    assert result.status == 0
+    out = succeeded(cli("convert", "run", "b.pt")).out
+    assert "run/model000001.safetensors -> b.pt" in out
+    assert "--diffusion-steps 20 --noise-schedule cosine\n" in out
+    refused(cli("convert", "run", "folder"), "is a classifier, which diffusers cannot express")
+    assert not Path("folder").exists()
+
+
 def test_only_a_folder_gets_a_model_card(cli: Cli) -> None:
     process = replace(COSINE, diffusion_steps=1000, sigma_small=True, learn_sigma=False)
     save("a.safetensors", replace(SMALL, learn_sigma=False), process, class_names=("a|b",))
@@ -292,7 +389,25 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("a.pt", "b.pt", "--preset", "cifar10_uncond"), ("num_channels is 32 in", "given as 128")),
         (("a.pt", "b.pt", "--preset", "none"), ("preset must be one of",)),
         (("a.pt", "b.pt", "--preset", "64x64_classifier"), ("is a classifier, and a diffusion model is wanted",)),
-        (("classifier.pt", "b.pt"), (r"classifier\.pt is a classifier, not a diffusion model",)),
+        (
+            ("classifier.pt", "b"),
+            (r"classifier\.pt is a classifier, which diffusers cannot express: convert to \.pt or",),
+        ),
+        (
+            ("classifier.pt", "b.pt", "--num-heads", 2),
+            ("num_heads is a flag of diffusion models, and .* is a classif",),
+        ),
+        (("classifier.pt", "b.pt", "--diffusion-steps", 50), ("process of its training: give --noise-schedule, too",)),
+        (("classifier.pt", "b.pt", "--learn-sigma"), ("learn_sigma means nothing for a classifier",)),
+        (
+            ("classifier.pt", "b.pt", "--preset", "64x64_diffusion"),
+            ("is a diffusion model, and a classifier is wanted",),
+        ),
+        (("classifier.pt", "b.pt", "--classifier-depth", 3), ("classifier_depth is 1 in .* given as 3",)),
+        (
+            ("a.pt", "b.pt", *FLAGS, "--classifier-depth", 1),
+            ("is a flag of classifiers, and a.pt is not a classifier",),
+        ),
         (("a.pt", "b", *FLAGS, "--scheduler", "pndm"), ("scheduler must be one of ddim, ddpm",)),
         (
             ("other.pt", "b.pt"),
