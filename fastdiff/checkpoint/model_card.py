@@ -171,6 +171,8 @@ def _training_data(run: RunConfig | None) -> Iterator[str]:
     if counts := run.class_counts:
         each = f"{min(counts):,} to {max(counts):,} of each"
         yield f"They are {sum(counts):,} images of {len(counts):,} classes, {each}."
+    if run.train.holdout:
+        yield f"{run.train.holdout:.3g} of them, chosen by a hash of their names, were held out to measure on."
 
 
 def _training(loaded: Checkpoint, run: RunConfig | None) -> Iterator[str]:
@@ -251,8 +253,8 @@ _PARTS = ("samples", "reference", "figures", "names")
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return path.read_bytes().decode(errors="replace")  # a killed process may leave half a line
+    except OSError:
         return ""
 
 

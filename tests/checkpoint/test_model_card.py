@@ -68,7 +68,7 @@ def rows(card: str) -> dict[str, str]:
 
 
 def test_it_says_what_the_file_of_a_run_says(tmp_path: Path) -> None:
-    run = run_config(ema_rate="0.99", label_dropout=0.1)
+    run = run_config(ema_rate="0.99", label_dropout=0.1, holdout=0.05)
     about = {"class_names": ("cat", "dog", "eel"), "step": 1500, "ema_rate": 0.99, "label_dropout": 0.1}
     path = tmp_path / "me" / "cats" / "ema_0.99_001500.safetensors"
     card = card_of(save(path, CLASSES, **about, run_config=run, environment=ENVIRONMENT), license="cc-by-4.0")
@@ -79,6 +79,7 @@ def test_it_says_what_the_file_of_a_run_says(tmp_path: Path) -> None:
     assert "from `ema_0.99_001500.safetensors` of the run `cats`" in card
     assert "The images in `photos`.\nThey are 1,234 images of 3 classes" in card
     assert "| 1 | dog | 200 |" in card
+    assert "0.05 of them, chosen by a hash of their names, were held out" in card
     expected = {
         "Parameters": f"{sum(p.numel() for p in random_model(CLASSES).parameters()):,}",
         "Images": "8 × 8 pixels, RGB",
@@ -191,7 +192,8 @@ def test_metrics_of_this_file_and_no_other(tmp_path: Path) -> None:
         evaluation(path, checkpoint="model000004.safetensors", names={"fd": "another"}),
         evaluation(path, sha256="0" * 64, names={"fd": "of the file that had this name"}),
     ]
-    (tmp_path / "evaluation" / "metrics.jsonl").write_text("".join(lines))
+    half = b'{"checkpoint": "\xc3'
+    (tmp_path / "evaluation" / "metrics.jsonl").write_bytes("".join(lines).encode() + half)
     (tmp_path / "best.json").write_text(json.dumps({"checkpoint": path.name, "name": "FD (n=10,000)"}))
     card = card_of(path)
     how = ", dpm++, 20 steps, against photos"
