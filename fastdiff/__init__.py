@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         build_diffusion,
         space_timesteps,
     )
+    from fastdiff.evaluation import sample_metrics
     from fastdiff.models import Classifier, SuperResUNet, UNet, build_classifier, build_model
     from fastdiff.presets import PRESETS, Preset
     from fastdiff.sampling import sample
@@ -67,6 +68,7 @@ __all__ = [
     "load_checkpoint",
     "load_classifier",
     "sample",
+    "sample_metrics",
     "save_checkpoint",
     "save_classifier",
     "space_timesteps",
@@ -88,6 +90,7 @@ _HOMES = {
         *("GaussianDiffusion", "LossSecondMomentSampler", "LossType", "ModelMeanType", "ModelVarType"),
         *("UniformSampler", "build_diffusion", "space_timesteps"),
     ),
+    "evaluation": ("sample_metrics",),
     "models": ("Classifier", "SuperResUNet", "UNet", "build_classifier", "build_model"),
     "presets": ("PRESETS", "Preset"),
     "sampling": ("sample",),

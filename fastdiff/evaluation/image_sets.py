@@ -150,7 +150,7 @@ def read_statistics(path: Path, extractor: Extractor) -> ReferenceStatistics:
     foreign = name is None and extractor.family != ""  # a file of that name that is not Inception's
     if foreign or (name or INCEPTION) != extractor.name or digest not in (None, extractor.sha256):
         whose = name or f"{INCEPTION}, as those of guided-diffusion's evaluator are"
-        same = " with other weights" if name == extractor.name else ""
+        same = " with other weights" if (name or INCEPTION) == extractor.name else ""
         raise ValueError(
             f"{path} has the statistics of {whose}{same}, and the extractor is {extractor.name}: choose the same with "
             "--extractor, or give images as the reference"

@@ -105,7 +105,7 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
     """The unbiased squared MMD of x and y, float64 (n, D), with the kernel (x·y / D + 1)³."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3  # (n, n)
+        return (a @ b.T).div_(a.shape[1]).add_(1).pow_(3)  # (n, n)
 
     def within(a: Tensor) -> Tensor:
         pairs = kernel(a, a)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastdiff
 from fastdiff.config import DataConfig, Metric
 from fastdiff.evaluation import features, metrics
 from fastdiff.evaluation.features import extract
@@ -27,7 +28,7 @@ from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World
 
 from ..support import refusal
-from .colours import DIMENSIONS, Colours, Quarters, pictures
+from .colours import DIMENSIONS, Colours, Quarters, pictures, program
 
 CPU = torch.device("cpu")
 
@@ -179,10 +180,15 @@ class TestStatistics:
             lambda: read_statistics(saved, Other())
         )
         assert "of colours with other weights" in refusal(lambda: read_statistics(saved, Newer()))
+
+        class Impostor(Colours):
+            name = "inception-2015-12-05"
+
         np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
-        assert "has the statistics of inception-2015-12-05, as those of guided-diffusion's evaluator" in refusal(
-            lambda: read_statistics(tmp_path / "adm.npz", Colours())
-        )
+        for extractor in (Colours(), Impostor()):
+            assert "has the statistics of inception-2015-12-05, as those of guided-diffusion's evaluator" in refusal(
+                lambda extractor=extractor: read_statistics(tmp_path / "adm.npz", extractor)
+            )
 
     def test_of_guided_diffusion_s_evaluator(self, tmp_path, compare):
         class Inception(Colours):
@@ -190,7 +196,7 @@ class TestStatistics:
 
         arrays = {"mu": np.zeros(12, np.float32), "sigma": np.eye(12, dtype=np.float32)}
         np.savez(tmp_path / "adm.npz", **arrays, mu_s=np.zeros(6), sigma_s=np.eye(6))
-        found = read_statistics(tmp_path / "adm.npz", Inception())
+        found = read_statistics(tmp_path / "adm.npz", Inception(""))
         assert found.spatial is not None
         assert found.about["count"] is None
         comparison = compare.of(Inception("", spatial=True))
@@ -212,7 +218,7 @@ class TestStatistics:
             name = "inception-2015-12-05"
 
         np.savez(tmp_path / "bad.npz", **arrays)
-        assert said in refusal(lambda: read_statistics(tmp_path / "bad.npz", Inception()))
+        assert said in refusal(lambda: read_statistics(tmp_path / "bad.npz", Inception("")))
 
     def test_of_other_features(self, compare):
         known = ReferenceStatistics(metrics.Statistics(np.zeros(3), np.eye(3)), None, {"data": "stats.npz"})
@@ -298,3 +304,45 @@ class TestNeighbours:
         assert found.ratios.tolist() == [0, np.inf]
         ours = ImageSet(pictures(2))
         assert lines(found, ours, ours, "colours")[-1] == "authenticity (n=2, colours) 0.5000"
+
+
+class TestInPython:
+    """fastdiff.sample_metrics"""
+
+    @pytest.fixture
+    def settings(self, tmp_path):
+        return {
+            "extractor": str(program(tmp_path / "colours.pt")),
+            "trust": True,
+            "extractor_size": 8,
+            "device": "cpu",
+            "cache_dir": str(tmp_path / "cache"),
+        }
+
+    def test_arrays_and_files_give_the_same(self, settings, tmp_path):
+        ours, theirs = pictures(40), pictures(50, seed=1)
+        np.savez(tmp_path / "a.npz", arr_0=ours)
+        np.savez(tmp_path / "b.npz", arr_0=theirs)
+        found = fastdiff.sample_metrics(ours, theirs, **settings)
+        assert found.keys() == {"fd", "kd", "kd_deviation", "precision", "recall", "density", "coverage"}
+        for pair in (
+            (ours, tmp_path / "b.npz"),
+            (tmp_path / "a.npz", theirs),
+            (tmp_path / "a.npz", tmp_path / "b.npz"),
+        ):
+            assert fastdiff.sample_metrics(*pair, **settings) == found
+
+    def test_bad_arguments(self, settings):
+        ours = pictures(4)
+        said = [
+            refusal(lambda: fastdiff.sample_metrics(ours / 255, ours, **settings)),
+            refusal(lambda: fastdiff.sample_metrics(ours, pictures(4, size=16), **settings)),
+            refusal(lambda: fastdiff.sample_metrics(ours, ours[:1], **settings)),
+            refusal(lambda: fastdiff.sample_metrics(ours, ours, steps=3, **settings)),
+        ]
+        assert said == [
+            "samples must be square images, uint8 (N, H, H, 3), not float64 (4, 8, 8, 3)",
+            "reference has images of 16 pixels, not 8: compare images of one size",
+            "reference: a comparison needs two images or more, not 1",
+            "sample_metrics has no setting steps",
+        ]
