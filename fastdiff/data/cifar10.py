@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import pickletools
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -95,6 +96,7 @@ def _binary(name: str, content: bytes) -> _Batch:
 def _pickled(name: str, content: bytes) -> _Batch:
     """Parse a pickled dictionary with data, uint8 (N, 3072), and labels."""
     try:
+        _refuse_claims(content)
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         data, labels = (batch[key] for key in (b"data", b"labels"))
     except _CodeError as error:
@@ -106,6 +108,14 @@ def _pickled(name: str, content: bytes) -> _Batch:
     if type(data.content) is not bytes or len(data.content) != _ROWS * _PIXELS or data.columns_first:
         raise ValueError(f"{name} is damaged: copy it again")
     return np.frombuffer(data.content, np.uint8).reshape(_ROWS, _PIXELS), _checked(name, labels)
+
+
+def _refuse_claims(content: bytes) -> None:
+    """ValueError if a pickle names more memory than it has bytes: the unpickler would allocate it unseen."""
+    for operation, argument, _ in pickletools.genops(content):  # which refuses lengths beyond the end
+        # a place in the list of its objects
+        if operation.name in ("PUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(content):
+            raise ValueError(f"object {argument:,} of a pickle")
 
 
 def _checked(name: str, labels: Any) -> list[int]:

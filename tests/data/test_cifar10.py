@@ -4,6 +4,7 @@ import pickle
 import struct
 import tarfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,26 @@ PIXELS = np.zeros((ROWS, 3072), np.uint8)
 def test_pickles_of_something_else(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(refused(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        b"\x80\x05\x96" + (2**63 - 1).to_bytes(8, "little") + b"x.",  # a bytearray
+        b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.",  # bytes
+        b"\x80\x02}r" + (2**29).to_bytes(4, "little") + b".",  # the number of an object
+        b"}p%d\n." % 2**29,
+    ],
+)
+def test_a_pickle_that_claims_memory(tmp_path: Path, claim: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    """The unpickler would allocate some GiB, or print an error of its own."""
+    tracemalloc.start()
+    message = refused(tmp_path, claim)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "damaged or not a CIFAR-10 batch" in message
+    assert peak < 2**23
+    assert capfd.readouterr().err == ""
 
 
 def test_binary_batches_of_something_else(tmp_path: Path) -> None:
