@@ -71,7 +71,7 @@ def test_flags_that_the_text_names_exist(cli: Cli, readme: str) -> None:
         ("sample",),
         ("benchmark",),
         ("convert",),
-        ("evaluate", "nll"),
+        ("evaluate", "fid"),
         ("data", "check"),
     ]
     known = " ".join(cli(*page, "--help").out for page in pages) + " --large-size --nproc-per-node --defaults "
@@ -116,10 +116,11 @@ def test_the_commands_run(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ran += 1
     assert ran > 20
     made = (
-        "logs/model000002.safetensors moved/model200001.safetensors samples.npz pngs contact.png photos.zip terms.png"
+        "logs/model000002.safetensors moved/model200001.safetensors samples.npz pngs contact.png photos.zip neighbours.png"
     )
     made += (
         " runs/photos-classifier a.gif cifar/cifar_train cifar.safetensors cifar.pt cifar_diffusers/model_index.json"
+        " report.html runs/photos/best.json nll/nll.json"
     )
     for name in made.split():
         assert (tmp_path / name).exists(), name
