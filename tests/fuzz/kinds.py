@@ -26,6 +26,7 @@ from fastdiff.data.shapes import write_shapes
 from fastdiff.sampling.job import Job
 
 from ..cli.support import PLAIN, SHORT, TINY
+from ..evaluation.colours import pictures, program
 from ..sampling.support import CLASSES, PROCESS, UPPER, classifier_of, saved
 from .mutations import mutated, mutated_text
 
@@ -236,6 +237,33 @@ def _diffusers(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def _statistics(folder: Path) -> None:
+    """Samples, an extractor that takes no time, statistics of other images, and a record of a run."""
+    program(folder / "net.pt")
+    np.savez(folder / "samples.npz", pictures(40))
+    np.savez(folder / "other.npz", pictures(60, seed=1))
+    _sound(*_fid("samples.npz", "other.npz", folder), "--save-stats", folder / "stats.npz")
+    shutil.rmtree(folder / "evaluation")
+    (folder / "other.npz").unlink()
+
+
+def _fid(samples: str, reference: str, folder: Path = Path()) -> tuple[object, ...]:
+    how = ("--extractor", folder / "net.pt", "--extractor-size", 8, "--trust", "--out-dir", folder / "evaluation")
+    return ("evaluate", "fid", folder / samples, folder / reference, *how, "--device", "cpu")
+
+
+def _measured(folder: Path) -> None:
+    _run(folder)
+    about = {"checkpoint": "ema_0.9999_000002.safetensors", "step": 2, "ema_rate": 0.9999, "figures": {"fd": 2.5}}
+    names = {"names": {"fd": "FD-x (n=4, x)"}, "samples": {"count": 4}, "extractor": {"name": "x"}}
+    (folder / "run" / "evaluation").mkdir()
+    (folder / "run" / "evaluation" / "metrics.jsonl").write_text(json.dumps(about | names) + "\n")
+    (folder / "run" / "best.json").write_text(json.dumps(about | {"metric": "fd", "name": "FD-x", "value": 2.5}))
+    shutil.rmtree(folder / "shapes")
+    for path in (folder / "run").glob("*.safetensors"):
+        path.unlink()  # the report reads none, and copying them takes time
+
+
 def _settings(folder: Path) -> None:
     _checkpoint(folder)
     (folder / "a.toml").write_text(
@@ -265,6 +293,14 @@ def _other_number(found: Path, sound: Path, out: str) -> str:
     """As many images are unpacked: nothing else shows damage in a file without checksums."""
     ours, theirs = (len(list((folder / "out").rglob("*.png"))) for folder in (found, sound))
     return "" if ours == theirs else f"{theirs - ours} images are missing without a word"
+
+
+def _other_figures(found: Path, sound: Path, out: str) -> str:
+    """The figures are those of the sound statistics, or a line says what is unusual about them."""
+    ours, theirs = (
+        json.loads((folder / "evaluation" / "metrics.jsonl").read_text())["figures"] for folder in (found, sound)
+    )
+    return "" if ours == theirs or "warning" in out else "other figures without a word"
 
 
 def _fewer_images(found: Path, sound: Path, out: str) -> str:
@@ -314,6 +350,9 @@ KINDS: dict[str, Kind] = {
     ),
     "lsun": Kind(_lsun, "lsun/data.mdb", ("data", "lsun", "lsun", "out"), _fewer_images),
     "lsun-zip": Kind(_zipped_lsun, "*", ("data", "lsun", "lsun.zip", "out"), _fewer_images),
+    "statistics": Kind(_statistics, "s*.npz", tuple(map(str, _fid("samples.npz", "stats.npz"))), _other_figures),
+    "report": Kind(_measured, "run/**/*.json*", ("report", "run", "--out", "report.html")),
+    "runs": Kind(_measured, "run/**/*.json*", ("runs", ".")),
     "diffusers": Kind(_diffusers, "pipeline/*/*", ("convert", "pipeline", "model.safetensors")),
     **{
         f"labels-{name}": Kind(
