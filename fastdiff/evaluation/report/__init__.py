@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastdiff.evaluation.report.gallery import gallery
+from fastdiff.evaluation.report.gallery import read_gallery
 from fastdiff.evaluation.report.markup import counted, size
 from fastdiff.evaluation.report.page import page
 from fastdiff.evaluation.report.run import named, open_run
@@ -36,7 +36,7 @@ def write_report(folders: Sequence[Path], out: Path, overwrite: bool = False) ->
     _check(out, overwrite)
     found = [open_run(folder) for folder in folders]
     runs = [replace(run, name=name) for run, name in zip(found, named(found), strict=True)]
-    pictures = gallery(runs)
+    pictures = read_gallery(runs)
     try:
         with replacing(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
             for part in page(runs, pictures):

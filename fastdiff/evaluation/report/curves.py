@@ -55,7 +55,7 @@ def _differs(runs: Sequence[Run], term: str) -> bool:
     """Whether a term is there and says something of its own: an mse may be the loss, an accuracy always 1."""
     histories = [run.history for run in runs if run.history.has(term) or run.history.has(f"val_{term}")]
     if term == "mse":
-        return any(h.has("vb") or h.points("mse") != h.points("loss") for h in histories)
+        return any(h.has("vb") or known(h.points("mse")) != known(h.points("loss")) for h in histories)
     if term == "acc5":
         return any(value != 1 for h in histories for _, value in (*h.points(term), *h.points(f"val_{term}")))
     return bool(histories)
@@ -175,7 +175,8 @@ def _others(runs: Sequence[Run], x: Axis) -> Iterable[Chart]:
         for i, run in enumerate(runs):
             points = [value for _, value in known(run.history.points(column))]
             if points:
-                told.append((i, f"{write(min(points))} to {write(max(points))}, last {write(points[-1])}"))
+                low, high, last = write(min(points)), write(max(points)), write(points[-1])
+                told.append((i, f"{low} to {high}, last {last}" if low != high else f"{last} throughout"))
         skips = [(i, [step for step, _ in run.history.sums("skipped")]) for i, run in enumerate(runs)]
         yield Chart(
             title,

@@ -36,7 +36,7 @@ class Gallery:
     count: int
 
 
-def gallery(runs: Sequence[Run]) -> Gallery:
+def read_gallery(runs: Sequence[Run]) -> Gallery:
     """Read the pictures of the runs."""
     strips = _strips(runs)
     count = sum(len(strip.shown) for run in strips for strip in run)
@@ -44,8 +44,13 @@ def gallery(runs: Sequence[Run]) -> Gallery:
 
 
 def _strips(runs: Sequence[Run]) -> list[list[Strip]]:
-    """The previews of each run by average."""
-    found = [find_previews(run.folder) for run in runs]
+    """The previews of each run by average; none of a folder that cannot be read."""
+    found = []
+    for run in runs:
+        try:
+            found.append(find_previews(run.folder))
+        except OSError:
+            found.append({})
     share = _FOR_PREVIEWS // max(sum(map(len, found)), 1)
     return [[read_strip(rate, paths, share) for rate, paths in run.items()] for run in found]
 

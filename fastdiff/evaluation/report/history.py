@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = 500
-"""Stretches of steps that a history is thinned to; each keeps its minimum and maximum: a line has up to twice as many
-points."""
+"""Stretches of steps that a history of more than twice as many rows is thinned to; each keeps its minimum and maximum,
+so that a line has up to twice as many points."""
 
 SMOOTHED = 0.05
 """The share of a run's rows of which the smoothed line is the median, of five rows at least."""
@@ -23,6 +23,10 @@ _COLUMNS = frozenset(
     {f"{val}{term}{q}" for val in ("", "val_") for term in _TERMS for q in ("", "_q0", "_q1", "_q2", "_q3")}
     | {"grad_norm", "skipped", "lg_loss_scale", "lr", "images_per_s", "data_wait", "samples"}
 )
+LARGEST = 1e100
+"""Numbers beyond it count as not finite."""
+
+_TINY = 1 / LARGEST
 _NOT_FINITE = (None, "NaN", "nan", "Infinity", "-Infinity")
 
 Point = tuple[float, float | None]
@@ -162,7 +166,7 @@ class History:
     def close(self) -> None:
         """End the history: no row follows."""
         self._close()
-        while len(self._stretches) > BUCKETS:
+        while self.thinned and len(self._stretches) > BUCKETS:
             self._widen()
 
     @property
@@ -256,11 +260,9 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def _finite(value: object) -> float | None:
-    """The number that a row holds; None if it is not a finite one."""
-    if type(value) is float:
-        return value if math.isfinite(value) else None
-    if type(value) is int and abs(value) < 2**1000:
-        return float(value)
+    """The number that a row holds; None if it is not finite, or so large that no chart can show it."""
+    if type(value) is float or type(value) is int:
+        return 0.0 if abs(value) < _TINY else float(value) if abs(value) <= LARGEST else None
     if value in _NOT_FINITE:
         return None
     raise ValueError(f"not a number: {value!r}")

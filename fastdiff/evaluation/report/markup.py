@@ -73,6 +73,6 @@ def setting(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list):
         return ", ".join(map(setting, value[:50])) + (", …" if len(value) > 50 else "")
-    if isinstance(value, int) and abs(value) < 2**63:
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a number of more than 30 digits"  # Python refuses to write the longest ones
     return str(value)

@@ -111,7 +111,7 @@ def _sheet(run: Run) -> str:
         "classes": f"{len(run.class_names):,}" if run.class_names else None,
         "labels": (data.get("label_file") or data.get("labels")) if run.class_names else None,
         "mirrored": data.get("flip"),
-        "held out": train.get("val_data_dir") or train.get("holdout"),
+        "held out": train.get("val_data_dir") or train.get("holdout") or None,
         "fingerprint": run.config.get("data_fingerprint"),
         "found": run.log.line("data"),
         "held-out images": run.log.line("held out"),

@@ -5,6 +5,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +99,12 @@ def read_strip(rate: float, paths: dict[int, Path], budget: int) -> Strip:
 
 def find_samples(folder: Path) -> list[Path]:
     """The files of samples of a run, the newest first."""
-    found = [path for place in (folder / "evaluation", folder) for path in place.glob("*.npz") if path.is_file()]
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    found: list[tuple[int, str, Path]] = []
+    for place in (folder / "evaluation", folder):
+        for path in place.glob("*.npz"):
+            with suppress(OSError):  # deleted meanwhile
+                found.append((path.stat().st_mtime_ns, path.name, path))
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def read_set(path: Path, class_names: Sequence[str], budget: int) -> SampleSet:
@@ -113,8 +118,10 @@ def read_set(path: Path, class_names: Sequence[str], budget: int) -> SampleSet:
             numbers = samples.labels[list(shown)].tolist()
             classes = tuple(known[n] if 0 <= n < len(known) else f"class {n}" for n in numbers)
         return SampleSet(path.name, tuple(shown.values()), classes, len(samples.images))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return SampleSet(path.name, problem=first_line(error, 200).replace(str(path), path.name))
+    except OSError as error:
+        return SampleSet(path.name, problem=f"it cannot be read ({error.strerror})")
 
 
 def _from(image: NDArray[np.uint8]) -> Image.Image:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fastdiff.checkpoint import holds_checkpoint, model_path, read_metadata, run_and_step, saved_steps
-from fastdiff.evaluation.report.history import History, read_history
+from fastdiff.evaluation.report.history import LARGEST, History, read_history
 from fastdiff.evaluation.report.log import Log, read_log
 from fastdiff.runtime.lease import held
 from fastdiff.runtime.words import first_line
@@ -32,6 +32,10 @@ class Measured:
     figures: dict[str, float]
     names: dict[str, str]
     samples: dict[str, Any]
+
+    def agrees(self, other: "Measured") -> bool:
+        """Whether what both measured has the same names, such as the same number of samples."""
+        return all(other.names.get(key, name) == name for key, name in self.names.items())
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,14 @@ class Run:
 
     @property
     def state(self) -> str:
-        """The state: finished, running, stopped, or not started."""
+        """The state: running, not started, finished, stopped, or ended where the number of steps is unknown."""
         if self.active:
             return "running"
         if self.step is None:
             return "not started"
-        return "finished" if self.steps is not None and self.step >= self.steps else "stopped"
+        if self.steps is None:
+            return "ended"
+        return "finished" if self.step >= self.steps else "stopped"
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -123,9 +129,19 @@ def open_run(place: Path) -> Run:
         raise ValueError(f"{place} does not exist: name a run folder")
     if not place.is_dir():
         raise ValueError(f"{place} is a file: name a run folder")
-    if not (any((place / name).exists() for name in (CONFIG, PROGRESS)) or holds_checkpoint(place)):
+    try:
+        names = {path.name for path in place.iterdir()}
+    except OSError as error:
+        raise OSError(f"{place} cannot be read ({error.strerror}): name another run folder") from error
+    if not {CONFIG, PROGRESS} & names and not holds_checkpoint(place):
         raise ValueError(f"{place} holds no run: name a folder that fastdiff train wrote")
     problems: list[str] = []
+    try:
+        next((place / "previews").iterdir(), None)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        problems.append(f"previews cannot be read ({error.strerror})")
     return Run(
         folder=place,
         config=_config(place, problems),
@@ -186,8 +202,8 @@ def _history(folder: Path, problems: list[str]) -> History:
 
 
 def _measured(path: Path, problems: list[str]) -> tuple[Measured, ...]:
-    """The lines of a metrics.jsonl; of several with the same checkpoint and samples the last one counts."""
-    found: dict[object, Measured] = {}
+    """The lines of a metrics.jsonl; figures that were measured again count as they were measured last."""
+    found: dict[object, list[Measured]] = {}
     damaged = 0
     try:
         with path.open("rb") as file:
@@ -200,16 +216,19 @@ def _measured(path: Path, problems: list[str]) -> tuple[Measured, ...]:
                 except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                     damaged += bool(line.strip())
                     continue
-                key = (one.checkpoint, one.step, one.rate, tuple(sorted(one.names.items())), str(one.samples))
-                found.pop(key, None)
-                found[key] = one
+                same = found.setdefault((one.checkpoint, one.step, one.rate, str(one.samples)), [])
+                before = next((i for i, other in enumerate(same) if other.agrees(one)), None)
+                if before is not None:
+                    other = same.pop(before)
+                    one = replace(one, figures=other.figures | one.figures, names=other.names | one.names)
+                same.append(one)
     except FileNotFoundError:
         pass
     except OSError as error:
         problems.append(f"{METRICS} cannot be read ({error.strerror})")
     if damaged:
         problems.append(f"{METRICS} has {damaged:,} damaged {'line' if damaged == 1 else 'lines'}, left out")
-    return tuple(found.values())
+    return tuple(one for same in found.values() for one in same)
 
 
 def _line_of_metrics(row: dict[str, Any]) -> Measured:
@@ -223,7 +242,7 @@ def _line_of_metrics(row: dict[str, Any]) -> Measured:
         step,
         rate,
         str(row.get("checkpoint") or f"step {step}"),
-        {key: value for key, value in figures.items() if math.isfinite(value)},
+        {key: value for key, value in figures.items() if abs(value) <= LARGEST},
         names,
         samples if isinstance(samples, dict) else {},
     )
@@ -245,7 +264,7 @@ def _best(path: Path, problems: list[str]) -> Best | None:
     except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError) as error:
         problems.append(f"{BEST} is damaged ({first_line(error)})")
         return None
-    return best if math.isfinite(best.value) else None
+    return best if abs(best.value) <= LARGEST else None
 
 
 def _parameters(folder: Path) -> int | None:

@@ -78,7 +78,8 @@ def settings(runs: Sequence[Run]) -> str:
     chosen = {t: [row for row in rows if (row.differs if several else row.changed)] for t, rows in groups.items()}
     chosen = {title: rows for title, rows in chosen.items() if rows}
     what = "Different between the runs" if several else "Different from the defaults"
-    first = _table(runs, chosen) if chosen else '<p class="quiet">None.</p>'
+    none = "All runs have the same settings." if several else "All settings are the defaults."
+    first = _table(runs, chosen) if chosen else f'<p class="quiet">{none}</p>'
     count = sum(map(len, groups.values()))
     return (
         '<section id="settings"><h2>Settings</h2>\n'

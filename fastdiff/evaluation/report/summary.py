@@ -13,6 +13,7 @@ _STATES = {
     "finished": "finished",
     "stopped": "stopped early",
     "not started": "no update yet",
+    "ended": "not running",
 }
 
 
