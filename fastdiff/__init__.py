@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         build_diffusion,
         space_timesteps,
     )
-    from fastdiff.evaluation import sample_metrics
+    from fastdiff.evaluation.api import sample_metrics
     from fastdiff.models import Classifier, SuperResUNet, UNet, build_classifier, build_model
     from fastdiff.presets import PRESETS, Preset
     from fastdiff.sampling import sample
@@ -90,7 +90,7 @@ _HOMES = {
         *("GaussianDiffusion", "LossSecondMomentSampler", "LossType", "ModelMeanType", "ModelVarType"),
         *("UniformSampler", "build_diffusion", "space_timesteps"),
     ),
-    "evaluation": ("sample_metrics",),
+    "evaluation.api": ("sample_metrics",),  # fastdiff runs is in evaluation, too, and does not wait for torch
     "models": ("Classifier", "SuperResUNet", "UNet", "build_classifier", "build_model"),
     "presets": ("PRESETS", "Preset"),
     "sampling": ("sample",),

@@ -16,7 +16,6 @@ from fastdiff.checkpoint.files import (
     sha256,
     write_tensors,
 )
-from fastdiff.checkpoint.lease import Lease
 from fastdiff.checkpoint.model import (
     Checkpoint,
     Weights,
@@ -45,6 +44,7 @@ from fastdiff.checkpoint.steps import (
     weights_of,
     write_manifest,
 )
+from fastdiff.runtime.lease import Lease
 
 __all__ = [
     "FORMAT",

@@ -95,7 +95,7 @@ def _holder(folder: Path) -> dict[str, Any]:
 
 
 def held(folder: Path) -> bool:
-    """Whether a process holds the lease of the folder; where the lock cannot be tried, whether one says that it does."""
+    """Whether a process holds the folder's lease; where the lock cannot be tried, whether one says that it does."""
     if not (folder / _LOCKED).exists():
         return False
     lock = FileLock(folder / _LOCKED)

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from filelock import SoftFileLock, UnixFileLock
 
-from fastdiff.checkpoint import Lease, lease
+from fastdiff.runtime import lease
+from fastdiff.runtime.lease import Lease
 
 from ..processes import script
 
 HOLD = """
 from pathlib import Path
-from fastdiff.checkpoint import Lease
+from fastdiff.runtime.lease import Lease
 with Lease(Path(run_dir), "job 7"):
     channel.send("held")
     channel.recv()
