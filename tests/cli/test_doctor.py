@@ -26,7 +26,8 @@ def test_what_is_found(cli: Cli) -> None:
     assert found["torch"].startswith(torch.__version__)
     expected = {"device", "precision", "triton", "compiler", "threads", "disk", "cache", *module.EXTRAS}
     assert expected <= set(found)
-    assert found["threads"].startswith(f"{torch.get_num_threads()} threads on ")
+    threads = torch.get_num_threads()
+    assert found["threads"].startswith(f"{threads} thread{'s' * (threads > 1)} on ")
     assert found["diffusers"].startswith("installed: ")
 
 
