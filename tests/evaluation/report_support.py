@@ -215,3 +215,8 @@ def points(page: Page, label: str, chart: int = 0) -> list[tuple[int, int]]:
         at = (int(x), int(y)) if kind == "M" else (at[0] + int(x), at[1] + int(y))
         found.append(at)
     return found
+
+
+def titles(page: Page) -> list[str]:
+    """The titles of the charts."""
+    return re.findall(r'<span class="title">([^<]*)</span>', page.html)
