@@ -21,6 +21,7 @@ from fastdiff.cli import (
     evaluate,
     presets,
     report,
+    runs,
     sample,
     scripts,
     train,
@@ -44,6 +45,7 @@ app.command("sample", cls=Paneled)(sample.sample)
 app.command("demo", cls=Paneled)(demo.demo)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("report", cls=Paneled)(report.report)
+app.command("runs", cls=Paneled)(runs.runs)
 app.command("benchmark", cls=Paneled)(benchmark.benchmark)
 app.command("presets", cls=Paneled)(presets.presets)
 app.command("doctor", cls=Paneled)(doctor.doctor)

@@ -138,3 +138,24 @@ def test_a_note_that_cannot_be_written_gives_the_lease_back(tmp_path: Path, monk
             Lease(tmp_path).__enter__()
     with Lease(tmp_path):
         pass
+
+
+def test_whether_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking leaves the folder as it is, and nobody waits; where the lock cannot be tried the holder's word counts."""
+    assert not lease.held(tmp_path)
+    assert not lease.held(tmp_path / "nowhere")
+    assert names(tmp_path) == set()
+    with Lease(tmp_path):
+        assert lease.held(tmp_path)
+    with held(tmp_path) as process:
+        assert lease.held(tmp_path)
+        process.kill()
+        process.join()
+    assert names(tmp_path) == {".lease", ".lease.json"}
+    assert not lease.held(tmp_path)
+    with Lease(tmp_path):  # free again
+        pass
+    monkeypatch.setattr(UnixFileLock, "_acquire", lambda self: os.stat(os.fspath(tmp_path / "denied")))
+    assert not lease.held(tmp_path)
+    (tmp_path / ".lease.json").write_text('{"pid": 1}')
+    assert lease.held(tmp_path)
