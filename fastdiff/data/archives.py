@@ -43,12 +43,19 @@ def safe_name(archive: Path, name: str) -> str:
     return "/".join(part for part in parts if part not in ("", "."))
 
 
-def with_slashes(names: Sequence[str]) -> list[str]:
-    """The names of a zip's files, with "/" where they come from a Windows program that writes backslashes instead.
+def names_in_zip(archive: Path, infos: Sequence[zipfile.ZipInfo]) -> list[str]:
+    """The names of a zip's members, not yet safe; those of folders end with "/".
 
-    That is plain if no name has a slash (ZIP's specification, 4.4.17, wants slashes only).
+    Where no name has a slash, backslashes are taken for slashes: some programs on Windows write them, although ZIP's
+    specification (4.4.17) does not allow it. ArchiveError for names that zipfile cuts off, and folders with content.
     """
-    return [*names] if any("/" in name for name in names) else [name.replace("\\", "/") for name in names]
+    slashes = any("/" in info.filename for info in infos)
+    names = [info.filename if slashes else info.filename.replace("\\", "/") for info in infos]
+    for info, name in zip(infos, names, strict=True):
+        if "\0" in info.orig_filename or (name.endswith("/") and info.file_size):
+            what = "a damaged name" if "\0" in info.orig_filename else "a folder with content"
+            raise ArchiveError(f"{archive} holds {printable(info.orig_filename)}, {what}: copy it again")
+    return names
 
 
 def safe_file_name(archive: Path, name: str) -> str:
@@ -218,7 +225,7 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     if sum(info.compress_size for info in infos) > path.stat().st_size:
         raise zipfile.BadZipFile("its files overlap")
-    for info, said in zip(infos, with_slashes([info.filename for info in infos]), strict=True):
+    for info, said in zip(infos, names_in_zip(path, infos), strict=True):
         folder = said.endswith("/")
         name = (safe_name if folder else safe_file_name)(path, said)
         mode = info.external_attr >> 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from fastdiff.data.archives import safe_file_name, with_slashes
+from fastdiff.data.archives import names_in_zip, safe_file_name
 from fastdiff.data.images import MAX_BYTES, UnreadableImage
 from fastdiff.runtime.words import first_line
 
@@ -65,6 +65,6 @@ def zip_members(path: Path, most: int = MAX_BYTES) -> dict[str, ZipMember]:
     infos = archive.infolist()
     return {
         safe_file_name(path, name): ZipMember(archive, info, most)
-        for info, name in zip(infos, with_slashes([info.filename for info in infos]), strict=True)
+        for info, name in zip(infos, names_in_zip(path, infos), strict=True)
         if not name.endswith("/")  # is_dir() fails without a name
     }

@@ -195,6 +195,16 @@ def test_a_zip_with_names_that_are_no_text(tmp_path: Path) -> None:
     assert "damaged" in refused(tmp_path, path)
 
 
+@pytest.mark.parametrize("damage", [b"n2/\0_1.png", b"n2/b_\0.png", b"n2/b_1.pn/"])
+def test_a_name_in_a_zip_that_hides_its_file(tmp_path: Path, damage: bytes) -> None:
+    """zipfile cuts a name at a zero, and what is left may look like a folder."""
+    path = zipped(tmp_path / "x.zip", GOOD)
+    path.write_bytes(path.read_bytes().replace(b"n2/b_1.png", damage))
+    said = "a damaged name: copy it again" if b"\0" in damage else "a folder with content: copy it again"
+    assert said in refused(tmp_path, path)
+    refusal(lambda: ImageFolder(path, 8), said)
+
+
 @pytest.mark.parametrize("name", ["", ".", "./"])
 def test_a_file_without_a_name(tmp_path: Path, name: str) -> None:
     """Of a zip zipfile fails to say whether it is a folder."""
