@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import sys
 import tarfile
@@ -289,6 +290,20 @@ def _other_weights(found: Path, sound: Path, out: str) -> str:
     return "" if "warning" in told or "changed" in told else "other weights were trained without a word"
 
 
+def _fewer_counted(found: Path, sound: Path, out: str) -> str:
+    """As many images are counted as there are in the sound input, or what is left out is told."""
+    names = {name for place in (sound, sound / "images") if place.is_dir() for name in _images_of(place)}
+    counted = re.search(r"images\W+([\d,]+)", out)
+    told = any(word in out for word in ("left out", "unreadable"))
+    return "" if told or (counted and int(counted[1].replace(",", "")) >= len(names)) else f"fewer images: {out}"
+
+
+def _images_of(place: Path) -> list[str]:
+    """The names of the images in a folder, or in the zip in it."""
+    zips = [name for path in place.glob("*.zip") for name in zipfile.ZipFile(path).namelist()]
+    return zips or [path.name for path in place.iterdir() if path.suffix not in TEXT and path.is_file()]
+
+
 def _other_number(found: Path, sound: Path, out: str) -> str:
     """As many images are unpacked: nothing else shows damage in a file without checksums."""
     ours, theirs = (len(list((folder / "out").rglob("*.png"))) for folder in (found, sound))
@@ -319,9 +334,9 @@ _SETTINGS = (*map(str, _draw("model.safetensors", "s.npz")), "--overwrite")
 _RESUME = ("train", "--run-dir", "run", "--resume", "--steps", "3", *SHORT[2:])
 
 KINDS: dict[str, Kind] = {
-    "image": Kind(_images, "images/*", ("data", "check", "images")),
+    "image": Kind(_images, "images/*", ("data", "check", "images"), _fewer_counted),
     "npz": Kind(_packed("a.npz", "--image-size", "16"), "*", ("data", "check", "a.npz")),
-    "zip": Kind(_packed("a.zip"), "*", ("data", "check", "a.zip")),
+    "zip": Kind(_packed("a.zip"), "*", ("data", "check", "a.zip"), _fewer_counted),
     "safetensors": Kind(_checkpoint, "*", tuple(map(str, _draw("model.safetensors", "s.npz"))), _other_images),
     "pt": Kind(_state_dict, "*", (*map(str, _draw("model.pt", "s.npz")), *_UNSAID), _other_images),
     "classifier": Kind(
@@ -359,6 +374,7 @@ KINDS: dict[str, Kind] = {
             _labelled(name, text),
             f"images/{name}",
             ("data", "check", "images", *(("--label-file", name) if name in ("hot.csv", "names.json") else ())),
+            _fewer_counted,
         )
         for name, text in _LABELS.items()
     },
