@@ -1,4 +1,4 @@
-"""``fastdiff evaluate fid``: how near samples are to a set of images."""
+"""``fastdiff evaluate fid``, ``neighbours`` and ``checkpoints``: measure samples by their features."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from fastdiff.cli.scripts import log_formats
 from fastdiff.config import DiffusionConfig, Metric, MetricsConfig, ModelConfig, RuntimeConfig, SampleConfig
 
 if TYPE_CHECKING:
+    from fastdiff.checkpoint import Checkpoint
     from fastdiff.evaluation.image_sets import ImageSet, ReferenceStatistics
     from fastdiff.evaluation.session import Session
 
@@ -87,7 +88,7 @@ def fid(
                 for figure in figures:
                     display.line(figure.line())
                 if save_stats is not None:
-                    save_statistics(save_stats, compared.statistics, compared.spatial, extractor)
+                    save_statistics(save_stats, compared.statistics, compared.spatial, extractor, compared.size)
                     display.line(f"wrote {save_stats}")
                 if opened.out_dir is not None:
                     record = record_of(figures, opened.origin, compared.about, extractor, opened.checkpoint)
@@ -127,12 +128,12 @@ def neighbours(
         if not isinstance(theirs, ImageSet):
             session.world.refuse(f"{reference} holds statistics: name the training images")
         with session.comparison(opened.out_dir) as comparison:
-            compared, extraction = comparison.reference(theirs), comparison.extract(ours, "samples")
+            images, drawn = comparison.extract(theirs, "reference"), comparison.extract(ours, "samples")
 
             def written() -> None:
-                if compared is None or compared.extraction is None or extraction is None:  # not the first process
+                if images is None or drawn is None:  # not the first process
                     return
-                found = neighbours_of(extraction.features, compared.extraction.features, session.runtime.device)
+                found = neighbours_of(drawn.features, images.features, session.runtime.device)
                 save_sheet(out, found, ours, theirs)
                 save_table(table, found, ours, theirs)
                 session.display.line(f"wrote {out} and {table}")
@@ -177,10 +178,10 @@ def checkpoints(
         world, display = session.world, session.display
         run_dir = world.from_main(lambda: run or find_with_rate(None, None).parent)
         paths = world.from_main(lambda: of_run.checkpoints_of(run_dir, rate))
-        first = world.on_all(lambda: load_for(session.runtime, paths[-1]))
-        size, out_dir = first.model_config.image_size, run_dir / FOLDER
-        theirs = session.training_images(first, paths[-1]) if reference is None else session.reference(reference, size)
+        out_dir = run_dir / FOLDER
+        theirs = _reference_of(session, paths[-1], reference)
         display.line(f"reference: {_said(theirs)}")
+        world.on_all(lambda: of_run.refuse_metric(metric, session.extractor, theirs))
         display.line(
             f"checkpoints: {len(paths)} of {run_dir}, {session.config.num_samples:,} images from each; --num-samples "
             "reduces it"
@@ -212,6 +213,14 @@ def checkpoints(
         world.on_all(written)
 
 
+def _reference_of(session: "Session", path: Path, reference: Path | None) -> "ImageSet | ReferenceStatistics":
+    """What the checkpoints of a run are compared with, by default its training images; ``path`` is one of them."""
+    loaded = session.world.on_all(lambda: load_for(session.runtime, path))
+    if reference is None:
+        return session.training_images(loaded, path)
+    return session.reference(reference, loaded.model_config.image_size)
+
+
 @contextmanager
 def _session(flags: Flags, timeout: int) -> Iterator["Session"]:
     """A Session with the flags, on every process that torchrun started."""
@@ -233,7 +242,7 @@ def _session(flags: Flags, timeout: int) -> Iterator["Session"]:
             machine = RuntimeConfig.from_flags(flags)
             runtime = world.on_all(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
             session = Session(config, runtime, world, display, lambda what: Slowly(display, what))
-            display.line(f"extractor: {session.extractor.name}, images at {session.extractor.resizing}")
+            display.line(f"extractor: {session.extractor.name}; images are resized: {session.extractor.resizing}")
             yield session
     except typer.Exit:
         world.leave()
@@ -261,38 +270,79 @@ def _opened(
     ema_rate: str | None,
     preset: str | None,
 ) -> _Opened:
-    """Open the reference and the samples, which are drawn first if they are a checkpoint's."""
+    """Open the reference and the samples; of a checkpoint images are drawn first."""
     from fastdiff.evaluation.records import about_checkpoint
-    from fastdiff.evaluation.session import folder_for, is_checkpoint
+    from fastdiff.evaluation.session import is_checkpoint
 
     world, display = session.world, session.display
-    if samples is None or is_checkpoint(samples):
-        path = world.from_main(lambda: find_with_rate(samples, ema_rate))
-        loaded = world.on_all(lambda: load_for(session.runtime, path, flags, preset))
-        display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
-        size, folder = loaded.model_config.image_size, out_dir or folder_for(path)
-        theirs = session.training_images(loaded, path) if reference is None else session.reference(reference, size)
-        display.line(f"reference: {_said(theirs)}")
-        about = world.from_main(lambda: about_checkpoint(loaded, path))
-        drawing = session.drawing(loaded, path, folder)
-        if status := drawing.run():
-            raise typer.Exit(status)
-        return _Opened(session.images(drawing.path, size), theirs, drawing.origin, about, folder)
+    load = partial(_load, session, flags, preset, out_dir)
+    if world.from_main(lambda: is_checkpoint(samples)):
+        model = load(samples, ema_rate)
+        if reference is None:
+            known: ImageSet | ReferenceStatistics = session.training_images(model.loaded, model.path)
+        elif world.from_main(lambda: is_checkpoint(reference)):
+            known = _draw(session, load(reference, None))[0]
+        else:
+            known = session.reference(reference, model.loaded.model_config.image_size)
+        display.line(f"reference: {_said(known)}")
+        ours, origin = _draw(session, model)
+        about = world.from_main(lambda: about_checkpoint(model.loaded, model.path))
+        return _Opened(ours, known, origin, about, model.out_dir)
+    assert samples is not None
     if reference is None:
-        raise ValueError(f"reference: name the images to compare {samples} with")
-    if unused := sorted(_DRAWING & set(flags)) + ["ema_rate"] * (ema_rate is not None):
-        raise ValueError(f"{unused[0]} is for drawing from a checkpoint, and {samples} holds images: leave it out")
-    ours, known = session.both(samples, reference)
-    if "num_samples" in flags:
-        ours = world.on_all(lambda: ours.first(session.config.num_samples))
+        world.refuse(f"reference: name the images to compare {samples} with")
+    if world.from_main(lambda: is_checkpoint(reference)):
+        known, _ = _draw(session, load(reference, ema_rate))
+        ours = session.images(samples, known.size)
+    else:
+        if unused := sorted(_DRAWING & set(flags)) + ["ema_rate"] * (ema_rate is not None):
+            world.refuse(f"{unused[0]} is for drawing from a checkpoint, and {samples} holds images: leave it out")
+        ours, known = session.both(samples, reference)
+        if "num_samples" in flags:
+            ours = world.on_all(lambda: ours.first(session.config.num_samples))
     display.line(f"samples: {_said(ours)}")
     display.line(f"reference: {_said(known)}")
     return _Opened(ours, known, ours.about, None, out_dir)
 
 
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """A checkpoint to draw from, and the folder for its samples."""
+
+    path: Path
+    loaded: "Checkpoint"
+    out_dir: Path
+
+
+def _load(
+    session: "Session", flags: Flags, preset: str | None, out_dir: Path | None, place: Path | None, ema_rate: str | None
+) -> _Model:
+    """The checkpoint at ``place``, which a line of the log names."""
+    from fastdiff.evaluation.session import folder_for
+
+    path = session.world.from_main(lambda: find_with_rate(place, ema_rate))
+    loaded = session.world.on_all(lambda: load_for(session.runtime, path, flags, preset))
+    session.display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
+    return _Model(path, loaded, out_dir or folder_for(path))
+
+
+def _draw(session: "Session", model: _Model) -> "tuple[ImageSet, dict[str, Any]]":
+    """The checkpoint's samples, and their origin as values for JSON; a signal ends the command."""
+    drawing = session.drawing(model.loaded, model.path, model.out_dir)
+    if status := drawing.run():
+        raise typer.Exit(status)
+    return session.images(drawing.path, model.loaded.model_config.image_size), drawing.origin
+
+
 def _said(known: "ImageSet | ReferenceStatistics") -> str:
     """One side of a comparison in words."""
-    count, images = known.about["count"], getattr(known, "images", None)
-    if images is None:
-        return f"statistics{f' of {count:,} images' if count else ''}, {known.about['data']}"
-    return f"{len(images):,} images of {images.shape[1]} pixels, {known.about['data']}"
+    from fastdiff.evaluation.image_sets import ImageSet
+
+    place, count = known.about["data"], known.about["count"]
+    if isinstance(known, ImageSet):
+        held_out = known.about.get("held_out", 0)
+        without = f", without {held_out:,} that were held out" if held_out else ""
+        return f"{len(known):,} images at {known.size} pixels{without}: {known.told}{place}"
+    of_images = f" of {count:,} images" if count else ""
+    more = "" if known.images is None else f", and {len(known.images):,} images for the other figures"
+    return f"statistics{of_images}{more}: {place}"

@@ -29,6 +29,7 @@ from fastdiff.checkpoint.model import (
 from fastdiff.checkpoint.steps import (
     begin_step,
     best_path,
+    best_step,
     delete_step,
     ema_path,
     find_checkpoint,
@@ -56,6 +57,7 @@ __all__ = [
     "Weights",
     "begin_step",
     "best_path",
+    "best_step",
     "delete_step",
     "ema_path",
     "find_checkpoint",

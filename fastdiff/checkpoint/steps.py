@@ -301,20 +301,35 @@ def best_path(run_dir: Path) -> Path:
     return run_dir / "best.json"
 
 
+def best_step(run_dir: Path) -> int | None:
+    """The step of the best checkpoint; None if it is not known."""
+    try:
+        return _rank(_said_to_be_best(run_dir))[0]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _said_to_be_best(run_dir: Path) -> Path:
+    """The file of the run folder that best.json names; ValueError and others if it is damaged."""
+    name = json.loads(best_path(run_dir).read_text(encoding="utf-8"))["checkpoint"]
+    if not _is_model(Path(name)) or Path(name).name != name:
+        raise ValueError
+    return run_dir / name
+
+
 def _best(run_dir: Path, place: Path) -> Path:
-    """The checkpoint that best.json names, a file of the run folder."""
+    """The checkpoint that best.json names, for messages about ``place``; ValueError if there is none."""
     evaluate = f"fastdiff evaluate checkpoints {run_dir}"
     try:
-        name = json.loads(best_path(run_dir).read_text(encoding="utf-8"))["checkpoint"]
-        path = run_dir / name
-        if not _is_model(Path(name)) or path.name != name:
-            raise ValueError
+        path = _said_to_be_best(run_dir)
     except FileNotFoundError:
         raise ValueError(f"{place}: the best step is not known; {evaluate} finds it") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{best_path(run_dir)} is damaged: {evaluate} writes it again") from None
     if not path.exists():
-        raise ValueError(f"{place}: {name}, which was the best, is gone: {evaluate} finds the best of what is there")
+        raise ValueError(
+            f"{place}: {path.name}, which was the best, is gone: {evaluate} finds the best of what is there"
+        )
     return path
 
 

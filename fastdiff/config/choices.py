@@ -77,7 +77,7 @@ class Metric(StrEnum):
     DENSITY = "density"
     COVERAGE = "coverage"
     SFID = "sfid"
-    SCORE = "score"
+    SCORE = "inception_score"
 
     @property
     def lower_is_better(self) -> bool:

@@ -1,6 +1,7 @@
 """Sample metrics in one call."""
 
 import os
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ def sample_metrics(samples: Source, reference: Source, **settings: Any) -> dict[
 
     Each is uint8 images (N, H, W, 3), or the path of an npz, a folder or a zip; the reference may be an npz of
     statistics. The keys are fd (Fréchet distance) and, of a reference with images, kd (kernel distance), kd_deviation,
-    precision, recall, density and coverage; some extractors give sfid, score and score_deviation, too. ``settings`` are
-    extractor, extractor_size, trust, image_size, cache_dir, seed and device: see MetricsConfig.
+    precision, recall, density and coverage; some extractors give sfid, inception_score and its deviation, too. Quote a
+    figure with its extractor and the number of samples. ``settings`` are extractor, extractor_size, trust, image_size,
+    cache_dir, seed and device: see MetricsConfig.
 
     ValueError, with a message of one line, if an argument is invalid.
     """
@@ -37,7 +39,10 @@ def sample_metrics(samples: Source, reference: Source, **settings: Any) -> dict[
     def nothing(*_: Any) -> None:
         pass
 
-    session = Session(config, runtime, World(), Lines(nothing), lambda _: nothing)
+    def doubt(line: str) -> None:
+        warnings.warn(line.removeprefix("warning: "), stacklevel=2)
+
+    session = Session(config, runtime, World(), Lines(doubt), lambda _: nothing)
     ours, theirs = _opened(session, samples, reference)
     with session.comparison(None) as comparison:
         figures = comparison.figures(ours, comparison.reference(theirs))
@@ -64,4 +69,4 @@ def _of_array(images: NDArray[np.uint8], name: str, size: int | None = None) -> 
         raise ValueError(f"{name}: a comparison needs two images or more, not {len(images)}")
     if size not in (None, images.shape[1]):
         raise ValueError(f"{name} has images of {images.shape[1]} pixels, not {size}: compare images of one size")
-    return ImageSet(images, about={"data": name, "count": len(images)})
+    return ImageSet(images, about={"data": name, "count": len(images), "size": images.shape[1]})

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint import Checkpoint, best_path, saved_steps, weights_of
+from fastdiff.checkpoint import Checkpoint, best_path, ema_path, model_path, saved_steps, weights_of
 from fastdiff.config import Metric
+from fastdiff.evaluation.extractors import Extractor
 from fastdiff.evaluation.image_sets import ImageSet, ReferenceStatistics
 from fastdiff.evaluation.plot import save_lines
-from fastdiff.evaluation.quality import Comparison, Reference
+from fastdiff.evaluation.quality import Comparison, Reference, shown
 from fastdiff.evaluation.records import about_checkpoint, append_record, read_records, record_of
 from fastdiff.evaluation.session import Session
 from fastdiff.runtime.files import replacing
@@ -43,13 +44,29 @@ def checkpoints_of(run_dir: Path, ema_rate: float | None = None) -> list[Path]:
     """
     found: list[Path] = []
     for step in saved_steps(run_dir):
-        raw, *averages = weights_of(run_dir, step)
-        named = {f"ema_{ema_rate}_{step:06d}" if ema_rate else f"model{step:06d}"}
-        found += (averages or [raw]) if ema_rate is None else [path for path in (raw, *averages) if path.stem in named]
+        there, raw = weights_of(run_dir, step), model_path(run_dir, step)
+        if ema_rate is None:
+            found += [path for path in there if path != raw] or there
+        else:
+            found += [path for path in there if path == (ema_path(run_dir, ema_rate, step) if ema_rate else raw)]
     if not found:
         which = "" if ema_rate is None else f" of the rate {ema_rate:g}" if ema_rate else " with raw weights"
         raise ValueError(f"{run_dir} has no checkpoint{which} to compare: name a run folder of fastdiff train")
     return found
+
+
+def refuse_metric(metric: Metric, extractor: Extractor, reference: ImageSet | ReferenceStatistics) -> None:
+    """ValueError if comparisons with this reference and extractor do not have the figure."""
+    known = {Metric.FD}
+    if isinstance(reference, ImageSet) or reference.images is not None:
+        known |= {Metric.KD, Metric.PRECISION, Metric.RECALL, Metric.DENSITY, Metric.COVERAGE}
+    if extractor.gives_spatial and (isinstance(reference, ImageSet) or reference.spatial is not None):
+        known.add(Metric.SFID)
+    if extractor.gives_probabilities and not extractor.family:
+        known.add(Metric.SCORE)
+    if metric not in known:
+        there = ", ".join(key for key in Metric if key in known)
+        raise ValueError(f"metric {metric}: with this extractor and reference there is {there}; choose one of them")
 
 
 class Comparing:
@@ -79,7 +96,8 @@ class Comparing:
         session, world = self._session, self._session.world
         about = world.from_main(lambda: about_checkpoint(loaded, path))
         drawing = session.drawing(loaded, path, self._out_dir)
-        told = (about["sha256"], drawing.origin, self._known.about, session.extractor.sha256)
+        extractor = {"name": session.extractor.name, "sha256": session.extractor.sha256}
+        told = (about["sha256"], drawing.origin, self._known.about, extractor)
         if (record := next(filter(lambda record: _told(record) == told, reversed(self._records)), None)) is None:
             if status := drawing.run():
                 return status
@@ -111,9 +129,7 @@ class Comparing:
 
 def _told(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What decides whether a record's figures are those that would be found again."""
-    extractor = record.get("extractor")
-    digest = extractor.get("sha256") if isinstance(extractor, dict) else None
-    return record.get("sha256"), record.get("samples"), record.get("reference"), digest
+    return tuple(record.get(name) for name in ("sha256", "samples", "reference", "extractor"))
 
 
 def best_of(rows: Sequence[Row], metric: Metric) -> Row:
@@ -138,7 +154,9 @@ def write_best(run_dir: Path, best: Row, metric: Metric) -> Path:
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """Write the rows as CSV, atomically."""
     text = io.StringIO()
-    keys = [key for key in (*Metric, "kd_deviation", "score_deviation") if any(key in row.figures for row in rows)]
+    keys = [
+        key for key in (*Metric, "kd_deviation", "inception_score_deviation") if any(key in row.figures for row in rows)
+    ]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("checkpoint", "step", "ema_rate", *keys))
     for row in rows:
@@ -153,7 +171,7 @@ def table(rows: Sequence[Row], best: Row) -> list[str]:
     titles = [rows[0].names.get(key, key).partition(" (")[0] for key in keys]
     cells = [["step", "EMA", *titles, ""]]
     for row in rows:
-        values = (f"{value:.4f}" if (value := row.figures.get(key)) is not None else "" for key in keys)
+        values = (shown(key, value) if (value := row.figures.get(key)) is not None else "" for key in keys)
         cells.append([str(row.step), row.average, *values, "best" if row is best else ""])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

@@ -1,6 +1,6 @@
 """Networks that turn images into the features that sample metrics compare, each named with its weights.
 
-They compute in fp32: a GPU gives the features of a CPU if TF32 is off, as `fastdiff.runtime.device` leaves it.
+They compute in fp32, with TF32 off, so that a GPU gives the features of a CPU.
 """
 
 import hashlib
@@ -25,13 +25,20 @@ from fastdiff.evaluation.programs import (
 )
 from fastdiff.evaluation.resizing import resized_like_pillow, resized_like_tensorflow
 from fastdiff.interop.openai import load_state_dict
+from fastdiff.runtime.device import without_tf32
 
 EFFICIENTNET = "efficientnet-lite0"
 INCEPTION = "inception-2015-12-05"
 _INCEPTION_RESIZING = f"{inception.SIZE} pixels, bilinear (TensorFlow 1's)"
 
-KNOWN_PROGRAMS = {"f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": INCEPTION}
-"""Programs that need no trust, by their SHA-256: StyleGAN's translation of the FID network."""
+KNOWN = {
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": INCEPTION,
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": INCEPTION,
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db": EFFICIENTNET,
+}
+"""Names by SHA-256: StyleGAN's program and torch-fidelity's state dict of one network, and EfficientNet's weights.
+
+Programs that are known need no trust. Other weights of these networks are named after their file."""
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, for levels of 0 to 1
 _PER_THREAD = 4  # images at once in each thread of a CPU: the layers' results stay in its cache
@@ -64,13 +71,19 @@ class Extractor(ABC):
     gives_spatial: bool = False
     gives_probabilities: bool = False
 
+    def sizes(self, device: torch.device) -> tuple[int, int]:
+        """The number D of features, and S of spatial ones or 0."""
+        found = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
+        return found.features.shape[1], 0 if found.spatial is None else found.spatial.shape[1]
+
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Extracted:
         """images: uint8 (N, 3, H, W) on the extractor's device. ValueError if a feature is not finite."""
         assert images.dtype is torch.uint8
         assert images.ndim == 4
         assert images.shape[1] == 3
-        found = self._extract(images)
+        with without_tf32():
+            found = self._extract(images)
         for values in (found.features, found.spatial, found.probabilities):
             if values is not None and not values.isfinite().all():
                 raise ValueError(f"extractor {self.name} gives features that are not finite (damaged weights?)")
@@ -83,11 +96,12 @@ class Extractor(ABC):
 class _EfficientNet(Extractor):
     """EfficientNet-Lite0 with the weights of a state dict."""
 
-    name, family = EFFICIENTNET, "EfficientNet"
     resizing = f"{efficientnet.SIZE} pixels, bicubic (Pillow's)"
     gives_probabilities = True
 
     def __init__(self, path: Path, state: dict[str, Tensor], sha256: str, device: torch.device) -> None:
+        known = KNOWN.get(sha256) == EFFICIENTNET
+        self.name, self.family = (EFFICIENTNET, "EfficientNet") if known else (path.stem, path.stem)
         self.sha256 = sha256
         self._network = with_weights(efficientnet.EfficientNetLite0, state, path).folded().to(device)
 
@@ -103,10 +117,12 @@ class _EfficientNet(Extractor):
 class _Inception(Extractor):
     """The FID network, written here, with the weights of a state dict."""
 
-    name, family, resizing = INCEPTION, "", _INCEPTION_RESIZING
+    resizing = _INCEPTION_RESIZING
     gives_spatial = gives_probabilities = True
 
     def __init__(self, path: Path, state: dict[str, Tensor], sha256: str, device: torch.device) -> None:
+        known = KNOWN.get(sha256) == INCEPTION
+        self.name, self.family = (INCEPTION, "") if known else (path.stem, path.stem)
         self.sha256 = sha256
         self._network = with_weights(inception.Inception, state, path).folded().to(device)
 
@@ -123,7 +139,7 @@ class _Program(Extractor):
     """A program that takes images (N, 3, size, size), normalised by ImageNet's mean and deviation."""
 
     def __init__(self, path: Path, sha256: str, network: Callable[..., Any], size: int, device: torch.device) -> None:
-        self.name = self.family = path.stem
+        self.name, self.family = f"{path.stem} at {size} pixels", path.stem
         self.sha256, self.resizing = sha256, f"{size} pixels, bicubic (Pillow's)"
         self._path, self._network, self._size = path, network, size
         self._mean, self._deviation = (
@@ -143,8 +159,8 @@ class _InceptionProgram(Extractor):
     gives_probabilities = True
 
     def __init__(self, path: Path, sha256: str, network: Callable[..., Any], device: torch.device) -> None:
-        known = sha256 in KNOWN_PROGRAMS
-        self.name, self.family = (KNOWN_PROGRAMS[sha256], "") if known else (path.stem, path.stem)
+        known = sha256 in KNOWN
+        self.name, self.family = (KNOWN[sha256], "") if known else (path.stem, path.stem)
         self.sha256, self.resizing = sha256, _INCEPTION_RESIZING if known else "as the program does it"
         self._path, self._network = path, network
         with calling(path), torch.inference_mode():
@@ -176,7 +192,7 @@ def open_extractor(
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if kind == STATE_DICT:
         return _of_state_dict(path, sha256, device)
-    if sha256 not in KNOWN_PROGRAMS and not trust:
+    if sha256 not in KNOWN and not trust:
         raise ValueError(
             f"{path} is {kind}, which can run any code, and its SHA-256 {sha256} is none that fastdiff knows: "
             "if you trust where it comes from, add --trust"

@@ -1,7 +1,7 @@
 """Extracts the features of images into memory-mapped files, with one process or many."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +35,24 @@ class Extraction:
 
 
 def extract(
-    images: ImageSet, extractor: Extractor, folder: Path, device: torch.device, world: World, on_progress: OnProgress
+    images: ImageSet,
+    extractor: Extractor,
+    folder: Path,
+    device: torch.device,
+    world: World,
+    on_progress: OnProgress,
+    more: Collection[str] = ("spatial", "probabilities"),
 ) -> Extraction | None:
     """Extract the features of all images into files of ``folder``, which every process sees; None but on rank 0.
 
-    Every process extracts a share of the images. ValueError, on all of them, if a feature is not finite. Collective.
+    ``more`` are fields of Extracted to extract, too, if there are any. Every process extracts a share of the images.
+    ValueError, on all of them, if a feature is not finite. Collective.
     """
     count = len(images)
     first, last = (count * rank // world.size for rank in (world.rank, world.rank + 1))
-    world.on_all(lambda: _extract(images, extractor, folder, device, world, first, last, on_progress))
+    world.on_all(
+        lambda: _extract(images, extractor, folder, device, world, first, last, on_progress, ("features", *more))
+    )
 
     def joined(name: str) -> Features | None:
         # of more processes than images some have none
@@ -81,28 +90,25 @@ def _extract(
     first: int,
     last: int,
     on_progress: OnProgress,
+    wanted: Collection[str],
 ) -> None:
     """Extract the images ``first`` to ``last - 1`` into this process's files."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: not every process sees this folder; name one that all see with --out-dir")
+        raise ValueError(f"{folder}: not every process sees this folder: the results must be in one that all see")
     files: dict[str, Features] = {}
     began, total = time.perf_counter(), len(images)
     for start in range(first, last, BATCH):
         stop = min(start + BATCH, last)
-        batch = torch.from_numpy(np.array(images.images[start:stop])).to(device).permute(0, 3, 1, 2)  # (N, 3, H, W)
+        batch = torch.from_numpy(images.read(start, stop)).to(device).permute(0, 3, 1, 2)  # (N, 3, H, W)
         found = extractor(batch)
-        values: dict[str, Tensor | None] = {
-            "features": found.features,
-            "spatial": found.spatial,
-            "probabilities": found.probabilities,
-        }
-        for name, value in values.items():
+        for name in wanted:
+            value: Tensor | None = getattr(found, name)
             if value is not None:
                 if name not in files:
                     path = _part(folder, name, world.rank)
                     files[name] = open_memmap(path, "w+", np.float32, (last - first, value.shape[1]))
                 files[name][start - first : stop - first] = value.cpu().numpy()
-        done = min((stop - first) * world.size, total)
+        done = total if stop == last else (stop - first) * world.size  # as if the others were equally far
         rate = done / (time.perf_counter() - began)
         on_progress(done, total, f"{duration((total - done) / rate)} left  {rate:.1f} images/s")
     for file in files.values():

@@ -7,51 +7,79 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fastdiff.checkpoint import sha256
 from fastdiff.config import READING, Cache, DataConfig
-from fastdiff.data import Dataset, UnreadableImage, decode, load_shared, read_samples
+from fastdiff.data import UnreadableImage, decode, load_shared, read_samples
 from fastdiff.data.loading import folder_of
 from fastdiff.data.npz import read_arrays
-from fastdiff.evaluation.extractors import INCEPTION, Extractor
+from fastdiff.evaluation.extractors import INCEPTION, KNOWN, Extractor
 from fastdiff.evaluation.metrics import Statistics
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World
 from fastdiff.runtime.files import refuse_unwritable, replacing
 
-_WANTED = "give an npz of images (arr_0), or of statistics (mu and sigma)"
+_WANTED = "name images (an npz, a folder or a zip), or for a reference an npz of statistics (mu and sigma)"
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images uint8 (N, H, W, 3), their ``names`` (N,) if they have any, and their origin as values for JSON."""
+    """Images: the ``rows`` (N,) of uint8 (M, H, H, 3), or all of them; ``names`` (M,) may be empty.
+
+    ``about`` is their origin as values for JSON, ``told`` a phrase about what was found and left out.
+    """
 
     images: NDArray[np.uint8]
     names: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)
+    rows: NDArray[np.int64] | None = None
+    told: str = ""
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) if self.rows is None else len(self.rows)
 
     @property
     def size(self) -> int:
         """Height of the images."""
         return self.images.shape[1]
 
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The images ``start`` to ``stop - 1`` as a copy in memory, (n, H, H, 3)."""
+        return np.array(self.images[start:stop] if self.rows is None else self.images[self.rows[start:stop]])
+
+    def __getitem__(self, number: int) -> NDArray[np.uint8]:
+        """The image with this number, (H, H, 3)."""
+        return self.images[number if self.rows is None else self.rows[number]]
+
+    def name(self, number: int, otherwise: str) -> str:
+        """The name of the image with this number, ``otherwise`` with the number if it has none."""
+        return self.names[number if self.rows is None else self.rows[number]] if self.names else f"{otherwise} {number}"
+
+    def only(self, rows: NDArray[np.int64], **about: Any) -> "ImageSet":
+        """These images alone, rows (n,) of all; ``about`` is added to their origin."""
+        return replace(self, rows=rows, about={**self.about, "count": len(rows), **about})
+
     def first(self, count: int) -> "ImageSet":
         """The first ``count`` images; ValueError if there are fewer."""
         if count > len(self):
             raise ValueError(f"num_samples {count:,}: {self.about['data']} has {len(self):,} images")
-        return replace(self, images=self.images[:count], names=self.names[:count])
+        return self.only(np.arange(count)) if count < len(self) else self
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceStatistics:
-    """The statistics of a reference's features, with those of the spatial ones or None, and their origin."""
+    """The statistics of a reference's features, with those of the spatial ones or None, and their origin.
+
+    ``size`` is the height of its images if it is known, and ``images`` some of them if the file has them.
+    """
 
     features: Statistics
     spatial: Statistics | None
     about: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    images: ImageSet | None = None
 
 
 def open_images(
@@ -66,10 +94,19 @@ def open_images(
 
     Without a size those of a folder must be of one size. ``config`` says how a folder is read. The images are
     memory-mapped: those of a folder are decoded once into the file that training uses, too. ValueError if there are
-    fewer than two images, or the npz has another size. Collective.
+    fewer than two images, the npz has another size, or the processes see different images. Collective.
     """
-    if place.suffix.lower() == ".npz" and place.is_file():
+
+    def is_npz() -> bool:
+        if not place.exists():
+            raise ValueError(f"{place} does not exist: {_WANTED}")
+        return place.suffix.lower() == ".npz" and place.is_file()
+
+    if world.from_main(is_npz):
         found = world.on_all(lambda: _of_npz(place, size))
+        checksums = world.all_gather_object(found.about["crc32"])
+        if len(set(checksums)) > 1:
+            world.refuse(f"{place}: the processes see different images; every machine needs the same file")
     else:
         found = _of_folder(replace(config, data_dir=str(place)), size, world, display, reading)
     if len(found) < 2:
@@ -84,7 +121,7 @@ def _of_npz(path: Path, size: int | None) -> ImageSet:
         raise ValueError(f"{path} holds images of {width}x{height} pixels: they must be square")
     if size not in (None, height):
         raise ValueError(f"{path} holds images of {height} pixels, not {size}: compare images of one size")
-    about = {"data": str(path.resolve()), "count": len(samples.images), "crc32": samples.checksum}
+    about = {"data": str(path.resolve()), "count": len(samples.images), "size": height, "crc32": samples.checksum}
     return ImageSet(samples.images, samples.names or (), about)
 
 
@@ -97,13 +134,9 @@ def _of_folder(config: DataConfig, size: int | None, world: World, display: Line
     if size is None and smallest != largest:
         sizes = " to ".join(f"{width}x{height}" for width, height in (smallest, largest))
         world.refuse(f"{config.data_dir} has images of {sizes} pixels: give the size to compare at with --image-size")
-    return of_dataset(dataset, config.data_dir)
-
-
-def of_dataset(dataset: Dataset, data_dir: str) -> ImageSet:
-    """The images of a data set that is loaded already."""
-    about = {"data": str(Path(data_dir).resolve()), "count": len(dataset.images), "fingerprint": dataset.fingerprint}
-    return ImageSet(dataset.images, dataset.names, about)
+    about = {"data": str(Path(config.data_dir).resolve()), "count": len(dataset.images), "size": assumed}
+    about["fingerprint"] = dataset.fingerprint
+    return ImageSet(dataset.images, dataset.names, about, told=f"{dataset.preflight.line()}, ")
 
 
 def _size_of_first(config: DataConfig) -> int:
@@ -131,34 +164,49 @@ def holds_images(place: Path) -> bool:
         return "arr_0.npy" in archive.namelist()
 
 
-def read_statistics(path: Path, extractor: Extractor) -> ReferenceStatistics:
+def read_statistics(path: Path, extractor: Extractor, device: torch.device, size: int | None) -> ReferenceStatistics:
     """The statistics that save_statistics wrote or guided-diffusion's evaluator, which names no extractor: Inception.
 
-    ValueError if they are damaged, or of another extractor than this one.
+    ValueError if they are damaged, or of another extractor than this one, or of images of another size than ``size``.
     """
 
     def is_real(*dimensions: int) -> Any:
         return lambda shape, dtype: len(shape) in dimensions and dtype.kind in "fiu"
 
+    def is_count(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+        return shape == () and dtype.kind in "iu"
+
     def is_text(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
         return shape == () and dtype.kind == "U" and dtype.itemsize <= 2**12
 
     fits = {name: is_real(1) for name in ("mu", "mu_s")} | {name: is_real(2) for name in ("sigma", "sigma_s")}
-    fits |= {"count": is_real(0), "extractor": is_text, "sha256": is_text}
+    fits |= {"count": is_count, "image_size": is_count, "extractor": is_text, "sha256": is_text}
     stored = read_arrays(path, fits, _WANTED)
     name, digest = (str(stored[key]) if key in stored else None for key in ("extractor", "sha256"))
+    digests = {digest for digest, known in KNOWN.items() if known == extractor.name} | {extractor.sha256, None}
     foreign = name is None and extractor.family != ""  # a file of that name that is not Inception's
-    if foreign or (name or INCEPTION) != extractor.name or digest not in (None, extractor.sha256):
+    if foreign or (name or INCEPTION) != extractor.name or digest not in digests:
         whose = name or f"{INCEPTION}, as those of guided-diffusion's evaluator are"
         same = " with other weights" if (name or INCEPTION) == extractor.name else ""
         raise ValueError(
             f"{path} has the statistics of {whose}{same}, and the extractor is {extractor.name}: choose the same with "
             "--extractor, or give images as the reference"
         )
-    count = int(stored.get("count", 0))
+    count, their_size = (max(int(stored.get(key, 0)), 0) for key in ("count", "image_size"))
+    if size and their_size and size != their_size:
+        raise ValueError(f"{path} has the statistics of images of {their_size} pixels, not {size}: compare one size")
     features = _statistics(path, stored, "mu", "sigma", count)
     spatial = _statistics(path, stored, "mu_s", "sigma_s", count) if {"mu_s", "sigma_s"} <= stored.keys() else None
-    return ReferenceStatistics(features, spatial, {"data": str(path.resolve()), "count": count or None})
+    for known, expected in zip((features, spatial), extractor.sizes(device), strict=True):
+        if known is not None and expected and len(known.mean) != expected:
+            raise ValueError(
+                f"{path} has statistics of {len(known.mean)} features, and {extractor.name} has {expected}: compute "
+                "them with this extractor"
+            )
+    about = {"data": str(path.resolve()), "count": count or None, "sha256": sha256(path)}
+    return ReferenceStatistics(
+        features, spatial, about | ({"size": their_size} if their_size else {}), their_size or None
+    )
 
 
 def _statistics(path: Path, stored: dict[str, NDArray[Any]], mean: str, covariance: str, count: int) -> Statistics:
@@ -181,13 +229,17 @@ def refuse_statistics_file(path: Path) -> None:
     refuse_unwritable("save_stats", path.parent)
 
 
-def save_statistics(path: Path, features: Statistics, spatial: Statistics | None, extractor: Extractor) -> None:
-    """Write the statistics atomically as an npz with guided-diffusion's names, and the extractor's.
+def save_statistics(
+    path: Path, features: Statistics, spatial: Statistics | None, extractor: Extractor, size: int | None
+) -> None:
+    """Write the statistics atomically as an npz with guided-diffusion's names, the extractor and the images' ``size``.
 
     OSError if it cannot be written.
     """
     arrays: dict[str, Any] = {"mu": features.mean, "sigma": features.covariance, "count": features.count}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    if size is not None:
+        arrays["image_size"] = size
     with replacing(path) as temporary:
         np.savez(temporary, **arrays, extractor=extractor.name, sha256=extractor.sha256)

@@ -25,6 +25,7 @@ SPLITS = 10
 """Parts of the samples over which the Inception score is averaged, as in the paper's code."""
 
 _BLOCK = 1024  # rows in float64 at a time
+_SLACK = 1e-9  # relative, of squared distances
 
 _Device = torch.device | str
 OnProgress = Callable[[int, int], None]
@@ -87,11 +88,10 @@ def kernel_distance(
 ) -> KernelDistance:
     """The unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, section 4).
 
-    It is averaged over random subsets of both sets. They have ``size`` vectors, or half of the smaller set if it has
-    fewer than ``size``: with all of it in every subset there would be no deviation.
+    It is averaged over random subsets of both sets. They have ``size`` vectors, but at most half of the smaller set:
+    with all of it in every subset there would be no deviation.
     """
-    smaller = min(len(samples), len(reference))
-    size = size if smaller >= size else max(smaller // 2, 2)
+    size = max(min(size, min(len(samples), len(reference)) // 2), 2)
     random = np.random.default_rng(seed)
     found = []
     for _ in range(subsets):
@@ -130,15 +130,20 @@ class Neighbourhoods:
 
 
 def neighbourhoods(
-    samples: Features, reference: Features, device: _Device = "cpu", on_progress: OnProgress | None = None
+    samples: Features,
+    reference: Features,
+    device: _Device = "cpu",
+    on_progress: OnProgress | None = None,
+    radii: Tensor | None = None,
 ) -> Neighbourhoods:
     """Precision, recall, density and coverage of the samples; each set has more than NEAREST_OF_DENSITY vectors.
 
     A ball reaches to the NEAREST-th (density and coverage: NEAREST_OF_DENSITY-th) nearest other vector of its own set;
-    precision and recall count its surface, as their paper does, density and coverage its interior.
+    precision and recall count its surface, as their paper does, density and coverage its interior. ``radii`` are the
+    reference's nearest_distances of NEAREST_OF_DENSITY, if they are known.
     """
-    rows = [-(-len(part) // _BLOCK) for part in (reference, samples)]
-    done, total = 0, rows[0] ** 2 + rows[1] ** 2 + rows[0] * rows[1]
+    theirs, ours = (-(-len(part) // _BLOCK) for part in (reference, samples))
+    done, total = 0, theirs**2 * (radii is None) + ours**2 + ours * theirs
 
     def advance() -> None:
         nonlocal done
@@ -146,9 +151,11 @@ def neighbourhoods(
         if on_progress is not None:
             on_progress(done, total)
 
-    radii = nearest_distances(reference, NEAREST_OF_DENSITY, device, advance)  # (R, 5), squared
-    around, within = radii[:, NEAREST - 1], radii[:, NEAREST_OF_DENSITY - 1]
-    around_samples = nearest_distances(samples, NEAREST, device, advance)[:, NEAREST - 1]
+    if radii is None:
+        radii = nearest_distances(reference, NEAREST_OF_DENSITY, device, advance)  # (R, 5), squared
+    # A vector on a ball's surface must not count as rounding has it, which differs between processors.
+    around, within = radii[:, NEAREST - 1] * (1 + _SLACK), radii[:, NEAREST_OF_DENSITY - 1] * (1 - _SLACK)
+    around_samples = nearest_distances(samples, NEAREST, device, advance)[:, NEAREST - 1] * (1 + _SLACK)
     precise, density = 0, 0
     recalled, covered = (torch.zeros(len(reference), dtype=torch.bool, device=device) for _ in range(2))
     for first, x in _numbered(samples, device):
@@ -205,24 +212,34 @@ def nearest_in(samples: Features, reference: Features, count: int, device: _Devi
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """The squared distances of x (n, D) and y (m, D), float64 (n, m): exactly 0 for equal vectors."""
+    """The squared distances of x (n, D) and y (m, D), float64 (n, m): exactly 0 for equal vectors.
+
+    They are x² + y² - 2xy; what is below its rounding counts as 0.
+    """
     squares = x.square().sum(1)[:, None] + y.square().sum(1)
     distances = squares - 2 * (x @ y.T)
-    return distances.masked_fill_(distances <= 1e-13 * squares, 0)  # float32 vectors differ by more, or are equal
+    return distances.masked_fill_(distances <= 1e-13 * squares, 0)
 
 
 def inception_score(probabilities: Features, seed: int = 0, splits: int = SPLITS) -> tuple[float, float]:
     """The Inception score and its deviation over ``splits`` parts (Salimans et al. 2016); probabilities (N, K).
 
-    The samples are shuffled first, because a folder of them may be sorted by class.
+    The samples are shuffled first, because a folder of them may be sorted by class. The mean divergence of a part from
+    its marginal is the marginal's entropy less the mean entropy.
     """
+
+    def entropy(p: Float64Array) -> Float64Array:
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
     scores = []
     for part in np.array_split(np.random.default_rng(seed).permutation(len(probabilities)), splits):
+        marginal, total = np.zeros(probabilities.shape[1]), 0.0
+        for rows in np.split(part, range(_BLOCK, len(part), _BLOCK)):
+            p = np.asarray(probabilities[np.sort(rows)], np.float64)
+            marginal += p.sum(0)
+            total += entropy(p).sum()
         if len(part):
-            p = np.asarray(probabilities[np.sort(part)], np.float64)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                divergence = np.where(p > 0, p * (np.log(p) - np.log(p.mean(0))), 0).sum(1)
-            scores.append(math.exp(divergence.mean()))
+            scores.append(math.exp(float(entropy(marginal / len(part))) - total / len(part)))
     return float(np.mean(scores)), float(np.std(scores))
 
 

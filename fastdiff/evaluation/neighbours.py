@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastdiff.evaluation.image_sets import ImageSet
-from fastdiff.evaluation.metrics import Features, nearest_distances, nearest_in
+from fastdiff.evaluation.metrics import Features, nearest_in
 from fastdiff.runtime.files import refuse_unwritable, replacing
 from fastdiff.runtime.words import printable
 from fastdiff.sampling import save_grid
@@ -66,8 +66,10 @@ def refuse_outputs(sheet: Path, overwrite: bool) -> Path:
 def neighbours_of(samples: Features, training: Features, device: torch.device | str = "cpu") -> Neighbours:
     """The neighbours of the samples (N, D) among at least two training images (M, D), by their features."""
     squares, rows = nearest_in(samples, training, min(COUNT, len(training)), device)
-    own = nearest_distances(training, 1, device)[:, 0]  # (M,)
-    nearest, spacing = squares[:, 0], own[rows[:, 0]]
+    found, which = rows[:, 0].unique(return_inverse=True)
+    # the nearest training image of one of them is that image itself, the second is the nearest other one
+    spacing = nearest_in(training[found.cpu().numpy()], training, 2, device)[0][:, 1][which]
+    nearest = squares[:, 0]
     # an equal image is a copy, whatever copies there are among the training images
     ratios = torch.where(nearest == 0, 0, (nearest / spacing).sqrt())
     return Neighbours(rows.cpu().numpy(), squares.sqrt().cpu().numpy(), ratios.cpu().numpy())
@@ -77,8 +79,8 @@ def save_sheet(path: Path, found: Neighbours, samples: ImageSet, training: Image
     """Save the most suspicious samples, each in a row with its nearest training images and their names, as a PNG."""
     images, names = [], []
     for number in found.suspects(SHEET).tolist():
-        images += [samples.images[number], *(training.images[row] for row in found.rows[number])]
-        names += [_sample(samples, number), *(_named(training, row) for row in found.rows[number].tolist())]
+        images += [samples[number], *(training[row] for row in found.rows[number])]
+        names += [samples.name(number, "sample"), *(training.name(row, "image") for row in found.rows[number])]
     save_grid(path, np.stack(images), found.rows.shape[1] + 1, names)
 
 
@@ -93,8 +95,8 @@ def save_table(path: Path, found: Neighbours, samples: ImageSet, training: Image
     for number in found.suspects(len(found.ratios)).tolist():
         cells: list[str] = []
         for row, distance in zip(found.rows[number].tolist(), found.distances[number].tolist(), strict=True):
-            cells += [_named(training, row), f"{distance:.6g}"]
-        writer.writerow([_sample(samples, number), f"{found.ratios[number]:.6g}", *cells])
+            cells += [training.name(row, "image"), f"{distance:.6g}"]
+        writer.writerow([samples.name(number, "sample"), f"{found.ratios[number]:.6g}", *cells])
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
 
@@ -102,23 +104,16 @@ def save_table(path: Path, found: Neighbours, samples: ImageSet, training: Image
 def lines(found: Neighbours, samples: ImageSet, training: ImageSet, extractor: str) -> Sequence[str]:
     """What was found, as lines for the log; the last one ends in the figure."""
     first = int(found.suspects(1)[0])
-    copies, count = int((found.ratios == 0).sum()), len(found.ratios)
-    nearest = printable(_named(training, int(found.rows[first, 0])))
+    count = len(found.ratios)
+    copies = sum(np.array_equal(samples[i], training[row]) for i, row in enumerate(found.rows[:, 0].tolist()))
+    nearest = printable(training.name(int(found.rows[first, 0]), "image"))
     median = float(np.median(found.ratios))
     told = [
-        f"nearest: {printable(_sample(samples, first))} to {nearest}, at {found.ratios[first]:.2f} of the distance "
-        f"from that image to the nearest other one (median of all samples {median:.2f})"
+        f"nearest: {printable(samples.name(first, 'sample'))} to {nearest}, at {found.ratios[first]:.2f} of the "
+        f"distance from that image to the nearest other one (median of all samples {median:.2f})"
         if math.isfinite(found.ratios[first])
         else "nearest: every training image has a copy among the others, and no sample is one of them"
     ]
     if copies:
-        told.append(f"{copies:,} of {count:,} samples are the same as a training image")
+        told.append(f"{copies:,} of {count:,} samples have the pixels of a training image")
     return [*told, f"authenticity (n={count:,}, {extractor}) {found.authenticity:.4f}"]
-
-
-def _sample(samples: ImageSet, number: int) -> str:
-    return samples.names[number] if samples.names else f"sample {number}"
-
-
-def _named(training: ImageSet, row: int) -> str:
-    return training.names[row] if training.names else f"image {row}"

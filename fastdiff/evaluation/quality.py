@@ -2,28 +2,34 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.config import Metric
 from fastdiff.evaluation.extractors import Extractor
-from fastdiff.evaluation.features import Extraction, OnProgress, extract
+from fastdiff.evaluation.features import BATCH, Extraction, OnProgress, extract
 from fastdiff.evaluation.image_sets import ImageSet, ReferenceStatistics
 from fastdiff.evaluation.metrics import (
     NEAREST_OF_DENSITY,
     SPLITS,
+    Features,
+    Neighbourhoods,
     Statistics,
     frechet_distance,
     inception_score,
     kernel_distance,
+    nearest_distances,
     neighbourhoods,
     statistics_of,
 )
 from fastdiff.runtime.distributed import World
+from fastdiff.runtime.words import duration
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,29 @@ class Figure:
 
     def line(self) -> str:
         """A line for the log that ends in the value."""
-        deviation = "" if self.deviation is None else f" ± {self.deviation:.4g}, mean"
-        return f"{self.name}{deviation} {self.value:.4f}"
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.3g}, mean"
+        return f"{self.name}{deviation} {shown(self.key, self.value)}"
 
 
-@dataclass(frozen=True, eq=False)
+def shown(key: Metric, value: float) -> str:
+    """A figure as text: a kernel distance may be a few thousandths."""
+    return f"{value:.4g}" if key is Metric.KD else f"{value:.4f}"
+
+
+@dataclass(eq=False)
 class Reference:
-    """What samples are compared with: the reference's statistics and, if it has images, their features."""
+    """What samples are compared with: the reference's statistics and, if it has images, their features.
+
+    ``size`` is the height of its images, or None if that is unknown; ``radii`` are those of its neighbourhoods once
+    they are computed, (R, NEAREST_OF_DENSITY).
+    """
 
     statistics: Statistics
     spatial: Statistics | None
     extraction: Extraction | None
     about: dict[str, Any]
+    size: int | None
+    radii: Tensor | None = None
 
 
 class Comparison:
@@ -79,16 +96,17 @@ class Comparison:
         Collective.
         """
         if isinstance(known, ReferenceStatistics):
-            return Reference(known.features, known.spatial, None, known.about) if self._world.main else None
-        extraction = self.extract(known, "reference")
+            extraction = None if known.images is None else self.extract(known.images, "reference", ())
+            return Reference(known.features, known.spatial, extraction, known.about, known.size)
+        extraction = self.extract(known, "reference", ("spatial",))
         if extraction is None:
             return None
         spatial = None if extraction.spatial is None else statistics_of(extraction.spatial, self._device)
-        return Reference(statistics_of(extraction.features, self._device), spatial, extraction, known.about)
+        return Reference(statistics_of(extraction.features, self._device), spatial, extraction, known.about, known.size)
 
     def figures(self, samples: ImageSet, reference: Reference | None) -> list[Figure]:
         """The figures of the samples on rank 0, none on other processes. Collective."""
-        extraction = self.extract(samples, "samples")
+        extraction = self.extract(samples, "samples", ("spatial", "probabilities"))
 
         def computed() -> list[Figure]:
             if extraction is None:
@@ -101,11 +119,6 @@ class Comparison:
     def _figures(self, samples: Extraction, reference: Reference) -> Iterator[Figure]:
         device, features, theirs = self._device, samples.features, reference.extraction
         count, dimensions = features.shape
-        if dimensions != len(reference.statistics.mean):
-            raise ValueError(
-                f"{reference.about['data']} has statistics of {len(reference.statistics.mean)} features, and "
-                f"{self.extractor.name} has {dimensions}: compute them with this extractor"
-            )
         known = [len(features)] + [reference.statistics.count] * (reference.statistics.count > 0)
         if min(known) <= dimensions and not self._warned:
             self._warned = True
@@ -124,8 +137,7 @@ class Comparison:
             yield self._figure(Metric.KD, name, kernel.mean, kernel.deviation)
             smaller = min(count, len(theirs.features))
             if smaller > NEAREST_OF_DENSITY:
-                told = self._progress("distances")
-                found = neighbourhoods(features, theirs.features, device, lambda done, total: told(done, total, ""))
+                found = self._neighbourhoods(features, theirs.features, reference)
                 for key in (Metric.PRECISION, Metric.RECALL, Metric.DENSITY, Metric.COVERAGE):
                     yield self._figure(key, f"{key} ({named})", getattr(found, key))
             else:
@@ -136,7 +148,20 @@ class Comparison:
             yield self._figure(Metric.SFID, f"sFID ({named})", distance)
         if samples.probabilities is not None and not self.extractor.family:
             score, deviation = inception_score(samples.probabilities, self._seed)
-            yield self._figure(Metric.SCORE, f"Inception score ({named}, {SPLITS} splits)", score, deviation)
+            splits = f"{min(SPLITS, count)} splits, seed {self._seed}"
+            yield self._figure(Metric.SCORE, f"Inception score ({named}, {splits})", score, deviation)
+
+    def _neighbourhoods(self, samples: Features, images: Features, reference: Reference) -> Neighbourhoods:
+        """Those of the samples; the reference's radii are computed once."""
+        told, began = self._progress("distances"), time.perf_counter()
+
+        def advance(done: int, total: int) -> None:
+            left = (time.perf_counter() - began) / done * (total - done)
+            told(done, total, f"{duration(left)} left")
+
+        if reference.radii is None:
+            reference.radii = nearest_distances(images, NEAREST_OF_DENSITY, self._device)
+        return neighbourhoods(samples, images, self._device, advance, reference.radii)
 
     def _called(self, letter: str) -> str:
         """The name of the Fréchet (F) or kernel (K) distance of this extractor's features."""
@@ -149,8 +174,8 @@ class Comparison:
             raise ValueError(f"{name} is not a finite number: the features are too large, or damaged")
         return Figure(key, name, value, deviation)
 
-    def extract(self, images: ImageSet, what: str) -> Extraction | None:
-        """The features of the images, in files of the folder ``what``; None but on rank 0. Collective."""
+    def extract(self, images: ImageSet, what: str, more: Collection[str] = ()) -> Extraction | None:
+        """The features of the images and ``more``, in files of the folder ``what``; None but on rank 0. Collective."""
         folder = self._folder / what
 
         def emptied() -> None:
@@ -158,4 +183,5 @@ class Comparison:
             folder.mkdir()
 
         self._world.from_main(emptied)
-        return extract(images, self.extractor, folder, self._device, self._world, self._progress(what))
+        with self._world.explained(f"batches of {BATCH} images do not fit into the extractor: use --device cpu"):
+            return extract(images, self.extractor, folder, self._device, self._world, self._progress(what), more)

@@ -2,8 +2,8 @@
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ def about_checkpoint(loaded: Checkpoint, path: Path) -> dict[str, Any]:
     return {
         "checkpoint": path.name,
         "step": loaded.step,
-        "ema_rate": loaded.metadata.get("ema_rate", 0.0),
+        # a bare state dict does not say whether it is an EMA
+        "ema_rate": loaded.metadata.get("ema_rate", 0.0) if loaded.metadata else None,
         "sha256": sha256(path),
     }
 
@@ -35,7 +36,7 @@ def record_of(
     values = {str(figure.key): figure.value for figure in figures}
     values |= {f"{f.key}_deviation": f.deviation for f in figures if f.deviation is not None}
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         **(checkpoint or {}),
         "samples": dict(samples),
         "reference": dict(reference),
@@ -49,10 +50,9 @@ def append_record(out_dir: Path, record: Mapping[str, Any]) -> Path:
     """Add the record to metrics.jsonl of the folder; returns its path. OSError if it cannot be written."""
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / RECORD
-    with path.open("a+b") as file:
-        if file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n":
-            file.write(b"\n")  # a killed process left half a line
-        file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # a killed process left half a line
+    with path.open("ab") as file:
+        file.write(b"\n" * torn + (json.dumps(record, allow_nan=False) + "\n").encode())
     return path
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World
 from fastdiff.sampling import Job, Plan, SampleFiles, settings_of
+from fastdiff.training.held_out import is_held_out
 
 FOLDER = "evaluation"
 """The folder of a run that keeps what its evaluations draw and find."""
@@ -87,54 +90,73 @@ class Session:
 
     def images(self, place: Path, size: int | None = None) -> ImageSet:
         """The images of an npz, or of a folder or zip at ``size``: by default config.image_size."""
+
+        def refuse_run() -> None:
+            if is_checkpoint(place):
+                raise ValueError(f"{place} is a run or checkpoint, not images: name images, or an npz drawn from it")
+
+        self.world.from_main(refuse_run)
         config = DataConfig(cache_dir=self.config.cache_dir)
         return open_images(place, size or self.config.image_size, self.world, self.display, config)
 
     def reference(self, place: Path, size: int | None = None) -> ImageSet | ReferenceStatistics:
-        """The images or statistics at ``place``.
+        """The images or statistics at ``place``, of images of ``size``.
 
-        A file of guided-diffusion's evaluator may hold both: its statistics are of Inception and of more images, so
-        they count if that is the extractor.
+        A file of guided-diffusion's evaluator may hold both: its statistics are Inception's and those of more images,
+        so they count if that is the extractor.
         """
         world = self.world
-        if world.from_main(lambda: place.is_file() and holds_statistics(place)):
-            both = world.from_main(lambda: holds_images(place))
-            if not (both and self.extractor.family):
-                return world.on_all(lambda: read_statistics(place, self.extractor))
-        return self.images(place, size)
+        statistics = world.from_main(lambda: place.is_file() and holds_statistics(place))
+        both = statistics and world.from_main(lambda: holds_images(place))
+        if not statistics or (both and self.extractor.family):
+            return self.images(place, size)
+        images = self.images(place, size) if both else None
+        found = world.on_all(lambda: read_statistics(place, self.extractor, self.runtime.device, size))
+        return found if images is None else replace(found, images=images, size=images.size)
 
     def both(self, samples: Path, reference: Path) -> tuple[ImageSet, ImageSet | ReferenceStatistics]:
         """Samples that exist already and what they are compared with, at one size: that of an npz goes first."""
-        known = self.world.from_main(lambda: reference.suffix.lower() == ".npz" and not holds_statistics(reference))
-        if samples.is_dir() and known and self.config.image_size is None:
+
+        def reference_decides() -> bool:
+            of_images = reference.suffix.lower() == ".npz" and reference.is_file() and not holds_statistics(reference)
+            return of_images and samples.suffix.lower() != ".npz" and self.config.image_size is None
+
+        if self.world.from_main(reference_decides):
             theirs = self.images(reference)
             return self.images(samples, theirs.size), theirs
         ours = self.images(samples)
         return ours, self.reference(reference, ours.size)
 
     def training_images(self, loaded: Checkpoint, path: Path) -> ImageSet:
-        """The images that the checkpoint was trained on, by its own configuration; ValueError if they are gone."""
+        """The images that the checkpoint was trained on, by its own configuration, without those that it held out.
+
+        ValueError if they are gone.
+        """
         run = loaded.metadata.get("run_config", {})
 
-        def found() -> tuple[DataConfig, int]:
+        def found() -> tuple[DataConfig, int, float]:
             remedy = "name the images to compare with after it"
             try:
                 config, reading = DataConfig.from_dict(run["data"]), int(run.get("reading", 1))
+                held_out = 0.0 if run["train"].get("val_data_dir") else float(run["train"].get("holdout", 0))
             except (KeyError, TypeError, ValueError):
                 raise ValueError(f"{path} does not say which images it was trained on: {remedy}") from None
             if not Path(config.data_dir).exists():
                 raise ValueError(f"{config.data_dir}, on which {path} was trained, does not exist: {remedy}")
-            return replace(config, cache_dir=self.config.cache_dir or config.cache_dir), min(reading, READING)
+            return replace(config, cache_dir=self.config.cache_dir or config.cache_dir), min(reading, READING), held_out
 
-        config, reading = self.world.from_main(found)
+        config, reading, held_out = self.world.from_main(found)
         size = loaded.model_config.image_size
-        return open_images(Path(config.data_dir), size, self.world, self.display, config, reading)
+        images = open_images(Path(config.data_dir), size, self.world, self.display, config, reading)
+        if not (held_out and images.names):
+            return images
+        trained_on = np.flatnonzero(~is_held_out(images.names, held_out))
+        return images.only(trained_on, held_out=len(images) - len(trained_on))
 
     def drawing(self, loaded: Checkpoint, path: Path, out_dir: Path) -> Drawing:
         """The job that draws config.num_samples images of the checkpoint at ``path`` into a file of ``out_dir``.
 
-        An unfinished job is resumed, and of finished one nothing is drawn. ValueError if the model draws no images by
-        itself.
+        An unfinished job is resumed; a finished one draws nothing. ValueError if the model draws no images by itself.
         """
         world, config = self.world, self.config.within(loaded.diffusion_config.diffusion_steps)
         if small := loaded.model_config.small_size:
@@ -171,7 +193,9 @@ class Session:
         def made() -> Path:
             if out_dir is not None:
                 out_dir.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=".features.", suffix=".tmp", dir=out_dir))
+                _remove_abandoned(out_dir)
+            prefix = f".features.{socket.gethostname()}.{os.getpid()}."
+            return Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=out_dir))
 
         folder, world = self.world.from_main(made), self.world
         line, seed = self.display.line, self.config.seed
@@ -180,3 +204,15 @@ class Session:
         finally:
             if world.main:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(out_dir: Path) -> None:
+    """Delete the features that killed processes of this machine left behind."""
+    for folder in out_dir.glob(f".features.{socket.gethostname()}.*.tmp"):
+        process = folder.name.split(".")[-3]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, OSError):
+            continue

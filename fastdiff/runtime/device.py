@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -99,6 +99,19 @@ class Runtime:
         """One-line summary for the log."""
         compiled = "compiled" if self.compiles(calls) else "eager"
         return f"{self.device}, {self.precision}, {compiled}, {self.memory_format}, kernels {self.kernels}"
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute fp32 products and convolutions on GPUs in fp32, whatever Runtime.resolve chose."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def hold_out(
         return None, _measured(other, np.arange(len(other.images)), labels, train), lines
     if not train.holdout:
         return None, None, [f"{unmeasured}: --val-data-dir gives one"] if config.classifies else []
-    chosen = np.array([_fraction(name) < train.holdout for name in dataset.names])
+    chosen = is_held_out(dataset.names, train.holdout)
     if chosen.all():
         world.refuse(
             f"holdout {train.holdout:g} leaves no image of {config.data.data_dir} to train on: use a smaller one"
@@ -93,10 +93,14 @@ def hold_out(
     return np.flatnonzero(~chosen), held_out, [f"held out: {len(rows):,} of these images, not trained on"]
 
 
-def _fraction(name: str) -> float:
-    """A number in [0, 1) that an image's name gives it, the same on every machine."""
-    digest = hashlib.sha256(composed(name).encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32
+def is_held_out(names: Sequence[str], share: float) -> NDArray[np.bool_]:
+    """Which of the images are held out, bool (N,): by a hash of their names, so the same on every machine."""
+
+    def fraction(name: str) -> float:
+        digest = hashlib.sha256(composed(name).encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:4], "big") / 2**32
+
+    return np.array([fraction(name) < share for name in names], bool)
 
 
 def _labels(other: Dataset, dataset: Dataset, place: str) -> Rows | None:

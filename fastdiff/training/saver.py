@@ -127,7 +127,8 @@ class Saver:
         keep, spared = self.config.keep_last, self.config.keep_every
         # Later steps are damaged ones that the run resumed before: ignore them.
         older = [step for step in checkpoint.saved_steps(self.run_dir) if step <= self.saved_step]
-        passing = [step for step in older if not spared or step % spared]
+        best = checkpoint.best_step(self.run_dir)
+        passing = [step for step in older if step != best and (not spared or step % spared)]
         for step in passing[:-keep] if keep else ():
             checkpoint.delete_step(self.run_dir, step)
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+import fastdiff
+from fastdiff.checkpoint import saved_steps
 from fastdiff.evaluation import metrics
 from fastdiff.evaluation.records import read_records
 from fastdiff.sampling import SampleFiles, job
+from fastdiff.training.held_out import is_held_out
 
 from ..evaluation.colours import Quarters, pictures, program
 from ..sampling.support import UPPER, command, saved
@@ -35,7 +38,7 @@ def evaluate(cli: Cli, colours: Path, tmp_path: Path) -> Cli:
     machine = ["--compile", "off", "--precision", "fp32", "--device", "cpu", "--cache-dir", tmp_path / "cache"]
 
     def run(what: str, *args: object) -> Result:
-        return cli("evaluate", what, *args, "--extractor", colours, "--trust", "--extractor-size", 8, *machine)
+        return cli("evaluate", what, "--extractor", colours, "--trust", "--extractor-size", 8, *machine, *args)
 
     return run
 
@@ -93,7 +96,7 @@ def test_two_files(evaluate: Cli, tmp_path: Path) -> None:
     result = succeeded(evaluate("fid", "a.npz", "b.npz"))
     assert value(result, "FD-colours") == pytest.approx(distance(pictures(40), pictures(50, seed=1)), abs=1e-4)
     for name in ("KD-colours", "precision", "recall", "density", "coverage"):
-        assert "(n=40, colours" in result.out
+        assert "(n=40, colours at 8 pixels" in result.out
         assert np.isfinite(value(result, name))
     assert {path.name for path in tmp_path.iterdir()} == {"a.npz", "b.npz"}
 
@@ -109,7 +112,7 @@ def test_statistics_saved_and_read_back(evaluate: Cli) -> None:
     assert first["figures"].keys() > second["figures"].keys() == {"fd"}
     assert first["extractor"] == second["extractor"]
     assert (first["samples"]["count"], first["reference"]["count"]) == (40, 50)
-    assert second["names"] == {"fd": "FD-colours (n=40, colours)"}
+    assert second["names"] == {"fd": "FD-colours (n=40, colours at 8 pixels)"}
     refused(evaluate("fid", "a.npz", "b.npz", "--save-stats", "b-stats.npz"), "save_stats b-stats.npz exists")
 
 
@@ -119,16 +122,16 @@ def test_a_folder_and_an_npz(evaluate: Cli, two: None, tmp_path: Path) -> None:
     for i, pixels in enumerate(pictures(20, size=24, seed=2)):
         Image.fromarray(pixels[:, : 24 - i % 3]).save(tmp_path / "photos" / f"{i}.png")
     for pair in (("a.npz", "photos"), ("photos", "b.npz")):
-        assert "20 images of 8 pixels" in succeeded(evaluate("fid", *pair)).out
+        assert "20 images at 8 pixels" in succeeded(evaluate("fid", *pair)).out
     refused(evaluate("fid", "photos", "photos"), "22x24 to 24x24 pixels: give the size to compare at with --image-size")
     result = succeeded(evaluate("fid", "photos", "photos", "--image-size", 8, "--num-samples", 10))
-    assert "(n=10, colours)" in result.out
+    assert "(n=10, colours at 8 pixels)" in result.out
 
 
 def test_samples_of_a_run_are_drawn_once(evaluate: Cli, run_dir: Path, shapes: Path, monkeypatch) -> None:
     first = succeeded(evaluate("fid", run_dir, "--num-samples", 7, "--batch-size", 3))
     assert "drawing: 7 images of 8 pixels, 20 dpm++ steps, seed 0" in first.out
-    assert f"reference: 12 images of 8 pixels, {shapes}" in first.out
+    assert f"reference: 12 images at 8 pixels: 12 images (12 png, 8x8), {shapes}" in first.out
     (drawn,) = (run_dir / "evaluation").glob("samples_ema_0.99_000004_*.npz")
 
     def fails(*_: object) -> None:
@@ -167,7 +170,7 @@ def test_a_process_with_fewer_timesteps_than_the_sampler(evaluate: Cli, two: Non
     ("args", "said"),
     [
         (("a.npz",), "name the images to compare a.npz with"),
-        (("a.npz", "none.npz"), "none.npz"),
+        (("a.npz", "none.npz"), "none.npz does not exist: name images"),
         (("a.npz", "b.npz", "--steps", 3), "steps is for drawing from a checkpoint, and a.npz holds images"),
         (("a.npz", "b.npz", "--ema-rate", "0.9"), "ema_rate is for drawing"),
         (("a.npz", "b.npz", "--num-samples", 41), "num_samples 41: .*a.npz has 40 images"),
@@ -176,7 +179,7 @@ def test_a_process_with_fewer_timesteps_than_the_sampler(evaluate: Cli, two: Non
         (("a.npz", "b.npz", "--image-size", 9), "a.npz holds images of 8 pixels, not 9"),
         (("a.npz", "text.npz"), "text.npz is damaged or not an npz file"),
         (("a.npz", "nothing"), "no images in data_dir nothing"),
-        (("none", "b.npz"), "data_dir none does not exist"),
+        (("none", "b.npz"), "none does not exist: name images"),
     ],
 )
 def test_bad_input_of_fid(evaluate: Cli, tmp_path: Path, args: tuple[object, ...], said: str) -> None:
@@ -191,24 +194,48 @@ def test_an_upsampler_draws_nothing_alone(evaluate: Cli, two: None, tmp_path: Pa
     refused(evaluate("fid", "up.safetensors", "large.npz"), "enlarges images of 8 pixels: draw with fastdiff sample")
 
 
-def test_training_images_that_are_gone(evaluate: Cli, run_dir: Path, tmp_path: Path, two: None) -> None:
+def test_training_images_that_are_gone(cli: Cli, evaluate: Cli, shapes: Path, tmp_path: Path) -> None:
     saved(tmp_path / "bare.safetensors")
     refused(evaluate("fid", "bare.safetensors"), "does not say which images it was trained on: name the images")
-    path = run_dir / "config.json"
-    for file in run_dir.glob("*.safetensors"):
-        data = file.read_bytes().replace(b"/shapes", b"/shapez")
-        file.write_bytes(data)
-    path.write_text(path.read_text().replace("/shapes", "/shapez"))
-    for manifest in run_dir.glob("manifest*"):
-        manifest.unlink()
-    assert evaluate("fid", run_dir).status == 2
+    shutil.copytree(shapes, "images")
+    succeeded(cli("train", "--data-dir", "images", "--run-dir", "run", *TINY, *SHORT, "--steps", 1))
+    shutil.rmtree("images")
+    refused(evaluate("fid", "run"), "images, on which run/ema_0.9999_000001.safetensors was trained, does not exist")
+
+
+def test_held_out_images_are_no_reference(cli: Cli, evaluate: Cli, shapes: Path) -> None:
+    flags = (*TINY, *SHORT, "--steps", 1, "--holdout", "0.4")
+    trained = succeeded(cli("train", "--data-dir", shapes, "--run-dir", "run", *flags))
+    (held_out,) = re.findall(r"held out: (\d+) of these images", trained.out)
+    result = succeeded(evaluate("fid", "run", "--num-samples", 4))
+    kept = 12 - int(held_out)
+    assert f"reference: {kept} images at 8 pixels, without {held_out} that were held out" in result.out
+    (record,) = read_records(Path("run/evaluation"))
+    assert (record["reference"]["count"], record["reference"]["held_out"]) == (kept, int(held_out))
+    result = succeeded(evaluate("neighbours", "run", "--num-samples", 4))
+    with open("neighbours.csv", newline="") as file:
+        nearest = {row[f"nearest_{i}"] for row in csv.DictReader(file) for i in range(1, 6)}
+    assert not nearest & {name for name in (p.name for p in shapes.iterdir()) if is_held_out([name], 0.4).all()}
+
+
+@pytest.mark.usefixtures("two")
+def test_a_run_as_the_reference_is_drawn_from(evaluate: Cli, run_dir: Path) -> None:
+    """Its folder holds pictures, which are no reference."""
+    flags = ("--num-samples", 6)
+    for samples in ("a.npz", run_dir):
+        result = succeeded(evaluate("fid", samples, f"{run_dir}@2", *flags))
+        assert "model: " in result.out
+        assert "ema_0.99_000002.safetensors" in result.out
+        assert "6 images at 8 pixels" in result.out
+    with pytest.raises(ValueError, match="is a run or checkpoint, not images: name images"):
+        fastdiff.sample_metrics(pictures(9), run_dir, device="cpu")
 
 
 def test_neighbours(evaluate: Cli, two: None, tmp_path: Path) -> None:
     """Ten samples are images of b, 30 are not."""
     np.savez(tmp_path / "s.npz", arr_0=np.concatenate([pictures(30, seed=7), pictures(50, seed=1)[5:15]]))
     result = succeeded(evaluate("neighbours", "s.npz", "b.npz"))
-    assert "10 of 40 samples are the same as a training image" in result.out
+    assert "10 of 40 samples have the pixels of a training image" in result.out
     assert "nearest: sample 30 to image 5, at 0.00" in result.out
     assert 0 < value(result, "authenticity") <= 0.75
     with Image.open("neighbours.png") as sheet:
@@ -224,7 +251,7 @@ def test_neighbours(evaluate: Cli, two: None, tmp_path: Path) -> None:
 
 def test_neighbours_of_a_run(evaluate: Cli, run_dir: Path) -> None:
     result = succeeded(evaluate("neighbours", run_dir, "--num-samples", 5, "--out", "sheet.png"))
-    assert "authenticity (n=5, colours)" in result.out
+    assert "authenticity (n=5, colours at 8 pixels)" in result.out
     with open("sheet.csv", newline="") as file:
         names = {row["nearest_1"] for row in csv.DictReader(file)}
     assert all(name.endswith(".png") for name in names)
@@ -232,7 +259,7 @@ def test_neighbours_of_a_run(evaluate: Cli, run_dir: Path) -> None:
 
 @pytest.mark.usefixtures("two")
 def test_bad_input_of_neighbours(evaluate: Cli, tmp_path: Path) -> None:
-    np.savez(tmp_path / "stats.npz", mu=np.zeros(12), sigma=np.eye(12), extractor="colours")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(12), sigma=np.eye(12), extractor="colours at 8 pixels")
     refused(evaluate("neighbours", "a.npz", "stats.npz"), "stats.npz holds statistics: name the training images")
     refused(evaluate("neighbours", "a.npz", "b.npz", "--out", "x.jpg"), "out x.jpg must end in .png")
 
@@ -246,7 +273,7 @@ def test_checkpoints(evaluate: Cli, run_dir: Path, sample: Cli) -> None:
     told = json.loads((run_dir / "best.json").read_text())
     assert told["checkpoint"] == best["checkpoint"]
     assert told["value"] == best["figures"]["fd"]
-    assert (told["metric"], told["name"]) == ("fd", "FD-colours (n=8, colours)")
+    assert (told["metric"], told["name"]) == ("fd", "FD-colours (n=8, colours at 8 pixels)")
     with open(run_dir / "evaluation" / "checkpoints.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["fd"]) for row in rows] == [record["figures"]["fd"] for record in records]
@@ -286,8 +313,9 @@ def test_bad_input_of_checkpoints(evaluate: Cli, run_dir: Path, sample: Cli, tmp
     refused(evaluate("checkpoints", run_dir, "--ema-rate", "high"), "ema_rate must be a rate")
     refused(evaluate("checkpoints", run_dir / "model000002.safetensors"), "is not a folder: name the folder of a run")
     refused(
-        evaluate("checkpoints", run_dir, "--num-samples", 4, "--metric", "score"), "metric score: these figures are"
+        evaluate("checkpoints", run_dir, "--metric", "sfid"), "metric sfid: with this extractor and reference there"
     )
+    assert not (run_dir / "evaluation").exists() or not list((run_dir / "evaluation").glob("samples*"))
     refused(sample(f"{run_dir}@best"), "best step is not known; fastdiff evaluate checkpoints .*/runs/a finds it")
 
 
@@ -315,6 +343,36 @@ def test_the_best_step_with_another_average(run_dir: Path, sample: Cli) -> None:
     refused(sample(f"{run_dir}@worst", *flags, "--out", "c.npz"), "'worst' is not a step; name one, such as .*@best")
 
 
+def test_another_reference_is_measured_again(evaluate: Cli, run_dir: Path) -> None:
+    """Other statistics under the same name, or another size for the extractor."""
+    flags = ("--num-samples", 6, "--ema-rate", "0.5")
+    found = []
+    for mean in (0, 1):
+        stats = {"mu": np.full(12, mean), "sigma": np.eye(12), "extractor": "colours at 8 pixels"}
+        np.savez("stats.npz", **stats)
+        found.append(succeeded(evaluate("checkpoints", run_dir, "stats.npz", *flags)).out.splitlines()[-3:])
+    assert found[0] != found[1]
+    assert len(read_records(run_dir / "evaluation")) == 4
+    succeeded(evaluate("checkpoints", run_dir, *flags))
+    succeeded(evaluate("checkpoints", run_dir, *flags, "--extractor-size", 4))
+    assert len(read_records(run_dir / "evaluation")) == 8
+
+
+def test_a_step_without_its_raw_weights(evaluate: Cli, run_dir: Path) -> None:
+    for path in run_dir.glob("model*.safetensors"):
+        path.unlink()
+    succeeded(evaluate("checkpoints", run_dir, "--num-samples", 4))
+    assert len(read_records(run_dir / "evaluation")) == 4
+    refused(evaluate("checkpoints", run_dir, "--ema-rate", "raw"), "no checkpoint with raw weights to compare")
+
+
+def test_the_best_checkpoint_is_not_pruned(cli: Cli, run_dir: Path) -> None:
+    (run_dir / "best.json").write_text('{"checkpoint": "ema_0.5_000002.safetensors"}')
+    flags = ("--steps", 8, "--save-interval", 2, "--keep-last", 1)
+    succeeded(cli("train", "--resume", "--run-dir", run_dir, *flags))
+    assert saved_steps(run_dir) == [2, 8]
+
+
 def test_half_a_line_of_a_record(evaluate: Cli, run_dir: Path) -> None:
     flags = ("--num-samples", 4)
     succeeded(evaluate("fid", run_dir, *flags))
@@ -339,4 +397,4 @@ def test_an_interrupted_drawing_goes_on(evaluate: Cli, run_dir: Path, monkeypatc
     monkeypatch.setattr(SampleFiles, "keep", real)
     result = succeeded(evaluate("fid", run_dir, *flags))
     assert re.search(r"resuming: \d+ of 24 images are finished", result.out)
-    assert "(n=24, colours)" in result.out
+    assert "(n=24, colours at 8 pixels)" in result.out

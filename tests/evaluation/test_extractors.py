@@ -117,7 +117,7 @@ def test_styleGANs_program_gives_features_and_probabilities(
     stand_in = StyleGANs(sharper)
     path = scripted(stand_in, tmp_path / "renamed.pt")
     assert "--trust" in refusal(lambda: open_extractor(path))
-    monkeypatch.setitem(extractors.KNOWN_PROGRAMS, sha256(path), "inception-2015-12-05")
+    monkeypatch.setitem(extractors.KNOWN, sha256(path), "inception-2015-12-05")
     extractor = open_extractor(path)
     assert (extractor.name, extractor.family) == ("inception-2015-12-05", "")
     assert extractor.resizing == "299 pixels, bilinear (TensorFlow 1's)"
@@ -141,7 +141,7 @@ def test_a_trusted_program_with_styleGANs_arguments_is_not_called_inception(tmp_
 
 def test_another_program_sees_normalised_images(tmp_path: Path) -> None:
     extractor = open_extractor(scripted(Means(), tmp_path / "dinov2_vits14.pt"), trust=True)
-    assert (extractor.name, extractor.family) == ("dinov2_vits14", "dinov2_vits14")
+    assert (extractor.name, extractor.family) == ("dinov2_vits14 at 224 pixels", "dinov2_vits14")
     assert extractor.resizing == "224 pixels, bicubic (Pillow's)"
     assert not extractor.gives_probabilities
     found = extractor(images())
@@ -175,7 +175,7 @@ def test_a_program_without_features_is_refused(tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     extractor = open_extractor(scripted(NotFinite(), tmp_path / "broken.pt"), trust=True, size=4)
-    assert "extractor broken gives features that are not finite" in refusal(lambda: extractor(images()))
+    assert "extractor broken at 4 pixels gives features that are not finite" in refusal(lambda: extractor(images()))
 
 
 def a_checkpoint(path: Path) -> None:

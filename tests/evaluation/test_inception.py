@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.evaluation.extractors import open_extractor
+from fastdiff.evaluation import extractors
+from fastdiff.evaluation.extractors import INCEPTION, open_extractor
 from fastdiff.evaluation.inception import DEVIATION, MEAN, SIZE, Inception
 from fastdiff.evaluation.resizing import resized_like_tensorflow
 
@@ -77,10 +78,15 @@ def test_the_network_is_torch_fidelitys(network: Inception, size: int) -> None:
         assert difference(found[part][0], wanted) < 2e-5, part
 
 
-def test_weights_by_file_give_its_features(network: Inception, tmp_path: Path) -> None:
+def test_weights_by_file_give_its_features(network: Inception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the released weights' figures are called FID."""
+    path = tmp_path / "downloaded.pth"
     state = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    torch.save(state, tmp_path / "downloaded.pth")
-    extractor = open_extractor(tmp_path / "downloaded.pth")
+    torch.save(state, path)
+    extractor = open_extractor(path)
+    assert (extractor.name, extractor.family) == ("downloaded", "downloaded")
+    monkeypatch.setitem(extractors.KNOWN, extractor.sha256, INCEPTION)
+    extractor = open_extractor(path)
     assert (extractor.name, extractor.family) == ("inception-2015-12-05", "")
     assert extractor.gives_spatial
     assert extractor.gives_probabilities

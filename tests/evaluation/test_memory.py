@@ -47,7 +47,7 @@ def peak(folder: Path, extractor: Path, images: int) -> float:
     how = ["--extractor", extractor, "--trust", "--extractor-size", 8, "--device", "cpu"]
     result = launch(folder / "job.py", ["evaluate", "fid", *files, *how], folder, {"OMP_NUM_THREADS": 1})
     assert result.status == 0, result
-    assert f"(n={images:,}, colours)" in result.out
+    assert f"(n={images:,}, colours at 8 pixels)" in result.out
     found = re.search(r"at most (\d+) kB", result.err)
     assert found, result
     return int(found[1]) / 1024

@@ -133,13 +133,14 @@ def test_copies_in_the_reference_span_no_ball(judge):
     assert (found.precision, found.recall, found.density, found.coverage) == (1, 1, 0, 0)
 
 
-def test_kernel_distance_of_one_distribution_is_nothing(judge):
+def test_kernel_distance_of_one_distribution_is_nothing():
     rng = np.random.default_rng(3)
     one, other = (rng.normal(size=(600, 8)).astype(np.float32) for _ in range(2))
     near = kernel_distance(one, other, subsets=50)
     far = kernel_distance(one, other + np.float32(0.5), subsets=50)
     assert (near.subsets, near.size) == (50, 300)
     assert abs(near.mean) < 3 * near.deviation
+    assert kernel_distance(one, one[:401]).size == 200
     assert far.mean > 10 * far.deviation
 
 

@@ -102,7 +102,7 @@ def test_two_processes_compare_what_one_does(model: Path, shapes: Path, tmp_path
         place = ("evaluate", "fid", model, shapes, "--out-dir", tmp_path / str(processes))
         result = launch(None, (*place, *how, *plain), tmp_path, {}, processes)
         assert result.status == 0, result
-        assert result.out.count("FD-colours (n=7, colours)") == 1
+        assert result.out.count("FD-colours (n=7, colours at 8 pixels)") == 1
     (one,), (two,) = (read_records(tmp_path / name) for name in ("1", "2"))
     assert two["figures"] == pytest.approx(one["figures"], rel=1e-6, abs=1e-9)
     assert not list(tmp_path.glob("[12]/.features*"))
@@ -113,7 +113,7 @@ def test_more_processes_than_samples(shapes: Path, tmp_path: Path) -> None:
     how = ("--extractor", program(tmp_path / "colours.pt"), "--trust", "--extractor-size", 8, "--device", "cpu")
     result = launch(None, ("evaluate", "fid", "a.npz", shapes, *how, "--cache-dir", tmp_path), tmp_path, {}, 4)
     assert result.status == 0, result
-    assert "FD-colours (n=3, colours)" in result.out
+    assert "FD-colours (n=3, colours at 8 pixels)" in result.out
 
 
 def test_what_is_wrong_with_an_extractor_is_told_once(shapes: Path, tmp_path: Path) -> None:

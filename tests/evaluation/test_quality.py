@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def images(count: int = 40, **changes: int) -> ImageSet:
-    return ImageSet(pictures(count, **changes), about={"data": "pictures", "count": count})
+    return ImageSet(pictures(count, **changes), about={"data": "pictures", "count": count, "size": 8})
 
 
 def by_hand(pixels: np.ndarray) -> np.ndarray:
@@ -43,18 +43,16 @@ def by_hand(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def compare(tmp_path):
-    """``compare(extractor)`` is a Comparison; ``compare.said`` are its log lines."""
-    made = SimpleNamespace(said=[], told=[])
+    """``compare.of(extractor)`` is a Comparison; ``compare.said`` are its log lines, ``compare.told`` its progress."""
+    said, told = [], []
 
-    def comparison(extractor=None, seed=0):
+    def of(extractor=None, seed=0):
         def progress(what):
-            return lambda *at: made.told.append((what, *at))
+            return lambda *at: told.append((what, *at))
 
-        return Comparison(extractor or Colours(), CPU, tmp_path, World(), made.said.append, progress, seed)
+        return Comparison(extractor or Colours(), CPU, tmp_path, World(), said.append, progress, seed)
 
-    made.__dict__["__call__"] = comparison
-    made.of = comparison
-    return made
+    return SimpleNamespace(of=of, said=said, told=told)
 
 
 @pytest.mark.parametrize("batch", [7, 64])
@@ -92,7 +90,7 @@ def test_figures(compare):
         "FID (n=40, colours)",
         "KID (n=40, colours, 100 subsets of 20, seed 3)",
         "sFID (n=40, colours)",
-        "Inception score (n=40, colours, 10 splits)",
+        "Inception score (n=40, colours, 10 splits, seed 3)",
         *(f"{name} (n=40, colours)" for name in ("precision", "recall", "density", "coverage")),
     }
     assert not compare.said
@@ -143,20 +141,20 @@ def test_a_figure_that_is_no_number(compare):
 
 def test_a_line_ends_in_its_value():
     assert Figure(Metric.FD, "FID (n=2, x)", 1.25).line() == "FID (n=2, x) 1.2500"
-    assert Figure(Metric.KD, "KID (n=2, x)", 0.25, 0.5).line().endswith(" 0.2500")
+    assert Figure(Metric.KD, "KID (n=2, x)", 0.25, 0.5).line() == "KID (n=2, x) ± 0.5, mean 0.25"
 
 
 class TestStatistics:
     @pytest.fixture
     def saved(self, tmp_path, compare):
         known = compare.of(Colours(spatial=True)).reference(images(50, seed=1))
-        save_statistics(tmp_path / "stats.npz", known.statistics, known.spatial, Colours())
+        save_statistics(tmp_path / "stats.npz", known.statistics, known.spatial, Colours(), known.size)
         return tmp_path / "stats.npz"
 
     def test_read_back_they_give_the_same_figures(self, compare, saved):
         comparison = compare.of(Colours("", spatial=True))
         expected = {f.key: f.value for f in comparison.figures(images(), comparison.reference(images(50, seed=1)))}
-        known = comparison.reference(read_statistics(saved, comparison.extractor))
+        known = comparison.reference(read_statistics(saved, comparison.extractor, CPU, 8))
         found = {f.key: f.value for f in comparison.figures(images(), known)}
         assert found == {key: pytest.approx(expected[key], rel=1e-9) for key in (Metric.FD, Metric.SFID)}
         assert known.about["count"] == 50
@@ -177,9 +175,9 @@ class TestStatistics:
             sha256 = "0"
 
         assert "has the statistics of colours, and the extractor is others" in refusal(
-            lambda: read_statistics(saved, Other())
+            lambda: read_statistics(saved, Other(), CPU, 8)
         )
-        assert "of colours with other weights" in refusal(lambda: read_statistics(saved, Newer()))
+        assert "of colours with other weights" in refusal(lambda: read_statistics(saved, Newer(), CPU, 8))
 
         class Impostor(Colours):
             name = "inception-2015-12-05"
@@ -187,7 +185,7 @@ class TestStatistics:
         np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
         for extractor in (Colours(), Impostor()):
             assert "has the statistics of inception-2015-12-05, as those of guided-diffusion's evaluator" in refusal(
-                lambda extractor=extractor: read_statistics(tmp_path / "adm.npz", extractor)
+                lambda extractor=extractor: read_statistics(tmp_path / "adm.npz", extractor, CPU, 8)
             )
 
     def test_of_guided_diffusion_s_evaluator(self, tmp_path, compare):
@@ -196,7 +194,7 @@ class TestStatistics:
 
         arrays = {"mu": np.zeros(12, np.float32), "sigma": np.eye(12, dtype=np.float32)}
         np.savez(tmp_path / "adm.npz", **arrays, mu_s=np.zeros(6), sigma_s=np.eye(6))
-        found = read_statistics(tmp_path / "adm.npz", Inception(""))
+        found = read_statistics(tmp_path / "adm.npz", Inception("", spatial=True), CPU, 8)
         assert found.spatial is not None
         assert found.about["count"] is None
         comparison = compare.of(Inception("", spatial=True))
@@ -211,6 +209,7 @@ class TestStatistics:
             ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "not finite"),
             ({"mu": np.zeros((2, 2)), "sigma": np.eye(2)}, "as mu"),
             ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "as mu"),
+            ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.float64("inf")}, "as count"),
         ],
     )
     def test_damaged(self, tmp_path, arrays, said):
@@ -218,13 +217,36 @@ class TestStatistics:
             name = "inception-2015-12-05"
 
         np.savez(tmp_path / "bad.npz", **arrays)
-        assert said in refusal(lambda: read_statistics(tmp_path / "bad.npz", Inception("")))
+        assert said in refusal(lambda: read_statistics(tmp_path / "bad.npz", Inception(""), CPU, 8))
 
-    def test_of_other_features(self, compare):
-        known = ReferenceStatistics(metrics.Statistics(np.zeros(3), np.eye(3)), None, {"data": "stats.npz"})
+    def test_of_other_features(self, tmp_path):
+        class Inception(Colours):
+            name = "inception-2015-12-05"
+
+        arrays = {"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": np.zeros(6), "sigma_s": np.eye(6)}
+        for wrong in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            changed = dict(zip(wrong, (np.zeros(3), np.eye(3)), strict=True))
+            np.savez(tmp_path / "stats.npz", **(arrays | changed))
+            said = refusal(lambda: read_statistics(tmp_path / "stats.npz", Inception("", spatial=True), CPU, 8))
+            assert "has statistics of 3 features, and inception-2015-12-05 has " in said
+
+    def test_of_images_of_another_size(self, saved):
+        said = refusal(lambda: read_statistics(saved, Colours(spatial=True), CPU, 16))
+        assert said.endswith("has the statistics of images of 8 pixels, not 16: compare one size")
+
+    def test_with_images_beside_them(self, compare):
+        """As in guided-diffusion's references: the distance is that of the statistics, the shares are the images'."""
+        theirs = images(50, seed=1)
+        known = compare.of().reference(theirs)
+        both = ReferenceStatistics(known.statistics, None, {"data": "adm.npz"}, images=theirs.first(20))
         comparison = compare.of()
-        said = refusal(lambda: comparison.figures(images(), comparison.reference(known)))
-        assert "stats.npz has statistics of 3 features, and colours has 12" in said
+        found = {f.key: f.value for f in comparison.figures(images(), comparison.reference(both))}
+        expected = {f.key: f.value for f in comparison.figures(images(), comparison.reference(theirs))}
+        few = {f.key: f.value for f in comparison.figures(images(), comparison.reference(theirs.first(20)))}
+        assert found[Metric.FD] == pytest.approx(expected[Metric.FD], rel=1e-9)
+        assert {k: v for k, v in found.items() if k is not Metric.FD} == pytest.approx(
+            {k: v for k, v in few.items() if k is not Metric.FD}
+        )
 
     def test_where_they_are_written(self, saved, tmp_path):
         assert "exists" in refusal(lambda: refuse_statistics_file(saved))
@@ -274,7 +296,8 @@ class TestImages:
 
     def test_the_first_ones(self):
         ours = images(5)
-        np.testing.assert_array_equal(ours.first(2).images, ours.images[:2])
+        np.testing.assert_array_equal(ours.first(2).read(0, 2), ours.images[:2])
+        assert (len(ours.first(2)), ours.first(2).about["count"], ours.first(5)) == (2, 2, ours)
         assert refusal(lambda: ours.first(6)) == "num_samples 6: pictures has 5 images"
 
 
@@ -303,6 +326,7 @@ class TestNeighbours:
         found = neighbours_of(np.concatenate([training[:1], training[:1] + 1]), training)
         assert found.ratios.tolist() == [0, np.inf]
         ours = ImageSet(pictures(2))
+        assert lines(found, ours, ours, "colours")[-2] == "1 of 2 samples have the pixels of a training image"
         assert lines(found, ours, ours, "colours")[-1] == "authenticity (n=2, colours) 0.5000"
 
 
