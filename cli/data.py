@@ -68,7 +68,7 @@ def lsun(
     limit: Annotated[int | None, typer.Option(min=1, help="Take only this many images, the first ones.")] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Make a folder of square images from an LSUN database (extra 'lsun')."""
+    """Make a folder of square images from an LSUN database."""
     from fastdiff.data.lsun import prepare_lsun
 
     with _bar("images") as progress:

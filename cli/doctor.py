@@ -14,7 +14,6 @@ EXTRAS = {
     "diffusers": "convert to and from its folders",
     "efficientnet": "evaluate fid without --extractor FILE",
     "matplotlib": "evaluate --plot, benchmark --chart",
-    "lmdb": "data lsun",
     "tensorboard": "train --tensorboard",
     "wandb": "train --tracker wandb",
     "trackio": "train --tracker trackio",

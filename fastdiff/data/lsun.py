@@ -1,7 +1,7 @@
 """Convert LSUN's databases to a folder of square PNG files, cropped as in improved-diffusion."""
 
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -12,9 +12,10 @@ from PIL import Image
 
 from fastdiff.data.archives import reading
 from fastdiff.data.images import UnreadableImage, decode, fit
+from fastdiff.data.lmdb_file import DamagedDatabase, Database
 from fastdiff.data.threads import Progress, in_order
 from fastdiff.runtime.files import whole
-from fastdiff.runtime.words import first_line, printable
+from fastdiff.runtime.words import printable
 
 
 def prepare_lsun(
@@ -29,8 +30,8 @@ def prepare_lsun(
 
     ``source`` is a folder like bedroom_train_lmdb, or the zip that it comes in. Images are numbered in the order of
     their keys, including unreadable ones; ``limit`` takes only the first ones. ``on_progress(done, total)`` is called
-    after each image. Raises ValueError if lmdb is not installed, if the source is not such a database or holds no
-    readable image, and if ``out`` is not empty.
+    after each image. Raises ValueError if the source is not such a database, or holds no readable image, and if ``out``
+    is not empty.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be positive, not {image_size}")
@@ -51,9 +52,9 @@ def prepare_lsun(
         if not source.is_dir():
             source = _unpacked(source, folder.parent / "database")
         written = 0
-        with closing(_Database(source)) as database, closing(database.values()) as values:
+        with _opened(source) as database:
             total = min(len(database), limit or len(database))
-            with closing(in_order(save, enumerate(islice(values, total)))) as results:
+            with closing(in_order(save, enumerate(islice(database.values(), total)))) as results:
                 for done, saved in enumerate(results, start=1):
                     written += saved
                     if on_progress is not None:
@@ -87,43 +88,14 @@ class _Value:
         return BytesIO(self.content)
 
 
-class _Database:
-    """The values of an LMDB folder in the order of their keys. Nothing is written to it, not even a lock file."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            import lmdb
-        except ImportError:
-            raise ValueError("lsun needs lmdb: pip install lmdb (extra 'lsun')") from None
-        if not (folder / "data.mdb").is_file():
-            raise ValueError(f"{folder} holds no data.mdb: give a folder like bedroom_train_lmdb, or its zip")
-        self._folder, self._error = folder, lmdb.Error
-        try:
-            self._open = lmdb.open(str(folder), readonly=True, lock=False, create=False)
-        except lmdb.Error as error:
-            raise self._damaged(error) from None
-        promised = (self._open.info()["last_pgno"] + 1) * self._open.stat()["psize"]
-        if promised > (length := (folder / "data.mdb").stat().st_size):  # reading past its end kills the process
-            self._open.close()
-            raise ValueError(f"{folder} is incomplete: data.mdb has {length:,} of {promised:,} bytes: copy it again")
-
-    def __len__(self) -> int:
-        return int(self._open.stat()["entries"])
-
-    def values(self) -> Generator[bytes, None, None]:
-        found = 0
-        try:
-            with self._open.begin() as transaction, transaction.cursor() as cursor:
-                for value in cursor.iternext(keys=False):
-                    found += 1
-                    yield value
-        except self._error as error:
-            raise self._damaged(error) from None
-        if found != len(self):  # LMDB has no checksums: a damaged page may end the walk early
-            raise self._damaged(ValueError(f"{found:,} of {len(self):,} values are found"))
-
-    def close(self) -> None:
-        self._open.close()
-
-    def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(f"{printable(str(self._folder))} is damaged or not an LMDB database ({first_line(error)})")
+@contextmanager
+def _opened(folder: Path) -> Iterator[Database]:
+    """The database in a folder. ValueError, which names it, if there is none, or as soon as it turns out damaged."""
+    file, name = folder / "data.mdb", printable(str(folder))
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no data.mdb: give a folder like bedroom_train_lmdb, or its zip")
+    try:
+        with closing(Database(file)) as database:
+            yield database
+    except DamagedDatabase as error:
+        raise ValueError(f"{name} is damaged or not an LMDB database ({error}): copy it again") from None

@@ -1,8 +1,6 @@
 """LSUN: the folder and the zip give the same files, numbered by key, cut with a box filter."""
 
-import builtins
 import io
-import re
 import zipfile
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from PIL import Image
 from fastdiff.data import load
 from fastdiff.data.lsun import prepare_lsun
 
-from ..processes import launch
+from ..support import refusal
 from .archive_support import found_below
 from .support import noise
 
@@ -102,7 +100,6 @@ def test_other_sources(tmp_path: Path, database: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_database_that_is_cut_short(tmp_path: Path, database: Path, zipped: bool) -> None:
-    """In a process of its own: to read what is mapped and not there ends it at once."""
     pages = (database / "data.mdb").read_bytes()
     (database / "data.mdb").write_bytes(pages[: len(pages) // 2])
     source = database
@@ -110,24 +107,21 @@ def test_a_database_that_is_cut_short(tmp_path: Path, database: Path, zipped: bo
         source = tmp_path / "x.zip"
         with zipfile.ZipFile(source, "w") as archive:
             archive.write(database / "data.mdb", "db/data.mdb")
-    code = "import sys; from fastdiff.data.lsun import *; prepare_lsun(Path(sys.argv[1]), Path('out'))"
-    (tmp_path / "job.py").write_text(code)
-    result = launch(tmp_path / "job.py", [source], tmp_path, {})
-    assert result.status == 1, result
-    assert re.search(r"ValueError: .*data\.mdb has [\d,]+ of [\d,]+ bytes: copy it again", result.err), result.err
+    said = r"is damaged or not an LMDB database \(it has [\d,]+ of [\d,]+ bytes\): copy it again"
+    refusal(lambda: prepare_lsun(source, tmp_path / "out", 8), said)
+    assert not (tmp_path / "out").exists()
 
 
-def test_without_lmdb(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def missing(name: str, *rest: object) -> object:
-        if name == "lmdb":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ValueError, match=r"lsun needs lmdb: pip install lmdb \(extra 'lsun'\)"):
-        prepare_lsun(database, tmp_path / "out")
+def test_a_database_that_is_damaged_further_on(tmp_path: Path, database: Path) -> None:
+    """LMDB's own library reads what is mapped and not there, which ends the process at once."""
+    content = bytearray((database / "data.mdb").read_bytes())
+    at = content.index(b"4abc") - 8
+    content[at : at + 4] = (2**31 - 1).to_bytes(4, "little")  # the size of the last value
+    (database / "data.mdb").write_bytes(content)
+    refusal(
+        lambda: prepare_lsun(database, tmp_path / "out", 8), r"is damaged or not an LMDB database \(.*\): copy it again"
+    )
+    assert prepare_lsun(database, tmp_path / "out", 8, limit=2) == (2, 0)
 
 
 def test_stopped_in_the_middle(tmp_path: Path, database: Path) -> None:
