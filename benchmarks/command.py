@@ -43,6 +43,10 @@ def measure_suites(
         gc.collect()  # frees the models' memory for the next ones
     if "data" in suites:
         yield from _grouped("data", _data(quick, device, rounds))
+    if "features" in suites:
+        from fastdiff.benchmarks.features import measure_features
+
+        yield measure_features(device, each)
     if "growth" in suites:
         from fastdiff.benchmarks.growth import measure_growth
 

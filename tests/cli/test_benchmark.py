@@ -41,10 +41,13 @@ def test_every_suite_adds_to_one_file(cli: Cli, monkeypatch: pytest.MonkeyPatch)
             f"fastdiff.benchmarks.{module}.measure_{module}",
             lambda *_, suite=suite: iter([Row(suite, "a", "x", None), Row(suite, "b", "y", None)]),
         )
+    few = [Row("features", "a", "x", None)]
+    monkeypatch.setattr("fastdiff.benchmarks.features.measure_features", lambda *_: few)
     result = succeeded(cli("benchmark", *QUICK, *ONCE, *PLAIN, "--quick", "--csv", "deep/rows.csv"))
     succeeded(cli("benchmark", "growth", *QUICK, *ONCE, "--csv", "deep/rows.csv"))
     rows = rows_of("deep/rows.csv")
-    assert {row["suite"] for row in rows} == {"kernels", "unet", "train", "sample", "step", "data", "growth"}
+    suites = {"kernels", "unet", "train", "sample", "step", "data", "features", "growth"}
+    assert {row["suite"] for row in rows} == suites
     operations = {row["workload"].split()[0] for row in rows if row["suite"] == "kernels"}
     assert operations == {"group_norm_silu", "attention", "diffusion_step", "diffusion_loss"}
     assert [row["candidate"] for row in rows if row["suite"] == "growth"] == ["x", "y"] * 2
@@ -55,7 +58,7 @@ def test_every_suite_adds_to_one_file(cli: Cli, monkeypatch: pytest.MonkeyPatch)
     for row in rows:
         assert row["torch"]
         assert row["commit"]
-        assert row["suite"] in ("data", "growth") or float(row["median_s"]) > 0
+        assert row["suite"] in ("data", "features", "growth") or float(row["median_s"]) > 0
         assert row["candidate"] != "plain" or float(row["speedup"]) == 1
     assert "measured here in fp32: copy" in result.out
     assert all(len(line) <= 100 for line in result.out.splitlines())
@@ -110,7 +113,7 @@ def test_files_are_looked_at_before_anything_is_timed(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("untimed")
-@pytest.mark.parametrize("suite", ["kernels", "step", "data", "growth"])
+@pytest.mark.parametrize("suite", ["kernels", "step", "data", "features", "growth"])
 def test_a_chart_of_nothing_is_refused_before_anything_is_timed(cli: Cli, suite: str) -> None:
     result = cli("benchmark", suite, *QUICK, *ONCE, "--chart", "a.png")
     refused(result, "chart shows unet, train, sample: measure one of them, or leave --chart out")
@@ -145,6 +148,7 @@ def no_room(*_: object) -> Iterator[Row]:
 def test_a_full_disk_costs_one_suite(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdiff.benchmarks.data.measure_data", no_room)
     monkeypatch.setattr("fastdiff.benchmarks.growth.measure_growth", lambda *_: iter([Row("growth", "b", "y", None)]))
+    monkeypatch.setattr("fastdiff.benchmarks.features.measure_features", lambda *_: [])
     for module in ("_kernels", "_models"):
         monkeypatch.setattr(f"fastdiff.benchmarks.command.{module}", lambda *_: iter(()))
     result = cli("benchmark", *QUICK, *ONCE, "--csv", "rows.csv", "--chart", "a.png")
