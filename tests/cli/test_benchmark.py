@@ -148,7 +148,7 @@ def no_room(*_: object) -> Iterator[Row]:
 def test_a_full_disk_costs_one_suite(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdiff.benchmarks.data.measure_data", no_room)
     monkeypatch.setattr("fastdiff.benchmarks.growth.measure_growth", lambda *_: iter([Row("growth", "b", "y", None)]))
-    monkeypatch.setattr("fastdiff.benchmarks.features.measure_features", lambda *_: [])
+    monkeypatch.setattr("fastdiff.benchmarks.features.measure_features", lambda *_: [Row("features", "c", "z", None)])
     for module in ("_kernels", "_models"):
         monkeypatch.setattr(f"fastdiff.benchmarks.command.{module}", lambda *_: iter(()))
     result = cli("benchmark", *QUICK, *ONCE, "--csv", "rows.csv", "--chart", "a.png")
@@ -156,6 +156,7 @@ def test_a_full_disk_costs_one_suite(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert [(row["suite"], row["candidate"]) for row in rows_of("rows.csv")] == [
         ("data", "x"),
         ("data", "not measured"),
+        ("features", "z"),
         ("growth", "y"),
     ]
     assert "not measured: [Errno 28] No space left on device: '/tmp/a.png'" in result.out
