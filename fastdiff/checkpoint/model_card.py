@@ -230,7 +230,7 @@ def _evaluation(source: Path) -> Iterator[str]:
 def _evaluations(source: Path) -> Iterator[dict[str, Any]]:
     for line in _read(source.parent / "evaluation" / "metrics.jsonl").splitlines():
         entry = _json(line)
-        if entry.get("checkpoint") == source.name and entry.get("sha256") == sha256(source):
+        if entry.get("checkpoint") == source.name and source.is_file() and entry.get("sha256") == sha256(source):
             yield entry
 
 

@@ -209,6 +209,15 @@ def test_metrics_of_this_file_and_no_other(tmp_path: Path) -> None:
     assert "best checkpoint" not in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_a_folder_has_no_metrics(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.safetensors")
+    card_of(source, name="b")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "metrics.jsonl").write_text(evaluation(source, checkpoint="b"))
+    convert(tmp_path / "b", load_checkpoint(source), tmp_path / "c", Scheduler.DDIM)
+    assert "No metrics" in (tmp_path / "c" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[1]\n3\nnot json\n", b"[" * 100_000, b'{"checkpoint": "a.safetensors"}'], ids=len
 )
