@@ -208,7 +208,7 @@ def checkpoints(
             if plot is not None:
                 of_run.plot(plot, rows, metric)
                 wrote.append(str(plot))
-            display.line(f"wrote {' and '.join(wrote)}; {run_dir}@best is step {best.step}, {best.average}")
+            display.line(f"wrote {' and '.join(wrote)}; {run_dir}@best is step {best.step}, {best.weights}")
 
         world.on_all(written)
 

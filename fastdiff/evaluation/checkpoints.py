@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ class Row:
     names: Mapping[str, str]
 
     @property
-    def average(self) -> str:
-        """The rate of the EMA in words."""
-        return f"{self.ema_rate:g}" if self.ema_rate else "raw"
+    def weights(self) -> str:
+        """Which weights they are, in words."""
+        return f"EMA {self.ema_rate:g}" if self.ema_rate else "raw weights"
 
 
 def checkpoints_of(run_dir: Path, ema_rate: float | None = None) -> list[Path]:
@@ -169,10 +169,10 @@ def table(rows: Sequence[Row], best: Row) -> list[str]:
     """The rows as lines of aligned columns, the best one marked, below the names of the figures."""
     keys = [key for key in Metric if any(key in row.figures for row in rows)]
     titles = [rows[0].names.get(key, key).partition(" (")[0] for key in keys]
-    cells = [["step", "EMA", *titles, ""]]
+    cells = [["step", "weights", *titles, ""]]
     for row in rows:
         values = (shown(key, value) if (value := row.figures.get(key)) is not None else "" for key in keys)
-        cells.append([str(row.step), row.average, *values, "best" if row is best else ""])
+        cells.append([str(row.step), row.weights, *values, "best" if row is best else ""])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     named = next(name for key in keys if (name := rows[0].names.get(key)))
@@ -184,6 +184,5 @@ def plot(path: Path, rows: Sequence[Row], metric: Metric) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.figures.get(metric) is not None:
-            lines.setdefault(row.average, []).append((row.step, row.figures[metric]))
-    named: Callable[[str], str] = lambda average: "raw weights" if average == "raw" else f"EMA {average}"  # noqa: E731
-    save_lines(path, {named(average): points for average, points in lines.items()}, "step", rows[0].names[metric])
+            lines.setdefault(row.weights, []).append((row.step, row.figures[metric]))
+    save_lines(path, lines, "step", rows[0].names[metric])

@@ -279,7 +279,7 @@ def test_checkpoints(evaluate: Cli, run_dir: Path, sample: Cli) -> None:
     assert [float(row["fd"]) for row in rows] == [record["figures"]["fd"] for record in records]
     (marked,) = [line for line in first.out.splitlines() if line.endswith("best")]
     assert marked.split()[0] == str(best["step"])
-    assert first.out.splitlines()[-1].endswith(f"@best is step {best['step']}, {best['ema_rate']:g}")
+    assert first.out.splitlines()[-1].endswith(f"@best is step {best['step']}, EMA {best['ema_rate']:g}")
     with Image.open("plot.png") as picture:
         assert picture.width > 400
     kept = [path.stem for path in (run_dir / "evaluation").glob("samples_*")]
@@ -303,7 +303,7 @@ def test_checkpoints_are_measured_once(evaluate: Cli, run_dir: Path, monkeypatch
     assert contents(run_dir) == before
     result = succeeded(evaluate("checkpoints", run_dir, *flags, "--metric", "recall", "--ema-rate", "0.5"))
     assert json.loads((run_dir / "best.json").read_text())["metric"] == "recall"
-    assert sum(line.split()[1] == "0.5" for line in result.out.splitlines()[-4:-1]) == 2
+    assert sum(line.split()[1:3] == ["EMA", "0.5"] for line in result.out.splitlines()[-4:-1]) == 2
 
 
 def test_bad_input_of_checkpoints(evaluate: Cli, run_dir: Path, sample: Cli, tmp_path: Path) -> None:
