@@ -18,6 +18,7 @@ from fastdiff.interop import diffusers
 from fastdiff.interop.classifier import unsaid_of_classifier
 from fastdiff.interop.scripts import for_the_classifier_scripts, for_the_scripts
 from fastdiff.runtime.files import replacing, replacing_folder
+from fastdiff.runtime.words import printable
 
 _SAFETENSORS, _BARE = ".safetensors", ".pt"
 _TOLERANCE = 1e-3
@@ -89,7 +90,7 @@ def _lost(loaded: Loaded, names_are: str) -> Iterator[str]:
     """A line for each thing that fastdiff's own files say of the model and the others do not."""
     if loaded.class_names:
         names = ", ".join(f"{i} {name}" for i, name in enumerate(loaded.class_names))
-        yield f"the class names are {names_are}: {names}"
+        yield f"the class names are {names_are}: {printable(names)}"
     if loaded.metadata.get("label_dropout"):
         yield "the model was trained with --label-dropout: label -1 (no class) exists only in fastdiff"
     if not loaded.metadata.get("noised", True):

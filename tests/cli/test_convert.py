@@ -181,6 +181,14 @@ def test_a_model_of_guided_diffusion_goes_to_diffusers_and_back(cli: Cli) -> Non
         torch.testing.assert_close(back.model(x, t), there.model(x, t), rtol=1e-4, atol=1e-5)
 
 
+def test_class_names_do_not_command_the_terminal(cli: Cli) -> None:
+    save("a.safetensors", SMALL, class_names=("a\x1b[2J\nb",))
+    assert (
+        "the class names are not written: 0 a\N{REPLACEMENT CHARACTER}[2J"
+        in cli("convert", "a.safetensors", "b.pt").out
+    )
+
+
 def test_what_a_checkpoint_says_of_itself_stays(cli: Cli) -> None:
     save("a.safetensors", SMALL, step=9, class_names=("a",), ema_rate=0.99)
     succeeded(cli("convert", "a.safetensors", "b.safetensors"))
