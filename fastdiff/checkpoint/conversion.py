@@ -114,12 +114,13 @@ def _flags_of_bare(state: dict[str, Tensor], loaded: Loaded) -> Iterator[str]:
     if (process := loaded.diffusion_config) is None:
         yield f"the process of its training is not known: {_PROCESS} add it to a .safetensors file"
     yield from for_the_classifier_scripts(loaded.config, process)
-    asked = {name: getattr(loaded.config, name) for name in unsaid_of_classifier(state, loaded.config)}
+    asked = [f"--{n.replace('_', '-')} {getattr(loaded.config, n)}" for n in unsaid_of_classifier(state, loaded.config)]
     if process is not None:
-        asked |= {"diffusion_steps": process.diffusion_steps, "noise_schedule": process.noise_schedule}
+        asked += [f"--diffusion-steps {process.diffusion_steps}", f"--noise-schedule {process.noise_schedule}"]
+        asked += [] if process.rescale_timesteps else ["--no-rescale-timesteps"]
     if asked:
         yield "and those that fastdiff may ask for:"
-        yield "  " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked.items())
+        yield f"  {' '.join(asked)}"
 
 
 def _write_folder(
