@@ -1,6 +1,7 @@
 """The command line: one Typer application, one file per command. Nothing here imports torch before a command runs."""
 
 import difflib
+import gc
 import io
 import os
 import re
@@ -30,6 +31,7 @@ from fastdiff.cli import (
 from fastdiff.cli.config_file import with_config_file
 from fastdiff.cli.help import Paneled
 from fastdiff.cli.options import SWITCHES, with_old_spelling
+from fastdiff.runtime import threads
 
 app = typer.Typer(
     name="fastdiff",
@@ -68,6 +70,9 @@ def _root(
     pass
 
 
+_INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
+
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, or that of the click inside Typer: both have this base
 
 
@@ -91,7 +96,12 @@ def main() -> None:
         words, said = scripts.in_our_words(words)
         if said and not asked and os.environ.get("RANK", "0") == "0" and "stdout" in scripts.log_formats():
             typer.echo(said)
-        sys.exit(app(words, standalone_mode=False))
+        if words[0] in threads.COMMANDS:
+            threads.wait_briefly(os.environ)
+        status = app(words, standalone_mode=False)
+        if status == _INTERRUPTED:
+            gc.freeze()  # Python would search a half compiled model for cycles before it exits, for seconds
+        sys.exit(status)
     except (ValueError, OSError, _UsageError) as error:
         if debug:
             traceback.print_exc()

@@ -87,6 +87,8 @@ def _device() -> Iterator[tuple[str, str]]:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
+    from fastdiff.runtime.threads import usable_cores
+
     cores, threads = usable_cores(), torch.get_num_threads()
     most = max(1, int(cores))
     fit = "one per core"
@@ -101,16 +103,6 @@ def _machine() -> Iterator[tuple[str, str]]:
         free = shutil.disk_usage(place).free / 2**30
         low = "; a checkpoint needs about 20 bytes per parameter" if free < _LOW_GIB else ""
         yield name, f"{free:.1f} GiB free in {place}{low}"
-
-
-def usable_cores() -> float:
-    """The cores that this process may use: its affinity, or less under a cgroup's quota."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(affinity, int(quota) / int(period))
-    except (OSError, ValueError):  # no cgroup, or no quota ("max")
-        return affinity
 
 
 def _extras() -> Iterator[tuple[str, str]]:

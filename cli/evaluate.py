@@ -79,7 +79,9 @@ def nll(
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
     from fastdiff.runtime.signals import StopRequest
+    from fastdiff.runtime.threads import fit_to_cores
 
+    fit_to_cores()
     world = World.join(timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         files = NllFiles(out_dir, plot, overwrite)

@@ -231,7 +231,9 @@ def _session(flags: Flags, timeout: int) -> Iterator["Session"]:
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
     from fastdiff.runtime.signals import signals_as_exceptions
+    from fastdiff.runtime.threads import fit_to_cores
 
+    fit_to_cores()
     world = World.join(timeout)
     try:
         with (

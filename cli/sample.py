@@ -129,10 +129,12 @@ def sample(
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
     from fastdiff.runtime.distributed import World
+    from fastdiff.runtime.threads import fit_to_cores
     from fastdiff.runtime.words import printable
     from fastdiff.sampling import Classes, Job, Plan, SampleFiles, settings_of, split_classes
     from fastdiff.sampling.base_samples import unreadable_in
 
+    fit_to_cores()
     world = World.join(timeout)
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         local_rank = world.local_rank if world.size > 1 else None

@@ -34,8 +34,10 @@ def run_training(flags: Flags, classifier: bool = False) -> int:
     start = StartConfig.from_flags(flags)
     from fastdiff.cli.display import Display
     from fastdiff.runtime.distributed import World
+    from fastdiff.runtime.threads import fit_to_cores
     from fastdiff.training.run import run
 
+    fit_to_cores()
     world = World.join(start.timeout)
     command = shlex.join(["fastdiff", *sys.argv[1:]])
     with Display(silent=not world.main or "stdout" not in formats) as display:

@@ -16,6 +16,7 @@ from fastdiff.config import Config
 from fastdiff.runtime.device import COMPILING, Runtime
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
+from fastdiff.runtime.threads import Pace
 from fastdiff.runtime.words import duration
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.files import FRAMES, SampleFiles, png_names
@@ -26,6 +27,9 @@ from fastdiff.sampling.plan import Plan
 _DIGITS = 16  # of the SHA-256 of a base sample's name and length
 
 _ANSWER = "stopping after this step; finished images are kept"
+
+_INTERVAL = 5.0
+"""Seconds, at least, whose steps are compared with the first ones."""
 
 OnProgress = Callable[[int, int, str], None]
 """Called with the number of image steps done, their total, and the speed as text."""
@@ -83,7 +87,7 @@ class Job:
                 began = time.perf_counter()
                 # held until all are done: a signal to all must not kill a process that waits for the others' status
                 with StopRequest(_ANSWER) as stop:
-                    status = self.world.on_all(lambda: self._draw(engine, mine, stop, on_progress))
+                    status = self.world.on_all(lambda: self._draw(engine, mine, stop, log, on_progress))
                     status = max(self.world.all_gather_object(status))
                 if status:
                     there = sum(map(len, self.files.shards.spans()))
@@ -159,7 +163,14 @@ class Job:
         other = np.flatnonzero(before[numbers % len(before)] != now[numbers % len(now)])
         return f"base_samples (that of image {numbers[other[0]]}, which is finished, has changed)" if len(other) else ""
 
-    def _draw(self, engine: Engine, positions: Int64Array, stop: StopRequest, on_progress: OnProgress) -> int:
+    def _draw(
+        self,
+        engine: Engine,
+        positions: Int64Array,
+        stop: StopRequest,
+        log: Callable[[str], None],
+        on_progress: OnProgress,
+    ) -> int:
         """Draw the images at the increasing ``positions``, saving each batch while the next one is drawn.
 
         Returns the exit status, which is not 0 if a signal stopped it before the last image.
@@ -168,22 +179,27 @@ class Job:
             return 0
         labels = None if self.labels is None else self.labels[positions]
         total = len(positions) * self.world.size * engine.steps
-        done = first = 0
-        began = 0.0
+        done = first = counted = 0
+        began = since = 0.0
+        pace = Pace("steps", on_cpu=self.runtime.device.type == "cpu")
         saving: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer, ExitStack() as until_first_step:
             until_first_step.enter_context(stop.at_once())  # it may compile for minutes, and nothing is lost
 
             def on_step(images: int) -> None:
-                nonlocal done, first, began
+                nonlocal done, first, began, counted, since
                 done = min(done + images * self.world.size, total)
                 note, now = "", time.perf_counter()
                 if began:
                     rate = (done - first) / (now - began)
                     note = f"{duration((total - done) / rate)} left  {rate / engine.steps:.2f} images/s"
+                    if now - since >= _INTERVAL:
+                        if (warning := pace.warning((done - counted) / (now - since))) is not None:
+                            log(warning)
+                        counted, since = done, now
                 else:
                     until_first_step.close()
-                    first, began = done, now  # compilation is in the first step: no rate is made of it
+                    first, began = counted, since = done, now  # compilation is in the first step: no rate is made of it
                 on_progress(done, total, note)
                 if stop.received is not None:
                     raise StopSampling

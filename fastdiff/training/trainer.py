@@ -19,6 +19,7 @@ from fastdiff.models import UNet, forward_flops
 from fastdiff.runtime.device import COMPILING, Runtime
 from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World
 from fastdiff.runtime.signals import StopRequest
+from fastdiff.runtime.threads import Pace
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
 from fastdiff.runtime.words import duration, printable
 from fastdiff.training.classification import Classification
@@ -113,6 +114,7 @@ class Trainer:
         self.state = TrainState(config, self.model, self.objective, runtime.precision, self.world)
         self.saver = Saver(run_dir, config.train, log)
         self._snapshot_step = 0
+        self._pace = Pace("updates", on_cpu=self.device.type == "cpu")
         self._peak_images_per_s: float | None = None  # unknown
         if (peak := peak_flops(self.device, runtime.precision)) is not None:
             flops_per_image = 3 * forward_flops(config.model)  # backward is two forwards
@@ -254,6 +256,8 @@ class Trainer:
             f"grad norm {row['grad_norm']:.3f}  data wait {row['data_wait']:.0%}"
         )
         self.log(f"step {state.step}/{train.steps}  {note}", shown=False)
+        if (warning := self._pace.warning(row["images_per_s"])) is not None:
+            self.log(warning)
         if row["skipped"]:
             self.log(f"warning: {row['skipped']} of the last updates skipped; {self._offenders()}")
         if (bad := int(state.guard.in_a_row)) >= MAX_SKIPPED_STEPS:

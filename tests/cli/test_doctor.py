@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import fastdiff
 from fastdiff.cli import doctor as module
 from fastdiff.runtime import device as runtime_device
+from fastdiff.runtime import threads as runtime_threads
 
 from .conftest import Cli
 from .support import succeeded
@@ -37,7 +37,7 @@ def test_what_it_means(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_device, "has_native_bf16", lambda _: False)
     monkeypatch.setattr(os, "getloadavg", lambda: (64.0, 1.0, 1.0))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
-    monkeypatch.setattr(module, "usable_cores", lambda: 0.5)
+    monkeypatch.setattr(runtime_threads, "usable_cores", lambda: 0.5)
     monkeypatch.setattr(module, "EXTRAS", {"no_such_package": "nothing"})
     found = lines(cli)
     assert "runs are eager" in found["compiler"]
@@ -45,9 +45,9 @@ def test_what_it_means(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["load"] == "64.0 in the last minute: other work will slow a run down"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert "more than the cores: OMP_NUM_THREADS=1" in lines(cli)["threads"]
-    monkeypatch.setattr(module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(runtime_threads, "usable_cores", lambda: 8)
     assert "fewer than the cores: OMP_NUM_THREADS=8" in lines(cli)["threads"]
-    monkeypatch.setattr(module, "usable_cores", lambda: 2.5)
+    monkeypatch.setattr(runtime_threads, "usable_cores", lambda: 2.5)
     assert lines(cli)["threads"] == "2 threads on 2.5 usable cores: one per core"
     assert "1.0 GiB free" in found["disk"]
     assert "20 bytes per parameter" in found["disk"]
@@ -56,15 +56,3 @@ def test_what_it_means(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         == "not installed, needed only for nothing: pip install -c constraints.txt no_such_package"
     )
     assert found["device"].startswith("cpu with ")
-
-
-@pytest.mark.parametrize(("text", "cores"), [("150000 100000", 1.5), ("max 100000", 64), (None, 64)])
-def test_a_quota_counts(text: str | None, cores: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(path: Path) -> str:
-        if text is None:
-            raise FileNotFoundError(path)
-        return text
-
-    monkeypatch.setattr(Path, "read_text", read)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert module.usable_cores() == cores
