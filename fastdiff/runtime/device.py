@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdiff.config import Compile, Kernels, MemoryFormat, Precision, RuntimeConfig
 from fastdiff.runtime.memory import keep_freed_memory
+from fastdiff.runtime.threads import load_average, usable_cores
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -19,9 +20,6 @@ _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 COMPILE_PAYS_AFTER = {"cuda": 200, "cpu": 2000}
 """Model calls after which torch.compile recovers the minute or two it takes with a cold cache."""
-
-COMPILING = "compiling the model first: one to two minutes, or seconds if its cache is warm; Ctrl-C stops it"
-"""The line of a log before the first call of a model that is compiled."""
 
 _ISAS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 """Values of ONEDNN_MAX_CPU_ISA under which oneDNN multiplies bf16 as fp32, after conversions that cost more than they
@@ -99,6 +97,14 @@ class Runtime:
         """One-line summary for the log."""
         compiled = "compiled" if self.compiles(calls) else "eager"
         return f"{self.device}, {self.precision}, {compiled}, {self.memory_format}, kernels {self.kernels}"
+
+
+def compiling() -> str:
+    """The line of a log before the first call of a model that is compiled: how long it takes on this machine now."""
+    load, cores, slower = load_average(), usable_cores(), ""
+    if load > cores:
+        slower = f", about {1 + load / cores:.0f} times as long at the present load of {load:.1f} on {cores:g} cores"
+    return f"compiling the model first: one to two minutes{slower}, or seconds if its cache is warm; Ctrl-C stops it"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint, Lease, sha256
 from fastdiff.config import Config
-from fastdiff.runtime.device import COMPILING, Runtime
+from fastdiff.runtime.device import Runtime, compiling
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.threads import Pace
@@ -81,7 +81,7 @@ class Job:
                     f"{self.runtime.describe(engine.calls)}"
                 )
                 if self.runtime.compiles(engine.calls):
-                    log(COMPILING)
+                    log(compiling())
                 if engine.steps > 250 and self.runtime.device.type == "cpu":
                     log("hint: fewer steps are faster, try --sampler dpm++ --steps 20")
                 began = time.perf_counter()

@@ -16,7 +16,7 @@ from fastdiff.config import RunConfig
 from fastdiff.data import Dataset, batch_indices, batches, prefetch_to_device
 from fastdiff.data.batches import Batch
 from fastdiff.models import UNet, forward_flops
-from fastdiff.runtime.device import COMPILING, Runtime
+from fastdiff.runtime.device import Runtime, compiling
 from fastdiff.runtime.distributed import Agreement, SaidElsewhere, World
 from fastdiff.runtime.signals import StopRequest
 from fastdiff.runtime.threads import Pace
@@ -55,7 +55,7 @@ class Clock:
     images: int = 0
     waited: float = 0.0
     paused: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=lambda: time.perf_counter())
 
     def read(self) -> dict[str, float]:
         """Images per second, and the fraction of the time spent waiting for data."""
@@ -107,10 +107,13 @@ class Trainer:
         with self._explained():
             self.module = parallelise(self.model, self.device, self.world, config.train.parallel)
             self.forward = runtime.prepare(self.module, self.model_calls)
-            if runtime.compiles(self.model_calls):
-                log(COMPILING)
-            if self.world.size > 1 or runtime.compiles(self.model_calls):
+            if compiles := runtime.compiles(self.model_calls):
+                log(compiling())
+            began = time.perf_counter()
+            if self.world.size > 1 or compiles:  # before the first update: no rate is made of it, and Ctrl-C ends it
                 warm_up(config, self.objective, self.module, self.forward, self.world)
+            if compiles:
+                log(f"compiled in {duration(time.perf_counter() - began)}")
         self.state = TrainState(config, self.model, self.objective, runtime.precision, self.world)
         self.saver = Saver(run_dir, config.train, log)
         self._snapshot_step = 0

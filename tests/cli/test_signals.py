@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..processes import Job
 from .conftest import Cli
-from .support import PLAIN, SHORT, TINY, start, succeeded
+from .support import PLAIN, SHORT, TINY, contents, start, succeeded
 
 
 def test_a_stopped_training_is_saved_and_goes_on(shapes: Path, tmp_path: Path, train: Cli) -> None:
@@ -49,3 +49,35 @@ def test_the_first_step_of_sampling_may_compile_and_is_interrupted(checkpoint: P
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
     assert not (tmp_path / "samples.npz").exists()
+
+
+def test_a_compilation_before_training_is_interrupted_and_nothing_is_lost(
+    shapes: Path, tmp_path: Path, train: Cli
+) -> None:
+    slow = (
+        "import time\n"
+        "from fastdiff.runtime.device import Runtime\n"
+        "from fastdiff.training import trainer\n"
+        "Runtime.compiles = lambda self, calls: True\n"
+        "Runtime.prepare = lambda self, model, calls: self.eager(model)\n"
+        "trainer.warm_up = lambda *_: time.sleep(60)\n"
+    )
+    flags = ["--data-dir", str(shapes), *TINY, "--class-cond", *SHORT, "--log-interval", "1"]
+    run_dir = tmp_path / "run"
+
+    def interrupted(*more: str) -> None:
+        process = start("train", *flags, "--run-dir", str(run_dir), *more, cwd=tmp_path, before=slow)
+        assert process.stdout is not None
+        while "compiling" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (130, ""), out
+        assert "step" not in out
+
+    interrupted("--steps", "1")
+    succeeded(train(run_dir, "--steps", 1))  # nothing is there that it would have to resume
+    before = contents(run_dir)
+    interrupted("--steps", "2", "--resume")
+    assert contents(run_dir) == before
+    assert "resumed at step 1\n" in succeeded(train(run_dir, "--resume", "--steps", 2)).out

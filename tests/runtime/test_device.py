@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from fastdiff import ClassifierConfig, ModelConfig, RuntimeConfig, build_classifier, build_model
 from fastdiff.config import Compile, Precision
 from fastdiff.models.layers import GroupNormSiLU, Upsample, conv3x3
-from fastdiff.runtime.device import COMPILE_PAYS_AFTER, Runtime, has_native_bf16, resolve_device, resolve_precision
+from fastdiff.runtime import device
+from fastdiff.runtime.device import (
+    COMPILE_PAYS_AFTER,
+    Runtime,
+    compiling,
+    has_native_bf16,
+    resolve_device,
+    resolve_precision,
+)
 from fastdiff.runtime.words import duration
 
 from ..numerics import relative
@@ -182,3 +190,12 @@ def test_the_compiled_model_computes_the_same(
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("load", "slower"), [(0.0, ""), (2.0, ""), (6.2, ", about 4 times as long at the present load")]
+)
+def test_a_compilation_says_how_long_it_takes(load: float, slower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "load_average", lambda: load)
+    monkeypatch.setattr(device, "usable_cores", lambda: 2)
+    assert compiling().startswith(f"compiling the model first: one to two minutes{slower}")

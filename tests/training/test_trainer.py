@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import pytest
 import torch
 
 from fastdiff import TrainConfig
+from fastdiff.data import prefetch_to_device
+from fastdiff.runtime import threads
+from fastdiff.runtime.device import Runtime
+from fastdiff.training import trainer as module
 from fastdiff.training.resuming import resume
 from fastdiff.training.trainer import learning_rate
 
 from ..numerics import relative
 from ..support import refusal
-from .support import each_step, file, randomise, same, trainer, weights
+from .support import Lines, each_step, file, randomise, same, trainer, weights
 
 
 def moments(path: Path) -> dict[str, torch.Tensor]:
@@ -280,3 +285,54 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, shapes: Path) ->
     one, other = (file(tmp_path / str(use) / "model000002.safetensors")[0] for use in (False, True))
     for key, value in one.items():
         torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)
+
+
+class Seconds:
+    """Stands in for the time module of the training loop, in which every update takes ``update`` seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.update = 0.0, 0.5
+        monkeypatch.setattr(module, "time", self)
+        monkeypatch.setattr(module, "prefetch_to_device", self._batches)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    def _batches(self, data: Any, device: torch.device) -> Iterator[Any]:
+        for batch in prefetch_to_device(data, device):
+            self.wait(self.update)
+            yield batch
+
+
+def test_no_rate_is_made_of_the_compilation(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Seconds(monkeypatch)
+    monkeypatch.setattr(Runtime, "compiles", lambda self, calls: True)
+    monkeypatch.setattr(Runtime, "prepare", lambda self, model, calls: self.eager(model))
+    monkeypatch.setattr(module, "warm_up", lambda *_: clock.wait(83))
+    subject = trainer(tmp_path, shapes, steps=2, batch_size=4)
+    assert isinstance(subject.log, Lines)
+    assert "compiled in 1 min 23 s" in subject.log
+    subject.run()
+    assert [row["images_per_s"] for row in rows(tmp_path)] == [8.0, 8.0]
+
+
+def test_a_run_that_others_slow_down_says_so_once(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, load = Seconds(monkeypatch), [1.0]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    monkeypatch.setattr(threads, "load_average", lambda: load[0])
+    subject = trainer(tmp_path, shapes, steps=12, batch_size=4)
+    assert isinstance(subject.log, Lines)
+
+    def others(step: int) -> None:
+        if step == 4:
+            load[0], clock.update = 6.3, 4.0
+
+    subject.run(each_step(others))
+    (line,) = (line for line in subject.log if line.startswith("warning"))
+    assert line.startswith("warning: updates take 8.0 times as long as at the start, and the load is 6.3 on 2 cores")
