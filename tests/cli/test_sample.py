@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
+
+from fastdiff.runtime import threads
+from fastdiff.sampling import job
 
 from ..sampling.support import CLASSES, SMOOTH, UPPER, saved
 from .conftest import Cli
@@ -370,3 +374,26 @@ def test_an_interpolation_of_two_files(sample: Cli, tmp_path: Path) -> None:
     way = images_in("samples.npz").astype(int)
     assert np.abs(way[0] - images[0]).mean() < 2
     assert np.abs(way[-1] - images[1]).mean() < 2
+
+
+def test_a_job_that_others_slow_down_says_so_once(
+    sample: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, calls = [1.0], [0]
+
+    def perf_counter() -> float:
+        """Steps of one second, and after twenty of them of ten."""
+        calls[0] += 1
+        now[0] += 1.0 if calls[0] <= 20 else 10.0
+        return now[0]
+
+    monkeypatch.setattr(job, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    monkeypatch.setattr(threads, "load_average", lambda: 6.3 if calls[0] > 20 else 1.0)
+    result = succeeded(sample(checkpoint, "--num-samples", 6, "--batch-size", 2, "--steps", 20))
+    (line,) = (line for line in result.out.splitlines() if line.startswith("warning"))
+    assert line == (
+        "warning: steps take 10.0 times as long as at the start, and the load is 6.3 on 2 cores: other processes use "
+        "them; OMP_NUM_THREADS=1 may be faster than 2 threads that wait for each other"
+    )
