@@ -168,6 +168,7 @@ def checkpoints(
     rate = rate_of(ema_rate)
     from fastdiff.evaluation import checkpoints as of_run
     from fastdiff.evaluation.plot import refuse_plot
+    from fastdiff.evaluation.records import refuse_folder
     from fastdiff.evaluation.session import FOLDER
 
     if plot is not None:
@@ -179,13 +180,12 @@ def checkpoints(
         run_dir = world.from_main(lambda: run or find_with_rate(None, None).parent)
         paths = world.from_main(lambda: of_run.checkpoints_of(run_dir, rate))
         out_dir = run_dir / FOLDER
+        world.from_main(lambda: refuse_folder(out_dir))
         theirs = _reference_of(session, paths[-1], reference)
         display.line(f"reference: {_said(theirs)}")
-        world.on_all(lambda: of_run.refuse_metric(metric, session.extractor, theirs))
-        display.line(
-            f"checkpoints: {len(paths)} of {run_dir}, {session.config.num_samples:,} images from each; --num-samples "
-            "reduces it"
-        )
+        count, extractor = session.config.num_samples, session.extractor
+        world.on_all(lambda: of_run.refuse_metric(metric, extractor, theirs, count))
+        display.line(f"checkpoints: {len(paths)} of {run_dir}, {count:,} images from each; --num-samples reduces it")
         rows = []
         with session.comparison(out_dir) as comparison:
             comparing = of_run.Comparing(session, comparison, theirs, out_dir, metric)
@@ -244,7 +244,6 @@ def _session(flags: Flags, timeout: int) -> Iterator["Session"]:
             machine = RuntimeConfig.from_flags(flags)
             runtime = world.on_all(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
             session = Session(config, runtime, world, display, lambda what: Slowly(display, what))
-            display.line(f"extractor: {session.extractor.name}; images are resized: {session.extractor.resizing}")
             yield session
     except typer.Exit:
         world.leave()
@@ -273,17 +272,20 @@ def _opened(
     preset: str | None,
 ) -> _Opened:
     """Open the reference and the samples; of a checkpoint images are drawn first."""
-    from fastdiff.evaluation.records import about_checkpoint
+    from fastdiff.evaluation.image_sets import refuse_missing
+    from fastdiff.evaluation.records import about_checkpoint, refuse_folder
     from fastdiff.evaluation.session import is_checkpoint
 
     world, display = session.world, session.display
     load = partial(_load, session, flags, preset, out_dir)
+    if out_dir is not None:
+        world.from_main(lambda: refuse_folder(out_dir))
     if world.from_main(lambda: is_checkpoint(samples)):
         model = load(samples, ema_rate)
         if reference is None:
             known: ImageSet | ReferenceStatistics = session.training_images(model.loaded, model.path)
         elif world.from_main(lambda: is_checkpoint(reference)):
-            known = _draw(session, load(reference, None))[0]
+            known = _draw(session, load(reference, None), _other_seed(session.config))[0]
         else:
             known = session.reference(reference, model.loaded.model_config.image_size)
         display.line(f"reference: {_said(known)}")
@@ -291,13 +293,17 @@ def _opened(
         about = world.from_main(lambda: about_checkpoint(model.loaded, model.path))
         return _Opened(ours, known, origin, about, model.out_dir)
     assert samples is not None
+    place = samples
+    world.from_main(lambda: refuse_missing(place))
     if reference is None:
         world.refuse(f"reference: name the images to compare {samples} with")
     if world.from_main(lambda: is_checkpoint(reference)):
-        known, _ = _draw(session, load(reference, ema_rate))
+        known, _ = _draw(session, load(reference, ema_rate), _other_seed(session.config))
         ours = session.images(samples, known.size)
     else:
-        if unused := sorted(_DRAWING & set(flags)) + ["ema_rate"] * (ema_rate is not None):
+        unused = sorted(_DRAWING & set(flags))
+        unused += [name for name, value in (("ema_rate", ema_rate), ("preset", preset)) if value is not None]
+        if unused:
             world.refuse(f"{unused[0]} is for drawing from a checkpoint, and {samples} holds images: leave it out")
         ours, known = session.both(samples, reference)
         if "num_samples" in flags:
@@ -305,6 +311,11 @@ def _opened(
     display.line(f"samples: {_said(ours)}")
     display.line(f"reference: {_said(known)}")
     return _Opened(ours, known, ours.about, None, out_dir)
+
+
+def _other_seed(config: MetricsConfig) -> int:
+    """The seed of a reference that is drawn: from the same noise two checkpoints draw nearly the same images."""
+    return (config.seed + 1) % 2**64
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,9 +339,10 @@ def _load(
     return _Model(path, loaded, out_dir or folder_for(path))
 
 
-def _draw(session: "Session", model: _Model) -> "tuple[ImageSet, dict[str, Any]]":
+def _draw(session: "Session", model: _Model, seed: int | None = None) -> "tuple[ImageSet, dict[str, Any]]":
     """The checkpoint's samples, and their origin as values for JSON; a signal ends the command."""
-    drawing = session.drawing(model.loaded, model.path, model.out_dir)
+    assert session.extractor  # what is wrong with it is said before hours of drawing
+    drawing = session.drawing(model.loaded, model.path, model.out_dir, seed)
     if status := drawing.run():
         raise typer.Exit(status)
     return session.images(drawing.path, model.loaded.model_config.image_size), drawing.origin

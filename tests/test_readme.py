@@ -116,11 +116,9 @@ def test_the_commands_run(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ran += 1
     assert ran > 20
     made = (
-        "logs/model000002.safetensors moved/model200001.safetensors samples.npz pngs contact.png photos.zip neighbours.png"
-    )
-    made += (
-        " runs/photos-classifier a.gif cifar/cifar_train cifar.safetensors cifar.pt cifar_diffusers/model_index.json"
-        " report.html runs/photos/best.json nll/nll.json"
+        "logs/model000002.safetensors moved/model200001.safetensors samples.npz pngs contact.png photos.zip"
+        " neighbours.png report.html runs/photos/best.json nll/nll.json runs/photos-classifier a.gif"
+        " cifar/cifar_train cifar.safetensors cifar.pt cifar_diffusers/model_index.json"
     )
     for name in made.split():
         assert (tmp_path / name).exists(), name

@@ -311,10 +311,14 @@ def best_step(run_dir: Path) -> int | None:
 
 def _said_to_be_best(run_dir: Path) -> Path:
     """The file of the run folder that best.json names; ValueError and others if it is damaged."""
-    name = json.loads(best_path(run_dir).read_text(encoding="utf-8"))["checkpoint"]
+    said = json.loads(best_path(run_dir).read_text(encoding="utf-8"))
+    name = said["checkpoint"]
     if not _is_model(Path(name)) or Path(name).name != name:
         raise ValueError
-    return run_dir / name
+    path = run_dir / name
+    if path.exists() and said.get("sha256", sha256(path)) != sha256(path):
+        raise ValueError  # of another run that was here before
+    return path
 
 
 def _best(run_dir: Path, place: Path) -> Path:
@@ -325,7 +329,9 @@ def _best(run_dir: Path, place: Path) -> Path:
     except FileNotFoundError:
         raise ValueError(f"{place}: the best step is not known; {evaluate} finds it") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{best_path(run_dir)} is damaged: {evaluate} writes it again") from None
+        raise ValueError(
+            f"{best_path(run_dir)} is damaged, or about weights that are not there: {evaluate} writes it again"
+        ) from None
     if not path.exists():
         raise ValueError(
             f"{place}: {path.name}, which was the best, is gone: {evaluate} finds the best of what is there"

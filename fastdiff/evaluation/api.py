@@ -40,7 +40,8 @@ def sample_metrics(samples: Source, reference: Source, **settings: Any) -> dict[
         pass
 
     def doubt(line: str) -> None:
-        warnings.warn(line.removeprefix("warning: "), stacklevel=2)
+        if line.startswith("warning: "):
+            warnings.warn(line.removeprefix("warning: "), stacklevel=2)
 
     session = Session(config, runtime, World(), Lines(doubt), lambda _: nothing)
     ours, theirs = _opened(session, samples, reference)

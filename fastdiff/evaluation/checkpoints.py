@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint import Checkpoint, best_path, ema_path, model_path, saved_steps, weights_of
+from fastdiff.checkpoint import Checkpoint, best_path, ema_path, model_path, saved_steps, sha256, weights_of
 from fastdiff.config import Metric
 from fastdiff.evaluation.extractors import Extractor
 from fastdiff.evaluation.image_sets import ImageSet, ReferenceStatistics
+from fastdiff.evaluation.metrics import NEAREST_OF_DENSITY
 from fastdiff.evaluation.plot import save_lines
 from fastdiff.evaluation.quality import Comparison, Reference, shown
 from fastdiff.evaluation.records import about_checkpoint, append_record, read_records, record_of
@@ -49,24 +50,31 @@ def checkpoints_of(run_dir: Path, ema_rate: float | None = None) -> list[Path]:
             found += [path for path in there if path != raw] or there
         else:
             found += [path for path in there if path == (ema_path(run_dir, ema_rate, step) if ema_rate else raw)]
+    if not found and (inside := sorted(str(path.parent) for path in run_dir.glob("*/manifest*.json"))):
+        raise ValueError(f"{run_dir} is no run; it holds {', '.join(dict.fromkeys(inside))}: name one of them")
     if not found:
         which = "" if ema_rate is None else f" of the rate {ema_rate:g}" if ema_rate else " with raw weights"
         raise ValueError(f"{run_dir} has no checkpoint{which} to compare: name a run folder of fastdiff train")
     return found
 
 
-def refuse_metric(metric: Metric, extractor: Extractor, reference: ImageSet | ReferenceStatistics) -> None:
-    """ValueError if comparisons with this reference and extractor do not have the figure."""
+def refuse_metric(
+    metric: Metric, extractor: Extractor, reference: ImageSet | ReferenceStatistics, num_samples: int
+) -> None:
+    """ValueError if comparisons of so many samples with this reference and extractor do not have the figure."""
     known = {Metric.FD}
-    if isinstance(reference, ImageSet) or reference.images is not None:
-        known |= {Metric.KD, Metric.PRECISION, Metric.RECALL, Metric.DENSITY, Metric.COVERAGE}
+    images = reference if isinstance(reference, ImageSet) else reference.images
+    if images is not None:
+        known.add(Metric.KD)
+        if min(num_samples, len(images)) > NEAREST_OF_DENSITY:
+            known |= {Metric.PRECISION, Metric.RECALL, Metric.DENSITY, Metric.COVERAGE}
     if extractor.gives_spatial and (isinstance(reference, ImageSet) or reference.spatial is not None):
         known.add(Metric.SFID)
     if extractor.gives_probabilities and not extractor.family:
         known.add(Metric.SCORE)
     if metric not in known:
         there = ", ".join(key for key in Metric if key in known)
-        raise ValueError(f"metric {metric}: with this extractor and reference there is {there}; choose one of them")
+        raise ValueError(f"metric {metric}: with this extractor, reference and num_samples there is {there}")
 
 
 class Comparing:
@@ -144,7 +152,15 @@ def best_of(rows: Sequence[Row], metric: Metric) -> Row:
 def write_best(run_dir: Path, best: Row, metric: Metric) -> Path:
     """Write which checkpoint is the best of the run, for run@best; returns the file's path."""
     path = best_path(run_dir)
-    said = {"checkpoint": best.checkpoint, "step": best.step, "ema_rate": best.ema_rate, "metric": metric}
+    if not (run_dir / best.checkpoint).exists():
+        raise ValueError(f"{run_dir / best.checkpoint}, the best, was deleted meanwhile: run the command again")
+    said: dict[str, Any] = {
+        "checkpoint": best.checkpoint,
+        "step": best.step,
+        "ema_rate": best.ema_rate,
+        "metric": metric,
+    }
+    said["sha256"] = sha256(run_dir / best.checkpoint)
     with replacing(path) as temporary:
         text = json.dumps({**said, "name": best.names[metric], "value": best.figures[metric]}, indent=2)
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastdiff.checkpoint import sha256
 from fastdiff.config import READING, Cache, DataConfig
-from fastdiff.data import UnreadableImage, decode, load_shared, read_samples
+from fastdiff.data import Dataset, UnreadableImage, decode, load_shared, read_samples
 from fastdiff.data.loading import folder_of
 from fastdiff.data.npz import read_arrays
 from fastdiff.evaluation.extractors import INCEPTION, KNOWN, Extractor
@@ -82,6 +82,12 @@ class ReferenceStatistics:
     images: ImageSet | None = None
 
 
+def refuse_missing(place: Path) -> None:
+    """ValueError if there is nothing at ``place``."""
+    if not place.exists():
+        raise ValueError(f"{place} does not exist: {_WANTED}")
+
+
 def open_images(
     place: Path,
     size: int | None,
@@ -98,8 +104,7 @@ def open_images(
     """
 
     def is_npz() -> bool:
-        if not place.exists():
-            raise ValueError(f"{place} does not exist: {_WANTED}")
+        refuse_missing(place)
         return place.suffix.lower() == ".npz" and place.is_file()
 
     if world.from_main(is_npz):
@@ -134,7 +139,12 @@ def _of_folder(config: DataConfig, size: int | None, world: World, display: Line
     if size is None and smallest != largest:
         sizes = " to ".join(f"{width}x{height}" for width, height in (smallest, largest))
         world.refuse(f"{config.data_dir} has images of {sizes} pixels: give the size to compare at with --image-size")
-    about = {"data": str(Path(config.data_dir).resolve()), "count": len(dataset.images), "size": assumed}
+    return of_dataset(dataset, config.data_dir, assumed)
+
+
+def of_dataset(dataset: Dataset, data_dir: str, size: int) -> ImageSet:
+    """The images of a data set that is loaded at ``size``."""
+    about = {"data": str(Path(data_dir).resolve()), "count": len(dataset.images), "size": size}
     about["fingerprint"] = dataset.fingerprint
     return ImageSet(dataset.images, dataset.names, about, told=f"{dataset.preflight.line()}, ")
 
@@ -192,7 +202,9 @@ def read_statistics(path: Path, extractor: Extractor, device: torch.device, size
             f"{path} has the statistics of {whose}{same}, and the extractor is {extractor.name}: choose the same with "
             "--extractor, or give images as the reference"
         )
-    count, their_size = (max(int(stored.get(key, 0)), 0) for key in ("count", "image_size"))
+    count, their_size = (int(stored.get(key, 0)) for key in ("count", "image_size"))
+    if min(count, their_size) < 0:
+        raise ValueError(f"{path} has a count or an image_size below 0: compute the statistics again")
     if size and their_size and size != their_size:
         raise ValueError(f"{path} has the statistics of images of {their_size} pixels, not {size}: compare one size")
     features = _statistics(path, stored, "mu", "sigma", count)
@@ -217,7 +229,11 @@ def _statistics(path: Path, stored: dict[str, NDArray[Any]], mean: str, covarian
         raise ValueError(f"{path} has statistics that are not finite: compute them again")
     if not np.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-8 * np.abs(sigma).max(initial=0)):
         raise ValueError(f"{path} has a {covariance} that is not symmetric, so it is no covariance: {_WANTED}")
-    return Statistics(mu, (sigma + sigma.T) / 2, count)
+    sigma = (sigma + sigma.T) / 2
+    values = np.linalg.eigvalsh(sigma)
+    if values[0] < -1e-4 * max(values[-1], 0):
+        raise ValueError(f"{path} has a {covariance} with negative eigenvalues, so it is no covariance: {_WANTED}")
+    return Statistics(mu, sigma, count)
 
 
 def refuse_statistics_file(path: Path) -> None:

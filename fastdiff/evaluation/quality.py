@@ -43,8 +43,8 @@ class Figure:
 
     def line(self) -> str:
         """A line for the log that ends in the value."""
-        deviation = "" if self.deviation is None else f" ± {self.deviation:.3g}, mean"
-        return f"{self.name}{deviation} {shown(self.key, self.value)}"
+        deviation = "" if self.deviation is None else f", deviation {self.deviation:.3g}"
+        return f"{self.name.removesuffix(')')}{deviation}) {shown(self.key, self.value)}"
 
 
 def shown(key: Metric, value: float) -> str:
@@ -128,6 +128,8 @@ class Comparison:
             )
         named = f"n={count:,}, {self.extractor.name}"
         ours = statistics_of(features, device)
+        if not ours.covariance.any():
+            self._log(f"warning: {self.extractor.name} gives all samples the same features, which say nothing of them")
         distance = frechet_distance(ours, reference.statistics, device)
         yield self._figure(Metric.FD, f"{self._called('F')} ({named})", distance)
         if theirs is not None:

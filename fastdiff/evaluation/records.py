@@ -10,8 +10,12 @@ from typing import Any
 from fastdiff.checkpoint import Checkpoint, sha256
 from fastdiff.evaluation.extractors import Extractor
 from fastdiff.evaluation.quality import Figure
+from fastdiff.runtime.files import refuse_unwritable
+from fastdiff.runtime.words import printable
 
 RECORD = "metrics.jsonl"
+
+_LARGEST = 1e30  # a figure beyond it is no one's
 
 
 def about_checkpoint(loaded: Checkpoint, path: Path) -> dict[str, Any]:
@@ -56,6 +60,23 @@ def append_record(out_dir: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
+def refuse_folder(out_dir: Path) -> None:
+    """ValueError unless results can be written to the folder."""
+    refuse_unwritable("out_dir", out_dir)
+    if (out_dir / RECORD).exists() and not (out_dir / RECORD).is_file():
+        raise ValueError(f"{out_dir / RECORD} is not a file: move it away, or name another folder with --out-dir")
+
+
+def _is_sound(figures: object, names: object) -> bool:
+    """Whether the figures of a record, and their names, are such as record_of writes."""
+    if not (isinstance(figures, dict) and isinstance(names, dict) and names):
+        return False
+    numbers = [figures.get(key) for key in names]
+    if not all(isinstance(value, float) and abs(value) < _LARGEST for value in numbers):
+        return False
+    return all(isinstance(name, str) and name == printable(name) for name in names.values())
+
+
 def read_records(out_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl, oldest first, without damaged lines such as the last one of a killed process."""
     path = out_dir / RECORD
@@ -65,6 +86,6 @@ def read_records(out_dir: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("figures"), dict):
+        if isinstance(record, dict) and _is_sound(record.get("figures"), record.get("names")):
             found.append(record)
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdiff.runtime.files import open_regular
 from fastdiff.runtime.lease import held
 from fastdiff.runtime.words import first_line, printable
 
@@ -114,7 +115,7 @@ def _run(root: Path, folder: Path, names: list[str]) -> ListedRun | None:
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError or OSError, which names the file, if there is none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(_LARGEST + 1)
         if len(text) > _LARGEST:
             raise ValueError("too long")
@@ -143,7 +144,7 @@ def _best(path: Path) -> dict[str, Any]:
 def _last_row(path: Path) -> dict[str, Any]:
     """The last whole row of progress.jsonl, {} without one; OSError, which names the file, if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read(_TAIL).splitlines()
     except FileNotFoundError:

@@ -6,23 +6,27 @@ import os
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdiff.checkpoint import Checkpoint, holds_checkpoint, run_and_step
-from fastdiff.config import READING, DataConfig, MetricsConfig, SampleConfig
-from fastdiff.evaluation.extractors import open_extractor
+from fastdiff.config import READING, Cache, DataConfig, MetricsConfig, SampleConfig
+from fastdiff.data import load_shared
+from fastdiff.evaluation.extractors import Extractor, open_extractor
 from fastdiff.evaluation.features import OnProgress
 from fastdiff.evaluation.image_sets import (
     ImageSet,
     ReferenceStatistics,
     holds_images,
     holds_statistics,
+    of_dataset,
     open_images,
     read_statistics,
 )
@@ -71,7 +75,7 @@ class Session:
     """Opens what is compared, draws samples and compares features as ``config`` says.
 
     ``progress`` returns, for a job's name, what its progress is told. Every process of ``world`` creates one and calls
-    the same methods. ValueError if the extractor cannot be opened.
+    the same methods.
     """
 
     def __init__(
@@ -84,9 +88,18 @@ class Session:
     ) -> None:
         self.config, self.runtime, self.world, self.display = config, runtime, world, display
         self._progress = progress
-        self.extractor = world.on_all(
-            lambda: open_extractor(config.extractor, runtime.device, trust=config.trust, size=config.extractor_size)
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The network whose features are compared, opened when it is first asked for. Collective."""
+        config = self.config
+        found = self.world.on_all(
+            lambda: open_extractor(
+                config.extractor, self.runtime.device, trust=config.trust, size=config.extractor_size
+            )
         )
+        self.display.line(f"extractor: {found.name}; images are resized: {found.resizing}")
+        return found
 
     def images(self, place: Path, size: int | None = None) -> ImageSet:
         """The images of an npz, or of a folder or zip at ``size``: by default config.image_size."""
@@ -134,7 +147,7 @@ class Session:
         """
         run = loaded.metadata.get("run_config", {})
 
-        def found() -> tuple[DataConfig, int, float]:
+        def found() -> tuple[DataConfig, int, float, str]:
             remedy = "name the images to compare with after it"
             try:
                 config, reading = DataConfig.from_dict(run["data"]), int(run.get("reading", 1))
@@ -143,19 +156,27 @@ class Session:
                 raise ValueError(f"{path} does not say which images it was trained on: {remedy}") from None
             if not Path(config.data_dir).exists():
                 raise ValueError(f"{config.data_dir}, on which {path} was trained, does not exist: {remedy}")
-            return replace(config, cache_dir=self.config.cache_dir or config.cache_dir), min(reading, READING), held_out
+            config = replace(config, cache=Cache.DISK, cache_dir=self.config.cache_dir or config.cache_dir)
+            return config, min(reading, READING), held_out, str(run.get("data_fingerprint", ""))
 
-        config, reading, held_out = self.world.from_main(found)
-        size = loaded.model_config.image_size
-        images = open_images(Path(config.data_dir), size, self.world, self.display, config, reading)
-        if not (held_out and images.names):
+        config, reading, held_out, fingerprint = self.world.from_main(found)
+        model, world, display = loaded.model_config, self.world, self.display
+        with warnings.catch_warnings(action="ignore"):  # they are about training on these images
+            dataset = load_shared(
+                config, model.image_size, labelled=model.class_cond, world=world, display=display, reading=reading
+            )
+        if fingerprint not in ("", dataset.fingerprint):
+            display.line(f"warning: the images in {config.data_dir} are not those that {path} was trained on")
+        images = of_dataset(dataset, config.data_dir, model.image_size)
+        if not held_out:
             return images
-        trained_on = np.flatnonzero(~is_held_out(images.names, held_out))
+        trained_on = np.flatnonzero(~is_held_out(dataset.names, held_out))
         return images.only(trained_on, held_out=len(images) - len(trained_on))
 
-    def drawing(self, loaded: Checkpoint, path: Path, out_dir: Path) -> Drawing:
+    def drawing(self, loaded: Checkpoint, path: Path, out_dir: Path, seed: int | None = None) -> Drawing:
         """The job that draws config.num_samples images of the checkpoint at ``path`` into a file of ``out_dir``.
 
+        ``seed`` is another seed than config.seed: two checkpoints that are compared must not start from the same noise.
         An unfinished job is resumed; a finished one draws nothing. ValueError if the model draws no images by itself.
         """
         world, config = self.world, self.config.within(loaded.diffusion_config.diffusion_steps)
@@ -164,7 +185,7 @@ class Session:
                 f"{path} enlarges images of {small} pixels: draw with fastdiff sample and --base-samples, and name the "
                 "npz that it writes"
             )
-        drawing = SampleConfig.from_flags(config.to_dict())
+        drawing = SampleConfig.from_flags(config.to_dict() | ({} if seed is None else {"seed": seed}))
 
         def planned() -> Plan:
             nothing: dict[str, Any] = {"base_samples": None, "super_res": None, "ends": None, "classes": ()}

@@ -1,5 +1,6 @@
 """Files and folders that appear complete under their names, or not at all."""
 
+import errno
 import os
 import re
 import tempfile
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from fastdiff.runtime.words import first_line
 
@@ -125,6 +127,13 @@ def sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes; OSError if it is none, such as a pipe, which could block forever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.open("rb")
 
 
 def existing(path: Path) -> Path:

@@ -16,7 +16,7 @@ from PIL import Image
 
 import fastdiff
 from fastdiff.checkpoint import saved_steps
-from fastdiff.evaluation import metrics
+from fastdiff.evaluation import checkpoints, metrics
 from fastdiff.evaluation.records import read_records
 from fastdiff.sampling import SampleFiles, job
 from fastdiff.training.held_out import is_held_out
@@ -131,7 +131,8 @@ def test_a_folder_and_an_npz(evaluate: Cli, two: None, tmp_path: Path) -> None:
 def test_samples_of_a_run_are_drawn_once(evaluate: Cli, run_dir: Path, shapes: Path, monkeypatch) -> None:
     first = succeeded(evaluate("fid", run_dir, "--num-samples", 7, "--batch-size", 3))
     assert "drawing: 7 images of 8 pixels, 20 dpm++ steps, seed 0" in first.out
-    assert f"reference: 12 images at 8 pixels: 12 images (12 png, 8x8), {shapes}" in first.out
+    classes = "4 classes: circle, cross, square, triangle"
+    assert f"reference: 12 images at 8 pixels: 12 images (12 png, 8x8) in {classes}, {shapes}" in first.out
     (drawn,) = (run_dir / "evaluation").glob("samples_ema_0.99_000004_*.npz")
 
     def fails(*_: object) -> None:
@@ -180,6 +181,9 @@ def test_a_process_with_fewer_timesteps_than_the_sampler(evaluate: Cli, two: Non
         (("a.npz", "text.npz"), "text.npz is damaged or not an npz file"),
         (("a.npz", "nothing"), "no images in data_dir nothing"),
         (("none", "b.npz"), "none does not exist: name images"),
+        (("none",), "none does not exist: name images"),
+        (("a.npz", "b.npz", "--preset", "cifar10_uncond"), "preset is for drawing from a checkpoint"),
+        (("a.npz", "b.npz", "--out-dir", "text.npz"), "out_dir text.npz"),
     ],
 )
 def test_bad_input_of_fid(evaluate: Cli, tmp_path: Path, args: tuple[object, ...], said: str) -> None:
@@ -220,8 +224,12 @@ def test_held_out_images_are_no_reference(cli: Cli, evaluate: Cli, shapes: Path)
 
 @pytest.mark.usefixtures("two")
 def test_a_run_as_the_reference_is_drawn_from(evaluate: Cli, run_dir: Path) -> None:
-    """Its folder holds pictures, which are no reference."""
+    """Its folder holds pictures, which are no reference; its images are drawn from other noise."""
     flags = ("--num-samples", 6)
+    same = succeeded(evaluate("fid", f"{run_dir}@2", f"{run_dir}@2", *flags))
+    assert value(same, "FD-colours") > 1e-3
+    assert "seed 0" in same.out
+    assert "seed 1" in same.out
     for samples in ("a.npz", run_dir):
         result = succeeded(evaluate("fid", samples, f"{run_dir}@2", *flags))
         assert "model: " in result.out
@@ -312,9 +320,10 @@ def test_bad_input_of_checkpoints(evaluate: Cli, run_dir: Path, sample: Cli, tmp
     refused(evaluate("checkpoints", run_dir, "--ema-rate", "0.7"), "no checkpoint of the rate 0.7")
     refused(evaluate("checkpoints", run_dir, "--ema-rate", "high"), "ema_rate must be a rate")
     refused(evaluate("checkpoints", run_dir / "model000002.safetensors"), "is not a folder: name the folder of a run")
-    refused(
-        evaluate("checkpoints", run_dir, "--metric", "sfid"), "metric sfid: with this extractor and reference there"
-    )
+    said = "with this extractor, reference and num_samples there is"
+    refused(evaluate("checkpoints", run_dir, "--metric", "sfid"), f"metric sfid: {said}")
+    refused(evaluate("checkpoints", run_dir, "--metric", "recall", "--num-samples", 4), f"metric recall: {said}")
+    refused(evaluate("checkpoints", run_dir.parent), "is no run; it holds .*/a: name one of them")
     assert not (run_dir / "evaluation").exists() or not list((run_dir / "evaluation").glob("samples*"))
     refused(sample(f"{run_dir}@best"), "best step is not known; fastdiff evaluate checkpoints .*/runs/a finds it")
 
@@ -322,7 +331,7 @@ def test_bad_input_of_checkpoints(evaluate: Cli, run_dir: Path, sample: Cli, tmp
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "best.json is damaged: fastdiff evaluate checkpoints"),
+        ("{", "best.json is damaged, or about weights that are not there: fastdiff evaluate checkpoints"),
         ("[]", "best.json is damaged"),
         ('{"checkpoint": "../../x.safetensors"}', "best.json is damaged"),
         ('{"checkpoint": "opt000002.safetensors"}', "best.json is damaged"),
@@ -356,6 +365,57 @@ def test_another_reference_is_measured_again(evaluate: Cli, run_dir: Path) -> No
     succeeded(evaluate("checkpoints", run_dir, *flags))
     succeeded(evaluate("checkpoints", run_dir, *flags, "--extractor-size", 4))
     assert len(read_records(run_dir / "evaluation")) == 8
+
+
+def test_other_training_images_are_told(cli: Cli, evaluate: Cli, shapes: Path) -> None:
+    shutil.copytree(shapes, "images")
+    succeeded(cli("train", "--data-dir", "images", "--run-dir", "run", *TINY, "--class-cond", *SHORT, "--steps", 1))
+    assert "trained on" not in succeeded(evaluate("fid", "run", "--num-samples", 20)).out
+    next(Path("images").iterdir()).unlink()
+    result = succeeded(evaluate("fid", "run", "--num-samples", 20))
+    assert "images are not those that run/ema_0.9999_000001.safetensors was trained on" in result.out.replace(
+        f"the images in {Path('images').resolve()}", "images"
+    )
+
+
+def test_held_out_images_of_an_npz(cli: Cli, evaluate: Cli, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", arr_0=pictures(30))
+    flags = (*TINY, *SHORT, "--steps", 1, "--holdout", "0.3")
+    trained = succeeded(cli("train", "--data-dir", "data.npz", "--run-dir", "run", *flags))
+    (held_out,) = re.findall(r"held out: (\d+) of these images", trained.out)
+    result = succeeded(evaluate("fid", "run", "--num-samples", 20))
+    assert f"reference: {30 - int(held_out)} images at 8 pixels, without {held_out} that were held out" in result.out
+
+
+def test_damaged_records_are_measured_again(evaluate: Cli, run_dir: Path) -> None:
+    flags = ("--num-samples", 4, "--ema-rate", "0.5")
+    first = succeeded(evaluate("checkpoints", run_dir, *flags))
+    path = run_dir / "evaluation" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    for figures in ({"fd": float("nan")}, {"fd": "low"}, {}, {"fd": 1e308}, {"fd": None}):
+        path.write_text("".join(json.dumps(json.loads(line) | {"figures": figures}) + "\n" for line in lines))
+        assert succeeded(evaluate("checkpoints", run_dir, *flags)).out.splitlines()[-3:] == first.out.splitlines()[-3:]
+
+
+def test_a_best_that_was_deleted_meanwhile(evaluate: Cli, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --keep-last does while the run is measured."""
+    real = checkpoints.best_of
+
+    def late(*args: Any) -> checkpoints.Row:
+        best = real(*args)
+        (run_dir / best.checkpoint).unlink(missing_ok=True)
+        return best
+
+    monkeypatch.setattr(checkpoints, "best_of", late)
+    refused(evaluate("checkpoints", run_dir, "--num-samples", 4, "--ema-rate", "0.5"), "was deleted meanwhile")
+    assert not (run_dir / "best.json").exists()
+
+
+def test_the_best_of_other_weights(evaluate: Cli, run_dir: Path, sample: Cli) -> None:
+    succeeded(evaluate("checkpoints", run_dir, "--num-samples", 4, "--ema-rate", "0.5"))
+    best = run_dir / json.loads((run_dir / "best.json").read_text())["checkpoint"]
+    shutil.copy(run_dir / "ema_0.99_000004.safetensors", best)
+    refused(sample(f"{run_dir}@best"), "best.json is damaged, or about weights that are not there")
 
 
 def test_a_step_without_its_raw_weights(evaluate: Cli, run_dir: Path) -> None:

@@ -299,3 +299,12 @@ def test_pytorch_is_not_imported(run_dir: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "False"
     assert "finished" in done.stdout
+
+
+def test_a_pipe_does_not_block(cli: Cli, run_dir: Path) -> None:
+    (run_dir / "progress.jsonl").unlink()
+    os.mkfifo(run_dir / "progress.jsonl")
+    assert "damaged: progress.jsonl cannot be read (not a regular file)" in succeeded(cli("runs")).out
+    assert (
+        "cannot be read (not a regular file)" in succeeded(cli("report", run_dir)).out + Path("report.html").read_text()
+    )

@@ -128,6 +128,17 @@ def test_no_neighbourhoods_of_five(compare):
     assert compare.said[-1] == "precision, recall, density and coverage need 6 images or more on both sides, not 5"
 
 
+def test_features_that_say_nothing(compare):
+    class Nothing(Colours):
+        def _extract(self, images):
+            found = super()._extract(images)
+            return type(found)(found.features * 0)
+
+    comparison = compare.of(Nothing())
+    comparison.figures(images(), comparison.reference(images(seed=1)))
+    assert compare.said == ["warning: colours gives all samples the same features, which say nothing of them"]
+
+
 def test_a_figure_that_is_no_number(compare):
     class Huge(Colours):
         def _extract(self, images):
@@ -141,7 +152,7 @@ def test_a_figure_that_is_no_number(compare):
 
 def test_a_line_ends_in_its_value():
     assert Figure(Metric.FD, "FID (n=2, x)", 1.25).line() == "FID (n=2, x) 1.2500"
-    assert Figure(Metric.KD, "KID (n=2, x)", 0.25, 0.5).line() == "KID (n=2, x) ± 0.5, mean 0.25"
+    assert Figure(Metric.KD, "KID (n=2, x)", 0.25, 0.5).line() == "KID (n=2, x, deviation 0.5) 0.25"
 
 
 class TestStatistics:
@@ -210,6 +221,8 @@ class TestStatistics:
             ({"mu": np.zeros((2, 2)), "sigma": np.eye(2)}, "as mu"),
             ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "as mu"),
             ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.float64("inf")}, "as count"),
+            ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "negative eigenvalues"),
+            ({"mu": np.zeros(2), "sigma": np.eye(2), "count": -5}, "below 0"),
         ],
     )
     def test_damaged(self, tmp_path, arrays, said):

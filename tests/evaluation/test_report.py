@@ -1,5 +1,6 @@
 """The page of a report: what it says of a run, and that it keeps to itself."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -262,3 +263,22 @@ def test_many_runs_have_colours(tmp_path: Path) -> None:
     written = write_report(folders, tmp_path / "page.html")
     assert re.fullmatch(r"wrote .*page\.html \((\d+ kB|0\.\d MB), 10 runs, 0 previews\)", written.line())
     assert ".c9 { --c: var(--p1); }" in check((tmp_path / "page.html").read_text(encoding="utf-8")).html
+
+
+def test_figures_of_several_references_are_told_apart(tmp_path: Path) -> None:
+    """They do not compare: neither in a chart nor in a column."""
+    run = write_run(tmp_path / "run")
+    path = run / "evaluation" / "metrics.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    records = []
+    for data, fd in (("/data/photos", 1.5), ("/data/others", 2.5), ("/elsewhere/photos", 3.5)):
+        record = {"step": 50, "ema_rate": 0.0, "checkpoint": "model000050.safetensors", "samples": {"count": 16}}
+        record |= {"reference": {"data": data, "count": 60}, "extractor": {"name": "x", "sha256": "0"}}
+        records.append(record | {"figures": {"fd": fd}, "names": {"fd": "FD-x (n=16, x)"}})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "best.json").write_text(json.dumps(records[1] | {"metric": "fd", "name": "FD-x (n=16, x)", "value": 2.5}))
+    write_report([run], tmp_path / "report.html")
+    text = re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())
+    for label in ("photos (60)", "others (60)", "photos (60) no. 2"):
+        assert f"n=16, x, against {label}" in text
+    assert "FD-x (n=16, x, against others (60)) 2.5" in text  # the sentence about the best

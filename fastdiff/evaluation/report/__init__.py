@@ -7,7 +7,7 @@ from pathlib import Path
 from fastdiff.evaluation.report.gallery import read_gallery
 from fastdiff.evaluation.report.markup import counted, size
 from fastdiff.evaluation.report.page import page
-from fastdiff.evaluation.report.run import named, open_run
+from fastdiff.evaluation.report.run import named, open_run, told_apart
 from fastdiff.runtime.files import refuse_unwritable, replacing
 
 
@@ -34,7 +34,7 @@ def write_report(folders: Sequence[Path], out: Path, overwrite: bool = False) ->
     if ``out`` is unsuitable, or exists and may not be overwritten; OSError if it cannot be written.
     """
     _check(out, overwrite)
-    found = [open_run(folder) for folder in folders]
+    found = told_apart([open_run(folder) for folder in folders])
     runs = [replace(run, name=name) for run, name in zip(found, named(found), strict=True)]
     pictures = read_gallery(runs)
     try:

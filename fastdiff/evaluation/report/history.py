@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdiff.runtime.files import open_regular
+
 BUCKETS = 500
 """Stretches of steps that a history of more than twice as many rows is thinned to; each keeps its minimum and maximum,
 so that a line has up to twice as many points."""
@@ -232,7 +234,7 @@ def read_history(path: Path) -> History:
     history = History()
     if not path.exists():
         return history
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while line := file.readline(_LONGEST_LINE):
             whole = line.endswith(b"\n")
             if not whole and len(line) == _LONGEST_LINE:

@@ -5,6 +5,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastdiff.runtime.files import open_regular
+
 WARNINGS = 12
 """Warnings that are kept, the last ones."""
 
@@ -46,7 +48,7 @@ def read_log(path: Path) -> Log:
     warnings: deque[str] = deque(maxlen=WARNINGS)
     warned = 0
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while line := file.readline(_LONGEST_LINE):
                 match = _LINE.match(line.decode(errors="replace").rstrip("\r\n"))
                 if match is None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from fastdiff.checkpoint import holds_checkpoint, model_path, read_metadata, run_and_step, saved_steps
 from fastdiff.evaluation.report.history import LARGEST, History, read_history
 from fastdiff.evaluation.report.log import Log, read_log
+from fastdiff.runtime.files import open_regular
 from fastdiff.runtime.lease import held
 from fastdiff.runtime.words import first_line
 
@@ -24,7 +25,10 @@ _LARGEST = 2**24
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of one checkpoint's samples, a line of evaluation/metrics.jsonl; ``names`` are their full names."""
+    """The figures of one checkpoint's samples, a line of evaluation/metrics.jsonl; ``names`` are their full names.
+
+    ``reference`` is what the samples were compared with, and ``by`` the weights of the extractor.
+    """
 
     step: int
     rate: float
@@ -32,6 +36,13 @@ class Measured:
     figures: dict[str, float]
     names: dict[str, str]
     samples: dict[str, Any]
+    reference: dict[str, Any] = field(default_factory=dict)
+    by: str = ""
+
+    @property
+    def against(self) -> str:
+        """What must be equal for figures to compare, besides their names."""
+        return json.dumps([self.reference, self.by], sort_keys=True)
 
     def agrees(self, other: "Measured") -> bool:
         """Whether what both measured has the same names, such as the same number of samples."""
@@ -173,7 +184,7 @@ def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         text = file.read(_LARGEST + 1)
     if len(text) > _LARGEST:
         raise ValueError(f"more than {_LARGEST >> 20} MiB")
@@ -206,7 +217,7 @@ def _measured(path: Path, problems: list[str]) -> tuple[Measured, ...]:
     found: dict[object, list[Measured]] = {}
     damaged = 0
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while line := file.readline(_LARGEST):
                 try:
                     row = json.loads(line)
@@ -216,7 +227,7 @@ def _measured(path: Path, problems: list[str]) -> tuple[Measured, ...]:
                 except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                     damaged += bool(line.strip())
                     continue
-                same = found.setdefault((one.checkpoint, one.step, one.rate, str(one.samples)), [])
+                same = found.setdefault((one.checkpoint, one.step, one.rate, str(one.samples), one.against), [])
                 before = next((i for i, other in enumerate(same) if other.agrees(one)), None)
                 if before is not None:
                     other = same.pop(before)
@@ -237,14 +248,18 @@ def _line_of_metrics(row: dict[str, Any]) -> Measured:
         raise ValueError("no step")
     figures = {str(key): float(value) for key, value in row["figures"].items() if type(value) in (int, float)}
     names = {str(key): str(value) for key, value in (row.get("names") or {}).items()}
-    samples = row.get("samples")
+    samples, reference, extractor = (
+        value if isinstance(value := row.get(part), dict) else {} for part in ("samples", "reference", "extractor")
+    )
     return Measured(
         step,
         rate,
         str(row.get("checkpoint") or f"step {step}"),
         {key: value for key, value in figures.items() if abs(value) <= LARGEST},
         names,
-        samples if isinstance(samples, dict) else {},
+        samples,
+        reference,
+        str(extractor.get("sha256") or ""),
     )
 
 
@@ -284,3 +299,32 @@ def named(runs: Sequence[Run]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"run {runs[0].folder} is named twice: name each run once")
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, whose figures' names say the reference, too, if there are several references or extractors."""
+    distinct = list(dict.fromkeys(one.against for run in runs for one in run.measured))
+    if len(distinct) < 2:
+        return list(runs)
+    labels: dict[str, str] = {}
+    for against in distinct:
+        reference, _ = json.loads(against)
+        count = reference.get("count")
+        label = Path(str(reference.get("data") or "unknown")).name + (f" ({count:,})" if type(count) is int else "")
+        others = sum(known.partition(" no. ")[0] == label for known in labels.values())
+        labels[against] = f"{label} no. {others + 1}" if others else label
+
+    def told(name: str, one: Measured) -> str:
+        return f"{name.removesuffix(')')}{'' if name.endswith(')') else ' ('}, against {labels[one.against]})"
+
+    def with_reference(run: Run) -> Run:
+        measured = tuple(replace(one, names={k: told(n, one) for k, n in one.names.items()}) for one in run.measured)
+        best = run.best
+        if best is not None:
+            for one in run.measured:
+                if (one.checkpoint, one.figures.get(best.metric)) == (best.checkpoint, best.value):
+                    best = replace(best, name=told(run.best.name if run.best else "", one))
+                    break
+        return replace(run, measured=measured, best=best)
+
+    return [with_reference(run) for run in runs]
