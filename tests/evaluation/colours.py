@@ -15,10 +15,14 @@ DIMENSIONS = 12
 
 
 class Quarters(nn.Module):
-    """(N, 3, H, W) -> (N, 12)."""
+    """(N, 3, H, W) -> (N, 12 times ``copies``)."""
+
+    def __init__(self, copies: int = 1) -> None:
+        super().__init__()
+        self.copies = copies
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(x, 2).flatten(1)
+        return F.adaptive_avg_pool2d(x, 2).flatten(1).repeat(1, self.copies)
 
 
 class Colours(Extractor):
@@ -40,11 +44,11 @@ class Colours(Extractor):
         )
 
 
-def program(path: Path) -> Path:
+def program(path: Path, copies: int = 1) -> Path:
     """The same as a TorchScript file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(Quarters()).save(str(path))
+        torch.jit.script(Quarters(copies)).save(str(path))
     return path
 
 
