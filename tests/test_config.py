@@ -69,6 +69,7 @@ REFUSED: list[tuple[type[Config], str, Any]] = [
     (ModelConfig, "small_size", 16.0),
     (DiffusionConfig, "diffusion_steps", 0),
     (DiffusionConfig, "diffusion_steps", -1),
+    (DiffusionConfig, "diffusion_steps", 2**31),
     (TrainConfig, "steps", 0),
     (TrainConfig, "batch_size", 0),
     (TrainConfig, "microbatch", 0),

@@ -25,6 +25,7 @@ from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, 
 from fastdiff.config.evaluation import FAST_STEPS, MetricsConfig, NllConfig
 from fastdiff.config.job import (
     MOST_SAMPLES,
+    MOST_TIMESTEPS,
     DataConfig,
     DiffusionConfig,
     ImagesConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "FAST_STEPS",
     "GROUPS",
     "MOST_SAMPLES",
+    "MOST_TIMESTEPS",
     "NUM_CLASSES",
     "READING",
     "UNUSED_BY_CLASSIFIERS",

@@ -21,6 +21,9 @@ from fastdiff.config.choices import (
     Tracker,
 )
 
+MOST_TIMESTEPS = 10**6
+"""Maximum number of timesteps: a process holds a dozen float64 tables of this length."""
+
 
 @dataclass(frozen=True)
 class DiffusionConfig(Config):
@@ -40,6 +43,7 @@ class DiffusionConfig(Config):
 
     def check(self) -> None:
         self.require(self.diffusion_steps > 0, "diffusion_steps", "positive")
+        self.require(self.diffusion_steps <= MOST_TIMESTEPS, "diffusion_steps", f"at most {MOST_TIMESTEPS:,}")
         if self.noise_schedule is NoiseSchedule.LINEAR and self.diffusion_steps <= 20:
             raise ValueError(
                 f"diffusion_steps {self.diffusion_steps} is too short for a linear schedule (a beta would reach 1): "

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastdiff.config import NUM_CLASSES, DiffusionConfig, ModelConfig, NoiseSchedule
+from fastdiff.config import MOST_TIMESTEPS, NUM_CLASSES, DiffusionConfig, ModelConfig, NoiseSchedule
 from fastdiff.diffusion import GaussianDiffusion, get_named_beta_schedule
 from fastdiff.diffusion.schedule import Float64Array
 from fastdiff.interop.unet2d import attending, our_state, unet_options, unet_state
@@ -253,6 +253,8 @@ def read_process(folder: Path, model: ModelConfig) -> dict[str, Any]:
         if model.learn_sigma and variance != "learned_range":
             raise ValueError(f"{path}: variance_type is {variance!r}, but 'learned_range' in the models of this family")
         fields["sigma_small"] = variance.startswith("fixed_small")
+    if type(count := options.get("num_train_timesteps", 1000)) is int and count > MOST_TIMESTEPS:
+        raise ValueError(f"{path}: num_train_timesteps must be at most {MOST_TIMESTEPS:,}, not {count}")
     try:
         betas = getattr(installed(), kind).from_config(options).betas.double().numpy()
     except (ValueError, TypeError, RuntimeError, NotImplementedError):
