@@ -316,7 +316,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         (lambda: unet.write_bytes(b"\xff\xfe"), r"unet/config\.json is damaged"),
         (lambda: unet.write_text("[" * 100_000), r"unet/config\.json is damaged"),
         (unet.unlink, r"unet/config\.json cannot be read \(No such file"),
-        (lambda: change(scheduler, num_train_timesteps=2**31), "num_train_timesteps must be at most 1,000,000, not 2147"),
+        (lambda: change(scheduler, num_train_timesteps=2**31), "num_train_timesteps must be at most 1,000,000"),
         (lambda: change(unet, _class_name="UNet2DConditionModel"), "'UNet2DConditionModel' is not UNet2DModel"),
         (lambda: change(unet, block_out_channels=[]), "its options do not describe a model"),
         (lambda: change(unet, block_out_channels=[0, 0]), "its options do not describe a model"),
