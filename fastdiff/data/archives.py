@@ -7,7 +7,7 @@ import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,9 @@ from fastdiff.runtime.words import first_line, printable
 
 _CHUNK = 2**20  # bytes per read; no valid name is longer
 DEFLATE_RATIO = 1032  # the maximum: two bits encode 258 bytes; no image compresses further in any format
+
+_END_MARK, _END_OF_ZIP = b"PK\5\6", 22  # bytes, before the comment
+_IN_ZIP64 = 0xFFFF  # another record has the number
 
 
 class ArchiveError(ValueError):
@@ -43,19 +46,34 @@ def safe_name(archive: Path, name: str) -> str:
     return "/".join(part for part in parts if part not in ("", "."))
 
 
-def names_in_zip(archive: Path, infos: Sequence[zipfile.ZipInfo]) -> list[str]:
-    """The names of a zip's members, not yet safe; those of folders end with "/".
+def named_in_zip(path: Path, archive: zipfile.ZipFile) -> list[tuple[zipfile.ZipInfo, str]]:
+    """The members of a zip with their names, which are not yet safe; those of folders end with "/".
 
     Where no name has a slash, backslashes are taken for slashes: some programs on Windows write them, although ZIP's
-    specification (4.4.17) does not allow it. ArchiveError for names that zipfile cuts off, and folders with content.
+    specification (4.4.17) does not allow it. ArchiveError for names that zipfile cuts off, folders with content, and if
+    there are not as many members as the zip says.
     """
+    infos = archive.infolist()
+    if (said := _number_said(archive)) not in (_IN_ZIP64, len(infos) % 2**16):
+        raise ArchiveError(f"{path} is damaged: {len(infos):,} of its {said:,} files are found; copy it again")
     slashes = any("/" in info.filename for info in infos)
     names = [info.filename if slashes else info.filename.replace("\\", "/") for info in infos]
     for info, name in zip(infos, names, strict=True):
         if "\0" in info.orig_filename or (name.endswith("/") and info.file_size):
             what = "a damaged name" if "\0" in info.orig_filename else "a folder with content"
-            raise ArchiveError(f"{archive} holds {printable(info.orig_filename)}, {what}: copy it again")
-    return names
+            raise ArchiveError(f"{path} holds {printable(info.orig_filename)}, {what}: copy it again")
+    return list(zip(infos, names, strict=True))
+
+
+def _number_said(archive: zipfile.ZipFile) -> int:
+    """The number of members modulo 2^16 that the end of a zip says, which zipfile ignores (specification, 4.3.16)."""
+    assert archive.fp is not None
+    length = archive.fp.seek(0, os.SEEK_END)
+    archive.fp.seek(max(0, length - _END_OF_ZIP - 2**16))  # a comment, or bytes that do not belong to it, may follow
+    tail = archive.fp.read()
+    bare = tail[-_END_OF_ZIP:]
+    at = len(tail) - _END_OF_ZIP if bare[:4] == _END_MARK and bare[-2:] == b"\0\0" else tail.rfind(_END_MARK)
+    return int.from_bytes(tail[at + 10 : at + 12], "little")
 
 
 def safe_file_name(archive: Path, name: str) -> str:
@@ -222,10 +240,10 @@ def _members(path: Path, raw: IO[bytes]) -> Generator[Member, None, None]:
 
 
 def _zip_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
-    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    if sum(info.compress_size for info in infos) > path.stat().st_size:
+    members = sorted(named_in_zip(path, archive), key=lambda member: member[0].header_offset)
+    if sum(info.compress_size for info, _ in members) > path.stat().st_size:
         raise zipfile.BadZipFile("its files overlap")
-    for info, said in zip(infos, names_in_zip(path, infos), strict=True):
+    for info, said in members:
         folder = said.endswith("/")
         name = (safe_name if folder else safe_file_name)(path, said)
         mode = info.external_attr >> 16

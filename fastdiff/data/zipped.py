@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from fastdiff.data.archives import names_in_zip, safe_file_name
+from fastdiff.data.archives import named_in_zip, safe_file_name
 from fastdiff.data.images import MAX_BYTES, UnreadableImage
 from fastdiff.runtime.words import first_line
 
@@ -62,9 +62,8 @@ def zip_members(path: Path, most: int = MAX_BYTES) -> dict[str, ZipMember]:
     except Exception as error:  # zipfile raises nearly anything on damaged bytes
         raise ValueError(f"{path} is damaged or not a zip ({first_line(error)}): copy it again") from None
     weakref.finalize(archive, file.close)
-    infos = archive.infolist()
     return {
         safe_file_name(path, name): ZipMember(archive, info, most)
-        for info, name in zip(infos, names_in_zip(path, infos), strict=True)
+        for info, name in named_in_zip(path, archive)
         if not name.endswith("/")  # is_dir() fails without a name
     }

@@ -205,6 +205,35 @@ def test_a_name_in_a_zip_that_hides_its_file(tmp_path: Path, damage: bytes) -> N
     refusal(lambda: ImageFolder(path, 8), said)
 
 
+@pytest.mark.parametrize("comment", [b"", b"x" * 300])
+def test_an_entry_of_a_zip_that_swallows_the_next(tmp_path: Path, comment: bytes) -> None:
+    """By the length of its comment; zipfile does not count the entries that are left."""
+    path = zipped(tmp_path / "x.zip", {**GOOD, "n3/c_3.png": png(3)})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = comment
+    assert len(ImageFolder(path, 8)) == 3
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content + b"\r\n")  # what some transfers append
+    assert len(ImageFolder(path, 8)) == 3
+    content[content.index(b"PK\1\2") + 33] = 1  # 256 bytes
+    path.write_bytes(content)
+    assert "is damaged: 1 of its 3 files are found; copy it again" in refused(tmp_path, path)
+    refusal(lambda: ImageFolder(path, 8), "is damaged: 1 of its 3 files")
+
+
+def test_a_zip_of_more_files_than_fit_in_its_end(tmp_path: Path) -> None:
+    """With the record of ZIP64, and without it, as older programs write such zips."""
+    names = [f"{i}.txt" for i in range(2**16 + 3)]
+    path = zipped(tmp_path / "x.zip", {**dict.fromkeys(names, b""), "a_1.png": png()})
+    assert len(ImageFolder(path, 8)) == 1
+    content = path.read_bytes()
+    end = content.rindex(b"PK\5\6")
+    record = bytearray(content[end:])
+    record[8:12] = (4).to_bytes(2, "little") * 2
+    path.write_bytes(content[:end] + record)
+    assert len(ImageFolder(path, 8)) == 1
+
+
 @pytest.mark.parametrize("name", ["", ".", "./"])
 def test_a_file_without_a_name(tmp_path: Path, name: str) -> None:
     """Of a zip zipfile fails to say whether it is a folder."""
