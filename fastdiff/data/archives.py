@@ -54,8 +54,8 @@ def named_in_zip(path: Path, archive: zipfile.ZipFile) -> list[tuple[zipfile.Zip
     there are not as many members as the zip says.
     """
     infos = archive.infolist()
-    if (said := _number_said(archive)) not in (_IN_ZIP64, len(infos) % 2**16):
-        raise ArchiveError(f"{path} is damaged: {len(infos):,} of its {said:,} files are found; copy it again")
+    if lacking := missing_files(archive):
+        raise ArchiveError(f"{path} is damaged: {lacking}; copy it again")
     slashes = any("/" in info.filename for info in infos)
     names = [info.filename if slashes else info.filename.replace("\\", "/") for info in infos]
     for info, name in zip(infos, names, strict=True):
@@ -65,15 +65,19 @@ def named_in_zip(path: Path, archive: zipfile.ZipFile) -> list[tuple[zipfile.Zip
     return list(zip(infos, names, strict=True))
 
 
-def _number_said(archive: zipfile.ZipFile) -> int:
-    """The number of members modulo 2^16 that the end of a zip says, which zipfile ignores (specification, 4.3.16)."""
+def missing_files(archive: zipfile.ZipFile) -> str:
+    """How many files of a zip are not found, in words, by the number in its end, which zipfile ignores; or nothing.
+
+    The number is modulo 2^16 (ZIP's specification, 4.3.16).
+    """
     assert archive.fp is not None
     length = archive.fp.seek(0, os.SEEK_END)
     archive.fp.seek(max(0, length - _END_OF_ZIP - 2**16))  # a comment, or bytes that do not belong to it, may follow
     tail = archive.fp.read()
     bare = tail[-_END_OF_ZIP:]
     at = len(tail) - _END_OF_ZIP if bare[:4] == _END_MARK and bare[-2:] == b"\0\0" else tail.rfind(_END_MARK)
-    return int.from_bytes(tail[at + 10 : at + 12], "little")
+    said, found = int.from_bytes(tail[at + 10 : at + 12], "little"), len(archive.infolist())
+    return "" if said in (_IN_ZIP64, found % 2**16) else f"{found:,} of its {said:,} files are found"
 
 
 def safe_file_name(archive: Path, name: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fastdiff.data.archives import DEFLATE_RATIO
+from fastdiff.data.archives import DEFLATE_RATIO, missing_files
 from fastdiff.data.arrays import (
     IMAGES,
     LABELS,
@@ -80,6 +80,8 @@ def read_samples(path: Path) -> Samples:
         try:
             with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python and NumPy warn about odd headers
+                if lacking := missing_files(archive):
+                    raise UnfitError(f"is damaged ({lacking}): copy it again")
                 there = set(archive.namelist())
                 found = next((keys for keys in _KEYS if f"{keys[0]}.npy" in there), None)
                 if found is None:

@@ -257,6 +257,14 @@ def test_other_names(tmp_path: Path, more: dict[str, np.ndarray], said: str) -> 
     assert refused(tmp_path / "a.npz").startswith(said)
 
 
+def test_an_entry_that_swallows_the_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", IMAGES, LABELS)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[content.index(b"PK\1\2") + 33] = 1  # its comment has 256 bytes
+    (tmp_path / "a.npz").write_bytes(content)
+    assert refused(tmp_path / "a.npz") == "is damaged (1 of its 2 files are found): copy it again"
+
+
 GREY = IMAGES[..., 0]
 RGBA = np.concatenate([IMAGES, np.full((5, 4, 6, 1), 255, np.uint8)], axis=3)
 CLEAR = np.concatenate([IMAGES, np.zeros((5, 4, 6, 1), np.uint8)], axis=3)
