@@ -257,6 +257,8 @@ def read_process(folder: Path, model: ModelConfig) -> dict[str, Any]:
         raise ValueError(f"{path}: num_train_timesteps must be at most {MOST_TIMESTEPS:,}, not {count}")
     try:
         betas = getattr(installed(), kind).from_config(options).betas.double().numpy()
+        if betas.ndim != 1:
+            raise ValueError("trained_betas")
     except (ValueError, TypeError, RuntimeError, NotImplementedError):
         raise ValueError(f"{path} is damaged: its options do not describe a scheduler") from None
     return fields | _schedule(betas)
