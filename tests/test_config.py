@@ -55,6 +55,7 @@ REFUSED: list[tuple[type[Config], str, Any]] = [
     (ModelConfig, "num_heads_upsample", -2),
     (ModelConfig, "num_heads_upsample", 7),
     (ModelConfig, "num_classes", 0),
+    (ModelConfig, "num_classes", 10**30),
     (ModelConfig, "attention_resolutions", "16,eight"),
     (ModelConfig, "attention_resolutions", None),
     (ModelConfig, "attention_resolutions", (16, -8)),

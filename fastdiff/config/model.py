@@ -11,6 +11,9 @@ NUM_CLASSES = 1000
 MOST_CHANNELS = 2**20
 """Maximum width of a level, far above any model's: a damaged configuration must not reach PyTorch's own limits."""
 
+MOST_CLASSES = 10**6
+"""Maximum number of classes: a model has an embedding for each."""
+
 GROUPS = 32
 """Every GroupNorm has 32 groups, so every width must be a multiple of 32."""
 
@@ -59,6 +62,7 @@ class ModelConfig(Config):
     def check(self) -> None:
         for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes"):
             self.require(getattr(self, name) > 0, name, "positive")
+        self.require(self.num_classes <= MOST_CLASSES, "num_classes", f"at most {MOST_CLASSES:,}")
         self.require(
             self.num_channels % GROUPS == 0, "num_channels", f"a multiple of {GROUPS} (the norms have {GROUPS} groups)"
         )

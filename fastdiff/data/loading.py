@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.config import READING, DataConfig, ImagesConfig
+from fastdiff.config.model import MOST_CLASSES
 from fastdiff.data.cache import Decoded, decode_once
 from fastdiff.data.dataset import ImageFolder, LeftOut, Preflight, extension_counts
 from fastdiff.data.images import DARK, Decoding
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _DARK = 2 * DARK // 256  # of 255: a bit more than DARK, for values from 0 to 16
 _AT_ONCE = 2**24  # values
-_MOST_CLASSES = 10**6  # a model has an embedding for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +243,7 @@ def _from_one(labels: NDArray[np.int64]) -> bool:
 
 def _class_names(path: Path, labels: NDArray[np.int64], names: tuple[str, ...] | None) -> tuple[str, ...]:
     """The names of the classes, or their numbers if they have no names; ValueError for labels out of range."""
-    known = _MOST_CLASSES if names is None else len(names)
+    known = MOST_CLASSES if names is None else len(names)
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= known:
         raise ValueError(

@@ -352,6 +352,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         (scheduler.unlink, r"scheduler_config\.json cannot be read"),
         (lambda: change(scheduler, prediction_type="v_prediction"), "'v_prediction' is neither"),
         (lambda: change(scheduler, trained_betas="some"), r"scheduler_config\.json is damaged"),
+        (lambda: change(unet, num_class_embeds=10**30), "num_classes must be at most 1,000,000, not 10"),
         (lambda: change(scheduler, trained_betas=0.5), r"scheduler_config\.json is damaged"),
         (lambda: change(scheduler, trained_betas=[[0.5]]), r"scheduler_config\.json is damaged"),
     ]
