@@ -10,6 +10,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -42,7 +43,11 @@ _KEYS = (
     *(("arr_0", "arr_1"), ("images", "labels"), ("image", "label"), ("x_train", "y_train"), ("X_train", "y_train")),
     *(("train_images", "train_labels"), ("x", "y"), ("X", "y")),
 )
-"""Names of images and their labels: NumPy's and fastdiff's, Keras' and MedMNIST's. The first that is there counts."""
+"""Names of images and their labels: NumPy's and fastdiff's, Keras' and MedMNIST's. The first that is there counts.
+
+Images without the labels of their pair have those of another pair, if there is one only."""
+
+_LABELS = tuple(dict.fromkeys(labels for _, labels in _KEYS))
 
 _Fits = Callable[[tuple[int, ...], np.dtype[Any]], bool]
 
@@ -95,10 +100,14 @@ def read_samples(path: Path) -> Samples:
                     class_names = tuple(map(composed, texts))
                     if len(set(class_names)) != len(class_names):
                         raise UnfitError("has two class_names that are the same: give each class its own name")
+                fits, forms = partial(may_be_labels, count), LABELS.format(n=count)
                 if f"{found[1]}.npy" in there:
-                    fits, forms = partial(may_be_labels, count), LABELS.format(n=count)
                     stored = np.array(_read(file, archive, found[1], fits, forms))
                     labels, class_names = as_labels(stored, found[1], class_names)
+                elif len(others := [name for name in _LABELS if f"{name}.npy" in there]) == 1:
+                    with suppress(UnfitError):  # the labels of another pair may be anything, such as a regression's
+                        stored = np.array(_read(file, archive, others[0], fits, forms))
+                        labels, class_names = as_labels(stored, others[0], class_names)
                 if "names.npy" in there:
                     names = _texts(_read(file, archive, "names", partial(_are_texts, count), f"text ({count},)"))
                 return Samples(images, labels, class_names, names, archive.getinfo(f"{found[0]}.npy").CRC)

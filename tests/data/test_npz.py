@@ -353,6 +353,21 @@ def test_other_names_of_arrays(tmp_path: Path, keys: tuple[str, str]) -> None:
     assert samples.labels.tolist() == LABELS.tolist()
 
 
+def test_labels_of_another_pair(tmp_path: Path) -> None:
+    """Images beside y have its labels; of two that could be meant neither counts, nor do numbers that are no labels."""
+    np.savez(tmp_path / "a.npz", images=IMAGES, y=LABELS)
+    labels = accepted(tmp_path / "a.npz").labels
+    assert labels is not None
+    assert labels.tolist() == LABELS.tolist()
+    np.savez(tmp_path / "b.npz", IMAGES, labels=LABELS[:, None])
+    labels = accepted(tmp_path / "b.npz").labels
+    assert labels is not None
+    assert labels.tolist() == LABELS.tolist()
+    for others in ({"y": LABELS, "label": LABELS}, {"y": LABELS / 2}, {"y": LABELS[:2]}, {"y": np.array(3)}):
+        np.savez(tmp_path / "c.npz", IMAGES, **others)
+        assert accepted(tmp_path / "c.npz").labels is None
+
+
 def test_two_classes_of_one_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", IMAGES, LABELS, class_names=[*"abcde", "a"])
     assert refused(tmp_path / "a.npz").startswith("has two class_names that are the same")
