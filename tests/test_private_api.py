@@ -27,6 +27,7 @@ USES = {
     "_dynamo": "config.fail_on_recompile_limit_hit: a benchmark fails instead of running eagerly",
     "_functorch": "config.donated_buffer: a benchmark runs a compiled backward pass twice",
     "_python_dispatch": "TorchDispatchMode counts the operations of a model; PyTorch documents it, from this module",
+    "_imaging": "Pillow's library, which has libtiff in it: its handler of errors writes to stderr",
     "_sleep": "keeps a GPU busy while the host queues the kernels that are timed",
 }
 """By name: why we use it. What is not in the list is refused by the first test."""

@@ -1,6 +1,8 @@
 """From one image file to pixels: decode the common formats, resize and crop as improved-diffusion does, normalise."""
 
 import contextlib
+import ctypes
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from PIL import (
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
+    _imaging,
     features,
 )
 from PIL import WebPImagePlugin as WebpImagePlugin
@@ -41,13 +44,26 @@ MAX_ASPECT = 16
 DARK = 4095
 """16-bit images without a greater value are nearly black; most hold the 12 bits of a scanner or a camera."""
 
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing errors to stderr: they become exceptions, too. No effect where Pillow hides it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+def _tiff(file: BinaryIO) -> ImageFile.ImageFile:
+    _silence_libtiff()
+    return TiffImagePlugin.TiffImageFile(file)
+
+
 _READERS: dict[str, Callable[[BinaryIO], ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "JPEG": JpegImagePlugin.JpegImageFile,
     "GIF": GifImagePlugin.GifImageFile,
     "WebP": WebpImagePlugin.WebPImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
+    "TIFF": _tiff,
     "AVIF": AvifImagePlugin.AvifImageFile,
 }
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs about odd TIFFs, by default to stderr

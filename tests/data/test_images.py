@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import sys
 import tracemalloc
 import warnings
 import zlib
@@ -149,6 +150,20 @@ def test_half_a_tiff(tmp_path: Path, kept: float, compression: str | None) -> No
     path = save(tmp_path / "a.tif", noise(60, 50), compression=compression)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     assert refused(path) in ("truncated", "damaged, or a TIFF that is not read: convert it to PNG")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Pillow's wheels export libtiff's functions on Linux")
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_a_damaged_tiff_is_told_by_its_reason_alone(
+    tmp_path: Path, compression: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "a.tif", noise(60, 50), compression=compression)
+    content = bytearray(path.read_bytes())
+    for at in (100, 101, 150):
+        content[at] ^= 0x5A
+    path.write_bytes(content)
+    assert refused(path).startswith("damaged")
+    assert capfd.readouterr().err == ""  # where libtiff writes by itself
 
 
 @pytest.mark.parametrize(
