@@ -35,7 +35,7 @@ ENUM_FIELDS = [
     (TrainConfig, "schedule_sampler", "uniform, loss-second-moment"),
     (TrainConfig, "parallel", "ddp, fsdp"),
     (TrainConfig, "tracker", "none, wandb, trackio"),
-    (SampleConfig, "sampler", "ddpm, ddim, dpm++, dpm++-sde, heun"),
+    (SampleConfig, "sampler", "ddpm, ddim, dpm++, dpm++-sde, dpm++3m, unipc, ipndm, heun"),
     (SampleConfig, "class_mix", "balanced, data"),
     (RuntimeConfig, "precision", "auto, fp32, tf32, bf16, fp16"),
     (RuntimeConfig, "compile", "auto, on, off"),

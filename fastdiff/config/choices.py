@@ -51,14 +51,17 @@ class ScheduleSampler(StrEnum):
 class Sampler(StrEnum):
     """The sampling algorithm: ancestral (DDPM, Ho et al. 2020), DDIM (Song et al. 2021), or one for few steps.
 
-    The few-step samplers are DPM-Solver++(2M) and its SDE variant (Lu et al. 2022), and Heun's method (Karras et al.
-    2022).
+    The few-step samplers are DPM-Solver++(2M), its SDE variant and its third order (Lu et al. 2022), UniPC (Zhao et al.
+    2023), iPNDM (Liu et al. 2022, Zhang & Chen 2023), and Heun's method (Karras et al. 2022).
     """
 
     DDPM = "ddpm"
     DDIM = "ddim"
     DPM = "dpm++"
     DPM_SDE = "dpm++-sde"
+    DPM_3M = "dpm++3m"
+    UNIPC = "unipc"
+    IPNDM = "ipndm"
     HEUN = "heun"
 
     @property

@@ -69,7 +69,8 @@ class MetricsConfig(SampleConfig):
         10_000, "Images to draw of a run or checkpoint; of other images the first so many, by default all.", shown=""
     )
     sampler: Sampler = option(
-        Sampler.DPM, "ddpm (ancestral), ddim, dpm++, dpm++-sde or heun; dpm++ with 20 steps by default."
+        Sampler.DPM,
+        "ddpm (ancestral), ddim, dpm++, dpm++-sde, dpm++3m, unipc, ipndm or heun; dpm++ with 20 steps by default.",
     )
     steps: int | None = option(
         FAST_STEPS, "Number of evenly spaced timesteps; by default all if a --sampler is given.", shown=""

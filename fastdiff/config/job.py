@@ -211,7 +211,9 @@ class SampleConfig(Config):
     num_samples: int = option(16, "Number of images to sample.")
     batch_size: int = option(16, "Images per batch.")
     sampler: Sampler = option(
-        Sampler.DDPM, "ddpm (ancestral), ddim, or for 10 to 30 steps dpm++, dpm++-sde or heun (two model calls a step)."
+        Sampler.DDPM,
+        "ddpm (ancestral), ddim, or for 6 to 30 steps dpm++, dpm++-sde, dpm++3m, unipc, ipndm or heun (two model calls "
+        "a step).",
     )
     steps: int | None = option(None, "Number of evenly spaced timesteps; by default all.")
     timestep_respacing: str | None = option(

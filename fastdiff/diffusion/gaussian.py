@@ -1,7 +1,7 @@
 """Sampling from a diffusion process: single steps, and the loops over all timesteps.
 
-Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Dhariwal & Nichol 2021 (guidance), Lu et al. 2022 (DPM-Solver++), Karras
-et al. 2022 (Heun).
+Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Dhariwal & Nichol 2021 (guidance), Lu et al. 2022 (DPM-Solver++), Zhao
+et al. 2023 (UniPC), Liu et al. 2022 (PNDM), Karras et al. 2022 (Heun).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.config import Sampler as Solver
 from fastdiff.diffusion import samplers
 from fastdiff.diffusion.noise import Philox
 from fastdiff.diffusion.process import Denoised, GaussianProcess, Guidance, Model, ModelKwargs
@@ -171,12 +172,35 @@ class GaussianDiffusion(GaussianProcess):
         ``previous`` is the previous step's pred_xstart; without it the step is first order: DDIM, with eta 1 for the
         SDE. The SDE's ``noise`` defaults to fresh noise. ``cond_fn`` guides by the score, as in ddim_sample.
         """
-        table = self.cached(
-            "sde-dpm-solver++" if sde else "dpm-solver++",
-            x.device,
-            x.dtype,
-            lambda: samplers.dpm_solver_coefficients(self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, sde),
+        before = () if previous is None else (previous,)
+        solver = Solver.DPM_SDE if sde else Solver.DPM
+        out = self.multistep_sample(
+            model, x, t, clip_denoised, denoised_fn, model_kwargs, before, solver, noise=noise, cond_fn=cond_fn
         )
+        return {"sample": out["sample"], "pred_xstart": out["pred_xstart"]}
+
+    def multistep_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+        previous: Sequence[Tensor] = (),
+        solver: Solver | str = Solver.UNIPC,
+        noise: Noise = None,
+        cond_fn: Guidance = None,
+    ) -> dict[str, Tensor]:
+        """One step of a multistep method to x_{t-1}: a dict like p_sample's, with what later steps need as ``kept``.
+
+        ``solver`` is one of samplers.MULTISTEP. ``previous`` holds ``kept`` of the steps before, the last one first, as
+        many as there are up to the method's depth; zeros may stand for those before the first step. ``noise`` is
+        dpm++-sde's and defaults to fresh noise. ``cond_fn`` guides by the score, as in ddim_sample.
+        """
+        method = samplers.MULTISTEP[Solver(solver)]
+        alpha, sigma = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        table = self.cached(solver, x.device, x.dtype, lambda: method.table(alpha, sigma))
 
         def draw() -> Tensor:
             if isinstance(noise, Philox):
@@ -184,7 +208,7 @@ class GaussianDiffusion(GaussianProcess):
             return torch.randn_like(x) if noise is None else noise
 
         predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs, cond_fn)
-        return samplers.dpm_solver_step(predict, table, x, t, previous, draw if sde else None)
+        return method.step(predict, table, x, t, previous, draw)
 
     def heun_sample(
         self,
@@ -289,12 +313,29 @@ class GaussianDiffusion(GaussianProcess):
         diffusion SDE. For 10 to 30 timesteps (``use_timesteps``). Keywords as in p_sample_loop_progressive;
         ``step_noise`` is the SDE's. A learned variance is not used.
         """
-        previous: Tensor | None = None
+        return self.multistep_sample_loop_progressive(model, shape, Solver.DPM_SDE if sde else Solver.DPM, **kwargs)
+
+    def multistep_sample_loop(
+        self, model: Model, shape: Sequence[int], solver: Solver | str = Solver.UNIPC, **kwargs: Any
+    ) -> Tensor:
+        """A multistep method from noise to images, (N, C, H, W); keywords as in multistep_sample_loop_progressive."""
+        return samplers.last(self.multistep_sample_loop_progressive(model, shape, solver, pred_xstart=False, **kwargs))
+
+    def multistep_sample_loop_progressive(
+        self, model: Model, shape: Sequence[int], solver: Solver | str = Solver.UNIPC, **kwargs: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield each step's dict (sample, pred_xstart) of a multistep method, t = T-1 first; one model call per step.
+
+        ``solver`` is dpm++, dpm++-sde, dpm++3m (Lu et al. 2022), unipc (Zhao et al. 2023) or ipndm (Liu et al. 2022).
+        For 6 to 30 timesteps (``use_timesteps``). Keywords as in p_sample_loop_progressive; ``step_noise`` is
+        dpm++-sde's. A learned variance is not used.
+        """
+        previous: list[Tensor] = []
+        depth = samplers.MULTISTEP[Solver(solver)].depth
 
         def step(model: Model, x: Tensor, t: Tensor, pred_xstart: bool = True, **options: Any) -> dict[str, Tensor]:
-            nonlocal previous
-            out = self.dpm_solver_sample(model, x, t, previous=previous, sde=sde, **options)
-            previous = out["pred_xstart"]
+            out = self.multistep_sample(model, x, t, previous=previous, solver=solver, **options)
+            previous[:] = [out.pop("kept"), *previous][:depth]
             return out if pred_xstart else {"sample": out["sample"]}
 
         return self._loop(step, model, shape, **kwargs)

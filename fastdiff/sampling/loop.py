@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,9 @@ from fastdiff.config import SampleConfig, Sampler
 from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox
 from fastdiff.diffusion.process import Guidance
+from fastdiff.diffusion.samplers import MULTISTEP
 from fastdiff.sampling.guidance import guided
 from fastdiff.sampling.output import Uint8Array
-
-_MULTISTEP = (Sampler.DPM, Sampler.DPM_SDE)
 
 Int64Array = NDArray[np.int64]
 OfImages = Callable[[Int64Array], Tensor]
@@ -110,11 +110,13 @@ def generate(
 
 @dataclass(frozen=True)
 class _Buffers:
-    """The buffers of a step: x_t, t, the previous step's prediction of x_0, the noise, the model's conditions."""
+    """The buffers of a step: x_t, t, what a multistep method keeps of the steps before (the last one first), the noise,
+    the model's conditions.
+    """
 
     x: Tensor
     t: Tensor
-    previous: Tensor | None
+    previous: tuple[Tensor, ...]
     noise: Philox | Tensor
     conditions: Mapping[str, Tensor]
 
@@ -163,15 +165,16 @@ class Loop:
         """
         if self._buffers is None:
             t = torch.empty(len(x), dtype=torch.int64, device=x.device)
-            previous = torch.empty_like(x) if self._config.sampler in _MULTISTEP else None
+            method = MULTISTEP.get(self._config.sampler)
+            previous = tuple(torch.empty_like(x) for _ in range(method.depth if method else 0))
             given = {name: value.clone() for name, value in conditions.items()}
             copied = replace(noise, samples=noise.samples.clone()) if isinstance(noise, Philox) else noise.clone()
             self._buffers = _Buffers(x.clone(), t, previous, copied, given)
         held = self._held
         held.x.copy_(x)
         held.t.fill_(self._diffusion.num_timesteps - 1)
-        if held.previous is not None:
-            held.previous.zero_()  # the first step gives it no weight
+        for before in held.previous:
+            before.zero_()  # the first steps give it no weight
         _numbers(held.noise).copy_(_numbers(noise))
         for name, value in conditions.items():
             held.conditions[name].copy_(value)
@@ -198,14 +201,16 @@ class Loop:
                 out = process.p_sample(model, x, t, noise=noise, pred_xstart=False, **options)
             case Sampler.DDIM:
                 out = process.ddim_sample(model, x, t, eta=config.eta, noise=noise, pred_xstart=False, **options)
-            case Sampler.DPM | Sampler.DPM_SDE:
-                sde = config.sampler is Sampler.DPM_SDE
-                out = process.dpm_solver_sample(model, x, t, previous=held.previous, sde=sde, noise=noise, **options)
             case Sampler.HEUN:
                 out = process.heun_sample(model, x, t, last=last, **options)
+            case solver:
+                options |= {"previous": held.previous, "noise": noise}
+                out = process.multistep_sample(model, x, t, solver=solver, **options)
         x.copy_(out["sample"])
-        if held.previous is not None:
-            held.previous.copy_(out["pred_xstart"])
+        for before, later in reversed(list(pairwise(held.previous))):
+            later.copy_(before)
+        if held.previous:
+            held.previous[0].copy_(out["kept"])
         t.sub_(1)
 
     def _replayed(self, last: bool) -> bool:

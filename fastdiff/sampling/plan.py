@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
-from fastdiff.config import ClassMix, SampleConfig
+from fastdiff.config import ClassMix, SampleConfig, Sampler
 from fastdiff.data import load
 from fastdiff.data.classes import renumbered
 from fastdiff.runtime.device import Runtime
@@ -110,9 +110,8 @@ class Plan:
             if not (end.isdecimal() and int(end) < 2**64) and not Path(end).is_file():
                 raise ValueError(f"interpolate {end}: neither a seed nor an image file")
         if config.sampler.stochastic or config.eta:
-            raise ValueError(
-                "interpolate needs a deterministic sampler: use --sampler ddim, dpm++ or heun, without eta"
-            )
+            deterministic = ", ".join(sampler for sampler in Sampler if not sampler.stochastic)
+            raise ValueError(f"interpolate needs a deterministic sampler: use --sampler {deterministic}, without eta")
         if self.base is not None or self.super_res is not None:
             raise ValueError("interpolate: not with a super-resolution model; enlarge the images afterwards")
         if self.classifier is not None and not all(end.isdecimal() for end in ends):

@@ -81,7 +81,10 @@ def fields_loop(process: GaussianDiffusion, model: Callable[..., Tensor], how: S
             return process.ddim_sample_loop(model, SHAPE, eta=how.eta, **options)
         case Sampler.HEUN:
             return process.heun_sample_loop(model, SHAPE, **options)
-    return process.dpm_solver_sample_loop(model, SHAPE, sde=how.sampler is Sampler.DPM_SDE, **options)
+        case Sampler.DPM | Sampler.DPM_SDE:
+            return process.dpm_solver_sample_loop(model, SHAPE, sde=how.sampler is Sampler.DPM_SDE, **options)
+        case solver:
+            return process.multistep_sample_loop(model, SHAPE, solver, **options)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["philox", "given"])
