@@ -76,7 +76,7 @@ def nll(
     from fastdiff.data import load_shared
     from fastdiff.evaluation.files import NllFiles
     from fastdiff.evaluation.nll import Nll, Stopped
-    from fastdiff.runtime.device import Runtime
+    from fastdiff.runtime.device import Runtime, compiling
     from fastdiff.runtime.distributed import World
     from fastdiff.runtime.signals import StopRequest
     from fastdiff.runtime.threads import fit_to_cores
@@ -112,6 +112,8 @@ def nll(
             )
             passes = evaluation.count * evaluation.diffusion.num_timesteps
             display.line(f"cost: {passes:,} images through the model; --num-samples and --steps reduce it")
+            if runtime.compiles(evaluation.calls):
+                display.line(compiling())
             with StopRequest("stopping after this step") as stop:
                 try:
                     bound = evaluation.run(stop, Slowly(display))

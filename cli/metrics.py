@@ -181,7 +181,9 @@ def checkpoints(
         paths = world.from_main(lambda: of_run.checkpoints_of(run_dir, rate))
         out_dir = run_dir / FOLDER
         world.from_main(lambda: refuse_folder(out_dir))
-        theirs = _reference_of(session, paths[-1], reference)
+        while (newest := _loaded(session, paths[-1], others=len(paths) > 1)) is None:
+            paths.pop()
+        theirs = _reference_of(session, newest, paths[-1], reference)
         display.line(f"reference: {_said(theirs)}")
         count, extractor = session.config.num_samples, session.extractor
         world.on_all(lambda: of_run.refuse_metric(metric, extractor, theirs, count))
@@ -191,7 +193,9 @@ def checkpoints(
             comparing = of_run.Comparing(session, comparison, theirs, out_dir, metric)
             for path in paths:
                 display.line(f"model: {path}")
-                row = comparing.measure(world.on_all(partial(load_for, session.runtime, path)), path)
+                if (loaded := _loaded(session, path, others=True)) is None:
+                    continue
+                row = comparing.measure(loaded, path)
                 if isinstance(row, int):
                     raise typer.Exit(row)
                 rows.append(row)
@@ -213,9 +217,21 @@ def checkpoints(
         world.on_all(written)
 
 
-def _reference_of(session: "Session", path: Path, reference: Path | None) -> "ImageSet | ReferenceStatistics":
-    """What the checkpoints of a run are compared with, by default its training images; ``path`` is one of them."""
-    loaded = session.world.on_all(lambda: load_for(session.runtime, path))
+def _loaded(session: "Session", path: Path, others: bool) -> "Checkpoint | None":
+    """One of a run's checkpoints; None, with a line that says why, if it is damaged and there are ``others``."""
+    try:
+        return session.world.on_all(lambda: load_for(session.runtime, path))
+    except (ValueError, OSError) as error:
+        if not others:
+            raise
+        session.display.line(f"left out: {error}")
+        return None
+
+
+def _reference_of(
+    session: "Session", loaded: "Checkpoint", path: Path, reference: Path | None
+) -> "ImageSet | ReferenceStatistics":
+    """What a run's checkpoints are compared with, by default its training images; ``path`` is that of one of them."""
     if reference is None:
         return session.training_images(loaded, path)
     return session.reference(reference, loaded.model_config.image_size)
@@ -244,7 +260,11 @@ def _session(flags: Flags, timeout: int) -> Iterator["Session"]:
             machine = RuntimeConfig.from_flags(flags)
             runtime = world.on_all(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
             session = Session(config, runtime, world, display, lambda what: Slowly(display, what))
-            yield session
+            try:
+                yield session
+            except (KeyboardInterrupt, SystemExit):
+                display.line("stopped: what is drawn and recorded stays, and the same command does the rest")
+                raise
     except typer.Exit:
         world.leave()
         raise

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,7 +152,8 @@ class Nll:
     ) -> Generator[tuple[Float64Array, Float64Array], None, None]:
         """Yield each batch's terms (3, n, T) and prior (n,) until a signal arrives."""
         device, steps = self._runtime.device, self.diffusion.num_timesteps
-        with closing(prefetch_to_device(self._loaded(), device)) as loaded:
+        with closing(prefetch_to_device(self._loaded(), device)) as loaded, ExitStack() as until_first_step:
+            until_first_step.enter_context(stop.at_once())  # it may compile for minutes, and nothing is lost
             for start, (images, labels) in zip(self._starts, loaded, strict=True):
                 x_start = normalised(images).contiguous()
                 noise = Philox(self._config.seed, torch.arange(start, start + self._size, device=device))
@@ -165,6 +166,7 @@ class Nll:
                     self._model, x_start, self._config.clip_denoised, conditions, noise
                 ):
                     columns.append(torch.stack([terms[name] for name in TERMS]))
+                    until_first_step.close()
                     if len(columns) < steps:
                         meter.step(wanted)
                         if stop.received is not None:

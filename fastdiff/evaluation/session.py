@@ -194,7 +194,7 @@ class Session:
         plan, numbers = world.on_all(planned), np.arange(config.num_samples)
         settings = world.from_main(lambda: settings_of(plan, numbers, self.runtime, path))
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:_DIGITS]
-        files = SampleFiles(out_dir / f"samples_{path.stem}_{digest}.npz")
+        files = SampleFiles(out_dir / f"samples_{path.stem}_{digest}.npz", option="")
         there = world.from_main(files.out.exists)
 
         def run() -> int:

@@ -20,7 +20,7 @@ class Lease:
     """Locks a folder for this process; ValueError if another process holds it.
 
     The operating system releases the lock of a dead process. ``launcher`` identifies the job, so that a restart of the
-    same job recognises itself: ``begun_by`` returns it. ``option`` is the flag that named the folder.
+    same job recognises itself: ``begun_by`` returns it. ``option`` is the flag that named the folder, "" if none did.
     """
 
     FILES = (_LOCKED, _HOLDER)
@@ -46,9 +46,8 @@ class Lease:
             holder, who = _holder(self.folder), "another process"
             if holder.keys() >= {"pid", "host", "since"}:
                 who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-            raise ValueError(
-                f"{self.folder} is in use by {who}: stop it, or name another folder with {self.option}"
-            ) from None
+            other = f"name another folder with {self.option}" if self.option else "wait for its end"
+            raise ValueError(f"{self.folder} is in use by {who}: stop it, or {other}") from None
         except NotImplementedError:
             raise self._no_locks() from None
         except OSError as error:
@@ -80,10 +79,12 @@ class Lease:
         self._lock.release()
 
     def _unwritable(self, error: OSError) -> OSError:
-        return OSError(f"{self.folder} cannot be written to ({error.strerror}): name another folder with {self.option}")
+        other = f"name another folder with {self.option}" if self.option else "make it writable"
+        return OSError(f"{self.folder} cannot be written to ({error.strerror}): {other}")
 
     def _no_locks(self) -> OSError:
-        return OSError(f"{self.folder} is on a file system without locks: name a folder on another with {self.option}")
+        other = f"name a folder on another with {self.option}" if self.option else "move it to another"
+        return OSError(f"{self.folder} is on a file system without locks: {other}")
 
 
 def _holder(folder: Path) -> dict[str, Any]:

@@ -29,13 +29,17 @@ LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class SampleFiles:
-    """The output paths: the npz, with a preview grid and temporary shards beside it; PNGs and a trajectory."""
+    """The output paths: the npz, with a preview grid and temporary shards beside it; PNGs and a trajectory.
+
+    ``option`` is the flag that named the npz. If it is "", its settings did: then a grid that is there may be replaced.
+    """
 
     out: Path
     png_dir: Path | None = None
     trajectory: Path | None = None
     overwrite: bool = False
     trajectory_images: int = 1
+    option: str = "--out"
 
     @property
     def grid(self) -> Path:
@@ -45,7 +49,7 @@ class SampleFiles:
     @property
     def shards(self) -> Shards:
         """The finished images."""
-        return Shards(parts_of(self.out))
+        return Shards(parts_of(self.out), self.option)
 
     @property
     def manifest(self) -> dict[str, str | None]:
@@ -86,8 +90,8 @@ class SampleFiles:
         refuse_unwritable(option, path.parent)
 
     def _ours(self, option: str) -> bool:
-        """Whether an existing file may be replaced: with --overwrite, or if an unfinished job made it."""
-        if self.overwrite:
+        """Whether an existing file may be replaced: with --overwrite, or if a job with these settings made it."""
+        if self.overwrite or not self.option:
             return True
         unfinished = self.shards.settings()
         return unfinished is not None and unfinished.get(option) == self.manifest.get(option)

@@ -118,7 +118,7 @@ class Job:
         again = restarted() and launcher() and Lease.begun_by(shards.folder) == launcher()
         new = not shards.folder.exists()
         try:
-            held.enter_context(Lease(shards.folder, launcher(), option="--out"))
+            held.enter_context(Lease(shards.folder, launcher(), shards.option))
             found = None if files.overwrite and not again else shards.settings()
             ours = {**self.settings, **files.manifest, "inputs": self._inputs()}
             if found is None:

@@ -30,17 +30,19 @@ def parts_of(out: Path) -> Path:
 class Shards:
     """The settings of a job and its images by position, one file per span: ``000000-000016.npz``.
 
-    Writes are atomic, and processes of one job may add files at the same time. ValueError if the path is a link or a
-    file, or the folder is not writable.
+    Writes are atomic, and processes of one job may add files at the same time. ``option`` is the flag that named the
+    output, "" if none did. ValueError if the path is a link or a file, or the folder is not writable.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, option: str = "--out") -> None:
+        self.folder, self.option = folder, option
+        self._another = f", or name another {option}" if option else ""
+        self._restart = "use --overwrite" if option else f"delete {folder}"
         self._manifest = folder / "job.json"
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise ValueError(f"{folder} is not a folder for the unfinished images: remove it, or name another --out")
+            raise ValueError(f"{folder} is not a folder for the unfinished images: remove it{self._another}")
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"{folder} is not a folder that you may write to: name another --out")
+            raise ValueError(f"{folder} is not a folder that you may write to: make it writable{self._another}")
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Start a new job: delete the files of an earlier one and write the settings, which must be values for JSON.
@@ -55,7 +57,7 @@ class Shards:
             self.describe(settings)
         except OSError as error:
             why = error.strerror or error
-            raise OSError(f"{self.folder} cannot be written to ({why}): make room, or name another --out") from error
+            raise OSError(f"{self.folder} cannot be written to ({why}): make room{self._another}") from error
 
     def describe(self, settings: Mapping[str, Any]) -> None:
         """Write the settings of the job; its images stay."""
@@ -79,9 +81,9 @@ class Shards:
                 return settings
             case {"format": str(written)} if _NEWER.fullmatch(written):
                 raise NewerFormat(
-                    f"{self._manifest} was made by a newer fastdiff: upgrade this one, or use --overwrite"
+                    f"{self._manifest} was made by a newer fastdiff: upgrade this one, or {self._restart}"
                 )
-        raise ValueError(f"{self._manifest} is damaged: use --overwrite to draw all images again")
+        raise ValueError(f"{self._manifest} is damaged: {self._restart} to draw all images again")
 
     def add(self, start: int, images: Uint8Array) -> None:
         """Save images uint8 (n, H, W, 3) at the positions start to start + n - 1."""

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 import fastdiff
-from fastdiff.checkpoint import saved_steps
-from fastdiff.evaluation import checkpoints, metrics
+from fastdiff.checkpoint import Lease, saved_steps
+from fastdiff.evaluation import checkpoints, metrics, quality
 from fastdiff.evaluation.records import read_records
 from fastdiff.sampling import SampleFiles, job
+from fastdiff.sampling.shards import parts_of
 from fastdiff.training.held_out import is_held_out
 
 from ..evaluation.colours import Quarters, pictures, program
@@ -458,3 +459,54 @@ def test_an_interrupted_drawing_goes_on(evaluate: Cli, run_dir: Path, monkeypatc
     result = succeeded(evaluate("fid", run_dir, *flags))
     assert re.search(r"resuming: \d+ of 24 images are finished", result.out)
     assert "(n=24, colours at 8 pixels)" in result.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_extraction_says_how_to_go_on(
+    evaluate: Cli, run_dir: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def interrupting(*_: object) -> None:
+        os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "extract", interrupting)
+        result = evaluate("fid", run_dir, "--num-samples", 4)
+    assert result.status == 128 + number
+    assert result.out.endswith("stopped: what is drawn and recorded stays, and the same command does the rest\n")
+    assert ", drawn before" in succeeded(evaluate("fid", run_dir, "--num-samples", 4)).out
+
+
+def test_a_damaged_checkpoint_is_left_out(evaluate: Cli, run_dir: Path) -> None:
+    """The newest, which would name the training images, or another; if all are, the last one ends the command."""
+    damaged = ["ema_0.99_000004", "ema_0.5_000002"]
+    paths = [run_dir / f"{name}.safetensors" for name in damaged]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-9])
+    result = succeeded(evaluate("checkpoints", run_dir, "--num-samples", 4))
+    for path in paths:
+        assert re.search(rf"left out: \S*{path.name} .*damaged", result.out)
+    assert [(r["step"], r["ema_rate"]) for r in read_records(run_dir / "evaluation")] == [(2, 0.99), (4, 0.5)]
+    refused(evaluate("checkpoints", run_dir, "--num-samples", 4, "--ema-rate", "0.9"), "no checkpoint of the rate 0.9")
+    for path in run_dir.glob("*_00000?.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    refused(evaluate("checkpoints", run_dir, "--num-samples", 4), "ema_0.5_000002.safetensors .*damaged")
+
+
+def test_two_evaluations_of_one_run(evaluate: Cli, run_dir: Path) -> None:
+    """The second one is told to wait, not to use a flag that it lacks; a grid without its npz is drawn again."""
+    flags = ("--num-samples", 4, "--ema-rate", "0.5")
+    succeeded(evaluate("checkpoints", run_dir, *flags))
+    (drawn,) = (run_dir / "evaluation").glob("samples_*.npz")
+    drawn.unlink()
+    (run_dir / "evaluation" / "metrics.jsonl").unlink()
+    refusals = []
+    with Lease(parts_of(drawn)):
+        refusals.append(evaluate("checkpoints", run_dir, *flags))
+    refused(refusals[-1], r"\.npz\.parts is in use by process \d+ .*: stop it, or wait for its end")
+    (parts_of(drawn) / "job.json").write_text("{")
+    refusals.append(evaluate("checkpoints", run_dir, *flags))
+    refused(refusals[-1], rf"is damaged: delete {parts_of(drawn)} to draw all images again")
+    assert "--out" not in "".join(result.err for result in refusals)
+    shutil.rmtree(parts_of(drawn))
+    assert drawn.with_suffix(".png").exists()
+    succeeded(evaluate("checkpoints", run_dir, *flags))

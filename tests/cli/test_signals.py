@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 from ..processes import Job
+from ..sampling.support import saved
 from .conftest import Cli
 from .support import PLAIN, SHORT, TINY, contents, start, succeeded
 
@@ -49,6 +50,31 @@ def test_the_first_step_of_sampling_may_compile_and_is_interrupted(checkpoint: P
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
     assert not (tmp_path / "samples.npz").exists()
+
+
+def test_the_first_step_of_a_likelihood_may_compile_and_is_interrupted(shapes: Path, tmp_path: Path) -> None:
+    """It says so before."""
+    slow = (
+        "import time\n"
+        "from fastdiff.runtime.device import Runtime\n"
+        "Runtime.compiles = lambda self, calls: True\n"
+        "def compiled(*_, **__):\n"
+        "    print('now', flush=True)\n"
+        "    time.sleep(60)\n"
+        "Runtime.prepare = lambda self, model, calls: compiled\n"
+    )
+    flags = ["--data-dir", str(shapes), *PLAIN, "--steps", "2"]
+    process = start("evaluate", "nll", str(saved(tmp_path / "a.safetensors")), *flags, cwd=tmp_path, before=slow)
+    assert process.stdout is not None
+    told = ""
+    while not told.endswith("now\n"):
+        assert process.poll() is None
+        told += process.stdout.readline()
+    assert "compiling the model first" in told
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
+    assert not (tmp_path / "nll").exists()
 
 
 def test_a_compilation_before_training_is_interrupted_and_nothing_is_lost(
