@@ -222,7 +222,7 @@ def _print_table(path: Path, found: "Survey") -> None:
     table.add_row("sizes", f"{width}x{height} to {wide}x{high}, cut to {found.image_size}x{found.image_size}")
     if found.class_counts:
         counts = [f"{count:,} {name}" for name, count in found.class_counts.items()]
-        table.add_row(f"{len(counts):,} classes", _lines(counts, _CLASSES))
+        table.add_row(f"{len(counts):,} {'class' if len(counts) == 1 else 'classes'}", _lines(counts, _CLASSES))
     if found.unreadable:
         told = [f"{item.name} ({item.reason})" for item in found.unreadable]
         table.add_row(f"{len(told):,} unreadable", _lines(told, _UNREADABLE))

@@ -54,7 +54,7 @@ def sample(
     base_samples: Annotated[
         Path | None,
         path_option(
-            help="Images for a super-resolution model to enlarge: an npz of samples, or a folder.",
+            help="Images for a super-resolution model to enlarge: an npz of samples, or a folder or zip.",
             rich_help_panel=PANEL,
         ),
     ] = None,

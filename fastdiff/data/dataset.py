@@ -78,7 +78,8 @@ class ImageFolder:
         if self.root.is_dir():
             self.names = list(self._scan())
         elif zipfile.is_zipfile(self.root):
-            members = zip_members(self.root, decoding.max_bytes)
+            members, replaced = zip_members(self.root, decoding.max_bytes)
+            self.left_out += [LeftOut(name, "another file of this name follows") for name in replaced]
             self.names = list(self._scan_zip(members))
         else:
             what = "is not a folder, nor a .zip or .npz of images" if self.root.exists() else "does not exist"

@@ -69,6 +69,11 @@ class Dataset:
                 )
 
 
+def is_npz(path: Path) -> bool:
+    """Whether the data at ``path`` are an npz, not a folder or a zip."""
+    return path.suffix.lower() == ".npz" and path.is_file()
+
+
 def load_dataset(
     config: DataConfig,
     image_size: int,
@@ -93,7 +98,7 @@ def load_dataset(
     if an npz has another image size, lacks the wanted labels or is refused by read_samples.
     """
     path = Path(os.path.expanduser(config.data_dir))
-    if path.suffix.lower() == ".npz" and path.is_file():
+    if is_npz(path):
         if config.label_file:
             raise ValueError(f"label_file {config.label_file}: {path} holds its own classes; leave it out")
         dataset = _from_samples(path, read_samples(path), image_size, labelled, reading)
@@ -218,8 +223,8 @@ def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool,
     labels = samples.labels if labelled else None
     if labelled and labels is None:
         raise ValueError(
-            f"{path} has no labels (arr_1), which --class-cond and classifiers need: pack it again from images with "
-            "classes"
+            f"{path} has no labels (arr_1), which --class-cond and classifiers need: save them with "
+            "np.savez(file, images, labels), or pack images with classes"
         )
     named = labels is None or samples.class_names is not None
     known = samples.class_names

@@ -114,6 +114,9 @@ def read_samples(path: Path) -> Samples:
         except UnfitError as error:
             raise ValueError(f"{path} {error}") from None
         except Exception as error:  # zipfile and NumPy raise nearly anything on damaged bytes
+            file.seek(0)
+            if file.read(len(npy.MAGIC_PREFIX)) == npy.MAGIC_PREFIX:
+                raise ValueError(f"{path} is one array: {WANTED}") from None
             raise ValueError(
                 f"{path} is damaged or not an npz file ({first_line(error)}): copy it again, or {WANTED}"
             ) from None

@@ -12,7 +12,8 @@ from fastdiff.config import DataConfig
 from fastdiff.data.archives import ArchiveError, safe_name
 from fastdiff.data.dataset import ImageFolder
 from fastdiff.data.label_files import STANDARD
-from fastdiff.data.loading import Dataset, load_dataset
+from fastdiff.data.loading import Dataset, is_npz, load_dataset
+from fastdiff.data.npz import read_samples
 from fastdiff.data.threads import Progress
 from fastdiff.runtime.files import whole
 from fastdiff.runtime.words import printable
@@ -23,8 +24,11 @@ def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> in
 
     A folder and its zip are the same data set, with the same fingerprint, at any size and with any kind of labels:
     label files with the names that other projects give them are stored, too. ``on_progress(done, total)`` is called
-    after each file. Raises ValueError like ImageFolder, for a name that a zip cannot hold, and if ``out`` exists.
+    after each file. Raises ValueError like ImageFolder, for an npz, for a name that a zip cannot hold, and if ``out``
+    exists.
     """
+    if is_npz(source.expanduser()):
+        raise ValueError(f"{source} holds pixels, no image files: train on it as it is, or pack it as an .npz")
     folder = ImageFolder(source, 1, labels=None)
     standard = {name: file for name, file in folder.label_files.items() if os.path.basename(name) in STANDARD}
     files = [*zip(folder.names, folder.files, strict=True), *standard.items()]
@@ -50,15 +54,19 @@ def pack_zip(source: Path, out: Path, on_progress: Progress | None = None) -> in
 def pack_npz(config: DataConfig, out: Path, image_size: int, on_progress: Progress | None = None) -> Dataset:
     """Save the decoded images of config.data_dir with np.savez, to be memory-mapped; returns the data set.
 
-    arr_0: uint8 (N, H, W, 3); arr_1: int64 (N,), the classes; class_names and names: text. If the images do not fit in
-    memory, they go through a memory-mapped file beside ``out``. Raises ValueError like load_dataset, and if ``out``
-    exists.
+    arr_0: uint8 (N, H, W, 3); arr_1: int64 (N,), the classes; class_names and names: text. An npz without classes gives
+    one without arr_1 and class_names. If the images do not fit in memory, they go through a memory-mapped file beside
+    ``out``. Raises ValueError like load_dataset, and if ``out`` exists.
     """
     with whole(out) as file:
         beside = replace(config, cache_dir=str(file.parent / "cache"))
-        data = load_dataset(beside, image_size, labelled=True, on_progress=on_progress)
-        assert data.labels is not None
-        class_names, names = np.array(data.class_names, np.str_), np.array(data.names, np.str_)
+        path = Path(config.data_dir).expanduser()
+        labelled = not is_npz(path) or read_samples(path).labels is not None
+        data = load_dataset(beside, image_size, labelled=labelled, on_progress=on_progress)
+        names = np.array(data.names, np.str_)
         with file.open("xb") as target:
-            np.savez(target, data.images, data.labels, class_names=class_names, names=names)
+            if data.labels is None:
+                np.savez(target, data.images, names=names)
+            else:
+                np.savez(target, data.images, data.labels, class_names=np.array(data.class_names, np.str_), names=names)
     return data

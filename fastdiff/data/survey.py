@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastdiff.config import DataConfig
 from fastdiff.data.cache import decode
 from fastdiff.data.dataset import LeftOut, Preflight, extension_counts
-from fastdiff.data.loading import doubts_of_classes, doubts_of_pixels, doubts_of_values, folder_of, load_dataset
+from fastdiff.data.loading import doubts_of_classes, doubts_of_pixels, doubts_of_values, folder_of, is_npz, load_dataset
 from fastdiff.data.npz import read_samples
 from fastdiff.data.threads import Progress
 from fastdiff.runtime.words import printable
@@ -56,7 +56,7 @@ def survey(config: DataConfig, image_size: int | None = None, on_progress: Progr
     Raises ValueError, like load_dataset, if the set cannot be trained on.
     """
     path = Path(os.path.expanduser(config.data_dir))
-    if path.suffix.lower() == ".npz" and path.is_file():
+    if is_npz(path):
         return _of_samples(path, image_size, on_progress)
     folder = folder_of(config, image_size or 64)
     look = _Look(folder.image_size, folder.names)

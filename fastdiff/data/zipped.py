@@ -44,9 +44,10 @@ class ZipMember:
             return io.BytesIO(file.read())  # decoders seek back and forth
 
 
-def zip_members(path: Path, most: int = MAX_BYTES) -> dict[str, ZipMember]:
+def zip_members(path: Path, most: int = MAX_BYTES) -> tuple[dict[str, ZipMember], list[str]]:
     """The files of a zip by name, without folders; those of more than ``most`` bytes cannot be opened.
 
+    Of several files with one name the last counts, as when they are unpacked; also returns the names of the others.
     Raises ValueError if the zip is damaged or has unsafe names.
     """
     try:
@@ -62,8 +63,13 @@ def zip_members(path: Path, most: int = MAX_BYTES) -> dict[str, ZipMember]:
     except Exception as error:  # zipfile raises nearly anything on damaged bytes
         raise ValueError(f"{path} is damaged or not a zip ({first_line(error)}): copy it again") from None
     weakref.finalize(archive, file.close)
-    return {
-        safe_file_name(path, name): ZipMember(archive, info, most)
-        for info, name in named_in_zip(path, archive)
-        if not name.endswith("/")  # is_dir() fails without a name
-    }
+    members: dict[str, ZipMember] = {}
+    replaced: list[str] = []
+    for info, said in named_in_zip(path, archive):
+        if said.endswith("/"):  # is_dir() fails without a name
+            continue
+        name = safe_file_name(path, said)
+        if name in members:
+            replaced.append(name)
+        members[name] = ZipMember(archive, info, most)
+    return members, replaced

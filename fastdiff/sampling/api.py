@@ -49,10 +49,11 @@ def sample(
     From a run folder the newest checkpoint is taken, and ``ema_rate`` selects its EMA; 0 selects the raw weights. The
     images are numbered 0 to num_samples - 1 (by default 16, or the number of base samples); ``indices`` draws other
     numbers instead. An image depends only on the seed and its number. ``classes`` are class names or indices, drawn in
-    turn. ``base_samples`` is an npz or a folder of images for a super-resolution model to enlarge; ``skip_unreadable``
-    leaves out those of the folder that cannot be read. ``super_res`` is a super-resolution checkpoint that enlarges the
-    images of this one. ``classifier`` is a classifier's checkpoint or run that guides this one by ``classifier_scale``;
-    an unconditional model then draws the classifier's classes. ``interpolate`` is a pair of seeds or image files.
+    turn. ``base_samples`` is an npz, folder or zip of images for a super-resolution model to enlarge;
+    ``skip_unreadable`` leaves out files that cannot be read. ``super_res`` is a super-resolution checkpoint that
+    enlarges the images of this one. ``classifier`` is a classifier's checkpoint or run that guides this one by
+    ``classifier_scale``; an unconditional model then draws the classifier's classes. ``interpolate`` is a pair of seeds
+    or image files.
     ``settings`` are the fields of SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of
     RuntimeConfig (device, precision, compile, ...).
 

@@ -1,4 +1,4 @@
-"""The small images that a super-resolution model enlarges: an npz of samples, or a folder of any images."""
+"""The small images that a super-resolution model enlarges: an npz of samples, or a folder or zip of any images."""
 
 import difflib
 import warnings
@@ -13,6 +13,7 @@ from fastdiff.data import ImageFolder, read_samples
 from fastdiff.data.cache import decode
 from fastdiff.data.classes import class_of_file, completed, composed, renumbered
 from fastdiff.data.threads import Progress
+from fastdiff.data.zipped import ZipMember
 from fastdiff.runtime.words import printable
 
 _NAMED = 5  # files that an error names
@@ -60,19 +61,28 @@ class BaseSamples:
         """The name and length in bytes of each image's file, in order; empty for an npz."""
         if not isinstance(self.images, ImageFolder):
             return []
-        return [f"{n} {p.stat().st_size}" for n, p in zip(self.images.names, self.images.paths, strict=True)]
+        return [f"{n} {_length(file)}" for n, file in zip(self.images.names, self.images.files, strict=True)]
 
     def labels_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """The classes of the samples ``numbers`` (n,): int64 (n,), or None without labels."""
         return None if self.labels is None else self.labels[numbers % len(self)]
 
 
+def _length(file: Path | ZipMember) -> int:
+    return file.stat().st_size if isinstance(file, Path) else file.info.file_size
+
+
+def _holds_files(path: Path) -> bool:
+    """Whether base samples are image files, in a folder or a zip, and not an npz."""
+    return path.is_dir() or (path.suffix.lower() == ".zip" and path.is_file())
+
+
 def unreadable_in(path: Path | None, on_progress: Progress | None = None) -> dict[str, str]:
-    """The images of a folder of base samples that cannot be read, with the reason. An npz has none.
+    """The images of a folder or zip of base samples that cannot be read, with the reason. An npz has none.
 
     ``on_progress(done, total)`` is called after each image. Raises ValueError if there is no image that can be read.
     """
-    if path is None or not (path := path.expanduser()).is_dir():
+    if path is None or not _holds_files(path := path.expanduser()):
         return {}
     return decode(ImageFolder(path, 1, labels=None), lambda *_: None, on_progress).unreadable
 
@@ -84,7 +94,7 @@ def load_base_samples(
     num_classes: int | None = None,
     skipped: Mapping[str, str] | None = None,
 ) -> BaseSamples:
-    """Load base samples from an npz (arr_0, arr_1) of small_size, or from a folder of images, which are resized to it.
+    """Load base samples from an npz (arr_0, arr_1) of small_size, or from a folder or zip of images, which are resized.
 
     ``skipped`` are images of the folder that are left out.
 
@@ -98,7 +108,7 @@ def load_base_samples(
     ImageFolder raise. Warns if classes are matched by number.
     """
     path = path.expanduser()
-    if path.is_dir():
+    if _holds_files(path):
         folder = ImageFolder(path, small_size, labels=None)
         if skipped:
             folder = folder.only([i for i, name in enumerate(folder.names) if name not in skipped])

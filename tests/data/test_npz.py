@@ -353,6 +353,11 @@ def test_other_names_of_arrays(tmp_path: Path, keys: tuple[str, str]) -> None:
     assert samples.labels.tolist() == LABELS.tolist()
 
 
+def test_one_array_is_no_npz(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", IMAGES)
+    assert refused(tmp_path / "a.npy").startswith("is one array: save uint8 images")
+
+
 def test_labels_of_another_pair(tmp_path: Path) -> None:
     """Images beside y have its labels; of two that could be meant neither counts, nor do numbers that are no labels."""
     np.savez(tmp_path / "a.npz", images=IMAGES, y=LABELS)

@@ -1,16 +1,20 @@
 """One-file data sets: the same images as the folder's, wherever they come from, and hostile files refused."""
 
+import io
 import itertools
 import os
+import re
 import shutil
 import stat
 import tracemalloc
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastdiff.config import Cache, DataConfig
 from fastdiff.data import Dataset, ImageFolder, LeftOut, UnreadableImage, batches, load_dataset, read_samples
@@ -47,6 +51,35 @@ def packed(data: Path, kind: str) -> Path:
     else:
         pack_npz(DataConfig(data_dir=str(data)), out, 8)
     return out
+
+
+def test_an_npz_without_classes_is_packed_without_classes(tmp_path: Path) -> None:
+    images = np.stack([np.asarray(noise(8, 8, seed=i)) for i in range(3)])
+    np.savez(tmp_path / "a.npz", np.moveaxis(images, 3, 1) / 255)
+    pack_npz(DataConfig(data_dir=str(tmp_path / "a.npz")), tmp_path / "b.npz", 8)
+    samples = read_samples(tmp_path / "b.npz")
+    assert np.array_equal(samples.images, images)
+    assert (samples.labels, samples.class_names, samples.names) == (None, None, ("0", "1", "2"))
+
+
+def test_an_npz_holds_no_files_for_a_zip(data: Path) -> None:
+    npz = packed(data, "npz")
+    said = refusal(lambda: pack_zip(npz, data.parent / "out.zip"), re.escape(str(npz)))
+    assert said.endswith("out.npz holds pixels, no image files: train on it as it is, or pack it as an .npz")
+    assert not (data.parent / "out.zip").exists()
+
+
+def test_of_files_with_one_name_in_a_zip_the_last_counts_and_the_others_are_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, name in enumerate(("a.png", "b.png", "a.png")):
+            with warnings.catch_warnings(action="ignore"):
+                content = io.BytesIO()
+                Image.new("RGB", (8, 8), (i, i, i)).save(content, "PNG")
+                archive.writestr(name, content.getvalue())
+    data = loaded(tmp_path / "a.zip")
+    assert data.names == ("a.png", "b.png")
+    assert data.images[:, 0, 0, 0].tolist() == [2, 1]
+    assert data.preflight.left_out == (LeftOut("a.png", "another file of this name follows"),)
 
 
 def test_a_zip_is_the_folder(data: Path) -> None:

@@ -1,6 +1,7 @@
 """What a super-resolution model enlarges, from an npz or a folder, with its classes."""
 
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,24 @@ def test_an_npz_with_classes(tmp_path: Path, save: Callable[..., None]) -> None:
     labels = samples.labels_of(NUMBERS)
     assert labels is not None
     assert labels.tolist() == [2, 2, 1, 2, 1]
+
+
+def test_a_zip_is_the_folder(tmp_path: Path) -> None:
+    root = folder(tmp_path / "small", "cat/0.png", "dog/1.png", "great_dane_2.png")
+    (root / "cat" / "9.png").write_bytes(b"no image")
+    packed = Path(shutil.make_archive(str(tmp_path / "small"), "zip", root))
+    assert unreadable_in(packed) == unreadable_in(root)
+    assert list(unreadable_in(packed)) == ["cat/9.png"]
+    ours, theirs = (load_base_samples(path, 4, CLASSES, skipped=unreadable_in(path)) for path in (packed, root))
+    numbers = np.arange(3)
+    assert np.array_equal(ours.batch(numbers), theirs.batch(numbers))
+    for samples in (ours, theirs):
+        samples.check(numbers)
+        labels = samples.labels_of(numbers)
+        assert labels is not None
+        assert labels.tolist() == [0, 1, 2]
+    assert ours.described() == theirs.described()
+    assert ours.described()[0] == f"cat/0.png {(root / 'cat' / '0.png').stat().st_size}"
 
 
 def test_an_npz_without_classes(npz: Path) -> None:
