@@ -19,6 +19,7 @@ from fastdiff.config.choices import (
     Precision,
     Sampler,
     ScheduleSampler,
+    TimeGrid,
     Tracker,
 )
 from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig, with_multipliers
@@ -76,6 +77,7 @@ __all__ = [
     "Sampler",
     "ScheduleSampler",
     "StartConfig",
+    "TimeGrid",
     "Tracker",
     "TrainConfig",
     "channel_mult_for",

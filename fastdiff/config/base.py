@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 
 def option(default: Any, help: str, *, path: bool = False, panel: str = "", shown: Any = None) -> Any:
@@ -28,8 +28,10 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value = getattr(self, f.name)
-            if isinstance(f.type, type) and issubclass(f.type, StrEnum):
-                object.__setattr__(self, f.name, _member(f.type, f.name, value))
+            kinds = get_args(f.type) or (f.type,)
+            if isinstance(kinds[0], type) and issubclass(kinds[0], StrEnum):
+                if value is not None or len(kinds) == 1:
+                    object.__setattr__(self, f.name, _member(kinds[0], f.name, value))
             elif f.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{f.name} must be true or false, not {value!r}")
             elif f.type is str and not isinstance(value, str):

@@ -70,6 +70,20 @@ class Sampler(StrEnum):
         return self in (Sampler.DDPM, Sampler.DPM_SDE)
 
 
+class TimeGrid(StrEnum):
+    """How few timesteps are spread over those of a process.
+
+    They are even in t, in log-SNR (Lu et al. 2022), in sigma^(1/7) (Karras et al. 2022, equation 5), or in the square
+    root of t (Song et al. 2021, appendix D.2), or were tuned for the checkpoint (fastdiff tune-steps).
+    """
+
+    UNIFORM = "uniform"
+    LOG_SNR = "log-snr"
+    KARRAS = "karras"
+    QUADRATIC = "quadratic"
+    TUNED = "tuned"
+
+
 class Metric(StrEnum):
     """A figure of samples: Fréchet and kernel distance of features, shares of neighbourhoods, sFID, Inception score."""
 

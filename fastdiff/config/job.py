@@ -18,6 +18,7 @@ from fastdiff.config.choices import (
     Precision,
     Sampler,
     ScheduleSampler,
+    TimeGrid,
     Tracker,
 )
 
@@ -215,7 +216,12 @@ class SampleConfig(Config):
         "ddpm (ancestral), ddim, or for 6 to 30 steps dpm++, dpm++-sde, dpm++3m, unipc, ipndm or heun (two model calls "
         "a step).",
     )
-    steps: int | None = option(None, "Number of evenly spaced timesteps; by default all.")
+    steps: int | None = option(None, "Number of timesteps, evenly spaced or as --time-grid says; by default all.")
+    time_grid: TimeGrid | None = option(
+        None,
+        "How --steps are spread: uniform in t, log-snr, karras, quadratic, or tuned (fastdiff tune-steps); by default "
+        "tuned if the checkpoint has a grid for this sampler and number of steps, else uniform.",
+    )
     timestep_respacing: str | None = option(
         None, "Timesteps to use: a count (250), counts per section (10,15,20) or ddimN."
     )
@@ -244,6 +250,9 @@ class SampleConfig(Config):
             self.require(number(int, "steps", self.steps) > 0, "steps", "positive")
             if self.timestep_respacing:
                 raise ValueError("steps and timestep_respacing both choose the timesteps: give one of them")
+        elif self.time_grid is not None:
+            instead = ", not timestep_respacing" if self.timestep_respacing else ""
+            raise ValueError(f"time_grid {self.time_grid} spreads the timesteps of steps: give steps{instead}")
 
     @property
     def respacing(self) -> str | None:

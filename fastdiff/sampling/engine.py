@@ -19,6 +19,7 @@ from fastdiff.sampling.base_samples import BaseSamples
 from fastdiff.sampling.guidance import class_gradient, guided, without_class
 from fastdiff.sampling.loop import Int64Array, OfImages, StopSampling, batch_slices, generate
 from fastdiff.sampling.output import Uint8Array
+from fastdiff.sampling.time_grids import chosen_grid
 
 SUPER_RES_KEY = 0x9E3779B97F4A7C15
 """Added to the seed of a super-resolution model, whose noise must be independent of the base image's."""
@@ -31,8 +32,9 @@ class Engine:
     of a super-resolution model: small images, or the engine that draws them (a cascade: Nichol & Dhariwal 2021,
     section 4), whose class labels ``upper_labels`` maps to this model's. ``classifier`` guides the sampling by
     ``config.classifier_scale``. The attribute ``start``, set after encoding with the engine, supplies x_T if it is not
-    noise. The engine takes ownership of the models and changes their weights in place: their order and precision.
-    ValueError if ``config`` asks for timesteps that the diffusion process does not have.
+    noise; ``grid`` is how the timesteps are spread. The engine takes ownership of the models and changes their weights
+    in place: their order and precision. ValueError if ``config`` asks for timesteps that the diffusion process does not
+    have, or for a tuned grid that the checkpoint does not have.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class Engine:
         process = checkpoint.diffusion_config
         if config.respacing is not None:
             process = replace(process, timestep_respacing=config.respacing)
-        self.diffusion = build_diffusion(process, runtime.kernels)
+        self.grid, timesteps = chosen_grid(checkpoint, config)
+        self.diffusion = build_diffusion(process, runtime.kernels, timesteps)
         shift = SUPER_RES_KEY if checkpoint.model_config.small_size else 0
         self.config = replace(config, seed=(config.seed + shift) % 2**64)
         calls = len(batch_slices(images, config.batch_size)) * self.diffusion.num_timesteps if images else 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint, Lease, sha256
-from fastdiff.config import Config
+from fastdiff.config import Config, SampleConfig, TimeGrid
 from fastdiff.runtime.device import Runtime, compiling
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
@@ -23,6 +23,7 @@ from fastdiff.sampling.files import FRAMES, SampleFiles, png_names
 from fastdiff.sampling.loop import Int64Array, StopSampling
 from fastdiff.sampling.output import MOST_COLUMNS, columns_by_class, save_grid, save_trajectories
 from fastdiff.sampling.plan import Plan
+from fastdiff.sampling.time_grids import chosen_grid
 
 _DIGITS = 16  # of the SHA-256 of a base sample's name and length
 
@@ -75,6 +76,9 @@ class Job:
                 engine = self.world.on_all(lambda: self.plan.engine(self.runtime, len(mine)))
                 if len(missing) < len(self.indices):
                     log(f"resuming: {len(self.indices) - len(missing)} of {len(self.indices)} images are finished")
+                engines = [part for part in (engine, engine.base) if isinstance(part, Engine)]
+                if self.plan.config.time_grid is None and TimeGrid.TUNED in [part.grid for part in engines]:
+                    log("time grid: the one tuned for this checkpoint, sampler and number of steps (--time-grid)")
                 log(
                     f"drawing: {len(missing)} images of {self.plan.image_size} pixels, {engine.steps} "
                     f"{self.plan.config.sampler} steps, seed {self.plan.config.seed}; {self.world.describe()}, "
@@ -275,6 +279,8 @@ def settings_of(
     settings = plan.config.to_dict()
     del settings["batch_size"]  # does not determine the images, nor do device, kernels and torch.compile
     del settings["num_samples"]
+    del settings["time_grid"]  # what it means is in the timesteps
+    settings |= _grid(plan.checkpoint, plan.config)
     settings["indices"] = _ranges(indices)
     settings["class"] = ",".join(map(str, plan.classes)) or None
     settings["precision"] = str(runtime.precision)
@@ -285,6 +291,7 @@ def settings_of(
         settings["classifier"] = _described(classifier, plan.classifier, plan.classifier.config)
     if super_res is not None and plan.super_res is not None:
         settings["super_res"] = _described(super_res, plan.super_res, plan.super_res.model_config)
+        settings["super_res"] |= _grid(plan.super_res, plan.config)
     if base_samples is not None:
         described = [] if plan.base is None else plan.base.described()
         settings["base_samples"] = _of_texts(base_samples, described) if described else _fingerprint(base_samples)
@@ -304,6 +311,12 @@ def _described(path: Path, loaded: Checkpoint | ClassifierCheckpoint, architectu
         **architecture.to_dict(),
         **process,
     }
+
+
+def _grid(checkpoint: Checkpoint, config: SampleConfig) -> dict[str, Any]:
+    """The timesteps, unless they are the evenly spaced ones, which follow from the other settings."""
+    grid, timesteps = chosen_grid(checkpoint, config)
+    return {} if timesteps is None else {"time_grid": grid, "timesteps": timesteps}
 
 
 def _fingerprint(path: Path) -> str:

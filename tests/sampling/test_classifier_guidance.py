@@ -145,9 +145,9 @@ def fields_loop(process: GaussianDiffusion, how: SampleConfig, taken: Batch, con
         Sampler.HEUN: process.heun_sample_loop,
     }
     options = {"eta": how.eta} if how.sampler is Sampler.DDIM else {}
-    if how.sampler in (Sampler.DPM, Sampler.DPM_SDE):
-        options = {"sde": how.sampler is Sampler.DPM_SDE}
-    loop = loops.get(how.sampler, process.dpm_solver_sample_loop)
+    if how.sampler not in loops:
+        options = {"solver": how.sampler}
+    loop = loops.get(how.sampler, process.multistep_sample_loop)
     return loop(GUIDED, x.shape, noise=x, step_noise=noise, model_kwargs=conditions, cond_fn=cond_fn, **options)
 
 
