@@ -74,6 +74,14 @@ def sample(
             help="Guide the images towards their class with this classifier's checkpoint or run.", rich_help_panel=PANEL
         ),
     ] = None,
+    guide: Annotated[
+        Path | None,
+        path_option(
+            help="Guide the images away from this worse model, such as an earlier step (RUN@STEP) or a smaller model, "
+            "by --guidance-scale.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
     interpolate: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -125,6 +133,8 @@ def sample(
     config = SampleConfig.from_flags(flags)
     if indices is not None and "num_samples" in flags:
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
+    if guide is not None and "guidance_scale" not in flags:
+        raise ValueError("guide: say by how much it guides, such as --guidance-scale 2")
     to_terminal = "stdout" in log_formats()
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
@@ -139,7 +149,7 @@ def sample(
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         local_rank = world.local_rank if world.size > 1 else None
         runtime = world.on_all(lambda: Runtime.resolve(RuntimeConfig.from_flags(flags), local_rank))
-        paths = world.from_main(lambda: _paths(checkpoint, classifier, super_res, ema_rate))
+        paths = world.from_main(lambda: _paths(checkpoint, classifier, guide, super_res, ema_rate))
         silent = not world.main or not to_terminal
         skipped: dict[str, str] = {}
         if skip_unreadable:
@@ -148,16 +158,17 @@ def sample(
 
         def planned() -> Plan:
             loaded = load_for(runtime, paths[0], flags, preset)
-            guide = None if paths[1] is None else load_classifier_for(runtime, paths[1], loaded, flags)
-            names = (Classes.of(loaded, guide) or Classes((), (), ())).named
+            guiding = None if paths[1] is None else load_classifier_for(runtime, paths[1], loaded, flags)
+            names = (Classes.of(loaded, guiding) or Classes((), (), ())).named
             return Plan.of(
                 loaded,
                 config,
                 num_samples=flags.get("num_samples"),
                 base_samples=base_samples,
                 skipped=skipped,
-                classifier=guide,
-                super_res=None if paths[2] is None else _load_super_res(paths[2], runtime),
+                classifier=guiding,
+                guide=None if paths[2] is None else _load_other("guide", paths[2], runtime),
+                super_res=None if paths[3] is None else _load_other("super_res", paths[3], runtime),
                 ends=interpolate,
                 classes=split_classes(class_, names) if class_ is not None else (),
             )
@@ -173,10 +184,14 @@ def sample(
         with Display(silent) as display:
             for name, reason in skipped.items():
                 display.line(f"skipped: {printable(name)} ({reason})")
-            models = ("model", plan.checkpoint), ("guided by", plan.classifier), ("enlarged by", plan.super_res)
-            for (what, loaded), path in zip(models, paths, strict=True):
+            models = (
+                ("model", plan.checkpoint, ""),
+                ("guided by", plan.classifier, f", scale {config.classifier_scale:g}"),
+                ("guided by", plan.guide, f", scale {config.guidance_scale:g}"),
+                ("enlarged by", plan.super_res, ""),
+            )
+            for (what, loaded, scale), path in zip(models, paths, strict=True):
                 if loaded is not None:
-                    scale = f", scale {config.classifier_scale:g}" if what == "guided by" else ""
                     display.line(f"{what}: {path}, step {loaded.step}{scale}{young_average(loaded)}")
             if plan.base is not None and not skip_unreadable:
                 base = plan.base
@@ -188,20 +203,27 @@ def sample(
 
 
 def _paths(
-    checkpoint: Path | None, classifier: Path | None, super_res: Path | None, ema_rate: str | None
-) -> tuple[Path, Path | None, Path | None]:
-    """The paths of the checkpoint, of the classifier and of the super-resolution model, None for one that is absent."""
+    checkpoint: Path | None,
+    classifier: Path | None,
+    guide: Path | None,
+    super_res: Path | None,
+    ema_rate: str | None,
+) -> tuple[Path, Path | None, Path | None, Path | None]:
+    """The paths of the checkpoint, the classifier, the guide and the super-resolution model, None if absent."""
     path = find_with_rate(checkpoint, ema_rate)
-    guide = None if classifier is None else find_with_rate(classifier, None)
+    guiding = None if classifier is None else find_with_rate(classifier, None)
+    worse = None if guide is None else find_with_rate(guide, None)
+    if worse == path:
+        raise ValueError(f"guide {worse}: it is the model itself; name an earlier step (RUN@STEP) or another model")
     if super_res is None:
-        return path, guide, None
-    return path, guide, find_with_rate(super_res, ema_rate if not super_res.is_file() else None)
+        return path, guiding, worse, None
+    return path, guiding, worse, find_with_rate(super_res, ema_rate if not super_res.is_file() else None)
 
 
-def _load_super_res(path: Path, runtime: "Runtime") -> "Checkpoint":
-    if path.suffix != ".safetensors":  # the flags describe the base model
+def _load_other(what: str, path: Path, runtime: "Runtime") -> "Checkpoint":
+    if path.suffix != ".safetensors":  # the flags describe the first model
         raise ValueError(
-            f"super_res {path} does not store its settings: fastdiff convert {path} FILE.safetensors, and name that"
+            f"{what} {path} does not store its settings: fastdiff convert {path} FILE.safetensors, and name that"
         )
     return load_for(runtime, path)
 

@@ -96,6 +96,8 @@ REFUSED: list[tuple[type[Config], str, Any]] = [
     (SampleConfig, "batch_size", 0),
     (SampleConfig, "guidance_scale", -0.1),
     (SampleConfig, "guidance_scale", 1e4),
+    (SampleConfig, "guidance_interval", (5.0, 0.3)),
+    (SampleConfig, "guidance_interval", (0.0, math.inf)),
     (SampleConfig, "steps", 0),
     (SampleConfig, "steps", 2.5),
     (SampleConfig, "eta", -0.5),

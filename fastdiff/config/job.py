@@ -234,7 +234,15 @@ class SampleConfig(Config):
     classifier_scale: float = option(
         1.0, "Classifier guidance: scale of the classifier's gradient; above 1, images match their class more."
     )
+    guidance_interval: tuple[float, float] | None = option(
+        None, "Noise levels sigma / alpha within which guidance acts, e.g. 0.3,5; by default all."
+    )
     seed: int = option(0, "Seed of the noise; the same seed gives the same images.")
+
+    def __post_init__(self) -> None:
+        if self.guidance_interval is not None:
+            object.__setattr__(self, "guidance_interval", tuple_of(float, "guidance_interval", self.guidance_interval))
+        super().__post_init__()
 
     def check(self) -> None:
         for name in ("num_samples", "batch_size"):
@@ -242,6 +250,10 @@ class SampleConfig(Config):
         self.require(self.num_samples <= MOST_SAMPLES, "num_samples", f"at most {MOST_SAMPLES:,}")
         for name in ("guidance_scale", "classifier_scale"):
             self.require(0 <= getattr(self, name) <= 1000, name, "between 0 and 1000")
+        if self.guidance_interval is not None:
+            finite = len(self.guidance_interval) == 2 and all(map(math.isfinite, self.guidance_interval))
+            rising = finite and 0 <= self.guidance_interval[0] < self.guidance_interval[1]
+            self.require(rising, "guidance_interval", "two noise levels, the lower one first, such as 0.3,5")
         self.require(0 <= self.eta <= 1, "eta", "between 0 and 1")
         if self.eta and self.sampler is not Sampler.DDIM:
             raise ValueError(f"eta {self.eta} is the noise of DDIM: use it with sampler ddim, not {self.sampler}")

@@ -41,6 +41,7 @@ def sample(
     skip_unreadable: bool = False,
     super_res: Source | None = None,
     classifier: str | os.PathLike[str] | ClassifierCheckpoint | None = None,
+    guide: Source | None = None,
     interpolate: tuple[str | int, str | int] | None = None,
     **settings: Any,
 ) -> Uint8Array:
@@ -52,8 +53,9 @@ def sample(
     turn. ``base_samples`` is an npz, folder or zip of images for a super-resolution model to enlarge;
     ``skip_unreadable`` leaves out files that cannot be read. ``super_res`` is a super-resolution checkpoint that
     enlarges the images of this one. ``classifier`` is a classifier's checkpoint or run that guides this one by
-    ``classifier_scale``; an unconditional model then draws the classifier's classes. ``interpolate`` is a pair of seeds
-    or image files.
+    ``classifier_scale``; an unconditional model then draws the classifier's classes. ``guide`` is a worse model of the
+    same images, such as an earlier step, away from which ``guidance_scale`` moves them. ``interpolate`` is a pair of
+    seeds or image files.
     ``settings`` are the fields of SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of
     RuntimeConfig (device, precision, compile, ...).
 
@@ -68,12 +70,15 @@ def sample(
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
     if interpolate is not None and len(interpolate) != 2:
         raise ValueError(f"interpolate must be two seeds or image files, not {len(interpolate)}")
+    if guide is not None and "guidance_scale" not in settings:
+        raise ValueError("guide: say by how much it guides, such as guidance_scale=2")
     base = None if base_samples is None else Path(base_samples)
     plan = Plan.of(
         _loaded(checkpoint, runtime, ema_rate),
         config,
         super_res=None if super_res is None else _loaded(super_res, runtime, None),
         classifier=None if classifier is None else _loaded_classifier(classifier, runtime),
+        guide=None if guide is None else _loaded(guide, runtime, None),
         base_samples=base,
         skipped=unreadable_in(base) if skip_unreadable else None,
         ends=None if interpolate is None else (str(interpolate[0]), str(interpolate[1])),

@@ -13,10 +13,10 @@ from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
 from fastdiff.config import SampleConfig, Sampler
 from fastdiff.data import normalised, to_uint8
 from fastdiff.diffusion import Philox, build_diffusion
-from fastdiff.models import Classifier
+from fastdiff.models import Classifier, UNet
 from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import BaseSamples
-from fastdiff.sampling.guidance import class_gradient, guided, without_class
+from fastdiff.sampling.guidance import class_gradient, guided, guided_steps, in_turn, without_class
 from fastdiff.sampling.loop import Int64Array, OfImages, StopSampling, batch_slices, generate
 from fastdiff.sampling.output import Uint8Array
 from fastdiff.sampling.time_grids import chosen_grid
@@ -31,10 +31,11 @@ class Engine:
     ``images`` is the number of images to expect, which decides whether compilation pays. ``base`` supplies the inputs
     of a super-resolution model: small images, or the engine that draws them (a cascade: Nichol & Dhariwal 2021,
     section 4), whose class labels ``upper_labels`` maps to this model's. ``classifier`` guides the sampling by
-    ``config.classifier_scale``. The attribute ``start``, set after encoding with the engine, supplies x_T if it is not
-    noise; ``grid`` is how the timesteps are spread. The engine takes ownership of the models and changes their weights
-    in place: their order and precision. ValueError if ``config`` asks for timesteps that the diffusion process does not
-    have, or for a tuned grid that the checkpoint does not have.
+    ``config.classifier_scale``, and ``guide``, a worse model of the same images, by ``config.guidance_scale``. The
+    attribute ``start``, set after encoding with the engine, supplies x_T if it is not noise; ``grid`` is how the
+    timesteps are spread. The engine takes ownership of the models and changes their weights in place: their order and
+    precision. ValueError if ``config`` asks for timesteps that the diffusion process does not have, or for a tuned grid
+    that the checkpoint does not have.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Engine:
         base: "BaseSamples | Engine | None" = None,
         upper_labels: Callable[[Int64Array], Int64Array] | None = None,
         classifier: ClassifierCheckpoint | None = None,
+        guide: Checkpoint | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.runtime = runtime
@@ -70,6 +72,11 @@ class Engine:
             # no gradient of its weights is wanted, nor the memory that one would take
             self._classifier = runtime.cast(classifier.model.for_inference().requires_grad_(False))
             self._logits = runtime.prepare(self._classifier, self.calls)
+        self._guide: UNet | None = None
+        self._worse: Callable[..., Tensor] | None = None
+        if guide is not None and config.guidance_scale != 1:
+            self._guide = runtime.cast(guide.model.for_inference())
+            self._worse = runtime.prepare(self._guide, self.calls)
         self._labelled = checkpoint.model_config.class_cond or classifier is not None
 
     @property
@@ -89,7 +96,7 @@ class Engine:
             low_res = partial(_next_of, self.base.draw(indices, labels, on_step))  # split into the same batches
         elif self.base is not None:
             low_res = self._given
-        inputs = self._inputs(indices, labels, low_res, self._logits)
+        inputs = self._inputs(indices, labels, low_res, self._logits, self._worse)
         return generate(self._without_class(self._model), self.diffusion, self.config, **inputs, on_step=on_step)
 
     def trajectories(self, indices: Int64Array, labels: Int64Array | None, most: int) -> Uint8Array:
@@ -112,8 +119,9 @@ class Engine:
         # another batch size would be compiled again
         model = self.runtime.eager(self._module)
         logits = None if self._classifier is None else self.runtime.eager(self._classifier)
+        worse = None if self._guide is None else self.runtime.eager(self._guide)
         config = replace(self.config, batch_size=len(indices))
-        inputs = self._inputs(indices, labels, low_res, logits)
+        inputs = self._inputs(indices, labels, low_res, logits, worse)
         for _ in generate(self._without_class(model), self.diffusion, config, **inputs, watch=watch):
             pass
         return np.stack(frames, axis=1)
@@ -129,6 +137,7 @@ class Engine:
         labels: Int64Array | None,
         low_res: OfImages | None,
         logits: Callable[..., Tensor] | None = None,
+        worse: Callable[..., Tensor] | None = None,
     ) -> dict[str, Any]:
         """The arguments of ``generate`` that follow from the models and the images."""
         config = self.checkpoint.model_config
@@ -141,6 +150,7 @@ class Engine:
             "labels": labels if self._labelled else None,
             "low_res": low_res,
             "cond_fn": None if logits is None else class_gradient(logits, self.config.classifier_scale),
+            "guide": None if worse is None else self._without_class(worse),
             "start": self.start,
             "graphs": True,
         }
@@ -154,8 +164,11 @@ class Engine:
         x = normalised(torch.from_numpy(images)).to(self.runtime.device)
         conditions = {} if labels is None else {"y": torch.from_numpy(labels).to(x.device)}
         model = self.runtime.eager(self._module)
-        if labels is not None and self.config.guidance_scale != 1:
-            model = guided(model, self.config.guidance_scale)  # as in decoding
+        if self.config.guidance_scale != 1 and (self._guide is not None or labels is not None):  # as in decoding
+            worse = None if self._guide is None else self.runtime.eager(self._guide)
+            better = guided(model, self.config.guidance_scale, worse)
+            steps = guided_steps(self.diffusion, self.config.guidance_interval)
+            model = in_turn([better if guides else model for guides in steps])
         clip = self.config.clip_denoised
         return self.diffusion.ddim_reverse_sample_loop(model, x, clip_denoised=clip, model_kwargs=conditions)
 

@@ -270,6 +270,7 @@ def settings_of(
     runtime: Runtime,
     model: Path,
     classifier: Path | None = None,
+    guide: Path | None = None,
     super_res: Path | None = None,
     base_samples: Path | None = None,
 ) -> dict[str, Any]:
@@ -289,6 +290,10 @@ def settings_of(
         del settings["classifier_scale"]
     else:
         settings["classifier"] = _described(classifier, plan.classifier, plan.classifier.config)
+    if plan.config.guidance_interval is None:
+        del settings["guidance_interval"]
+    if guide is not None and plan.guide is not None:
+        settings["guide"] = _described(guide, plan.guide, plan.guide.model_config)
     if super_res is not None and plan.super_res is not None:
         settings["super_res"] = _described(super_res, plan.super_res, plan.super_res.model_config)
         settings["super_res"] |= _grid(plan.super_res, plan.config)

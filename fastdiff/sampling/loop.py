@@ -20,7 +20,7 @@ from fastdiff.data import to_uint8
 from fastdiff.diffusion import GaussianDiffusion, Philox
 from fastdiff.diffusion.process import Guidance
 from fastdiff.diffusion.samplers import MULTISTEP
-from fastdiff.sampling.guidance import guided
+from fastdiff.sampling.guidance import guided, guided_steps, in_turn, no_gradient
 from fastdiff.sampling.output import Uint8Array
 
 Int64Array = NDArray[np.int64]
@@ -44,6 +44,7 @@ def generate(
     low_res: OfImages | None = None,
     start: OfImages | None = None,
     cond_fn: Guidance = None,
+    guide: Callable[..., Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
     watch: Callable[[Tensor], None] | None = None,
     graphs: bool = False,
@@ -53,8 +54,9 @@ def generate(
     ``indices`` (num_samples,) are the image numbers, by default 0, 1, 2, ... ``labels`` (num_samples,) are the class
     labels for a class-conditional model. ``low_res`` gives the inputs (n, 3, h, w) in [-1, 1] of a super-resolution
     model, and ``start`` gives x_T (n, 3, H, W) if it is not noise. ``cond_fn`` guides every step (GaussianDiffusion's
-    argument), with the labels as ``y``. ``on_step`` is called after each step with the
-    number of images that took it. It may raise StopSampling to end the sampling; finished batches are still yielded.
+    argument), with the labels as ``y``; ``guide`` is a worse model with the model's arguments, away from which it is
+    guided. Both act in config.guidance_interval only. ``on_step`` is called after each step with the number of images
+    that took it. It may raise StopSampling to end the sampling; finished batches are still yielded.
     ``watch`` is called with x_T and every later x_t, a buffer that the next step overwrites. With ``graphs`` a step is
     one CUDA graph on a GPU.
 
@@ -64,9 +66,10 @@ def generate(
     ValueError if the images are not finite.
     """
     numbers = np.arange(config.num_samples) if indices is None else indices
-    if config.guidance_scale != 1 and labels is not None:
-        model = guided(model, config.guidance_scale)
-    loop = Loop(model, diffusion, config, cond_fn=cond_fn, graphs=graphs)
+    better = model
+    if config.guidance_scale != 1 and (guide is not None or labels is not None):
+        better = guided(model, config.guidance_scale, guide)
+    loop = Loop(better, diffusion, config, unguided=model, cond_fn=cond_fn, graphs=graphs)
     parts = batch_slices(len(numbers), config.batch_size)
     size = parts[0].stop
     steps = _Steps(on_step or (lambda images: None), device)
@@ -124,9 +127,11 @@ class _Buffers:
 class Loop:
     """Samples batches of one shape: ``begin`` a batch at x_T, then call ``step`` while steps are ``left``.
 
-    A batch's tensors are copied into buffers on the device. The first step of each kind (Heun's last step is its own)
-    runs without a CUDA graph and triggers compilation. With ``graphs``, every further step on a GPU is one launch of a
-    CUDA graph. No step causes a host sync.
+    Outside of config.guidance_interval ``unguided`` takes the place of ``model``, and ``cond_fn`` is not called.
+
+    A batch's tensors are copied into buffers on the device. The first step of each kind (guided or not; Heun's last
+    step is its own) runs without a CUDA graph and triggers compilation. With ``graphs``, every further step on a GPU is
+    one launch of a CUDA graph. No step causes a host sync.
     """
 
     def __init__(
@@ -135,6 +140,7 @@ class Loop:
         diffusion: GaussianDiffusion,
         config: SampleConfig,
         *,
+        unguided: Callable[..., Tensor] | None = None,
         cond_fn: Guidance = None,
         graphs: bool = True,
     ) -> None:
@@ -142,11 +148,13 @@ class Loop:
         self._graphs_wanted = graphs
         self._capturing = False
         self._model = model
+        self._unguided = model if unguided is None else unguided
         self._cond_fn = cond_fn
+        self._guided = guided_steps(diffusion, config.guidance_interval)
         self._diffusion = diffusion
         self._config = config
         self._buffers: _Buffers | None = None
-        self._graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[tuple[bool, ...], torch.cuda.CUDAGraph | None] = {}
 
     @property
     def x(self) -> Tensor:
@@ -183,18 +191,24 @@ class Loop:
     @torch.no_grad()
     def step(self) -> None:
         """Replace x_t by x_{t-1}: noise, model, update."""
-        process, config, model, held = self._diffusion, self._config, self._model, self._held
-        last = self.left == 1 and config.sampler is Sampler.HEUN  # Heun's last step has no second half
+        process, config, held = self._diffusion, self._config, self._held
         self.left -= 1
-        if self._replayed(last):
+        calls = [self.left]  # the t of each call of the model; Heun's last step has no second one
+        if config.sampler is Sampler.HEUN and self.left:
+            calls.append(self.left - 1)
+        kind = tuple(self._guided[t] for t in calls)
+        if self._replayed(kind):
             return
+        model = in_turn([self._model if guides else self._unguided for guides in kind])
+        gradient = self._cond_fn if any(kind) else None
+        cond_fn = None if gradient is None else in_turn([gradient if guides else no_gradient for guides in kind])
         x, t, noise = held.x, held.t, held.noise
         if isinstance(noise, Tensor):
             noise = noise.index_select(0, process.num_timesteps - 1 - t[:1])[0]
         options: dict[str, Any] = {
             "clip_denoised": config.clip_denoised,
             "model_kwargs": held.conditions,
-            "cond_fn": self._cond_fn,
+            "cond_fn": cond_fn,
         }
         match config.sampler:
             case Sampler.DDPM:
@@ -202,7 +216,7 @@ class Loop:
             case Sampler.DDIM:
                 out = process.ddim_sample(model, x, t, eta=config.eta, noise=noise, pred_xstart=False, **options)
             case Sampler.HEUN:
-                out = process.heun_sample(model, x, t, last=last, **options)
+                out = process.heun_sample(model, x, t, last=len(kind) == 1, **options)
             case solver:
                 options |= {"previous": held.previous, "noise": noise}
                 out = process.multistep_sample(model, x, t, solver=solver, **options)
@@ -213,18 +227,18 @@ class Loop:
             held.previous[0].copy_(out["kept"])
         t.sub_(1)
 
-    def _replayed(self, last: bool) -> bool:
-        """Launch the CUDA graph of the step, captured before its first launch.
+    def _replayed(self, kind: tuple[bool, ...]) -> bool:
+        """Launch the CUDA graph of the kind of step, captured before its first launch.
 
         False if the step must run eagerly: on a CPU, the first time (which compiles the model), and during the capture.
         """
         if not self._graphs_wanted or self._capturing or self.x.device.type != "cuda":
             return False
-        if last not in self._graphs:
-            self._graphs[last] = None
+        if kind not in self._graphs:
+            self._graphs[kind] = None
             return False
-        if (graph := self._graphs[last]) is None:
-            self._graphs[last] = graph = self._captured()
+        if (graph := self._graphs[kind]) is None:
+            self._graphs[kind] = graph = self._captured()
         graph.replay()
         return True
 

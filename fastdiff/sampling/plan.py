@@ -15,6 +15,7 @@ from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
 from fastdiff.config import ClassMix, SampleConfig, Sampler
 from fastdiff.data import load
 from fastdiff.data.classes import renumbered
+from fastdiff.diffusion import build_diffusion
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.words import printable
 from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
@@ -28,6 +29,7 @@ class Plan:
     """Defines the images of the numbers 0, 1, 2, ...
 
     ``classifier`` guides ``checkpoint``, which may be unconditional: then the images have the classifier's classes.
+    ``guide`` is a worse model of the same images, away from which ``checkpoint`` is guided (``guided``).
     ``super_res`` enlarges the images of ``checkpoint``; ``base`` holds the images that a super-resolution checkpoint
     enlarges; ``ends`` are two seeds or image files to interpolate between. ``classes`` (names or indices) are drawn in
     turn; without them ``config.class_mix`` decides. ValueError if these are incompatible.
@@ -40,6 +42,7 @@ class Plan:
     base: BaseSamples | None = None
     ends: tuple[str, str] | None = None
     classes: Sequence[str | int] = ()
+    guide: Checkpoint | None = None
 
     @classmethod
     def of(
@@ -53,6 +56,7 @@ class Plan:
         ends: tuple[str, str] | None,
         classes: Sequence[str | int],
         classifier: ClassifierCheckpoint | None = None,
+        guide: Checkpoint | None = None,
         skipped: Mapping[str, str] | None = None,
     ) -> Self:
         """Create a plan: load the base samples and, unless ``num_samples`` is given, draw one image for each.
@@ -69,7 +73,7 @@ class Plan:
             num_samples = len(base) if num_samples is None else num_samples
         if num_samples is not None:
             config = replace(config, num_samples=num_samples)
-        return cls(checkpoint, config, classifier, super_res, base, ends, classes)
+        return cls(checkpoint, config, classifier, super_res, base, ends, classes, guide)
 
     def __post_init__(self) -> None:
         if self.classifier is not None:
@@ -82,7 +86,13 @@ class Plan:
                 "this is a super-resolution model: give it images to enlarge with --base-samples, or draw them with a "
                 f"model of {enlarges} pixels (fastdiff sample BASE --super-res THIS)"
             )
-        _refuse_guidance(self.checkpoint, self.config)
+        if self.guide is not None:
+            _refuse_guide(self.checkpoint, self.guide)
+        else:
+            _refuse_guidance(self.checkpoint, self.config)
+        guided = self.config.guidance_scale != 1 or (self.classifier is not None and self.config.classifier_scale)
+        if self.config.guidance_interval is not None and not guided:
+            raise ValueError("guidance_interval: nothing guides these images; give --guidance-scale, or leave it out")
         if self.base is not None and self.super_res is not None:
             raise ValueError("super_res: not after base_samples; enlarge the images again with a second command")
         if self.super_res is not None:
@@ -142,14 +152,23 @@ class Plan:
 
     def engine(self, runtime: Runtime, images: int) -> Engine:
         """An engine that draws ``images`` images of this plan; it takes ownership of the models."""
-        engine = Engine(self.checkpoint, self.config, runtime, images, base=self.base, classifier=self.classifier)
+        engine = Engine(
+            self.checkpoint,
+            self.config,
+            runtime,
+            images,
+            base=self.base,
+            classifier=self.classifier,
+            guide=self.guide,
+        )
         if self.ends is not None:
             engine.start = self._between(engine, self.ends)
         if self.super_res is None:
             return engine
         config = self.config
-        if not self.super_res.metadata.get("label_dropout"):
-            config = replace(config, guidance_scale=1.0)  # the base model decides what the image shows
+        if self.guide is not None or not self.super_res.metadata.get("label_dropout"):
+            # the base model decides what the image shows
+            config = replace(config, guidance_scale=1.0, guidance_interval=None)
         upper = self._upper_labels if self.super_res.model_config.class_cond else None
         return Engine(self.super_res, config, runtime, images, base=engine, upper_labels=upper)
 
@@ -200,13 +219,7 @@ def _refuse_classifier(checkpoint: Checkpoint, classifier: ClassifierCheckpoint)
             f"classifier: it knows images of {config.image_size} pixels, and the model draws {model.image_size}"
         )
     if model.class_cond:
-        ours, theirs = checkpoint.class_names, classifier.class_names
-        if model.num_classes != config.num_classes:
-            raise ValueError(f"classifier: it has {config.num_classes} classes, and the model {model.num_classes}")
-        if ours and theirs and ours != theirs:
-            i = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if len(set(pair)) > 1)
-            here, there = (printable(names[i]) if i < len(names) else "absent" for names in (ours, theirs))
-            raise ValueError(f"classifier: its class {i} is {there}, and the model's {here}: train it on the same data")
+        _refuse_classes("classifier", checkpoint, classifier.class_names, config.num_classes)
     if (process := classifier.diffusion_config) is not None:
         for name in ("diffusion_steps", "noise_schedule", "rescale_timesteps"):
             here, there = getattr(checkpoint.diffusion_config, name), getattr(process, name)
@@ -218,6 +231,46 @@ def _refuse_classifier(checkpoint: Checkpoint, classifier: ClassifierCheckpoint)
                     f"classifier: it was trained with {name} {there}, and the model with {here}: train it with the "
                     f"model's process ({flag})"
                 )
+
+
+def _refuse_guide(checkpoint: Checkpoint, guide: Checkpoint) -> None:
+    """ValueError, naming what differs, if the guide's prediction is not one of the same thing as the model's."""
+    model, config = checkpoint.model_config, guide.model_config
+    if model.small_size or config.small_size:
+        raise ValueError("guide: not with a super-resolution model; guide the model that draws the small images")
+    if model.image_size != config.image_size:
+        raise ValueError(f"guide: it draws images of {config.image_size} pixels, and the model {model.image_size}")
+    if model.class_cond != config.class_cond:
+        ours, theirs = ("with" if c.class_cond else "without" for c in (model, config))
+        raise ValueError(f"guide: it was trained {theirs} classes (class_cond), and the model {ours}")
+    if model.class_cond:
+        _refuse_classes("guide", checkpoint, guide.class_names, config.num_classes)
+    here, there = (build_diffusion(replace(c.diffusion_config, timestep_respacing="")) for c in (checkpoint, guide))
+    if here.model_mean_type is not there.model_mean_type:
+        ours, theirs = (process.model_mean_type.name.lower() for process in (here, there))
+        raise ValueError(f"guide: it predicts {theirs}, and the model {ours}")
+    times = torch.arange(here.num_timesteps)
+    if not (
+        np.array_equal(here.alphas_cumprod, there.alphas_cumprod)
+        and torch.equal(here.model_timesteps(times), there.model_timesteps(times))
+    ):
+        ours, theirs = (
+            f"{c.diffusion_config.diffusion_steps} {c.diffusion_config.noise_schedule} steps"
+            for c in (checkpoint, guide)
+        )
+        raise ValueError(
+            f"guide: its diffusion process ({theirs}) is not the model's ({ours}): train it with the model's"
+        )
+
+
+def _refuse_classes(what: str, checkpoint: Checkpoint, theirs: tuple[str, ...], count: int) -> None:
+    ours = checkpoint.class_names
+    if checkpoint.model_config.num_classes != count:
+        raise ValueError(f"{what}: it has {count} classes, and the model {checkpoint.model_config.num_classes}")
+    if ours and theirs and ours != theirs:
+        i = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if len(set(pair)) > 1)
+        here, there = (printable(names[i]) if i < len(names) else "absent" for names in (ours, theirs))
+        raise ValueError(f"{what}: its class {i} is {there}, and the model's {here}: train it on the same data")
 
 
 def _refuse_unlike(base: Checkpoint, upper: Checkpoint, classes: bool) -> None:

@@ -114,6 +114,12 @@ REFUSALS: list[tuple[str, tuple[object, ...], list[str]]] = [
     ("cats", ("--guidance-scale", -1), ["guidance_scale must be between 0 and 1000"]),
     ("cats", ("--guidance-scale", "1e30"), ["guidance_scale"]),
     ("cats", ("--guidance-scale", "nan"), ["guidance_scale", "nan"]),
+    ("cats", ("--guidance-interval", "5,0.3"), [r"guidance_interval must be .*lower one first.*\(5\.0, 0\.3\)"]),
+    ("cats", ("--guidance-interval", "0.3,5"), ["guidance_interval: nothing guides", "--guidance-scale"]),
+    ("cats", ("--guide", "plain.safetensors"), ["guide: say by how much", "--guidance-scale 2"]),
+    ("cats", ("--guide", "nowhere.safetensors", "--guidance-scale", 2), [r"nowhere\.safetensors does not exist"]),
+    ("cats", ("--guide", "cats.safetensors", "--guidance-scale", 2), ["guide cats.safetensors: it is the model itsel"]),
+    ("cats", ("--guide", "plain.safetensors", "--guidance-scale", 2), ["guide: it was trained without classes"]),
     ("cats", ("--eta", 0.5), ["eta", "ddim"]),
     # base samples
     ("up", (), ["super-resolution", "--base-samples", "8 pixels", "--super-res"]),

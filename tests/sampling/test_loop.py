@@ -70,10 +70,12 @@ def run(loop: Loop, *taken: Any) -> Tensor:
     return loop._held.x.clone()
 
 
-def fields_loop(process: GaussianDiffusion, model: Callable[..., Tensor], how: SampleConfig, taken: Batch) -> Tensor:
+def fields_loop(
+    process: GaussianDiffusion, model: Callable[..., Tensor], how: SampleConfig, taken: Batch, **more: Any
+) -> Tensor:
     """The process's own loop of that sampler."""
     x, noise, conditions = taken
-    options: dict[str, Any] = {"noise": x, "step_noise": noise, "model_kwargs": conditions}
+    options: dict[str, Any] = {"noise": x, "step_noise": noise, "model_kwargs": conditions, **more}
     match how.sampler:
         case Sampler.DDPM:
             return process.p_sample_loop(model, SHAPE, **options)

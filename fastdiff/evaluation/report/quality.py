@@ -52,7 +52,10 @@ def _drawn(one: Measured) -> str:
     parts = [str(one.samples[key]) for key in ("sampler",) if one.samples.get(key) is not None]
     parts += [f"{one.samples['steps']} steps"] if one.samples.get("steps") is not None else []
     scale = one.samples.get("guidance_scale")
-    return ", ".join([*parts, *([f"guidance {scale}"] if scale not in (None, 1, 1.0) else [])])
+    if scale not in (None, 1, 1.0):
+        interval = one.samples.get("guidance_interval")
+        parts.append(f"guidance {scale}" + (f" from {interval[0]:g} to {interval[1]:g}" if interval else ""))
+    return ", ".join(parts)
 
 
 def _series(runs: Sequence[Run]) -> dict[tuple[int, float, str], list[Measured]]:
