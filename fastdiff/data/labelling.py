@@ -76,12 +76,11 @@ class Source:
 
     def _refuse_outside(self, paths: Sequence[Sequence[str]], folder: Path) -> None:
         """ValueError if an image lies in no sub-folder of ``folder``, relative to which ``paths`` are."""
-        for name, path in zip(self.names, paths, strict=True):
-            if len(path) == 1:
-                raise ValueError(
-                    f"labels folder: {printable(name)} lies in {folder} itself and so has no class; "
-                    "move it into a sub-folder named after its class, or use labels prefix"
-                )
+        if outside := _outside(self.names, paths):
+            raise ValueError(
+                f"labels folder: {_first(outside)} in {folder} itself and so without a class; move each into a "
+                "sub-folder named after its class, or use labels prefix"
+            )
 
     def _by_given(self, label_file: str) -> Labelling:
         path, root = Path(label_file), self.root.resolve()
@@ -125,12 +124,29 @@ class Source:
             return Labelling(folders, sorted(set(folders)), tuple(notes))
         if len(set(folders)) > 1 and nearly_as_many(len(by_prefix.order), len(paths)):
             self._refuse_outside(paths, self.root / above)
+        outside = _outside(self.names, paths)
+        inside = {kind for kind, path in zip(by_prefix.classes, paths, strict=True) if len(path) > 1}
+        if len(outside) < len(folders) and len(inside) < len(set(folders)):  # such as IMG_0001.jpg in all of them
+            notes.append(
+                f"labels: the file names hold the classes, because {_first(outside)} in no sub-folder; else the "
+                f"sub-folders were the classes: {listed(sorted(set(folders)))}"
+            )
         if parts:
             notes.append(f"labels: the file names hold the classes, in all of {listed(parts)}{one}")
         return Labelling(by_prefix.classes, by_prefix.order, tuple(notes))
 
     def _table(self, name: str, most: int = MOST_BYTES) -> LabelTable:
         return read_label_file(self.label_files[name], name, os.path.dirname(name), most)
+
+
+def _outside(names: Sequence[str], paths: Sequence[Sequence[str]]) -> list[str]:
+    """The names whose ``paths`` have no sub-folder."""
+    return [name for name, path in zip(names, paths, strict=True) if len(path) == 1]
+
+
+def _first(names: Sequence[str]) -> str:
+    """The subject and verb of a sentence about where images lie."""
+    return f"{printable(names[0])} and {len(names) - 1:,} more lie" if len(names) > 1 else f"{printable(names[0])} lies"
 
 
 def nearly_as_many(classes: int, images: int) -> bool:

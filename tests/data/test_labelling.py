@@ -129,6 +129,24 @@ def test_one_image_beside_the_class_folders_is_named(tmp_path: Path) -> None:
     refusal(lambda: automatic(tmp_path), r"photos/cover\.png lies in .*photos itself")
 
 
+def test_a_camera_s_names_in_folders_with_images_beside_them_are_told(tmp_path: Path) -> None:
+    made(tmp_path, *(f"{kind}/IMG_{i:04}.jpg" for kind in ("cats", "dogs") for i in range(9)), "a_1.png", "b_1.png")
+    folder = automatic(tmp_path)
+    assert folder.class_names == ("IMG", "a", "b")
+    assert folder.notes == (
+        "labels: the file names hold the classes, because a_1.png and 1 more lie in no sub-folder; else the "
+        "sub-folders were the classes: cats, dogs",
+    )
+    for name in ("a_1.png", "b_1.png"):
+        (tmp_path / name).unlink()
+    assert automatic(tmp_path).class_names == ("cats", "dogs")
+
+
+def test_all_images_outside_of_the_class_folders_are_counted(tmp_path: Path) -> None:
+    made(tmp_path, "cat/1.png", "dog/1.png", "a.png", "b.png", "c.png")
+    refusal(lambda: ImageFolder(tmp_path, 8, "folder"), r"labels folder: a\.png and 2 more lie in .* itself and so")
+
+
 STYLEGAN = {"labels": [[f"00000/img{i:08}.png", i % 2] for i in range(4)]}
 
 
