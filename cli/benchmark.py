@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.options import DebugFlag, Flags, PresetFlag, path_option, with_flags
-from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, RuntimeConfig
+from fastdiff.config import DiffusionConfig, Kernels, ModelConfig, QualityConfig, RuntimeConfig
 from fastdiff.config.base import tuple_of
 from fastdiff.presets import with_preset
 
@@ -18,11 +18,11 @@ _SMALL = {"image_size": 32, "num_channels": 64, "learn_sigma": True, "noise_sche
 """The model of the published comparisons: 32 pixels, 64 channels, 9.9 M parameters."""
 
 
-Suite = StrEnum("Suite", ["kernels", "unet", "train", "sample", "step", "data", "features", "growth", "all"])
+Suite = StrEnum("Suite", ["kernels", "unet", "train", "sample", "step", "data", "features", "growth", "quality", "all"])
 """What can be measured."""
 
 
-@with_flags(ModelConfig, DiffusionConfig, RuntimeConfig)
+@with_flags(ModelConfig, DiffusionConfig, RuntimeConfig, QualityConfig)
 def benchmark(
     flags: Flags,
     suite: Annotated[Suite, typer.Argument(help="What to measure.")] = Suite.all,
@@ -55,7 +55,16 @@ def benchmark(
 
     Without model or diffusion flags the model is a small one of 32 pixels and 64 channels; with any, the defaults below
     apply.
+
+    quality, which all leaves out, measures pictures instead of time, on two sets of real images (extra 'quality').
+    --run RUN --set digits judges one run: the share of its samples that a classifier gives the class that was asked
+    for, their distance to the real images (FD), recall, and bits/dim of held-out images; with --quick only what takes
+    little time.
     """
+    _refuse_foreign(suite, flags, preset, csv=csv, chart=chart, compare=compare, rounds=rounds)
+    if suite is Suite.quality:
+        _quality(flags, quick)
+        return
     values = with_preset(flags, preset)
     if not {f.name for kind in (ModelConfig, DiffusionConfig) for f in fields(kind)} & set(values):
         values = _SMALL | values
@@ -94,3 +103,35 @@ def benchmark(
         good = report(tables, device, console, csv, chart, compare)
     if not good:
         raise typer.Exit(1)
+
+
+_OF_QUALITY = {f.name for f in fields(QualityConfig)}
+
+
+def _refuse_foreign(suite: Suite, flags: Flags, preset: str | None, **others: object) -> None:
+    """ValueError if a flag is not of this suite."""
+    if suite is not Suite.quality:
+        if name := next((name for name in flags if name in _OF_QUALITY), None):
+            raise ValueError(f"{name} is a flag of quality, not of {suite}: leave it out")
+        return
+    ours = _OF_QUALITY | {f.name for f in fields(RuntimeConfig)}
+    given = [name for name in flags if name not in ours]
+    given += [name for name, value in {"preset": preset, **others}.items() if value is not None]
+    if given:
+        raise ValueError(f"{given[0]} means nothing for quality: leave it out")
+
+
+def _quality(flags: Flags, quick: bool) -> None:
+    """Measure pictures, not time."""
+    config = QualityConfig.from_flags(flags)
+    from fastdiff.benchmarks.quality.command import measure_run
+    from fastdiff.benchmarks.quality.measure import Machine
+    from fastdiff.cli.display import Display, Slowly
+    from fastdiff.runtime.device import Runtime
+    from fastdiff.runtime.signals import signals_as_exceptions
+    from fastdiff.runtime.threads import fit_to_cores
+
+    fit_to_cores()
+    with signals_as_exceptions(), Display() as display:
+        runtime = Runtime.resolve(RuntimeConfig.from_flags(flags))
+        measure_run(config, Machine(runtime, display, lambda what: Slowly(display, what)), quick)

@@ -17,6 +17,8 @@ from fastdiff.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
+    PictureSet,
+    QualityConfig,
     RuntimeConfig,
     SampleConfig,
     TrainConfig,
@@ -25,6 +27,8 @@ from fastdiff.config import (
     with_multipliers,
 )
 from fastdiff.models import build_model
+
+from .support import refusal
 
 CONFIGS = [ModelConfig, DiffusionConfig, DataConfig, TrainConfig, SampleConfig, RuntimeConfig]
 
@@ -417,3 +421,13 @@ def test_the_shortest_linear_schedule() -> None:
 def test_a_width_beyond_every_model_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^channel_mult \d+ gives a level more than 1,048,576 channels$"):
         ModelConfig(**{"image_size": 32, "num_channels": 32, **changes})
+
+
+def test_names_separated_by_commas() -> None:
+    both = (PictureSet.DIGITS, PictureSet.PHOTOGRAPHS)
+    for value in ("photographs, digits,digits", ["digits", "photographs"], both):
+        assert QualityConfig(set=value).set == both
+    assert QualityConfig.from_dict(QualityConfig(set="digits").to_dict()).set == ("digits",)
+    for value in ("faces", "", "digits,,photographs", (), 3, None, ["digits", 3]):
+        said = refusal(lambda value=value: QualityConfig(set=value))
+        assert said == f"set must be one or more of digits,photographs, not {value!r}"

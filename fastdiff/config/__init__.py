@@ -16,6 +16,7 @@ from fastdiff.config.choices import (
     Metric,
     NoiseSchedule,
     Parallel,
+    PictureSet,
     Precision,
     Sampler,
     ScheduleSampler,
@@ -23,7 +24,7 @@ from fastdiff.config.choices import (
     Tracker,
 )
 from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig, with_multipliers
-from fastdiff.config.evaluation import FAST_STEPS, MetricsConfig, NllConfig
+from fastdiff.config.evaluation import FAST_STEPS, MetricsConfig, NllConfig, QualityConfig
 from fastdiff.config.job import (
     MOST_SAMPLES,
     MOST_TIMESTEPS,
@@ -70,7 +71,9 @@ __all__ = [
     "NllConfig",
     "NoiseSchedule",
     "Parallel",
+    "PictureSet",
     "Precision",
+    "QualityConfig",
     "RunConfig",
     "RuntimeConfig",
     "SampleConfig",

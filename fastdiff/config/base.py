@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from enum import StrEnum
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 
 def option(default: Any, help: str, *, path: bool = False, panel: str = "", shown: Any = None) -> Any:
@@ -30,7 +30,9 @@ class Config:
             value = getattr(self, f.name)
             kinds = get_args(f.type) or (f.type,)
             if isinstance(kinds[0], type) and issubclass(kinds[0], StrEnum):
-                if value is not None or len(kinds) == 1:
+                if get_origin(f.type) is tuple:
+                    object.__setattr__(self, f.name, _members(kinds[0], f.name, value))
+                elif value is not None or len(kinds) == 1:
                     object.__setattr__(self, f.name, _member(kinds[0], f.name, value))
             elif f.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{f.name} must be true or false, not {value!r}")
@@ -76,6 +78,15 @@ def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
         return enum(value)
     except ValueError:
         raise ValueError(f"{name} must be one of {', '.join(enum)}, not {value!r}") from None
+
+
+def _members(enum: type[StrEnum], name: str, value: object) -> tuple[StrEnum, ...]:
+    """Parse 'a,b' or a sequence of words into members, each once and in the order of ``enum``; one or more."""
+    words = value.split(",") if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
+    found = [word.strip() for word in words if isinstance(word, str)]
+    if not found or len(found) < len(words) or not set(found) <= set(enum):
+        raise ValueError(f"{name} must be one or more of {','.join(enum)}, not {value!r}")
+    return tuple(member for member in enum if member in found)
 
 
 def number(kind: type, name: str, value: object) -> int | float:

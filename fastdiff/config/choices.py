@@ -159,3 +159,10 @@ class MemoryFormat(StrEnum):
 
     CHANNELS_LAST = "channels_last"
     CONTIGUOUS = "contiguous"
+
+
+class PictureSet(StrEnum):
+    """A data set of real images that recipes are compared on: scikit-learn's digits, or crops of four photographs."""
+
+    DIGITS = "digits"
+    PHOTOGRAPHS = "photographs"

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from fastdiff.config.base import number, option
-from fastdiff.config.choices import Labels, Precision, Sampler
+from fastdiff.config.base import Config, number, option
+from fastdiff.config.choices import Labels, PictureSet, Precision, Sampler
 from fastdiff.config.job import MOST_SAMPLES, ImagesConfig, SampleConfig
 
 
@@ -111,3 +111,21 @@ class MetricsConfig(SampleConfig):
     def within(self, timesteps: int) -> Self:
         """The same for a process of ``timesteps``, which may have fewer than the default number of steps."""
         return replace(self, steps=None) if self.steps == FAST_STEPS and timesteps < FAST_STEPS else self
+
+
+@dataclass(frozen=True)
+class QualityConfig(Config):
+    """What ``fastdiff benchmark quality`` measures, and how."""
+
+    panel = "Quality"
+
+    set: tuple[PictureSet, ...] = option(tuple(PictureSet), "Sets of real images: digits, photographs or both.")
+    run: str = option("", "Only measure this run or checkpoint, which was trained on one --set.", path=True)
+    out_dir: str = option("quality", "Folder for the data, the judges, the runs and what is measured.", path=True)
+    num_samples: int = option(2000, "Images to draw of every run.")
+    sampler: Sampler = option(Sampler.DPM, "Sampler of every run.")
+    steps: int = option(FAST_STEPS, "Number of evenly spaced timesteps of the sampler.")
+
+    def check(self) -> None:
+        self.require(self.num_samples > 5, "num_samples", "at least 6")
+        self.require(self.steps > 0, "steps", "positive")

@@ -87,7 +87,7 @@ class Session:
         progress: Callable[[str], OnProgress],
     ) -> None:
         self.config, self.runtime, self.world, self.display = config, runtime, world, display
-        self._progress = progress
+        self.progress = progress
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -203,7 +203,7 @@ class Session:
                 return 0
             world.from_main(files.check)
             job = world.on_all(lambda: Job(plan, numbers, files, settings, self.runtime, world))
-            return job.run(self.display.line, self._progress("image steps"))
+            return job.run(self.display.line, self.progress("image steps"))
 
         return Drawing(files.out, {"count": config.num_samples, **settings}, there, run)
 
@@ -221,7 +221,7 @@ class Session:
         folder, world = self.world.from_main(made), self.world
         line, seed = self.display.line, self.config.seed
         try:
-            yield Comparison(self.extractor, self.runtime.device, folder, world, line, self._progress, seed)
+            yield Comparison(self.extractor, self.runtime.device, folder, world, line, self.progress, seed)
         finally:
             if world.main:
                 shutil.rmtree(folder, ignore_errors=True)

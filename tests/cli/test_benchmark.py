@@ -9,6 +9,7 @@ import pytest
 
 from fastdiff.benchmarks import command, ladder, suites
 from fastdiff.benchmarks.rows import Row
+from fastdiff.config import QualityConfig
 from fastdiff.runtime import device as runtime_device
 
 from ..benchmarks.support import count_no_memory, measure_little
@@ -208,3 +209,24 @@ def test_what_cannot_be_shown_is_kept(stdout: str, tmp_path: Path, monkeypatch: 
         said = result.err
     assert said == ""
     assert rows_of(f"{tmp_path}/rows.csv")[0]["candidate"] == "plain"
+
+
+def test_quality_of_a_run(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr("fastdiff.benchmarks.quality.command.measure_run", lambda *args: seen.extend(args))
+    flags = ("--set", "photographs", "--run", "runs/a", "--num-samples", "40", "--sampler", "ddim", "--device", "cpu")
+    succeeded(cli("benchmark", "quality", *flags, "--quick"))
+    config, machine, quick = seen
+    expected = QualityConfig("photographs", str(Path("runs/a")), num_samples=40, sampler="ddim")
+    assert (config, quick, machine.runtime.device.type) == (expected, True, "cpu")  # type: ignore[attr-defined]
+
+
+def test_quality_refuses_what_it_does_not_read(cli: Cli) -> None:
+    quality = ("benchmark", "quality", "--run", "runs/a")
+    refused(cli(*quality, "--num-channels", "64"), "num_channels means nothing for quality: leave it out")
+    refused(cli(*quality, "--csv", "rows.csv"), "csv means nothing for quality")
+    refused(cli(*quality, "--set", "faces"), "set must be one or more of digits,photographs, not 'faces'")
+    refused(cli(*quality), "run runs/a was trained on one set: name it with --set digits or photographs")
+    refused(cli(*quality, "--num-samples", "5"), "num_samples must be at least 6, not 5")
+    refused(cli("benchmark", "quality"), "run: name a run or checkpoint with --run")
+    refused(cli("benchmark", "unet", "--num-samples", "5"), "num_samples is a flag of quality, not of unet")

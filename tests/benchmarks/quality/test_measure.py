@@ -1,0 +1,183 @@
+"""The figures of a run: real images are the best, noise is the worst, and what cannot be measured is left out."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+import fastdiff
+from fastdiff.benchmarks.quality import measure
+from fastdiff.benchmarks.quality.judge import open_judge
+from fastdiff.benchmarks.quality.measure import Bench, Figures, Machine
+from fastdiff.benchmarks.quality.pictures import read_pictures, write_pictures
+from fastdiff.config import QualityConfig, RuntimeConfig
+from fastdiff.evaluation.extractors import Extractor
+from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.display import Lines
+
+from ...support import refusal
+from .support import COLOURED, SIZE, UPDATES
+
+FEW = QualityConfig(set="digits", num_samples=12, steps=3)
+TINY = {"image_size": SIZE, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "batch_size": 4, "steps": 1}
+TINY |= {
+    "diffusion_steps": 30,
+    "noise_schedule": "cosine",
+    "preview_interval": 0,
+    "device": "cpu",
+    "compile": "off",
+    "precision": "fp32",
+    "attention_resolutions": "",
+}
+
+
+def machine(said: list[str]) -> Machine:
+    runtime = Runtime.resolve(RuntimeConfig(device="cpu", compile="off", precision="fp32"))
+    return Machine(runtime, Lines(said.append), lambda _: lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measure")
+    write_pictures(COLOURED, folder)
+    open_judge(COLOURED, folder, tell=lambda _: None, updates=UPDATES)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _kept_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "open_judge", lambda *args: open_judge(*args, updates=UPDATES))
+    monkeypatch.setattr(measure, "NLL_IMAGES", 3)
+    monkeypatch.setattr(measure, "NLL_STEPS", 5)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    fastdiff.train(data / "train", data / "run", class_cond=True, show=None, **TINY)
+    return data / "run"
+
+
+def test_real_images_are_best(data: Path) -> None:
+    bench = Bench(COLOURED, data, FEW, machine([]), quick=True)
+    real, random = read_pictures(data / "train"), np.random.default_rng(0)
+    good = bench.figures(real.images, real.labels)
+    noise = random.integers(0, 256, real.images.shape, np.uint8)
+    bad = bench.figures(noise, real.labels)
+    assert good.accuracy == 1
+    assert bad.accuracy < 0.6
+    assert good.fd < bad.fd / 20
+    assert good.precision > 0.5 > bad.precision == 0
+    assert good.recall > 0.5
+    assert math.isnan(good.fd_efficientnet)
+    assert math.isnan(good.bits_per_dim)
+    same = bench.figures(read_pictures(data / "reference").images, None)
+    assert same.fd == pytest.approx(0, abs=1e-9)
+    assert same.recall == same.precision == 1
+    assert math.isnan(same.accuracy)
+
+
+def test_accuracy_is_of_the_class_that_was_asked_for(data: Path) -> None:
+    bench = Bench(COLOURED, data, FEW, machine([]), quick=True)
+    real = read_pictures(data / "held_out")
+    asked = real.labels.copy()
+    asked[:6] = 2  # blue ones, as if red had been asked for
+    assert bench.figures(real.images, asked).accuracy == 1 - 6 / len(asked)
+
+
+class Means(Extractor):
+    """In EfficientNet's place: the mean colour."""
+
+    name = sha256 = family = resizing = "means"
+
+    def _extract(self, images: object) -> object:
+        from fastdiff.evaluation.extractors import Extracted
+
+        return Extracted(images.float().mean((2, 3)))  # type: ignore[attr-defined]
+
+
+def test_a_run(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(measure, "open_extractor", lambda device: Means())
+    bench = Bench(COLOURED, data, FEW, machine(said), quick=False)
+    figures = bench.measure(run)
+    assert not any(map(math.isnan, (getattr(figures, name) for name in Figures.__dataclass_fields__)))
+    assert figures.bits_per_dim > 5  # it has learned nothing yet
+    drawn = list((run / "evaluation").glob("samples_*.npz"))
+    assert len(drawn) == 1
+    with np.load(drawn[0]) as file:
+        assert len(file["arr_0"]) == 12
+    assert bench.measure(run) == figures  # from the same samples
+    assert any("drawn before" in line for line in said)
+
+
+def test_without_efficientnet(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(device: object) -> None:
+        raise ValueError("extractor efficientnet-lite0 needs its weights")
+
+    said: list[str] = []
+    monkeypatch.setattr(measure, "open_extractor", missing)
+    figures = Bench(COLOURED, data, FEW, machine(said), quick=False).measure(run)
+    assert math.isnan(figures.fd_efficientnet)
+    assert figures.fd > 0
+    assert "FD-EfficientNet is left out: extractor efficientnet-lite0 needs its weights" in said
+
+
+def test_without_a_likelihood(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise ValueError("prediction flow has no likelihood")
+
+    said: list[str] = []
+    monkeypatch.setattr(measure, "Nll", refused)
+    monkeypatch.setattr(measure, "open_extractor", lambda device: Means())
+    assert math.isnan(Bench(COLOURED, data, FEW, machine(said), quick=False).measure(run).bits_per_dim)
+    assert "bits/dim is left out: prediction flow has no likelihood" in said
+
+
+def test_likelihood_is_of_every_class(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    real = measure.Nll
+
+    def watched(loaded: object, dataset: object, *rest: object) -> object:
+        seen.append(dataset.labels.tolist())  # type: ignore[attr-defined]
+        return real(loaded, dataset, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measure, "Nll", watched)
+    monkeypatch.setattr(measure, "open_extractor", lambda device: Means())
+    Bench(COLOURED, data, FEW, machine([]), quick=False).measure(run)
+    assert seen == [[0, 1, 2]]
+
+
+def test_a_model_without_classes_has_no_accuracy(data: Path, tmp_path: Path) -> None:
+    fastdiff.train(data / "train", tmp_path / "run", show=None, **TINY)
+    figures = Bench(COLOURED, data, FEW, machine([]), quick=True).measure(tmp_path / "run")
+    assert math.isnan(figures.accuracy)
+    assert figures.fd > 0
+
+
+def test_runs_of_other_images_are_refused(data: Path, shapes: Path, tmp_path: Path) -> None:
+    bench = Bench(COLOURED, data, FEW, machine([]), quick=True)
+    fastdiff.train(shapes, tmp_path / "a", class_cond=True, show=None, **TINY)
+    assert f"has other classes than colours: train on {data / 'train'}" in refusal(
+        lambda: bench.measure(tmp_path / "a")
+    )
+    fastdiff.train(data / "train", tmp_path / "b", show=None, **TINY | {"image_size": 16, "channel_mult": "1,1"})
+    said = refusal(lambda: bench.measure(tmp_path / "b"))
+    assert "draws images of 16 pixels, and colours have 8: choose another --set" in said
+
+
+@pytest.mark.parametrize("damage", [lambda path: save_file({}, path), lambda path: path.write_bytes(b"torn")])
+def test_a_judge_of_unknown_origin_is_replaced(damage: Callable[[Path], object], data: Path) -> None:
+    path = data / "judge.safetensors"
+    kept = path.read_bytes()
+    damage(path)
+    said: list[str] = []
+    Bench(COLOURED, data, FEW, machine(said), quick=True)
+    assert path.read_bytes() == kept
+    assert said[0].startswith("training the judge")
+
+
+def test_the_line() -> None:
+    assert Figures(0.5, 1.25).line() == "accuracy 0.5000, fd 1.2500"
