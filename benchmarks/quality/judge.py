@@ -159,7 +159,8 @@ def _moved(images: Tensor, flips: bool, generator: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def accuracy_of(network: Network, pictures: Pictures) -> float:
-    """The share of the pictures whose class the network names."""
+    """The share of the pictures whose class the network names; it is in evaluation mode then."""
+    network.eval()
     images = torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
     named = torch.cat([network(part)[1].argmax(1) for part in images.split(256)])
     return share_named(named.numpy(), pictures.labels)

@@ -52,7 +52,7 @@ def test_an_image_is_judged_alone(data: Path) -> None:
 
 def test_it_is_kept_until_its_images_change(data: Path) -> None:
     said: list[str] = []
-    opened(data, said)
+    first = opened(data, said)
     assert not said
     image = data / "reference" / "red_00.png"
     before, kept = image.read_bytes(), (data / "judge.safetensors").read_bytes()
@@ -63,8 +63,7 @@ def test_it_is_kept_until_its_images_change(data: Path) -> None:
         image.write_bytes(before)
         (data / "judge.safetensors").write_bytes(kept)
     assert said == ["training the judge of colours on 36 real images ..."]
-    assert again.accuracy == 1
-    assert said.count(said[0]) == 1
+    assert again.sha256 == first.sha256  # it learned the same
 
 
 def test_a_poor_judge_is_refused(data: Path, tmp_path: Path) -> None:
