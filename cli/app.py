@@ -27,6 +27,7 @@ from fastdiff.cli import (
     scripts,
     train,
     train_classifier,
+    tune_steps,
 )
 from fastdiff.cli.config_file import with_config_file
 from fastdiff.cli.help import Paneled
@@ -49,6 +50,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.command("report", cls=Paneled)(report.report)
 app.command("runs", cls=Paneled)(runs.runs)
 app.command("benchmark", cls=Paneled)(benchmark.benchmark)
+app.command("tune-steps", cls=Paneled)(tune_steps.tune_steps)
 app.command("presets", cls=Paneled)(presets.presets)
 app.command("doctor", cls=Paneled)(doctor.doctor)
 app.command("convert", cls=Paneled)(convert.convert)

@@ -19,10 +19,12 @@ from fastdiff.checkpoint.files import (
 from fastdiff.checkpoint.model import (
     Checkpoint,
     Weights,
+    add_metadata,
     load_checkpoint,
     load_weights,
     model_metadata,
     read_weights,
+    refuse_frozen,
     refuse_other_architecture,
     save_checkpoint,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "Lease",
     "NewerFormat",
     "Weights",
+    "add_metadata",
     "begin_step",
     "best_path",
     "best_step",
@@ -74,6 +77,7 @@ __all__ = [
     "read_metadata",
     "read_tensors",
     "read_weights",
+    "refuse_frozen",
     "refuse_other_architecture",
     "remove_leftovers",
     "run_and_step",

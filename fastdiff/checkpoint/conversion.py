@@ -93,6 +93,8 @@ def _lost(loaded: Loaded, names_are: str) -> Iterator[str]:
         yield f"the class names are {names_are}: {printable(names)}"
     if loaded.metadata.get("label_dropout"):
         yield "the model was trained with --label-dropout: label -1 (no class) exists only in fastdiff"
+    if loaded.metadata.get("time_grids"):
+        yield "the time grids of fastdiff tune-steps are not written"
     if not loaded.metadata.get("noised", True):
         yield "that it was trained on clean images, and so guides nothing, is not written"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.files import read_tensors, write_tensors
-from fastdiff.checkpoint.steps import find_checkpoint, verify_file
+from fastdiff.checkpoint.steps import find_checkpoint, replace_file, verify_file
 from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat, ModelConfig, with_multipliers
 from fastdiff.data.classes import composed
 from fastdiff.diffusion import GaussianDiffusion, build_diffusion
@@ -52,6 +52,25 @@ def save_checkpoint(
     return write_tensors(
         Path(path), state, model_metadata(model_config, diffusion_config, step, class_names, **metadata)
     )
+
+
+def add_metadata(path: Path, **metadata: Any) -> None:
+    """Add JSON values to the metadata of a model's file, or replace them; the rest of the file stays as it is.
+
+    The replacement is atomic, also in a run folder (``replace_file``). ValueError as refuse_frozen's, or if the file is
+    damaged; OSError if it cannot be written.
+    """
+    refuse_frozen(path)
+    state, before = read_tensors(path, kind="model", verified=verify_file(path))
+    replace_file(path, lambda temporary: write_tensors(temporary, state, {**before, **metadata}))
+
+
+def refuse_frozen(path: Path) -> None:
+    """ValueError if a checkpoint's file holds no metadata, or neither it nor its folder may be written to."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} holds tensors only: fastdiff convert {path} FILE.safetensors, and name that")
+    if not path.stat().st_mode & 0o222 or not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} is read-only: copy it, or allow to write to it and its folder (chmod u+w)")
 
 
 def model_metadata(

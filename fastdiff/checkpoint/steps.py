@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from fastdiff.runtime.files import abandoned, replacing, sync
 _ANY = "*.safetensors"
 _NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.e-]+)_)(?P<step>\d{6,})\.safetensors")
 _MANIFEST = re.compile(r"manifest(?P<step>\d{6,})\.json")
+_NEXT = "next"
+"""In a manifest: the file that takes the place of one, whose replacement was not completed."""
 _MARK = re.compile(r"\.unfinished(?P<step>\d{6,})")
 
 
@@ -60,11 +62,44 @@ def begin_step(run_dir: Path, step: int) -> None:
 def write_manifest(run_dir: Path, step: int, paths: Sequence[Path]) -> None:
     """Write a step's manifest, once its files are on the disk; OSError if that fails."""
     assert all(path.parent == run_dir and _NAME.fullmatch(path.name) for path in paths)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    _write_manifest(run_dir, step, {path.name: _described(path) for path in paths})
+    _mark_path(run_dir, step).unlink(missing_ok=True)
+
+
+def _write_manifest(run_dir: Path, step: int, files: dict[str, Any]) -> None:
     manifest = {"format": FORMAT, "step": step, "files": files}
     with replacing(manifest_path(run_dir, step)) as temporary:
         temporary.write_text(_text({**manifest, "sha256": _digest(manifest)}), encoding="utf-8")
-    _mark_path(run_dir, step).unlink(missing_ok=True)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a checkpoint's file by the one that ``write`` writes to the temporary path that it is given.
+
+    In a run folder, whose lease the caller holds, the step's manifest and best.json then describe the new file. A step
+    is whole at every moment, also if the process is killed: meanwhile the manifest knows both files. OSError if a file
+    cannot be written.
+    """
+    run_dir, match, before = path.parent, _NAME.fullmatch(path.name), _described(path)
+    step = int(match["step"]) if match else 0
+    manifest = manifest_path(run_dir, step)
+    files = _read_manifest(manifest, step) if match and manifest.exists() else {}
+    with replacing(path) as temporary:
+        write(temporary)
+        after = _described(temporary)
+        if path.name in files:
+            _write_manifest(run_dir, step, {**files, path.name: {**before, _NEXT: after}})
+    if path.name in files:
+        _write_manifest(run_dir, step, {**files, path.name: after})
+    with suppress(OSError, ValueError, AttributeError, RecursionError):  # a damaged best.json is told where it is read
+        best = json.loads(best_path(run_dir).read_text(encoding="utf-8"))
+        if best.get("checkpoint") == path.name and best.get("sha256") == before["sha256"]:
+            with replacing(best_path(run_dir)) as temporary:
+                text = json.dumps({**best, "sha256": after["sha256"]}, indent=2)
+                temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _text(manifest: dict[str, Any]) -> str:
@@ -137,6 +172,8 @@ def _offering_a_step_before(run_dir: Path, step: int) -> Iterator[None]:
 def _verify(path: Path, said: dict[str, Any]) -> None:
     try:
         length = path.stat().st_size
+        if said.get(_NEXT) == _described(path):
+            return
         if length != said["bytes"]:
             raise ValueError(f"{path} is damaged: it has {length} bytes instead of {said['bytes']}")
         if sha256(path) != said["sha256"]:
@@ -161,6 +198,7 @@ def _read_manifest(path: Path, step: int) -> dict[str, Any]:
             whole &= written == UNSIGNED_FORMAT
         for name, said in files.items():
             whole &= not {"/", "\\"} & set(name) and type(said["bytes"]) is int and type(said["sha256"]) is str
+            whole &= type(said.get(_NEXT, {})) is dict
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: step {step} was not saved completely") from None
     except OSError as error:

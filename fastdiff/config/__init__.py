@@ -43,6 +43,7 @@ from fastdiff.config.model import (
     is_table_size,
 )
 from fastdiff.config.run import READING, RunConfig, StartConfig
+from fastdiff.config.tuning import TuneConfig
 
 __all__ = [
     "FAST_STEPS",
@@ -83,6 +84,7 @@ __all__ = [
     "TimeGrid",
     "Tracker",
     "TrainConfig",
+    "TuneConfig",
     "channel_mult_for",
     "is_table_size",
     "option",
