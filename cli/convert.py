@@ -8,6 +8,7 @@ import typer
 from fastdiff.cli.loading import find_with_rate, load_classifier_with_flags, load_with_flags, refuse_flags_of
 from fastdiff.cli.options import (
     DebugFlag,
+    EmaLengthFlag,
     EmaRateFlag,
     Flags,
     PresetFlag,
@@ -37,6 +38,7 @@ def convert(
         str | None, typer.Option(metavar="ID", help="Licence that a folder's model card states, such as mit.")
     ] = None,
     ema_rate: EmaRateFlag = None,
+    ema_length: EmaLengthFlag = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing DST.")] = False,
     preset: PresetFlag = None,
     debug: DebugFlag = False,
@@ -62,24 +64,27 @@ def convert(
             raise ValueError(
                 f"license {license} is for the model card of a folder, and {target} has none: leave it out"
             )
-    path, loaded = _load(source, flags, preset, ema_rate)
+    path, loaded = _load(source, flags, preset, ema_rate, ema_length)
     if path.resolve() == target.resolve():  # SRC may be the run folder that holds DST
         raise ValueError(f"{target} is SRC itself: name another place")
     for line in conversion.convert(path, loaded, target, Scheduler(scheduler), license or ""):
         typer.echo(line)
 
 
-def _load(source: Path, flags: Flags, preset: str | None, ema_rate: str | None) -> "tuple[Path, Loaded]":
+def _load(
+    source: Path, flags: Flags, preset: str | None, ema_rate: str | None, ema_length: float | None
+) -> "tuple[Path, Loaded]":
     """The file or folder that ``source`` names, and its checkpoint."""
     from fastdiff.checkpoint import is_classifier
     from fastdiff.interop import diffusers
 
     if diffusers.is_folder(source):
-        if ema_rate is not None:
-            raise ValueError(f"ema_rate {ema_rate} chooses among the files of a run folder, and {source} is not one")
+        for name, chosen in (("ema_rate", ema_rate), ("ema_length", ema_length)):
+            if chosen is not None:
+                raise ValueError(f"{name} {chosen} chooses among the files of a run folder, and {source} is not one")
         refuse_flags_of(ClassifierConfig, flags, f"{source} is not a classifier")
         return source, _load_folder(source, flags, preset)
-    path = find_with_rate(source, ema_rate)
+    path = find_with_rate(source, ema_rate, ema_length)
     if path.is_file() and is_classifier(path):
         return path, load_classifier_with_flags(path, flags, preset)
     refuse_flags_of(ClassifierConfig, flags, f"{path} is not a classifier")

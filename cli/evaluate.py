@@ -14,6 +14,7 @@ from fastdiff.cli.loading import find_with_rate, load_for, young_average
 from fastdiff.cli.options import (
     CheckpointArgument,
     DebugFlag,
+    EmaLengthFlag,
     EmaRateFlag,
     Flags,
     PresetFlag,
@@ -51,6 +52,7 @@ def nll(
         Path | None, path_option(help="Plot the terms to this .png file (extra 'plot': matplotlib).")
     ] = None,
     ema_rate: EmaRateFlag = None,
+    ema_length: EmaLengthFlag = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     timeout: Annotated[
         int, typer.Option(min=1, help="Seconds after which a process that waits for the others gives up.")
@@ -88,7 +90,7 @@ def nll(
         world.from_main(files.check)
         machine = RuntimeConfig.from_flags(flags | {"precision": config.precision})
         runtime = world.on_all(lambda: Runtime.resolve(machine, world.local_rank if world.size > 1 else None))
-        path = world.from_main(lambda: find_with_rate(checkpoint, ema_rate))
+        path = world.from_main(lambda: find_with_rate(checkpoint, ema_rate, ema_length))
         loaded = world.on_all(lambda: load_for(runtime, path, flags, preset))
         config = world.on_all(lambda: NllConfig.from_flags(_as_in_training(loaded, flags)))
         with Display(silent=not world.main or not to_terminal) as display:
@@ -161,6 +163,7 @@ def _about(
         "sha256": sha256(path),
         "step": loaded.step,
         "ema_rate": loaded.metadata.get("ema_rate"),
+        "ema_length": loaded.metadata.get("ema_length"),
         "timesteps": process.num_timesteps,
         "timestep_respacing": config.respacing or loaded.diffusion_config.timestep_respacing,
         "diffusion_steps": process.original_num_steps,
@@ -185,6 +188,8 @@ def _tell(
         )
     error = f" ± {figures['standard_error']:.4f}" if math.isfinite(figures["standard_error"]) else ""
     weights = f"EMA {rate:g}" if rate else "raw weights"
+    if (length := about["ema_length"]) is not None:
+        weights = f"average of length {length:g}"
     if not loaded.metadata:
         weights = path.name  # a bare state dict does not say whether it is an EMA
     images = f"{about['images']} images"

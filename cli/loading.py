@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 _NAMES = frozenset(f.name for config in (ModelConfig, DiffusionConfig) for f in fields(config))
 
 
-def find_with_rate(place: Path | None, ema_rate: str | None) -> Path:
+def find_with_rate(place: Path | None, ema_rate: str | None, ema_length: float | None = None) -> Path:
     """The file to load: ``place``, or the newest of a run folder, of OPENAI_LOGDIR or under runs/.
 
-    ``ema_rate`` is the text of --ema-rate, which selects among a run folder's files. ValueError if there is none.
+    ``ema_rate`` is the text of --ema-rate, which selects among a run folder's files, as --ema-length does. ValueError
+    if there is none.
     """
     from fastdiff.checkpoint import find_checkpoint
 
-    return find_checkpoint(place or log_folder(), ema_rate=rate_of(ema_rate))
+    return find_checkpoint(place or log_folder(), ema_rate=rate_of(ema_rate), ema_length=ema_length)
 
 
 def rate_of(ema_rate: str | None) -> float | None:

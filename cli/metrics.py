@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastdiff.cli.loading import find_with_rate, load_for, rate_of, young_average
-from fastdiff.cli.options import DebugFlag, EmaRateFlag, Flags, PresetFlag, path_argument, path_option, with_flags
+from fastdiff.cli.options import (
+    DebugFlag,
+    EmaLengthFlag,
+    EmaRateFlag,
+    Flags,
+    PresetFlag,
+    path_argument,
+    path_option,
+    with_flags,
+)
 from fastdiff.cli.scripts import log_formats
 from fastdiff.config import DiffusionConfig, Metric, MetricsConfig, ModelConfig, RuntimeConfig, SampleConfig
 
@@ -59,6 +68,7 @@ def fid(
         Path | None, path_option(help="Save the statistics of the reference's features in this .npz, to compare with.")
     ] = None,
     ema_rate: EmaRateFlag = None,
+    ema_length: EmaLengthFlag = None,
     timeout: TimeoutFlag = 600,
     preset: PresetFlag = None,
     debug: DebugFlag = False,
@@ -75,8 +85,8 @@ def fid(
 
     if save_stats is not None:
         refuse_statistics_file(save_stats)
-    with _session(flags, timeout) as session:
-        opened = _opened(session, flags, samples, reference, out_dir, ema_rate, preset)
+    with open_session(flags, timeout) as session:
+        opened = _opened(session, flags, samples, reference, out_dir, (ema_rate, ema_length), preset)
         world, display, extractor = session.world, session.display, session.extractor
         with session.comparison(opened.out_dir) as comparison:
             compared = comparison.reference(opened.reference)
@@ -107,6 +117,7 @@ def neighbours(
     ] = Path("neighbours.png"),
     out_dir: OutDirFlag = None,
     ema_rate: EmaRateFlag = None,
+    ema_length: EmaLengthFlag = None,
     overwrite: OverwriteFlag = False,
     timeout: TimeoutFlag = 600,
     preset: PresetFlag = None,
@@ -122,8 +133,8 @@ def neighbours(
     from fastdiff.evaluation.neighbours import lines, neighbours_of, refuse_outputs, save_sheet, save_table
 
     table = refuse_outputs(out, overwrite)
-    with _session(flags, timeout) as session:
-        opened = _opened(session, flags, samples, reference, out_dir, ema_rate, preset)
+    with open_session(flags, timeout) as session:
+        opened = _opened(session, flags, samples, reference, out_dir, (ema_rate, ema_length), preset)
         ours, theirs = opened.samples, opened.reference
         if not isinstance(theirs, ImageSet):
             session.world.refuse(f"{reference} holds statistics: name the training images")
@@ -175,7 +186,7 @@ def checkpoints(
         refuse_plot(plot, overwrite=True)
     if run is not None and not run.is_dir():
         raise ValueError(f"{run} is not a folder: name the folder of a run")
-    with _session(flags, timeout) as session:
+    with open_session(flags, timeout) as session:
         world, display = session.world, session.display
         run_dir = world.from_main(lambda: run or find_with_rate(None, None).parent)
         paths = world.from_main(lambda: of_run.checkpoints_of(run_dir, rate))
@@ -183,8 +194,8 @@ def checkpoints(
         world.from_main(lambda: refuse_folder(out_dir))
         while (newest := _loaded(session, paths[-1], others=len(paths) > 1)) is None:
             paths.pop()
-        theirs = _reference_of(session, newest, paths[-1], reference)
-        display.line(f"reference: {_said(theirs)}")
+        theirs = reference_of(session, newest, paths[-1], reference)
+        display.line(f"reference: {said_of(theirs)}")
         count, extractor = session.config.num_samples, session.extractor
         world.on_all(lambda: of_run.refuse_metric(metric, extractor, theirs, count))
         display.line(f"checkpoints: {len(paths)} of {run_dir}, {count:,} images from each; --num-samples reduces it")
@@ -228,7 +239,7 @@ def _loaded(session: "Session", path: Path, others: bool) -> "Checkpoint | None"
         return None
 
 
-def _reference_of(
+def reference_of(
     session: "Session", loaded: "Checkpoint", path: Path, reference: Path | None
 ) -> "ImageSet | ReferenceStatistics":
     """What a run's checkpoints are compared with, by default its training images; ``path`` is that of one of them."""
@@ -238,7 +249,7 @@ def _reference_of(
 
 
 @contextmanager
-def _session(flags: Flags, timeout: int) -> Iterator["Session"]:
+def open_session(flags: Flags, timeout: int) -> Iterator["Session"]:
     """A Session with the flags, on every process that torchrun started."""
     config = MetricsConfig.from_flags(flags)
     to_terminal = "stdout" in log_formats()
@@ -288,10 +299,13 @@ def _opened(
     samples: Path | None,
     reference: Path | None,
     out_dir: Path | None,
-    ema_rate: str | None,
+    chosen: tuple[str | None, float | None],
     preset: str | None,
 ) -> _Opened:
-    """Open the reference and the samples; of a checkpoint images are drawn first."""
+    """Open the reference and the samples; of a checkpoint images are drawn first.
+
+    ``chosen`` are --ema-rate and --ema-length.
+    """
     from fastdiff.evaluation.image_sets import refuse_missing
     from fastdiff.evaluation.records import about_checkpoint, refuse_folder
     from fastdiff.evaluation.session import is_checkpoint
@@ -301,14 +315,14 @@ def _opened(
     if out_dir is not None:
         world.from_main(lambda: refuse_folder(out_dir))
     if world.from_main(lambda: is_checkpoint(samples)):
-        model = load(samples, ema_rate)
+        model = load(samples, *chosen)
         if reference is None:
             known: ImageSet | ReferenceStatistics = session.training_images(model.loaded, model.path)
         elif world.from_main(lambda: is_checkpoint(reference)):
-            known = _draw(session, load(reference, None), _other_seed(session.config))[0]
+            known = _draw(session, load(reference, None, None), _other_seed(session.config))[0]
         else:
             known = session.reference(reference, model.loaded.model_config.image_size)
-        display.line(f"reference: {_said(known)}")
+        display.line(f"reference: {said_of(known)}")
         ours, origin = _draw(session, model)
         about = world.from_main(lambda: about_checkpoint(model.loaded, model.path))
         return _Opened(ours, known, origin, about, model.out_dir)
@@ -318,18 +332,19 @@ def _opened(
     if reference is None:
         world.refuse(f"reference: name the images to compare {samples} with")
     if world.from_main(lambda: is_checkpoint(reference)):
-        known, _ = _draw(session, load(reference, ema_rate), _other_seed(session.config))
+        known, _ = _draw(session, load(reference, *chosen), _other_seed(session.config))
         ours = session.images(samples, known.size)
     else:
         unused = sorted(_DRAWING & set(flags))
-        unused += [name for name, value in (("ema_rate", ema_rate), ("preset", preset)) if value is not None]
+        others = zip(("ema_rate", "ema_length", "preset"), (*chosen, preset), strict=True)
+        unused += [name for name, value in others if value is not None]
         if unused:
             world.refuse(f"{unused[0]} is for drawing from a checkpoint, and {samples} holds images: leave it out")
         ours, known = session.both(samples, reference)
         if "num_samples" in flags:
             ours = world.on_all(lambda: ours.first(session.config.num_samples))
-    display.line(f"samples: {_said(ours)}")
-    display.line(f"reference: {_said(known)}")
+    display.line(f"samples: {said_of(ours)}")
+    display.line(f"reference: {said_of(known)}")
     return _Opened(ours, known, ours.about, None, out_dir)
 
 
@@ -348,12 +363,18 @@ class _Model:
 
 
 def _load(
-    session: "Session", flags: Flags, preset: str | None, out_dir: Path | None, place: Path | None, ema_rate: str | None
+    session: "Session",
+    flags: Flags,
+    preset: str | None,
+    out_dir: Path | None,
+    place: Path | None,
+    ema_rate: str | None,
+    ema_length: float | None,
 ) -> _Model:
     """The checkpoint at ``place``, which a line of the log names."""
     from fastdiff.evaluation.session import folder_for
 
-    path = session.world.from_main(lambda: find_with_rate(place, ema_rate))
+    path = session.world.from_main(lambda: find_with_rate(place, ema_rate, ema_length))
     loaded = session.world.on_all(lambda: load_for(session.runtime, path, flags, preset))
     session.display.line(f"model: {path}, step {loaded.step}{young_average(loaded)}")
     return _Model(path, loaded, out_dir or folder_for(path))
@@ -368,7 +389,7 @@ def _draw(session: "Session", model: _Model, seed: int | None = None) -> "tuple[
     return session.images(drawing.path, model.loaded.model_config.image_size), drawing.origin
 
 
-def _said(known: "ImageSet | ReferenceStatistics") -> str:
+def said_of(known: "ImageSet | ReferenceStatistics") -> str:
     """One side of a comparison in words."""
     from fastdiff.evaluation.image_sets import ImageSet
 

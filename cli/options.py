@@ -59,6 +59,10 @@ CheckpointArgument = Annotated[
 EmaRateFlag = Annotated[
     str | None, typer.Option(help="EMA to take from a run folder, by rate, or raw; by default the highest.")
 ]
+EmaLengthFlag = Annotated[
+    float | None,
+    typer.Option(help="Average of this length (sigma_rel) of a run with --ema-lengths, instead of --ema-rate."),
+]
 ConfigFlag = Annotated[
     Path | None,
     path_option(

@@ -11,6 +11,7 @@ from fastdiff.cli.loading import find_with_rate, load_classifier_for, load_for, 
 from fastdiff.cli.options import (
     CheckpointArgument,
     DebugFlag,
+    EmaLengthFlag,
     EmaRateFlag,
     Flags,
     PresetFlag,
@@ -51,6 +52,7 @@ def sample(
         typer.Option(help="Draw only the images with these numbers, e.g. 17,42 or 100-199.", rich_help_panel=PANEL),
     ] = None,
     ema_rate: EmaRateFlag = None,
+    ema_length: EmaLengthFlag = None,
     base_samples: Annotated[
         Path | None,
         path_option(
@@ -149,7 +151,7 @@ def sample(
     with world.explained(f"use a smaller --batch-size than {config.batch_size}"):
         local_rank = world.local_rank if world.size > 1 else None
         runtime = world.on_all(lambda: Runtime.resolve(RuntimeConfig.from_flags(flags), local_rank))
-        paths = world.from_main(lambda: _paths(checkpoint, classifier, guide, super_res, ema_rate))
+        paths = world.from_main(lambda: _paths(checkpoint, classifier, guide, super_res, ema_rate, ema_length))
         silent = not world.main or not to_terminal
         skipped: dict[str, str] = {}
         if skip_unreadable:
@@ -208,9 +210,10 @@ def _paths(
     guide: Path | None,
     super_res: Path | None,
     ema_rate: str | None,
+    ema_length: float | None,
 ) -> tuple[Path, Path | None, Path | None, Path | None]:
     """The paths of the checkpoint, the classifier, the guide and the super-resolution model, None if absent."""
-    path = find_with_rate(checkpoint, ema_rate)
+    path = find_with_rate(checkpoint, ema_rate, ema_length)
     guiding = None if classifier is None else find_with_rate(classifier, None)
     worse = None if guide is None else find_with_rate(guide, None)
     if worse == path:

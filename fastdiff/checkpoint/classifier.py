@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.files import read_metadata, read_tensors, write_tensors
+from fastdiff.checkpoint.finding import find_checkpoint
 from fastdiff.checkpoint.model import configurations_of, load_weights, model_metadata
-from fastdiff.checkpoint.steps import find_checkpoint, verify_file
+from fastdiff.checkpoint.steps import verify_file
 from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat, with_multipliers
 from fastdiff.config.base import refuse_contradiction
 from fastdiff.interop import openai

@@ -24,6 +24,7 @@ _DESCRIBED = {
     "model": {"model_config", "diffusion_config"},
     "classifier": {"classifier_config", "diffusion_config"},
     "optimizer": set[str](),
+    "averages": {"ema_lengths"},
 }
 """What the metadata of each kind of file contain."""
 _CALLED = {"model": "a diffusion model", "classifier": "a classifier"}
@@ -39,7 +40,9 @@ class NewerFormat(ValueError):
 
 
 def read_tensors(path: Path, kind: str, verified: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a fastdiff file of ``kind`` "model", "classifier" or "optimizer"; ValueError if not one.
+    """Tensors and metadata of a fastdiff file of ``kind`` "model", "classifier", "optimizer" or "averages".
+
+    ValueError if it is not one.
 
     Unless the file is ``verified`` already, its SHA-256 must match the one in its header, which covers every byte.
     Files of the older format have no SHA-256 and are not checked.

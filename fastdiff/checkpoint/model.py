@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoint.files import read_tensors, write_tensors
-from fastdiff.checkpoint.steps import find_checkpoint, replace_file, verify_file
+from fastdiff.checkpoint.finding import find_checkpoint
+from fastdiff.checkpoint.steps import replace_file, verify_file
 from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat, ModelConfig, with_multipliers
 from fastdiff.data.classes import composed
 from fastdiff.diffusion import GaussianDiffusion, build_diffusion
@@ -126,12 +127,13 @@ def read_weights(
     place: str | os.PathLike[str],
     *,
     ema_rate: float | None = None,
+    ema_length: float | None = None,
     model_config: ModelConfig | None = None,
     diffusion_config: DiffusionConfig | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Weights:
     """The weights and configurations that load_checkpoint builds a model from; same arguments and errors."""
-    path = find_checkpoint(place, ema_rate=ema_rate)
+    path = find_checkpoint(place, ema_rate=ema_rate, ema_length=ema_length)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     if path.suffix == ".safetensors":
@@ -155,6 +157,7 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     *,
     ema_rate: float | None = None,
+    ema_length: float | None = None,
     model_config: ModelConfig | None = None,
     diffusion_config: DiffusionConfig | None = None,
     given: Mapping[str, Any] | None = None,
@@ -165,15 +168,21 @@ def load_checkpoint(
     """Load a fastdiff checkpoint, or a ``.pt`` state dict of improved- or guided-diffusion, which is recognised.
 
     ``path`` is a file, a run folder (its newest step) or ``run@step``. In a folder ``ema_rate`` selects the EMA: 0 is
-    the raw weights, and the default is the highest rate. Settings that a state dict does not determine come from the
-    two configurations or from ``given``, fields of either by name; the error names those that are still missing.
+    the raw weights, and the default is the highest rate; ``ema_length`` selects a power-function average instead, as
+    find_checkpoint does. Settings that a state dict does not determine come from the two configurations or from
+    ``given``, fields of either by name; the error names those that are still missing.
 
     The model is on ``device``, in evaluation mode. ValueError, in one line, if the file is missing, damaged (its
     SHA-256 is checked), or of another kind or architecture, or, for a bare state dict, if a setting is missing or
     contradicts the tensors.
     """
     weights = read_weights(
-        path, ema_rate=ema_rate, model_config=model_config, diffusion_config=diffusion_config, given=given
+        path,
+        ema_rate=ema_rate,
+        ema_length=ema_length,
+        model_config=model_config,
+        diffusion_config=diffusion_config,
+        given=given,
     )
     model = build_model(weights.model_config, kernels, memory_format)
     load_weights(model, weights.state, weights.path)

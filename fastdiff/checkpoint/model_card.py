@@ -186,6 +186,8 @@ def _recipe(loaded: Checkpoint, run: RunConfig | None) -> Rows:
         yield "Updates", f"{loaded.step:,}" + (f" of {run.train.steps:,}" if run else "")
     if type(rate := metadata.get("ema_rate")) is float:
         yield "Weights", f"exponential moving average, rate {rate:g}"
+    elif type(length := metadata.get("ema_length")) is float:
+        yield "Weights", f"power-function average, length (sigma_rel) {length:g}"
     elif run is not None:
         yield "Weights", "as trained, without an average"
     if run is None:

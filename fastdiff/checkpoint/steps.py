@@ -1,13 +1,13 @@
 """The checkpoints of a run folder.
 
-The checkpoint of step 500 is ``model000500.safetensors``, one ``ema_0.9999_000500.safetensors`` per EMA rate,
-``opt000500.safetensors``, and ``manifest000500.json``, which is written last. The number counts completed updates.
+The checkpoint of step 500 is ``model000500.safetensors``, one ``ema_0.9999_000500.safetensors`` per EMA rate, one
+``average_0.1_000500.safetensors`` per length of a power-function average, ``opt000500.safetensors``, and
+``manifest000500.json``, which is written last. The number counts completed updates.
 A step that is being saved or deleted has a marker file ``.unfinished000500``.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +15,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoint.files import FORMAT, UNSIGNED_FORMAT, NewerFormat, read_metadata, refuse_newer, sha256
+from fastdiff.checkpoint.files import FORMAT, UNSIGNED_FORMAT, NewerFormat, refuse_newer, sha256
 from fastdiff.runtime.files import abandoned, replacing, sync
 
-_ANY = "*.safetensors"
-_NAME = re.compile(r"(?P<kind>model|opt|ema_(?P<rate>[0-9.e-]+)_)(?P<step>\d{6,})\.safetensors")
+ANY = "*.safetensors"
+_NAME = re.compile(
+    r"(?P<kind>model|opt|ema_(?P<rate>[0-9.e-]+)_|average_(?P<length>[0-9.e-]+)_)(?P<step>\d{6,})\.safetensors"
+)
 _MANIFEST = re.compile(r"manifest(?P<step>\d{6,})\.json")
 _NEXT = "next"
 """In a manifest: the file that takes the place of one, whose replacement was not completed."""
@@ -34,6 +36,11 @@ def model_path(run_dir: Path, step: int) -> Path:
 def ema_path(run_dir: Path, rate: float, step: int) -> Path:
     """The path of a step's EMA weights."""
     return run_dir / f"ema_{rate}_{step:06d}.safetensors"
+
+
+def average_path(run_dir: Path, length: float, step: int) -> Path:
+    """The path of a step's power-function average of this relative length: a tracked or a reconstructed one."""
+    return run_dir / f"average_{length}_{step:06d}.safetensors"
 
 
 def optimizer_path(run_dir: Path, step: int) -> Path:
@@ -86,7 +93,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     run_dir, match, before = path.parent, _NAME.fullmatch(path.name), _described(path)
     step = int(match["step"]) if match else 0
     manifest = manifest_path(run_dir, step)
-    files = _read_manifest(manifest, step) if match and manifest.exists() else {}
+    files = read_manifest(manifest, step) if match and manifest.exists() else {}
     with replacing(path) as temporary:
         write(temporary)
         after = _described(temporary)
@@ -116,9 +123,15 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(m["step"]) for p in run_dir.glob("manifest*.json") if (m := _MANIFEST.fullmatch(p.name)))
 
 
+def averages_of(run_dir: Path, step: int) -> dict[float, Path]:
+    """The files with a step's power-function averages, tracked and reconstructed ones, by rising length."""
+    names = ((path, _NAME.fullmatch(path.name)) for path in _files(run_dir, step))
+    return dict(sorted((float(m["length"]), path) for path, m in names if m and m["length"]))
+
+
 def weights_of(run_dir: Path, step: int) -> list[Path]:
     """The files with a step's weights: the raw ones, then the EMAs by rising rate."""
-    return sorted(filter(_is_model, _files(run_dir, step)), key=_rank)
+    return sorted(filter(is_model, _files(run_dir, step)), key=rank)
 
 
 def holds_checkpoint(run_dir: Path) -> bool:
@@ -132,7 +145,7 @@ def verify_step(run_dir: Path, step: int, offer: bool = False) -> None:
     With ``offer`` the error also names the newest earlier step that is intact.
     """
     with _offering_a_step_before(run_dir, step) if offer else nullcontext():
-        for name, said in _read_manifest(manifest_path(run_dir, step), step).items():
+        for name, said in read_manifest(manifest_path(run_dir, step), step).items():
             _verify(run_dir / name, said)
 
 
@@ -146,7 +159,7 @@ def verify_file(path: Path) -> bool:
     if match is None or not (manifest := manifest_path(path.parent, int(match["step"]))).exists():
         return False
     with _offering_a_step_before(path.parent, int(match["step"])):
-        said = _read_manifest(manifest, int(match["step"])).get(path.name)
+        said = read_manifest(manifest, int(match["step"])).get(path.name)
         if said is not None:
             _verify(path, said)
     return said is not None
@@ -184,7 +197,8 @@ def _verify(path: Path, said: dict[str, Any]) -> None:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _read_manifest(path: Path, step: int) -> dict[str, Any]:
+def read_manifest(path: Path, step: int) -> dict[str, Any]:
+    """The lengths and SHA-256 of a step's files, by name; ValueError if the manifest is missing or damaged."""
     written = ""
     try:
         text = path.read_text(encoding="utf-8")
@@ -225,7 +239,7 @@ def delete_step(run_dir: Path, step: int) -> None:
 
 
 def _files(run_dir: Path, step: int) -> list[Path]:
-    return [p for p in run_dir.glob(_ANY) if (m := _NAME.fullmatch(p.name)) and int(m["step"]) == step]
+    return [p for p in run_dir.glob(ANY) if (m := _NAME.fullmatch(p.name)) and int(m["step"]) == step]
 
 
 def remove_leftovers(run_dir: Path) -> list[str]:
@@ -234,7 +248,7 @@ def remove_leftovers(run_dir: Path) -> list[str]:
     These are temporary files, and the files of steps that were being saved or deleted. Files of a step with neither a
     manifest nor a marker are kept: someone put them there.
     """
-    removed = [path for folder in (run_dir, run_dir / "previews") for path in abandoned(folder)]
+    removed = [path for folder in (run_dir, run_dir / "previews", run_dir / "averages") for path in abandoned(folder)]
     for path in removed:
         shutil.rmtree(path)
     for mark in run_dir.glob(".unfinished*"):
@@ -247,93 +261,6 @@ def remove_leftovers(run_dir: Path) -> list[str]:
     return sorted(path.name for path in removed)
 
 
-def find_checkpoint(
-    place: str | os.PathLike[str] | None, runs: Path = Path("runs"), ema_rate: float | None = None
-) -> Path:
-    """Find the checkpoint file for ``place``: a file, a run folder (its newest step), ``run@step`` or ``run@best``.
-
-    If ``place`` is None, the newest run of a diffusion model under ``runs`` is used.
-
-    In a run folder ``ema_rate`` selects the EMA, and 0 the raw weights; the default is the highest rate, else the raw
-    weights. ValueError if there is no such file, or if ``ema_rate`` is given and ``place`` is a file.
-    """
-    step = None
-    if place is not None:
-        place, step, best = _split(Path(os.path.expanduser(place)))
-        if best is not None and ema_rate is None:
-            return best
-        if not place.exists():
-            raise ValueError(f"{place} does not exist")
-        if not place.is_dir():
-            if ema_rate is not None:
-                raise ValueError(f"ema_rate {ema_rate:g} selects a file in a run folder, and {place} is not a folder")
-            return place
-    found = [p for p in (place.glob(_ANY) if place is not None else runs.glob(f"*/{_ANY}")) if _is_model(p)]
-    if not found:
-        if place is not None:
-            raise ValueError(
-                f"no checkpoint in {place}: train a model first (fastdiff train or train-classifier), or name another "
-                "place"
-            )
-        raise ValueError(
-            f"no checkpoint in any folder of {runs}/: train a model first (fastdiff train --data-dir DIR) or name a "
-            "file"
-        )
-    found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    newest = found[0].parent
-    if place is None:
-        newest = next((path.parent for path in found if not _is_classifier(path)), newest)
-    there = [path for path in found if path.parent == newest]
-    if step is not None:
-        steps = sorted({_rank(path)[0] for path in there})
-        there = [path for path in there if _rank(path)[0] == step]
-        if not there:
-            raise ValueError(f"{newest} has no step {step}: it has {', '.join(map(str, steps[-10:]))}")
-    if ema_rate is not None:
-        rates = sorted({_rank(path)[1] for path in there})
-        there = [path for path in there if _rank(path)[1] == ema_rate]
-        if not there:
-            known = ", ".join(f"{rate:g}" if rate else "raw" for rate in rates)
-            raise ValueError(f"ema_rate {ema_rate:g}: {newest} has weights of the rates {known}")
-    whole = set(saved_steps(newest))  # a killed process may leave a later step without its EMAs
-    best = max([path for path in there if _rank(path)[0] in whole] or there, key=_rank)
-    if ema_rate is None and _rank(best)[0] in whole:
-        _refuse_lost(newest, best)
-    return best
-
-
-def _refuse_lost(run_dir: Path, best: Path) -> None:
-    """ValueError if the manifest lists weights of a higher EMA rate than the folder contains."""
-    step = _rank(best)[0]
-    try:
-        names = _read_manifest(manifest_path(run_dir, step), step)
-    except ValueError:
-        return  # reading the file reports the damaged manifest
-    saved = [run_dir / name for name in names if _is_model(Path(name))]
-    if saved and _rank(lost := max(saved, key=_rank)) > _rank(best):
-        raise ValueError(f"{lost} is missing: restore it, or choose another with --ema-rate, or name {best}")
-
-
-def run_and_step(place: Path) -> tuple[Path, str] | None:
-    """The folder and the text after the "@" of ``run@step``; None for any other name, or a path that exists."""
-    name, at, step = place.name.rpartition("@")
-    folder = place.parent / name
-    return (folder, step) if at and not place.exists() and folder.is_dir() else None
-
-
-def _split(place: Path) -> tuple[Path, int | None, Path | None]:
-    """The run folder, its step and, for run@best, the best file; ``place`` itself and None if it names no step."""
-    if (found := run_and_step(place)) is None:
-        return place, None, None
-    folder, step = found
-    if step == "best":
-        best = _best(folder, place)
-        return folder, _rank(best)[0], best
-    if not step.isdecimal():
-        raise ValueError(f"{place}: {step!r} is not a step; name one, such as {folder}@500 or {folder}@best")
-    return folder, int(step), None
-
-
 def best_path(run_dir: Path) -> Path:
     """The file that says which checkpoint is the best; fastdiff evaluate checkpoints writes it."""
     return run_dir / "best.json"
@@ -342,16 +269,16 @@ def best_path(run_dir: Path) -> Path:
 def best_step(run_dir: Path) -> int | None:
     """The step of the best checkpoint; None if it is not known."""
     try:
-        return _rank(_said_to_be_best(run_dir))[0]
+        return rank(said_to_be_best(run_dir))[0]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _said_to_be_best(run_dir: Path) -> Path:
+def said_to_be_best(run_dir: Path) -> Path:
     """The file of the run folder that best.json names; ValueError and others if it is damaged."""
     said = json.loads(best_path(run_dir).read_text(encoding="utf-8"))
     name = said["checkpoint"]
-    if not _is_model(Path(name)) or Path(name).name != name:
+    if not is_model(Path(name)) or Path(name).name != name:
         raise ValueError
     path = run_dir / name
     if path.exists() and said.get("sha256", sha256(path)) != sha256(path):
@@ -359,37 +286,14 @@ def _said_to_be_best(run_dir: Path) -> Path:
     return path
 
 
-def _best(run_dir: Path, place: Path) -> Path:
-    """The checkpoint that best.json names, for messages about ``place``; ValueError if there is none."""
-    evaluate = f"fastdiff evaluate checkpoints {run_dir}"
-    try:
-        path = _said_to_be_best(run_dir)
-    except FileNotFoundError:
-        raise ValueError(f"{place}: the best step is not known; {evaluate} finds it") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(
-            f"{best_path(run_dir)} is damaged, or about weights that are not there: {evaluate} writes it again"
-        ) from None
-    if not path.exists():
-        raise ValueError(
-            f"{place}: {path.name}, which was the best, is gone: {evaluate} finds the best of what is there"
-        )
-    return path
-
-
-def _is_model(path: Path) -> bool:
+def is_model(path: Path) -> bool:
+    """Whether a file's name is that of a step's raw or EMA weights."""
     match = _NAME.fullmatch(path.name)
-    return match is not None and match["kind"] != "opt"
+    return match is not None and (match["kind"] == "model" or match["rate"] is not None)
 
 
-def _is_classifier(path: Path) -> bool:
-    try:
-        return bool(read_metadata(path)["kind"] == "classifier")
-    except (ValueError, OSError):
-        return False  # reading the file reports what is wrong with it
-
-
-def _rank(path: Path) -> tuple[int, float]:
+def rank(path: Path) -> tuple[int, float]:
+    """The step and the EMA rate, 0 for raw weights, of a file for which is_model holds."""
     match = _NAME.fullmatch(path.name)
     assert match
     return int(match["step"]), float(match["rate"] or 0)

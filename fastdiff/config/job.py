@@ -125,6 +125,14 @@ class TrainConfig(Config):
     grad_clip: float = option(0.0, "Clip the gradient norm to this value; 0 disables it.")
     ema_rate: tuple[float, ...] = option((0.9999,), "EMA rates of the weights, e.g. 0.9999,0.999.")
     ema_warmup: bool = option(True, "Forget the initial weights early: EMA rate at most (1 + step) / (10 + step).")
+    ema_lengths: tuple[float, ...] = option(
+        (),
+        "Lengths (sigma_rel) of power-function averages, e.g. 0.05,0.1, from which --ema-length gets others after "
+        "training; by default there is none.",
+    )
+    ema_snapshots: float = option(
+        2.0, "Disk space for the snapshots of --ema-lengths, in sizes of the model; 0 for none.", panel="Output"
+    )
     schedule_sampler: ScheduleSampler = option(ScheduleSampler.UNIFORM, "How training draws timesteps.")
     label_dropout: float = option(
         0.0, "Fraction of images to train without their class label, for --guidance-scale when sampling."
@@ -164,7 +172,8 @@ class TrainConfig(Config):
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ema_rate", tuple_of(float, "ema_rate", self.ema_rate))
+        for name in ("ema_rate", "ema_lengths"):
+            object.__setattr__(self, name, tuple_of(float, name, getattr(self, name)))
         if isinstance(self.microbatch, str) and self.microbatch.removeprefix("-").isdecimal():
             object.__setattr__(self, "microbatch", int(self.microbatch))
         super().__post_init__()
@@ -181,6 +190,7 @@ class TrainConfig(Config):
             "keep_every",
             "preview_interval",
             "eval_interval",
+            "ema_snapshots",
         ):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.spike_guard == 0 or self.spike_guard > 1, "spike_guard", "above 1, or 0 for never")
@@ -197,6 +207,18 @@ class TrainConfig(Config):
         )
         self.require(all(0 <= rate < 1 for rate in self.ema_rate), "ema_rate", "at least 0 and below 1")
         self.require(len(set(self.ema_rate)) == len(self.ema_rate), "ema_rate", "different rates")
+        # above 1 / sqrt(12) older weights would count more than newer ones
+        in_range = all(0 < length < 12**-0.5 for length in self.ema_lengths)
+        self.require(in_range, "ema_lengths", "above 0 and below 0.2887")
+        self.require(len(set(self.ema_lengths)) == len(self.ema_lengths), "ema_lengths", "different lengths")
+        least = len(self.ema_lengths) / 2
+        enough = self.ema_snapshots == 0 or self.ema_snapshots >= least
+        self.require(enough, "ema_snapshots", f"at least {least:g} for {2 * least:g} lengths, or 0 for none")
+
+    @property
+    def snapshots_kept(self) -> int:
+        """Number of snapshots that ema_snapshots has room for: each has the averages of all lengths in 16 bits."""
+        return int(2 * self.ema_snapshots / len(self.ema_lengths)) if self.ema_lengths else 0
 
 
 MOST_SAMPLES = 10**8

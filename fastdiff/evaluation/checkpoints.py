@@ -31,10 +31,13 @@ class Row:
     ema_rate: float
     figures: Mapping[str, float]
     names: Mapping[str, str]
+    ema_length: float | None = None
 
     @property
     def weights(self) -> str:
         """Which weights they are, in words."""
+        if self.ema_length is not None:
+            return f"length {self.ema_length:g}"
         return f"EMA {self.ema_rate:g}" if self.ema_rate else "raw weights"
 
 
@@ -121,7 +124,8 @@ class Comparing:
                 return found
 
             record = world.from_main(recorded)
-        row = Row(path.name, about["step"], about["ema_rate"], record["figures"], record["names"])
+        rate, length = about["ema_rate"] or 0.0, about.get("ema_length")
+        row = Row(path.name, about["step"], rate, record["figures"], record["names"], length)
         self._keep_best(row, drawing.path, drawn=not drawing.there)
         return row
 
@@ -174,9 +178,10 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
         key for key in (*Metric, "kd_deviation", "inception_score_deviation") if any(key in row.figures for row in rows)
     ]
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("checkpoint", "step", "ema_rate", *keys))
+    chosen = "ema_rate" if rows[0].ema_length is None else "ema_length"
+    writer.writerow(("checkpoint", "step", chosen, *keys))
     for row in rows:
-        writer.writerow((row.checkpoint, row.step, row.ema_rate, *(row.figures.get(key, "") for key in keys)))
+        writer.writerow((row.checkpoint, row.step, getattr(row, chosen), *(row.figures.get(key, "") for key in keys)))
     with replacing(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 

@@ -25,11 +25,14 @@ def refuse_without_matplotlib(option: str = "plot") -> None:
         ) from None
 
 
-def refuse_plot(path: Path, overwrite: bool = False) -> None:
-    """ValueError unless a plot can be written to ``path``, which must be new unless it may ``overwrite`` a file."""
+def refuse_plot(path: Path, overwrite: bool = False, kinds: Sequence[str] = (".png",)) -> None:
+    """ValueError unless a plot can be written to ``path``, which must be new unless it may ``overwrite`` a file.
+
+    ``kinds`` are the suffixes that it may have.
+    """
     refuse_without_matplotlib()
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"plot {path} must end in .png")
+    if path.suffix.lower() not in kinds:
+        raise ValueError(f"plot {path} must end in {' or '.join(kinds)}")
     if path.is_dir():
         raise ValueError(f"plot {path} is a folder: name a file")
     if path.exists() and not overwrite:
@@ -58,8 +61,9 @@ def save_plot(path: Path, bound: Bound, timesteps: Int64Array, title: str) -> No
 
 
 def save_lines(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> None:
-    """Plot lines by name as a PNG, each of points (x, y); OSError if it cannot be written."""
+    """Plot lines by name, each of points (x, y), as a PNG or SVG; OSError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -72,4 +76,7 @@ def save_lines(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], x
     axes.grid(color="#d9d9d9", linewidth=0.6)
     axes.set_axisbelow(True)
     with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+        if path.suffix.lower() == ".svg":
+            FigureCanvasSVG(figure).print_svg(temporary)
+        else:
+            FigureCanvasAgg(figure).print_png(temporary)

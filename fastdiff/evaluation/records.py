@@ -20,13 +20,16 @@ _LARGEST = 1e30  # a figure beyond it is no one's
 
 def about_checkpoint(loaded: Checkpoint, path: Path) -> dict[str, Any]:
     """What a record says of the checkpoint at ``path``."""
-    return {
+    about: dict[str, Any] = {
         "checkpoint": path.name,
         "step": loaded.step,
         # a bare state dict does not say whether it is an EMA
         "ema_rate": loaded.metadata.get("ema_rate", 0.0) if loaded.metadata else None,
         "sha256": sha256(path),
     }
+    if (length := loaded.metadata.get("ema_length")) is not None:
+        about |= {"ema_rate": None, "ema_length": length}
+    return about
 
 
 def record_of(

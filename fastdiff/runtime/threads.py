@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-COMMANDS = frozenset({"train", "train-classifier", "sample", "evaluate", "demo", "tune-steps"})
+COMMANDS = frozenset({"train", "train-classifier", "sample", "evaluate", "ema", "demo", "tune-steps"})
 """The commands that choose their threads; ``benchmark`` measures what is asked."""
 
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

@@ -37,6 +37,7 @@ def sample(
     indices: Sequence[int] | None = None,
     classes: Class | Sequence[Class] = (),
     ema_rate: float | None = None,
+    ema_length: float | None = None,
     base_samples: str | os.PathLike[str] | None = None,
     skip_unreadable: bool = False,
     super_res: Source | None = None,
@@ -47,17 +48,17 @@ def sample(
 ) -> Uint8Array:
     """Draw images from a checkpoint, a run folder or, by default, the newest run under runs/: uint8 (N, H, W, 3).
 
-    From a run folder the newest checkpoint is taken, and ``ema_rate`` selects its EMA; 0 selects the raw weights. The
-    images are numbered 0 to num_samples - 1 (by default 16, or the number of base samples); ``indices`` draws other
-    numbers instead. An image depends only on the seed and its number. ``classes`` are class names or indices, drawn in
-    turn. ``base_samples`` is an npz, folder or zip of images for a super-resolution model to enlarge;
-    ``skip_unreadable`` leaves out files that cannot be read. ``super_res`` is a super-resolution checkpoint that
-    enlarges the images of this one. ``classifier`` is a classifier's checkpoint or run that guides this one by
-    ``classifier_scale``; an unconditional model then draws the classifier's classes. ``guide`` is a worse model of the
-    same images, such as an earlier step, away from which ``guidance_scale`` moves them. ``interpolate`` is a pair of
-    seeds or image files.
-    ``settings`` are the fields of SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of
-    RuntimeConfig (device, precision, compile, ...).
+    From a run folder the newest checkpoint is taken, and ``ema_rate`` selects its EMA; 0 selects the raw weights, and
+    ``ema_length`` the average of a length (see load_checkpoint). The images are numbered 0 to num_samples - 1 (by
+    default 16, or the number of base samples); ``indices`` draws other numbers instead. An image depends only on the
+    seed and its number. ``classes`` are class names or indices, drawn in turn. ``base_samples`` is an npz, folder or
+    zip of images for a super-resolution model to enlarge; ``skip_unreadable`` leaves out files that cannot be read.
+    ``super_res`` is a super-resolution checkpoint that enlarges the images of this one. ``classifier`` is a
+    classifier's checkpoint or run that guides this one by ``classifier_scale``; an unconditional model then draws the
+    classifier's classes. ``guide`` is a worse model of the same images, such as an earlier step, away from which
+    ``guidance_scale`` moves them. ``interpolate`` is a pair of seeds or image files. ``settings`` are the fields of
+    SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of RuntimeConfig (device, precision,
+    compile, ...).
 
     The model of a Checkpoint is not modified. ValueError, with a message of one line, if an argument is invalid.
     """
@@ -74,11 +75,11 @@ def sample(
         raise ValueError("guide: say by how much it guides, such as guidance_scale=2")
     base = None if base_samples is None else Path(base_samples)
     plan = Plan.of(
-        _loaded(checkpoint, runtime, ema_rate),
+        _loaded(checkpoint, runtime, ema_rate, ema_length),
         config,
-        super_res=None if super_res is None else _loaded(super_res, runtime, None),
+        super_res=None if super_res is None else _loaded(super_res, runtime),
         classifier=None if classifier is None else _loaded_classifier(classifier, runtime),
-        guide=None if guide is None else _loaded(guide, runtime, None),
+        guide=None if guide is None else _loaded(guide, runtime),
         base_samples=base,
         skipped=unreadable_in(base) if skip_unreadable else None,
         ends=None if interpolate is None else (str(interpolate[0]), str(interpolate[1])),
@@ -110,8 +111,10 @@ def _copied(model: Model, runtime: Runtime) -> Model:
     return deepcopy(model).to(runtime.device).lay_out(runtime.memory_format)
 
 
-def _loaded(source: Source | None, runtime: Runtime, ema_rate: float | None) -> Checkpoint:
+def _loaded(
+    source: Source | None, runtime: Runtime, ema_rate: float | None = None, ema_length: float | None = None
+) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return replace(source, model=_copied(source.model, runtime))
-    path = find_checkpoint(None if source is None else Path(source), ema_rate=ema_rate)
+    path = find_checkpoint(None if source is None else Path(source), ema_rate=ema_rate, ema_length=ema_length)
     return load_checkpoint(path, device=runtime.device, kernels=runtime.kernels, memory_format=runtime.memory_format)

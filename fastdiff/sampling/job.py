@@ -307,7 +307,7 @@ def settings_of(
 
 def _described(path: Path, loaded: Checkpoint | ClassifierCheckpoint, architecture: Config) -> dict[str, Any]:
     process = {} if loaded.diffusion_config is None else loaded.diffusion_config.to_dict()
-    about = {name: loaded.metadata[name] for name in ("ema_rate",) if name in loaded.metadata}
+    about = {name: loaded.metadata[name] for name in ("ema_rate", "ema_length") if name in loaded.metadata}
     return {
         "file": path.name,
         "step": loaded.step,

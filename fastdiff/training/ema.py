@@ -1,28 +1,29 @@
-"""Exponential moving averages of the weights."""
+"""Averages of the weights: exponential moving averages, and power-function averages."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdiff.checkpoint import exponent_of
 from fastdiff.runtime.distributed import World
 
+SNAPSHOT_SPACING = 1.25
+"""Factor between the steps of one snapshot of the averages and the next."""
 
-class EMA:
-    """The average a <- rate * a + (1 - rate) * w of the parameters, in fp32 for any parameter dtype.
+_SNAPSHOTS = 16
 
-    With ``warmup`` the rate of update s is at most (1 + s) / (10 + s), so that the initial weights fade early: at rate
-    0.9999 without warm-up they still make up 37% of the average after 10,000 updates.
+
+class Average(ABC):
+    """An average a <- rate * a + (1 - rate) * w of the parameters, in fp32 for any parameter dtype.
 
     In a ``world`` of processes with equal parameters, each process keeps the averages of a part of them.
     """
 
-    def __init__(
-        self, parameters: Iterable[Tensor], rate: float, warmup: bool = True, world: World | None = None
-    ) -> None:
-        self.rate = rate
-        self.warmup = warmup
+    def __init__(self, parameters: Iterable[Tensor], world: World | None = None) -> None:
         self.updates = 0
         self._parameters = list(parameters)
         self._world = world or World()
@@ -30,12 +31,25 @@ class EMA:
         self._kept = [p for p, owner in zip(self._parameters, self._owners, strict=True) if owner == self._world.rank]
         self._averages = [p.detach().to(torch.float32, copy=True) for p in self._kept]
 
+    @abstractmethod
+    def next_rate(self) -> float:
+        """The rate of the next update."""
+
+    @property
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What a file says of the average, as values for JSON."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The average in words."""
+
     @torch.no_grad()
     def update(self) -> None:
         """Update the averages with the current parameters."""
-        rate = min(self.rate, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.rate
         if self._kept:
-            torch._foreach_lerp_(self._averages, [p.detach().float() for p in self._kept], 1 - rate)
+            torch._foreach_lerp_(self._averages, [p.detach().float() for p in self._kept], 1 - self.next_rate())
         self.updates += 1
 
     @torch.no_grad()
@@ -63,6 +77,65 @@ class EMA:
         for own, value in zip(self._averages, saved, strict=True):
             own.copy_(value)
         self.updates = updates
+
+
+class EMA(Average):
+    """The exponential moving average of a rate.
+
+    With ``warmup`` the rate of update s is at most (1 + s) / (10 + s), so that the initial weights fade early: at rate
+    0.9999 without warm-up they still make up 37% of the average after 10,000 updates.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], rate: float, warmup: bool = True, world: World | None = None
+    ) -> None:
+        super().__init__(parameters, world)
+        self.rate = rate
+        self.warmup = warmup
+
+    def next_rate(self) -> float:
+        return min(self.rate, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.rate
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"ema_rate": self.rate, "ema_warmup": self.warmup, "ema_updates": self.updates}
+
+    @property
+    def name(self) -> str:
+        return f"EMA of rate {self.rate:g}"
+
+
+class PowerAverage(Average):
+    """The power-function average of a relative length (Karras et al. 2024, EDM2, section 3.1).
+
+    The rate of update t is (1 - 1/t)^(gamma + 1): the average forgets the initial weights at once, and its length grows
+    with the training. From it averages of other lengths follow, see checkpoint/averages.py.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], length: float, world: World | None = None) -> None:
+        super().__init__(parameters, world)
+        self.length = length
+        self.exponent = exponent_of(length)
+
+    def next_rate(self) -> float:
+        return float((1 - 1 / (self.updates + 1)) ** (self.exponent + 1))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"ema_length": self.length, "ema_updates": self.updates}
+
+    @property
+    def name(self) -> str:
+        return f"average of length {self.length:g}"
+
+
+def snapshot_steps(steps: int) -> frozenset[int]:
+    """The updates of a run of ``steps`` after which a snapshot of its power-function averages is taken.
+
+    The newest ones that are kept are then best placed at the end of the run: half a spacing before it, and so on.
+    """
+    found = (round(steps * SNAPSHOT_SPACING ** -(i + 0.5)) for i in range(_SNAPSHOTS))
+    return frozenset(step for step in found if 0 < step < steps)
 
 
 def _owners(sizes: Sequence[int], processes: int) -> list[int]:

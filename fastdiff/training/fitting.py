@@ -23,7 +23,8 @@ def choose_microbatch(config: RunConfig, model: Encoder, objective: Objective, r
     numbers = sum(p.numel() for p in model.to(device).parameters())
 
     def attempt(images: int) -> None:
-        moments_averages_messages = torch.empty(numbers * (3 + len(train.ema_rate)), device=device)
+        averages = len(train.ema_rate) + len(train.ema_lengths)
+        moments_averages_messages = torch.empty(numbers * (3 + averages), device=device)
         _pass(config, objective, runtime.eager(model), images, device)
         del moments_averages_messages
 

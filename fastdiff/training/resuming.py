@@ -18,6 +18,7 @@ from fastdiff.training.fine_tuning import (
 )
 from fastdiff.training.held_out import doubts
 from fastdiff.training.parallel import own_part, whole_of
+from fastdiff.training.state import average_path
 from fastdiff.training.trainer import Trainer
 
 
@@ -32,17 +33,22 @@ def resume(trainer: Trainer) -> None:
         world.refuse(f"{run_dir} is at step {step}, but steps is {steps}: give a larger --steps")
     added = world.on_all(lambda: trainer.state.load(run_dir, step))
     trainer.log(f"resumed at step {step}")
-    for left_out in _rates_left_out(trainer, step):
-        trainer.log(f"warning: the EMA of rate {left_out} ends here: add the rate to --ema-rate to continue it")
-    for rate in added:
-        trainer.log(f"the EMA of rate {rate:g} is new: it starts from the weights")
+    for left_out in world.from_main(lambda: _left_out(trainer, step)):
+        trainer.log(f"warning: {left_out} to continue it")
+    for average in added:
+        trainer.log(f"the {average.name} is new: it starts from the weights")
 
 
-def _rates_left_out(trainer: Trainer, step: int) -> list[str]:
-    """Rates of the EMAs that were saved with ``step`` and are not continued."""
-    kept = {checkpoint.ema_path(trainer.run_dir, ema.rate, step).name for ema in trainer.state.emas}
-    found = sorted(path.name for path in trainer.run_dir.glob(f"ema_*_{step:06}.safetensors"))
-    return [name.split("_")[1] for name in found if name not in kept]
+def _left_out(trainer: Trainer, step: int) -> list[str]:
+    """The averages that were saved with ``step`` and are not continued, with what to add for each."""
+    kept = {average_path(average, trainer.run_dir, step) for average in trainer.state.averages}
+    found = []
+    for flag, word, prefix in (("--ema-rate", "EMA of rate", "ema"), ("--ema-lengths", "average of length", "average")):
+        for path in sorted(trainer.run_dir.glob(f"{prefix}_*_{step:06}.safetensors")):
+            if path not in kept and "ema_updates" in checkpoint.read_metadata(path):  # it was not reconstructed
+                what = word.rpartition(" ")[2]
+                found.append(f"the {word} {path.name.split('_')[1]} ends here: add the {what} to {flag}")
+    return found
 
 
 def _newest_whole(trainer: Trainer) -> int | None:
@@ -82,8 +88,8 @@ def resume_from(trainer: Trainer, path: Path) -> None:
             )
         for line in doubts(trainer.config.train, metadata, path):
             trainer.log(line)
-        for rate in world.on_all(lambda: trainer.state.load(path.parent, step)):
-            trainer.log(f"no EMA of rate {rate:g} beside it: this one starts from the weights")
+        for average in world.on_all(lambda: trainer.state.load(path.parent, step)):
+            trainer.log(f"no {average.name} beside it: this one starts from the weights")
     trainer.log(f"resumed at step {step} from {path}")
 
 
@@ -126,7 +132,7 @@ def init_from(trainer: Trainer, path: Path, weights: Initial | None = None) -> N
         initial, lines = carried_over(model, state.weights, fresh, config.class_names, named)
     lines += doubts(config.train, found.metadata, path)
     world.on_all(lambda: state.set_weights(initial, path))
-    for ema in state.emas:
-        ema.load(state.parameters, updates=0)
+    for average in state.averages:
+        average.load(state.parameters, updates=0)
     for line in (*lines, f"weights from {path}"):
         trainer.log(line)

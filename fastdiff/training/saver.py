@@ -56,6 +56,27 @@ class Saver:
         self.wait()
         self._last = self._thread.submit(self._save, step, files, ready)
 
+    def keep_averages(self, file: CheckpointFile, count: int, ready: Callable[[], None] | None = None) -> None:
+        """Start writing a snapshot of the averages, of which the run keeps ``count``; otherwise as save.
+
+        The oldest one goes before the new one comes. A failure is logged: the averages of the checkpoints are enough to
+        go on.
+        """
+        self.wait()
+        self._last = self._thread.submit(self._keep_averages, file, count, ready)
+
+    def _keep_averages(self, file: CheckpointFile, count: int, ready: Callable[[], None] | None) -> None:
+        if ready is not None:
+            ready()
+        step = int(file.metadata["step"])
+        try:
+            if not all(tensor.isfinite().all() for tensor in file.tensors.values()):
+                raise OSError("a weight is beyond the range of 16 bits")
+            checkpoint.keep_snapshots(self.run_dir, step - 1, count - 1)
+            checkpoint.write_tensors(file.path, file.tensors, file.metadata)
+        except OSError as error:
+            self.log(f"warning: no snapshot of the averages of step {step}: {error}")
+
     def check(self) -> None:
         """Raise the failure of a failed save, without waiting for a running one."""
         if self.failed:

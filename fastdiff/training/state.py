@@ -14,7 +14,7 @@ from fastdiff.diffusion import LossSecondMomentSampler, UniformSampler
 from fastdiff.interop.openai_run import MOMENTS, OpenAIRun
 from fastdiff.models.unet import Encoder
 from fastdiff.runtime.distributed import World
-from fastdiff.training.ema import EMA
+from fastdiff.training.ema import EMA, Average, PowerAverage
 from fastdiff.training.guard import Guard
 from fastdiff.training.metrics import LossSums
 from fastdiff.training.objective import Objective
@@ -27,7 +27,7 @@ INITIAL_LOG_LOSS_SCALE = {"model": 20, "classifier": 16}
 
 
 class TrainState:
-    """Weights, EMAs, optimizer state, loss scale, timestep loss history and log sums after ``step`` updates.
+    """Weights, averages, optimizer state, loss scale, timestep loss history and log sums after ``step`` updates.
 
     ``first_step`` is the step that was loaded, or 0. ``whole`` is false while an update is changing the parts one by
     one. ``weights`` are the model's parameters by name and ``held`` the same in a list; ``parameters`` are the tensors
@@ -54,6 +54,8 @@ class TrainState:
         # Under FSDP the EMAs are sharded like the parameters.
         everyone = world if self.parameters[0] is self.held[0] else World()
         self.emas = [EMA(self.parameters, rate, train.ema_warmup, everyone) for rate in train.ema_rate]
+        self.powers = [PowerAverage(self.parameters, length, everyone) for length in train.ema_lengths]
+        self.averages: list[Average] = [*self.emas, *self.powers]
         device = self.parameters[0].device
         # The fused optimizer skips a step with non-finite gradients on the device, without a host sync.
         self.optimizer = FusedAdamW(self.parameters, train.lr, train.weight_decay)
@@ -93,14 +95,30 @@ class TrainState:
         described = self.objective.metadata(self.config, self.step) | about
         weights = self._on_host(self.parameters)
         files = [CheckpointFile(checkpoint.model_path(run_dir, self.step), weights, described)]
-        for ema in self.emas:
-            path = checkpoint.ema_path(run_dir, ema.rate, self.step)
-            average = {"ema_rate": ema.rate, "ema_warmup": ema.warmup, "ema_updates": ema.updates}
-            files.append(CheckpointFile(path, self._on_host(ema.tensors()), described | average))
+        for average in self.averages:
+            path = average_path(average, run_dir, self.step)
+            files.append(CheckpointFile(path, self._on_host(average.tensors()), described | average.about))
         path = checkpoint.optimizer_path(run_dir, self.step)
         said = {"kind": "optimizer", "step": self.step, "scaler": self.scaler.state_dict()} | about
         files.append(CheckpointFile(path, self._optimizer_tensors(), said | {"run_config": self.config.to_dict()}))
         return files if self.world.main else []
+
+    def snapshot_of_averages(self, run_dir: Path) -> CheckpointFile | None:
+        """Copy the power-function averages to the host in 16 bits; as snapshot, for the file on rank 0. Collective."""
+        tensors = {}
+        for power in self.powers:
+            parts = dict(zip(self.weights, power.tensors(), strict=True))
+            pinned, at = self.parameters[0].device.type == "cuda", 0
+            flat = torch.empty(self.num_parameters if self.world.main else 0, dtype=torch.float16, pin_memory=pinned)
+            for name, held in sorted(self.weights.items()):
+                whole = whole_of(parts[name], held)
+                if self.world.main:
+                    flat[at : at + whole.numel()].copy_(whole.detach().half().reshape(-1), non_blocking=pinned)
+                    at += whole.numel()
+            tensors[str(power.length)] = flat
+        about = {"kind": "averages", "step": self.step, "ema_lengths": [power.length for power in self.powers]}
+        path = checkpoint.snapshot_path(run_dir, self.step)
+        return CheckpointFile(path, tensors, about) if self.world.main else None
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -120,10 +138,10 @@ class TrainState:
                 found[prefix + name] = on_host(whole)
         return found
 
-    def load(self, run_dir: Path, step: int) -> list[float]:
+    def load(self, run_dir: Path, step: int) -> list[Average]:
         """Resume from the files of ``step``, which rank 0 has verified.
 
-        Returns the EMA rates that the run did not have: those averages start from the weights. ValueError if a file is
+        Returns the averages that the run did not have: they start from the weights. ValueError if a file is
         damaged or does not match the model.
         """
         read = partial(checkpoint.read_tensors, verified=self.world.main)
@@ -131,17 +149,18 @@ class TrainState:
         path = checkpoint.model_path(run_dir, step)
         weights, _ = read(path, kind=kind)
         tensors, metadata = read(checkpoint.optimizer_path(run_dir, step), kind="optimizer")
-        averages, added = [], []
-        for ema in self.emas:
-            ema_path = checkpoint.ema_path(run_dir, ema.rate, step)
-            if ema_path.exists():
-                averages.append(read(ema_path, kind=kind))
-            else:  # the manifest has it if the run did
-                averages.append((weights, {"ema_updates": 0}))
-                added.append(ema.rate)
+        saved, added = [], []
+        for average in self.averages:
+            # the manifest has it if the run did; a reconstructed one is not what training kept
+            there = average_path(average, run_dir, step)
+            tensors_of, about = read(there, kind=kind) if there.exists() else (weights, {})
+            if "ema_updates" not in about:
+                tensors_of, about = weights, {"ema_updates": step if isinstance(average, PowerAverage) else 0}
+                added.append(average)
+            saved.append((tensors_of, about))
         self.set_weights(weights, path)
-        for ema, (average, about) in zip(self.emas, averages, strict=True):
-            ema.load(self._parts(average), about["ema_updates"])
+        for average, (tensors_of, about) in zip(self.averages, saved, strict=True):
+            average.load(self._parts(tensors_of), about["ema_updates"])
         self._set_moments(tensors)
         if self.scaler.is_enabled() and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
@@ -168,6 +187,8 @@ class TrainState:
         self.set_weights(ordered, run.path)
         for ema in self.emas:
             ema.load(self._parts(run.averages.get(ema.rate, run.weights)), run.step)
+        for power in self.powers:
+            power.load(self._parts(run.weights), run.step)
         if moments is not None:
             self._set_moments(moments)
         self.step = self.first_step = run.step
@@ -192,6 +213,14 @@ def _scaler(device: torch.device, precision: Precision, growth: float, initial: 
     if growth:
         rule = {"init_scale": 2.0**initial, "growth_factor": 2.0**growth, "growth_interval": 1}
     return torch.amp.GradScaler(device.type, enabled=precision is Precision.FP16, **rule)  # type: ignore[arg-type]
+
+
+def average_path(average: Average, run_dir: Path, step: int) -> Path:
+    """The path of an average in a run folder."""
+    if isinstance(average, EMA):
+        return checkpoint.ema_path(run_dir, average.rate, step)
+    assert isinstance(average, PowerAverage)
+    return checkpoint.average_path(run_dir, average.length, step)
 
 
 def on_host(tensor: Tensor) -> Tensor:

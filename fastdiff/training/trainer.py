@@ -23,6 +23,7 @@ from fastdiff.runtime.threads import Pace
 from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
 from fastdiff.runtime.words import duration, printable
 from fastdiff.training.classification import Classification
+from fastdiff.training.ema import snapshot_steps
 from fastdiff.training.fitting import choose_microbatch, warm_up
 from fastdiff.training.held_out import HeldOut, Rows, measure, summary
 from fastdiff.training.metrics import ProgressFiles
@@ -140,6 +141,7 @@ class Trainer:
         outputs = world.on_all(lambda: self._open_outputs() if world.main else [])
         update = Updater(self.config, state, self.objective, self.module, self.forward, world)
         agreement, clock, stopped_by = Agreement(world), Clock(), 0
+        snapshots = snapshot_steps(train.steps) if train.snapshots_kept else frozenset()
 
         def due(interval: int) -> bool:
             return interval > 0 and (state.step % interval == 0 or state.step == train.steps)
@@ -167,6 +169,8 @@ class Trainer:
                 if on_update is not None:
                     on_update(state.step, train.steps, note)
                 paused = time.perf_counter()
+                if state.step in snapshots:
+                    self._keep_averages()
                 if due(train.save_interval):
                     self._save()
                 if due(train.preview_interval):
@@ -228,8 +232,10 @@ class Trainer:
     def _open_outputs(self) -> list[Sink]:
         for name in checkpoint.remove_leftovers(self.run_dir):
             self.log(f"removed {name}, which a killed process left behind")
+        if (count := self.config.train.snapshots_kept) > 0:  # later ones are of updates that come again
+            checkpoint.keep_snapshots(self.run_dir, self.state.step, count)
         # approximately a checkpoint: weights, EMAs and two Adam moments in fp32
-        free_space_check(self.run_dir, 4 * self.state.num_parameters * (3 + len(self.state.emas)))
+        free_space_check(self.run_dir, 4 * self.state.num_parameters * (3 + len(self.state.averages)))
         sinks = open_sinks(self.config.train, self.run_dir, self.config.to_dict(), self.log)
         write_config(self.config, self.run_dir, self.environment)
         return [ProgressFiles(self.run_dir, self.state.step, self.log, self.objective.columns), *sinks]
@@ -306,8 +312,20 @@ class Trainer:
         files = self.state.snapshot(self.run_dir, **({"environment": self.environment} if self.environment else {}))
         self._snapshot_step = step
         if self.world.main:
-            copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-            self.saver.save(step, files, copied.synchronize if copied else None)
+            self.saver.save(step, files, self._copied())
+
+    def _keep_averages(self) -> None:
+        """Start writing a snapshot of the power-function averages. Collective."""
+        self.world.on_all(self.saver.wait)
+        file = self.state.snapshot_of_averages(self.run_dir)
+        if file is not None:
+            self.saver.keep_averages(file, self.config.train.snapshots_kept, self._copied())
+
+    def _copied(self) -> Callable[[], None] | None:
+        """What waits for the copies to the host that were started."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self.device).record_event().synchronize
 
     def _preview(self, outputs: Sequence[Sink]) -> None:
         assert isinstance(self.model, UNet)

@@ -97,8 +97,8 @@ class Updater:
         state.optimizer.zero_grad(set_to_none=True)
         self.module.zero_grad(set_to_none=True)  # under FSDP the module's parameters are not the optimizer's
 
-        for ema in state.emas:
-            ema.update()
+        for average in state.averages:
+            average.update()
         state.step += 1
         state.whole = True
 

@@ -221,7 +221,8 @@ def _measured(path: Path, problems: list[str]) -> tuple[Measured, ...]:
             while line := file.readline(_LARGEST):
                 try:
                     row = json.loads(line)
-                    if row.get("step") is None:  # samples of no checkpoint
+                    # samples of no checkpoint, or an average that is no checkpoint of the run
+                    if row.get("step") is None or row.get("ema_length") is not None:
                         continue
                     one = _line_of_metrics(row)
                 except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
