@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fastdiff import SampleConfig, load_checkpoint
-from fastdiff.checkpoint import verify_step
+from fastdiff.checkpoint import average_path, read_tensors, snapshot_path, verify_step
 from fastdiff.data.shapes import SHAPES
 from fastdiff.sampling import generate, save_grid
 
@@ -99,7 +99,7 @@ def test_killed_and_resumed_is_straight_on(
     tmp_path: Path, shapes: Path, straight: Straight, processes: int, precision: str
 ) -> None:
     """6 steps at once; 5 steps, SIGKILL, and on to 6. The last checkpoint before the end is that of step 4."""
-    flags = [*EVERYTHING, "--precision", precision]
+    flags = [*EVERYTHING, "--precision", precision, "--ema-lengths", "0.1"]
     whole = straight(processes, *flags)
     common = {"cwd": tmp_path, "data": shapes}
     killed = 1 if processes > 1 else -9
@@ -107,7 +107,10 @@ def test_killed_and_resumed_is_straight_on(
     assert (tmp_path / "killed/progress.csv").read_text().splitlines()[-1].startswith("5,")
     result = train(processes, "killed", "--resume", **common)
     assert "resumed at step 4\n" in result.out
-    assert hashes(whole, 6) == hashes(tmp_path / "killed", 6)
+    assert digests(whole, 6) == digests(tmp_path / "killed", 6)
+    assert len(digests(whole, 6)) == 5  # weights, three averages, optimizer
+    for step in (3, 4, 5):
+        assert snapshot_path(whole, step).read_bytes() == snapshot_path(tmp_path / "killed", step).read_bytes()
     assert rows(whole) == rows(tmp_path / "killed")
     assert [row["step"] for row in rows(tmp_path / "killed")] == [str(step) for step in range(1, 7)]
 
@@ -124,7 +127,7 @@ def test_killed_and_resumed_is_straight_on(
 def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes: Path, names: tuple[str, ...]) -> None:
     """For three steps losses and gradient norms are equal to 1e-5, with micro-batches as without."""
     flags = [*LEARNING, "--precision", "fp32", "--steps", "3", "--spike-guard", "50", "--grad-clip", "1"]
-    flags += ["--batch-size", "8"]  # 4 on each of two, as 3 and 1
+    flags += ["--batch-size", "8", "--ema-lengths", "0.1"]  # 4 on each of two, as 3 and 1
     guided = ["--channel-mult", "1,1", "--resblock-updown", "--use-new-attention-order", "--num-head-channels", "16"]
     kinds: dict[str, tuple[int, list[str]]] = {
         "one": (1, []),
@@ -140,6 +143,15 @@ def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes:
         processes, more = kinds[name]
         train(processes, name, *flags, *more, cwd=tmp_path, data=shapes)
         found[name] = rows(tmp_path / name)
+    averages = {
+        name: read_tensors(average_path(tmp_path / name, 0.1, 3), "model")[0]
+        | read_tensors(snapshot_path(tmp_path / name, 2), "averages")[0]
+        for name in names
+    }
+    for name, tensors in averages.items():
+        assert tensors["0.1"].dtype == torch.float16
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, averages[names[0]][key], rtol=1e-3, atol=2e-4, msg=f"{name}: {key}")
     compared = ("loss", "mse", "vb", *(f"loss_q{q}" for q in range(4)), "grad_norm")
     for name, step in itertools.product(found, range(3)):
         ours, one = found[name][step], found[names[0]][step]
@@ -201,7 +213,10 @@ def test_the_death_of_one_process_is_mended_by_a_restart(
             result = train(2, "killed", *flags, status=status, **started, **common)
     assert "torchrun restarted this process: resuming the run" in result.out
     assert "resumed at step 4\n" in result.out
-    assert hashes(whole, 6) == hashes(tmp_path / "killed", 6)
+    assert digests(whole, 6) == digests(tmp_path / "killed", 6)
+    assert len(digests(whole, 6)) == 5  # weights, three averages, optimizer
+    for step in (3, 4, 5):
+        assert snapshot_path(whole, step).read_bytes() == snapshot_path(tmp_path / "killed", step).read_bytes()
     assert rows(whole) == rows(tmp_path / "killed")
 
 

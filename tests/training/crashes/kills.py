@@ -26,6 +26,7 @@ FLAGS: dict[str, Any] = {
     "schedule_sampler": "loss-second-moment",
     "diffusion_steps": 2,
     "ema_rate": "0.9999,0.5",
+    "ema_lengths": "0.05,0.1",
     "lr": 1e-3,
 }
 STEPS_A_LIFE = 6
@@ -81,6 +82,8 @@ def killed(run_dir: Path, data: Path, steps: int, rng: random.Random) -> int:
 def check(run_dir: Path, manifests: dict[int, str]) -> int:
     """The newest step, of which, as of all others, every bit must be that of the undisturbed run; 0 where none is."""
     steps = checkpoint.saved_steps(run_dir) if run_dir.exists() else []
+    for step in checkpoint.snapshots(run_dir):
+        checkpoint.read_tensors(checkpoint.snapshot_path(run_dir, step), "averages")
     for step in steps:
         checkpoint.verify_step(run_dir, step)
         assert checkpoint.manifest_path(run_dir, step).read_text() == manifests[step], f"step {step} differs"
@@ -120,6 +123,9 @@ def random_kills(folder: Path, kills: int) -> Counter[str]:
     assert wait(fork(lambda: train(run_dir, data, steps))) == 0
     assert check(run_dir, manifests) == steps
     assert rows(run_dir) == rows(straight)
-    ours, theirs = ({path.name for path in place.iterdir()} for place in (run_dir, straight))
+    ours, theirs = ({str(path.relative_to(place)) for path in place.rglob("*")} for place in (run_dir, straight))
     assert ours == theirs, ours ^ theirs
+    for step in checkpoint.snapshots(straight):
+        same_bytes = {checkpoint.snapshot_path(place, step).read_bytes() for place in (run_dir, straight)}
+        assert len(same_bytes) == 1, f"the snapshot of step {step} differs"
     return counted

@@ -85,6 +85,56 @@ def save(run_dir: Path, files: Files, step: int, at: int = 0, hit: Hit = Hit.NOT
     return wait(fork(work))
 
 
+def snapshot(run_dir: Path, step: int) -> CheckpointFile:
+    """A snapshot of one average."""
+    about = {"kind": "averages", "step": step, "ema_lengths": [0.1]}
+    return CheckpointFile(checkpoint.snapshot_path(run_dir, step), {"0.1": torch.arange(1000.0).half() + step}, about)
+
+
+def keep(run_dir: Path, step: int, at: int = 0, hit: Hit = Hit.NOTHING) -> int:
+    """Write a snapshot, of which one is kept, in another process, hit at a call; what became of the process."""
+
+    def work() -> int:
+        subject = Saver(run_dir, TrainConfig(), lambda line: None)
+        shim.arm(run_dir, at, hit)
+        subject.keep_averages(snapshot(run_dir, step), count=1)
+        subject.wait()
+        (run_dir.parent / "calls").write_text("\n".join(shim.calls()))
+        return SAVED
+
+    return wait(fork(work))
+
+
+def snapshot_cases(folder: Path, stride: int) -> str:
+    """Hit a snapshot at its calls: those that are there are whole, and the next one leaves nothing else behind."""
+    base, run_dir = folder / "base", folder / "run"
+    assert keep(base, 2) == SAVED
+    shutil.copytree(base, run_dir)
+    assert keep(run_dir, 4) == SAVED
+    shutil.rmtree(run_dir)
+    calls = (folder / "calls").read_text().split()
+    cases = [(at, hit) for at in range(1, len(calls) + 1) for hit in list(Hit)[1:]]
+    cases = [(at, hit) for at, hit in cases if hit is not Hit.KILLED_HALFWAY or calls[at - 1] in WRITES][::stride]
+    for at, hit in cases:
+        shutil.copytree(base, run_dir)
+        status = keep(run_dir, 4, at, hit)
+        assert status == (-signal.SIGKILL if hit.name.startswith("KILLED") else SAVED), (hit, at, status)
+        there = checkpoint.snapshots(run_dir)
+        assert there in ([], [2], [4]), (hit, at, there)
+        for step in there:
+            wanted = snapshot(run_dir, step)
+            tensors, metadata = checkpoint.read_tensors(wanted.path, "averages")
+            assert metadata == wanted.metadata
+            assert same(tensors, dict(wanted.tensors))
+        checkpoint.remove_leftovers(run_dir)  # as a run that goes on from there
+        assert keep(run_dir, 6) == SAVED
+        left = [path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*")]
+        assert sorted(left) == ["averages", "averages/000006.safetensors"], (hit, at, left)
+        shutil.rmtree(run_dir)
+    shutil.rmtree(base)
+    return f"A snapshot of the averages was hit {len(cases)} times: those that were there were whole."
+
+
 def check(run_dir: Path, files: Files) -> list[int]:
     """Every saved step must load as it was meant to be; returns the steps."""
     steps = checkpoint.saved_steps(run_dir)
@@ -160,6 +210,7 @@ def main() -> None:
             print("\n| hit | times | step 2 is the newest, whole | step 4 is | failed loudly |\n|---|---|---|---|---|")
             for row in rows:
                 print(f"| {' | '.join(row)} |")
+        print(f"\n{snapshot_cases(folder, 24 if short else 1)}")
         found = random_kills(folder, 1 if short else 100)
         print(
             f"\nA training was killed {found['kills']} times, {found['while_saving']} of them in the middle of a save; "
