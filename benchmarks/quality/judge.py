@@ -24,7 +24,6 @@ from fastdiff.runtime.files import replacing
 ACCURACY = 0.98
 """The least share of held-out real images that a judge names rightly."""
 
-UPDATES = 1000
 _VERSION = 1  # of the network and its training: another one trains the judges again
 _BATCH = 64
 _LR = 2e-3
@@ -76,7 +75,6 @@ def open_judge(
     folder: Path,
     device: torch.device | str = "cpu",
     tell: Callable[[str], None] = print,
-    updates: int = UPDATES,
 ) -> Judge:
     """The judge of the data set whose parts are in ``folder``, which keeps its weights, too; else it is trained first.
 
@@ -86,11 +84,11 @@ def open_judge(
     parts = {part: read_pictures(folder / part) for part in PARTS}
     learned, checked = parts[source.judge_learns], parts[source.judge_checked_on]
     digests = " ".join(part.digest for part in parts.values())
-    made_of = hashlib.sha256(f"{_VERSION} {updates} {digests}".encode()).hexdigest()
+    made_of = hashlib.sha256(f"{_VERSION} {source.judge_updates} {digests}".encode()).hexdigest()
     network = Network(len(learned.class_names), source.size)
     if not _load(network, path, made_of):
         tell(f"training the judge of {source.name} on {len(learned.images):,} real images ...")
-        train(network, learned, flips=source.flips, updates=updates)
+        train(network, learned, flips=source.flips, updates=source.judge_updates)
         with replacing(path) as temporary:
             save_file(network.state_dict(), temporary, {"made_of": made_of})
     accuracy = accuracy_of(network, checked)
@@ -117,7 +115,7 @@ def _load(network: Network, path: Path, made_of: str) -> bool:
     return True
 
 
-def train(network: Network, pictures: Pictures, flips: bool, updates: int = UPDATES) -> None:
+def train(network: Network, pictures: Pictures, flips: bool, updates: int) -> None:
     """Train the network on the pictures, moved and turned at random, with a rate that rises and falls in one cycle."""
     generator = torch.Generator().manual_seed(0)
     _initialise(network, generator)

@@ -46,6 +46,7 @@ class Source:
     judge_learns: str
     """The part on which the judge is trained; it is checked on the other one of train and held_out."""
     make: Callable[[], Parts]
+    judge_updates: int
     flips: bool = False
     """Whether a mirrored image is one of the set, too."""
 
@@ -112,8 +113,8 @@ def crops_of(photos: Mapping[str, Uint8Array], size: int, counts: Mapping[str, i
 
 
 SOURCES = {
-    PictureSet.DIGITS: Source("digits", 32, "train", _digits),
-    PictureSet.PHOTOGRAPHS: Source("photographs", 64, "held_out", _photographs, flips=True),
+    PictureSet.DIGITS: Source("digits", 32, "train", _digits, 1000),
+    PictureSet.PHOTOGRAPHS: Source("photographs", 64, "held_out", _photographs, 600, flips=True),
 }
 
 

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fastdiff.benchmarks.quality.measure import Machine
 from fastdiff.benchmarks.quality.pictures import Parts, Source, Uint8Array
+from fastdiff.config import RuntimeConfig
+from fastdiff.runtime.device import Runtime
+from fastdiff.runtime.display import Lines
 
 SIZE = 8
 COUNTS = {"train": 12, "reference": 16, "held_out": 8}
@@ -22,6 +26,16 @@ def _coloured() -> Parts:
     return {part: images(part) for part in COUNTS}
 
 
-COLOURED = Source("colours", SIZE, "train", _coloured)
-UPDATES = 30
-"""Enough for a judge of colours."""
+COLOURED = Source("colours", SIZE, "train", _coloured, judge_updates=30)
+
+TINY = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "", "batch_size": 4}
+TINY |= {"diffusion_steps": 30, "noise_schedule": "cosine"}
+"""Flags of a model that trains in no time."""
+
+PLAIN = {"device": "cpu", "compile": "off", "precision": "fp32"}
+
+
+def machine(said: list[str]) -> Machine:
+    """Without a compiler; its lines are added to ``said``."""
+    runtime = Runtime.resolve(RuntimeConfig.from_flags(PLAIN))
+    return Machine(runtime, Lines(said.append), lambda _: lambda *_: None)

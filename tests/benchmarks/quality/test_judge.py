@@ -14,7 +14,7 @@ from fastdiff.benchmarks.quality.judge import Judge, Network, open_judge, share_
 from fastdiff.benchmarks.quality.pictures import PARTS, read_pictures, write_pictures
 
 from ...support import refusal
-from .support import COLOURED, COLOURS, UPDATES
+from .support import COLOURED, COLOURS
 
 Open = Callable[..., Judge]
 
@@ -23,12 +23,12 @@ Open = Callable[..., Judge]
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judge")
     write_pictures(COLOURED, folder)
-    open_judge(COLOURED, folder, tell=lambda _: None, updates=UPDATES)
+    open_judge(COLOURED, folder, tell=lambda _: None)
     return folder
 
 
 def opened(folder: Path, said: list[str] | None = None) -> Judge:
-    return open_judge(COLOURED, folder, tell=[].append if said is None else said.append, updates=UPDATES)
+    return open_judge(COLOURED, folder, tell=[].append if said is None else said.append)
 
 
 def test_it_names_what_it_has_not_learned(data: Path) -> None:

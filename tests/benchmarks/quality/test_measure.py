@@ -11,52 +11,35 @@ from safetensors.torch import save_file
 import fastdiff
 from fastdiff.benchmarks.quality import measure
 from fastdiff.benchmarks.quality.judge import open_judge
-from fastdiff.benchmarks.quality.measure import Bench, Figures, Machine
+from fastdiff.benchmarks.quality.measure import Bench, Figures
 from fastdiff.benchmarks.quality.pictures import read_pictures, write_pictures
-from fastdiff.config import QualityConfig, RuntimeConfig
+from fastdiff.config import QualityConfig
 from fastdiff.evaluation.extractors import Extractor
-from fastdiff.runtime.device import Runtime
-from fastdiff.runtime.display import Lines
 
 from ...support import refusal
-from .support import COLOURED, SIZE, UPDATES
+from .support import COLOURED, PLAIN, SIZE, TINY, machine
 
 FEW = QualityConfig(set="digits", num_samples=12, steps=3)
-TINY = {"image_size": SIZE, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "batch_size": 4, "steps": 1}
-TINY |= {
-    "diffusion_steps": 30,
-    "noise_schedule": "cosine",
-    "preview_interval": 0,
-    "device": "cpu",
-    "compile": "off",
-    "precision": "fp32",
-    "attention_resolutions": "",
-}
-
-
-def machine(said: list[str]) -> Machine:
-    runtime = Runtime.resolve(RuntimeConfig(device="cpu", compile="off", precision="fp32"))
-    return Machine(runtime, Lines(said.append), lambda _: lambda *_: None)
+ONE = {**TINY, "image_size": SIZE, "steps": 1, "preview_interval": 0, **PLAIN}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measure")
     write_pictures(COLOURED, folder)
-    open_judge(COLOURED, folder, tell=lambda _: None, updates=UPDATES)
+    open_judge(COLOURED, folder, tell=lambda _: None)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _kept_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "open_judge", lambda *args: open_judge(*args, updates=UPDATES))
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "NLL_IMAGES", 3)
     monkeypatch.setattr(measure, "NLL_STEPS", 5)
 
 
 @pytest.fixture(scope="module")
 def run(data: Path) -> Path:
-    fastdiff.train(data / "train", data / "run", class_cond=True, show=None, **TINY)
+    fastdiff.train(data / "train", data / "run", class_cond=True, show=None, **ONE)
     return data / "run"
 
 
@@ -151,7 +134,7 @@ def test_likelihood_is_of_every_class(data: Path, run: Path, monkeypatch: pytest
 
 
 def test_a_model_without_classes_has_no_accuracy(data: Path, tmp_path: Path) -> None:
-    fastdiff.train(data / "train", tmp_path / "run", show=None, **TINY)
+    fastdiff.train(data / "train", tmp_path / "run", show=None, **ONE)
     figures = Bench(COLOURED, data, FEW, machine([]), quick=True).measure(tmp_path / "run")
     assert math.isnan(figures.accuracy)
     assert figures.fd > 0
@@ -159,11 +142,11 @@ def test_a_model_without_classes_has_no_accuracy(data: Path, tmp_path: Path) -> 
 
 def test_runs_of_other_images_are_refused(data: Path, shapes: Path, tmp_path: Path) -> None:
     bench = Bench(COLOURED, data, FEW, machine([]), quick=True)
-    fastdiff.train(shapes, tmp_path / "a", class_cond=True, show=None, **TINY)
+    fastdiff.train(shapes, tmp_path / "a", class_cond=True, show=None, **ONE)
     assert f"has other classes than colours: train on {data / 'train'}" in refusal(
         lambda: bench.measure(tmp_path / "a")
     )
-    fastdiff.train(data / "train", tmp_path / "b", show=None, **TINY | {"image_size": 16, "channel_mult": "1,1"})
+    fastdiff.train(data / "train", tmp_path / "b", show=None, **ONE | {"image_size": 16, "channel_mult": "1,1"})
     said = refusal(lambda: bench.measure(tmp_path / "b"))
     assert "draws images of 16 pixels, and colours have 8: choose another --set" in said
 

@@ -1,6 +1,7 @@
 """The data sets: the same files every time, parts apart, and a remedy where a package is missing."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_a_part_that_failed_is_not_there(tmp_path: Path) -> None:
 
         return {**parts, "reference": some()}
 
-    source = type(COLOURED)("broken", 8, "train", broken)  # type: ignore[arg-type]
+    source = replace(COLOURED, make=broken)
     with pytest.raises(OSError, match="the disk is full"):
         write_pictures(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
