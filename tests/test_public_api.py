@@ -85,7 +85,7 @@ def test_methods_of_the_process(name: str, parameters: str) -> None:
 
 
 def test_enum_members() -> None:
-    assert list(ModelMeanType.__members__) == ["PREVIOUS_X", "START_X", "EPSILON"]
+    assert list(ModelMeanType.__members__) == ["PREVIOUS_X", "START_X", "EPSILON", "V", "FLOW"]
     assert set(ModelVarType.__members__) == {"FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"}
     assert set(LossType.__members__) == {"MSE", "RESCALED_MSE", "KL", "RESCALED_KL"}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastdiff.checkpoint.files import sha256
 from fastdiff.checkpoint.model import Checkpoint
-from fastdiff.config import DiffusionConfig, ModelConfig, RunConfig
+from fastdiff.config import DiffusionConfig, ModelConfig, Prediction, RunConfig
 from fastdiff.interop.diffusers import Scheduler
 from fastdiff.runtime.words import printable
 
@@ -135,10 +135,18 @@ def _model(loaded: Checkpoint, scheduler: Scheduler) -> Rows:
     yield "Diffusion process", f"{process.diffusion_steps:,} steps, {process.noise_schedule} noise schedule"
     yield (
         "Prediction",
-        ("x_0" if process.predict_xstart else "the noise")
+        _PREDICTIONS[process.prediction]
         + (", and the variance" if model.learn_sigma and scheduler is Scheduler.DDPM else ""),
     )
     yield "Scheduler", f"{scheduler.upper()}Scheduler with {_integer_steps(process):,} steps"
+
+
+_PREDICTIONS = {
+    Prediction.EPSILON: "the noise",
+    Prediction.X_START: "x_0",
+    Prediction.V: "v",
+    Prediction.FLOW: "the velocity of a rectified flow",
+}
 
 
 def _integer_steps(process: DiffusionConfig) -> int:

@@ -18,10 +18,12 @@ from fastdiff.config.choices import (
     Parallel,
     PictureSet,
     Precision,
+    Prediction,
     Sampler,
     ScheduleSampler,
     TimeGrid,
     Tracker,
+    Weighting,
 )
 from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig, with_multipliers
 from fastdiff.config.evaluation import FAST_STEPS, MetricsConfig, NllConfig, QualityConfig
@@ -75,6 +77,7 @@ __all__ = [
     "PictureSet",
     "Precision",
     "QualityConfig",
+    "Prediction",
     "RunConfig",
     "RuntimeConfig",
     "SampleConfig",
@@ -83,6 +86,7 @@ __all__ = [
     "StartConfig",
     "TimeGrid",
     "Tracker",
+    "Weighting",
     "TrainConfig",
     "TuneConfig",
     "channel_mult_for",

@@ -128,7 +128,8 @@ def differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
 def refuse_contradiction(flags: Mapping[str, Any], where: str, *configs: Config) -> None:
     """Raise ValueError, naming the first such flag, if a flag contradicts ``configs``, which come from ``where``."""
     for config in configs:
-        for name, theirs, mine in differences(config, config.from_flags(flags, base=config)):
+        found = differences(config, config.from_flags(flags, base=config))
+        for name, theirs, mine in sorted(found, key=lambda difference: difference[0] not in flags):
             raise ValueError(f"{name} is {theirs} in {where} and {mine} on the command line: leave the flag out")
 
 

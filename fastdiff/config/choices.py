@@ -10,6 +10,30 @@ class NoiseSchedule(StrEnum):
     COSINE = "cosine"
 
 
+class Prediction(StrEnum):
+    """What the model predicts: the noise (Ho et al. 2020), x_0, v (Salimans & Ho 2022) or a flow's velocity.
+
+    v is alpha epsilon - sigma x_0; flow is epsilon - x_0 on the straight path of Liu et al. 2023 and Lipman et al. 2023.
+    """
+
+    EPSILON = "epsilon"
+    X_START = "x_start"
+    V = "v"
+    FLOW = "flow"
+
+
+class Weighting(StrEnum):
+    """How the squared error is weighted over the noise levels, in addition to what the prediction implies.
+
+    min-snr limits the weight of little noise (Hang et al. 2023); sigmoid favours much noise (Kingma & Gao 2023,
+    Hoogeboom et al. 2024).
+    """
+
+    NONE = "none"
+    MIN_SNR = "min-snr"
+    SIGMOID = "sigmoid"
+
+
 class Labels(StrEnum):
     """Where an image's class label comes from: the file name up to its first underscore, or its sub-folder.
 

@@ -16,10 +16,12 @@ from fastdiff.config.choices import (
     NoiseSchedule,
     Parallel,
     Precision,
+    Prediction,
     Sampler,
     ScheduleSampler,
     TimeGrid,
     Tracker,
+    Weighting,
 )
 
 MOST_TIMESTEPS = 10**6
@@ -37,15 +39,66 @@ class DiffusionConfig(Config):
     timestep_respacing: str = option("", "Use fewer timesteps: a count (250), counts per section (10,15,20) or ddimN.")
     learn_sigma: bool = option(False, "Predict the variance too (six output channels).")
     sigma_small: bool = option(False, "Use the posterior variance instead of beta as the fixed variance.")
-    predict_xstart: bool = option(False, "Predict x_0 instead of the noise (epsilon).")
+    prediction: Prediction = option(
+        Prediction.EPSILON,
+        "What the model predicts: the noise (epsilon), x_0, v, or the velocity of a rectified flow, which has its own "
+        "noise schedule.",
+    )
+    predict_xstart: bool = option(False, "Predict x_0 instead of the noise: --prediction x_start.")
+    weighting: Weighting = option(Weighting.NONE, "Weight of the squared error over the noise levels.")
+    min_snr_gamma: float = option(5.0, "Largest signal-to-noise ratio that weighs more (weighting min-snr).")
+    sigmoid_bias: float = option(0.0, "Log signal-to-noise ratio above which the weight falls (weighting sigmoid).")
+    noise_shift: float = option(
+        1.0, "Multiply sigma / alpha at every timestep, e.g. by image size / 64: large images need more noise."
+    )
+    zero_terminal_snr: bool = option(False, "Let x_T be pure noise in training, too; not with epsilon.")
     use_kl: bool = option(False, "Train on the variational bound instead of the mean squared error.")
     rescale_timesteps: bool = option(True, "Give the model timesteps scaled to 0..1000.")
     rescale_learned_sigmas: bool = option(True, "Scale the loss of the learned variance by steps / 1000.")
 
+    def __post_init__(self) -> None:
+        if self.predict_xstart and self.prediction == Prediction.EPSILON:
+            object.__setattr__(self, "prediction", Prediction.X_START)
+        super().__post_init__()
+        of_xstart = self.prediction is Prediction.X_START
+        if self.predict_xstart and not of_xstart:
+            raise ValueError(f"prediction {self.prediction} contradicts predict_xstart: give one of them")
+        object.__setattr__(self, "predict_xstart", of_xstart)
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
+        """As Config.from_flags; prediction and predict_xstart take the place of each other of ``base``."""
+        given = dict(flags)
+        if "prediction" in given:
+            of_xstart = given["prediction"] == Prediction.X_START
+            if given.setdefault("predict_xstart", of_xstart) is False and of_xstart:
+                raise ValueError("prediction x_start contradicts no-predict-xstart: give one of them")
+        elif given.get("predict_xstart") or (base is not None and base.predict_xstart and "predict_xstart" in given):
+            given["prediction"] = Prediction.X_START if given["predict_xstart"] else Prediction.EPSILON
+        return super().from_flags(given, base)
+
     def check(self) -> None:
         self.require(self.diffusion_steps > 0, "diffusion_steps", "positive")
         self.require(self.diffusion_steps <= MOST_TIMESTEPS, "diffusion_steps", f"at most {MOST_TIMESTEPS:,}")
-        if self.noise_schedule is NoiseSchedule.LINEAR and self.diffusion_steps <= 20:
+        for name in ("min_snr_gamma", "noise_shift"):
+            self.require(0 < getattr(self, name) <= 1000, name, "above 0 and at most 1000")
+        self.require(-40 <= self.sigmoid_bias <= 40, "sigmoid_bias", "between -40 and 40")
+        if self.weighting is not Weighting.NONE and self.use_kl:
+            raise ValueError(f"weighting {self.weighting} weights the squared error: not with use_kl")
+        if self.zero_terminal_snr and self.prediction is Prediction.EPSILON:
+            raise ValueError(
+                "zero_terminal_snr: the noise says nothing of an image without signal; use prediction v or x_start"
+            )
+        if self.prediction is Prediction.FLOW:
+            for name in ("learn_sigma", "use_kl"):
+                if getattr(self, name):
+                    raise ValueError(f"prediction flow has no {name}: leave it out, or use prediction v")
+            if self.noise_schedule is not NoiseSchedule.LINEAR:
+                raise ValueError(
+                    f"noise_schedule {self.noise_schedule}: prediction flow has its own, the straight path; leave it "
+                    "out, or use noise_shift"
+                )
+        elif self.noise_schedule is NoiseSchedule.LINEAR and self.diffusion_steps <= 20:
             raise ValueError(
                 f"diffusion_steps {self.diffusion_steps} is too short for a linear schedule (a beta would reach 1): "
                 "use at least 21, or noise_schedule cosine; for fewer steps when sampling use timestep_respacing"

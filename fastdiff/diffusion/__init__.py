@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from fastdiff.config import DiffusionConfig
+from fastdiff.config import DiffusionConfig, Prediction
 from fastdiff.diffusion.gaussian import GaussianDiffusion
 from fastdiff.diffusion.noise import Philox
-from fastdiff.diffusion.schedule import get_named_beta_schedule, space_timesteps
+from fastdiff.diffusion.schedule import betas_of, get_named_beta_schedule, loss_weights, space_timesteps
 from fastdiff.diffusion.timestep_sampler import LossSecondMomentSampler, UniformSampler
 from fastdiff.kernels import Backend
 from fastdiff.kernels.gaussian import LossType, ModelMeanType, ModelVarType
@@ -22,6 +22,14 @@ __all__ = [
     "get_named_beta_schedule",
     "space_timesteps",
 ]
+
+
+_MEAN_TYPES = {
+    Prediction.EPSILON: ModelMeanType.EPSILON,
+    Prediction.X_START: ModelMeanType.START_X,
+    Prediction.V: ModelMeanType.V,
+    Prediction.FLOW: ModelMeanType.FLOW,
+}
 
 
 def build_diffusion(
@@ -42,12 +50,14 @@ def build_diffusion(
         model_var_type = ModelVarType.FIXED_SMALL if config.sigma_small else ModelVarType.FIXED_LARGE
     if timesteps is None and config.timestep_respacing:
         timesteps = space_timesteps(config.diffusion_steps, config.timestep_respacing)
+    betas, mean_type = betas_of(config), _MEAN_TYPES[config.prediction]
     return GaussianDiffusion(
-        betas=get_named_beta_schedule(config.noise_schedule, config.diffusion_steps),
-        model_mean_type=ModelMeanType.START_X if config.predict_xstart else ModelMeanType.EPSILON,
+        betas=betas,
+        model_mean_type=mean_type,
         model_var_type=model_var_type,
         loss_type=loss_type,
         rescale_timesteps=config.rescale_timesteps,
         use_timesteps=timesteps,
         kernels=kernels,
+        loss_weight=loss_weights(betas, mean_type, config),
     )

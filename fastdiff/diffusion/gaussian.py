@@ -31,6 +31,10 @@ class GaussianDiffusion(GaussianProcess):
     these. The model still receives the timesteps of the original process. With ``rescale_timesteps`` they are scaled to
     0..1000.
 
+    ``loss_weight`` (T,) weights the mean squared error in the training objective, by default by 1. The last beta may be
+    1, so that x_T is noise without signal, unless the model predicts epsilon or x_{t-1}. With ModelMeanType.FLOW the
+    model predicts epsilon - x_0, of an x_t that is scaled to unit variance like that of every process here.
+
     The tables (betas, alphas_cumprod, posterior_variance, ...) are float64 arrays of shape (num_timesteps,).
     """
 
@@ -100,7 +104,9 @@ class GaussianDiffusion(GaussianProcess):
         if cond_fn is None:
             return x_start
         alpha_bar = self.table("alphas_cumprod", t, x)
-        return x_start + (1 - alpha_bar) / alpha_bar.sqrt() * self._gradient(cond_fn, x, t, model_kwargs)
+        # without signal, x_0 is not a function of the score
+        scale = torch.where(alpha_bar > 0, (1 - alpha_bar) / alpha_bar.sqrt(), 0)
+        return x_start + scale * self._gradient(cond_fn, x, t, model_kwargs)
 
     def _advanced(
         self,

@@ -28,6 +28,10 @@ Guidance = Callable[..., Tensor] | None
 the model receives."""
 
 
+_WITHOUT_SIGNAL = (ModelMeanType.START_X, ModelMeanType.V, ModelMeanType.FLOW)
+"""The predictions that x_t without any signal allows: epsilon would say nothing of x_0 there."""
+
+
 class GaussianProcess(Tables):
     """A diffusion process without the sampling loops; GaussianDiffusion documents the arguments."""
 
@@ -41,11 +45,19 @@ class GaussianProcess(Tables):
         rescale_timesteps: bool = False,
         use_timesteps: Iterable[int] | None = None,
         kernels: Backend | str = Backend.AUTO,
+        loss_weight: Float64Array | Sequence[float] | None = None,
     ) -> None:
         beta: Float64Array = np.asarray(betas, dtype=np.float64)
-        if beta.ndim != 1 or not len(beta) or not ((beta > 0) & (beta < 1)).all():
-            raise ValueError("betas must be a one-dimensional array of numbers above 0 and below 1")
         self.model_mean_type = ModelMeanType(model_mean_type)
+        last = 1 if self.model_mean_type in _WITHOUT_SIGNAL else math.nextafter(1, 0)
+        if beta.ndim != 1 or not len(beta) or not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= last:
+            raise ValueError(
+                "betas must be a one-dimensional array of numbers above 0 and below 1; the last may be 1 if the model "
+                "predicts x_0, v or a flow"
+            )
+        weights = np.ones_like(beta) if loss_weight is None else np.asarray(loss_weight, dtype=np.float64)
+        if weights.shape != beta.shape or not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ValueError(f"loss_weight must be {len(beta)} numbers, none of them negative")
         self.model_var_type = ModelVarType(model_var_type)
         self.loss_type = LossType(loss_type)
         self.rescale_timesteps = rescale_timesteps
@@ -60,6 +72,7 @@ class GaussianProcess(Tables):
             beta = 1 - kept / np.append(1.0, kept[:-1])
         self.num_timesteps = len(beta)
         super().__init__(beta)
+        self.loss_weight = weights[self.timestep_map]
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps that the model receives for t: the original process's, scaled if configured. (N,) fp32"""

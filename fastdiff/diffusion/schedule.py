@@ -10,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdiff.config import NoiseSchedule
-from fastdiff.kernels.gaussian import TABLES
+from fastdiff.config import DiffusionConfig, NoiseSchedule, Prediction, Weighting
+from fastdiff.kernels.gaussian import TABLES, ModelMeanType
 
 Float64Array = NDArray[np.float64]
 DDIM_PREFIX = "ddim"
+NO_SIGNAL = 1e-20
+"""Takes the place of an alphas_cumprod of 0 where a table divides by it: every such quotient stays finite in fp32."""
 
 
 def linear_betas(num_timesteps: int) -> Float64Array:
@@ -46,6 +48,79 @@ def betas_for_alpha_bar(
 def get_named_beta_schedule(name: str, num_timesteps: int) -> Float64Array:
     """The schedule called ``name``: linear or cosine. (num_timesteps,)"""
     return {NoiseSchedule.LINEAR: linear_betas, NoiseSchedule.COSINE: cosine_betas}[NoiseSchedule(name)](num_timesteps)
+
+
+def flow_betas(num_timesteps: int) -> Float64Array:
+    """Betas of a rectified flow: x_t is the unit-variance multiple of (1 - s) x_0 + s epsilon at s = (t + 1) / T.
+
+    Liu et al. 2023, Lipman et al. 2023. Every Gaussian path is a variance-preserving process up to a factor of x_t:
+    alphas_cumprod = (1 - s)^2 / ((1 - s)^2 + s^2). The last beta is 1. Shape (num_timesteps,).
+    """
+    s = np.arange(1, num_timesteps + 1) / num_timesteps
+    return _betas((1 - s) ** 2 / ((1 - s) ** 2 + s**2))
+
+
+def shifted(betas: Float64Array, shift: float) -> Float64Array:
+    """Betas whose sigma / alpha is ``shift`` times that of ``betas`` at every timestep, for larger images.
+
+    Averaged over its neighbours, a pixel of an image d times as large has d times less noise: shift by d to have as
+    much (Hoogeboom et al. 2023, simple diffusion, equation 4; for a flow Esser et al. 2024, equation 23).
+    """
+    kept = np.cumprod(1 - betas)
+    return _betas(kept / (kept + shift**2 * (1 - kept)))
+
+
+def zero_terminal(betas: Float64Array) -> Float64Array:
+    """Betas with sqrt(alphas_cumprod) scaled and shifted so that the first one stays and the last is 0.
+
+    Lin et al. 2024 (Common Diffusion Noise Schedules and Sample Steps are Flawed), algorithm 1: x_T is pure noise in
+    training, as it is in sampling. ValueError if the process has a single timestep.
+    """
+    if len(betas) < 2:
+        raise ValueError("zero_terminal_snr needs at least two timesteps")
+    signal = np.sqrt(np.cumprod(1 - betas))
+    return _betas(((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2)
+
+
+def _betas(alphas_cumprod: Float64Array) -> Float64Array:
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+
+
+def betas_of(config: DiffusionConfig) -> Float64Array:
+    """The betas (diffusion_steps,) of the process that the configuration describes, before any respacing."""
+    if config.prediction is Prediction.FLOW:
+        betas = flow_betas(config.diffusion_steps)
+    else:
+        betas = get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
+    if config.noise_shift != 1:
+        betas = shifted(betas, config.noise_shift)
+    return zero_terminal(betas) if config.zero_terminal_snr else betas
+
+
+def loss_weights(betas: Float64Array, mean_type: ModelMeanType, config: DiffusionConfig) -> Float64Array:
+    """The weight (T,) of the mean squared error of the model's prediction at every timestep of the process.
+
+    With lambda the log of the signal-to-noise ratio, min-snr weights the squared error of x_0 by min(e^lambda, gamma)
+    (Hang et al. 2023, equation 8), and sigmoid that of epsilon by -dlambda / ds sigmoid(bias - lambda), s in [0, 1]
+    (Hoogeboom et al. 2024, Kingma & Gao 2023). Both convert it to the error of what the model predicts.
+    """
+    if config.weighting is Weighting.NONE:
+        return np.ones_like(betas)
+    kept = np.maximum(np.cumprod(1 - betas), NO_SIGNAL)
+    alpha, sigma = np.sqrt(kept), np.sqrt(1 - kept)
+    # the squared error of x_0 for one of the prediction
+    of_xstart = {
+        ModelMeanType.EPSILON: sigma / alpha,
+        ModelMeanType.START_X: np.ones_like(betas),
+        ModelMeanType.V: sigma,
+        ModelMeanType.FLOW: sigma / (alpha + sigma),
+    }[mean_type] ** 2
+    snr = kept / (1 - kept)
+    if config.weighting is Weighting.MIN_SNR:
+        return np.minimum(snr, config.min_snr_gamma) * of_xstart
+    log_snr = np.log(snr)
+    falls = -np.gradient(log_snr) * len(betas)
+    return snr * falls / (1 + np.exp(log_snr - config.sigmoid_bias)) * of_xstart
 
 
 def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> set[int]:
@@ -114,8 +189,9 @@ class Tables:
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
         self.log_one_minus_alphas_cumprod = np.log(1 - self.alphas_cumprod)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
+        signal = np.where(self.alphas_cumprod > 0, self.alphas_cumprod, NO_SIGNAL)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / signal)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / signal - 1)
         # q(x_{t-1} | x_t, x_0), DDPM equation 7
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.checkpoint import Checkpoint
-from fastdiff.config import NllConfig
+from fastdiff.config import NllConfig, Prediction
 from fastdiff.data import Dataset, normalised, prefetch_to_device
 from fastdiff.data.batches import Batch
 from fastdiff.data.classes import renumbered
@@ -85,6 +85,8 @@ class Nll:
         self, checkpoint: Checkpoint, dataset: Dataset, config: NllConfig, runtime: Runtime, world: World
     ) -> None:
         process = checkpoint.diffusion_config
+        if process.prediction is Prediction.FLOW:
+            raise ValueError("prediction flow has no variational bound: evaluate nll needs another prediction")
         if config.respacing is not None:
             process = replace(process, timestep_respacing=config.respacing)
         self.diffusion = build_diffusion(process, runtime.kernels)

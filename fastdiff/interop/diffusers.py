@@ -4,6 +4,7 @@ Settings that diffusers cannot express raise ValueError; differences in the resu
 """
 
 import inspect
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -17,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastdiff.config import MOST_TIMESTEPS, NUM_CLASSES, DiffusionConfig, ModelConfig, NoiseSchedule
-from fastdiff.diffusion import GaussianDiffusion, get_named_beta_schedule
-from fastdiff.diffusion.schedule import Float64Array
+from fastdiff.config import MOST_TIMESTEPS, NUM_CLASSES, DiffusionConfig, ModelConfig, NoiseSchedule, Prediction
+from fastdiff.diffusion import GaussianDiffusion, ModelMeanType
+from fastdiff.diffusion.schedule import Float64Array, betas_of
 from fastdiff.interop.unet2d import attending, our_state, unet_options, unet_state
 from fastdiff.runtime.words import first_line
 
@@ -40,6 +41,9 @@ class Scheduler(StrEnum):
     DDPM = "ddpm"
 
 
+_PREDICTION_TYPES = {Prediction.EPSILON: "epsilon", Prediction.X_START: "sample", Prediction.V: "v_prediction"}
+
+
 def installed() -> ModuleType:
     """The diffusers package; ValueError, naming the extra, if it is not installed."""
     try:
@@ -56,11 +60,13 @@ def is_folder(path: Path) -> bool:
 
 def scheduler_options(config: DiffusionConfig, scheduler: Scheduler, learn_sigma: bool) -> dict[str, Any]:
     """The scheduler's options; ValueError, with the reason, if the model's timesteps would not be integers."""
+    if config.prediction is Prediction.FLOW:
+        raise ValueError("diffusers' DDPM and DDIM schedulers cannot express prediction flow")
     betas = _betas(config)
     options = {
         "num_train_timesteps": len(betas),
         "trained_betas": betas.tolist(),
-        "prediction_type": "sample" if config.predict_xstart else "epsilon",
+        "prediction_type": _PREDICTION_TYPES[config.prediction],
         "clip_sample": True,
         "clip_sample_range": 1.0,
         "timestep_spacing": "leading",
@@ -79,7 +85,7 @@ def _is_respaced(config: DiffusionConfig) -> bool:
 
 def _betas(config: DiffusionConfig) -> Float64Array:
     """The betas of the steps whose model timestep is an integer: diffusers supports integer timesteps only."""
-    betas = get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
+    betas = betas_of(config)
     if not _is_respaced(config):
         return betas
     stride, rest = divmod(config.diffusion_steps, _SCALED)
@@ -88,24 +94,26 @@ def _betas(config: DiffusionConfig) -> Float64Array:
             f"diffusers cannot express rescale_timesteps with diffusion_steps {config.diffusion_steps}: its timesteps "
             "are integers; a multiple of 1000 works, as does a model trained with --no-rescale-timesteps"
         )
-    return GaussianDiffusion(betas=betas, use_timesteps=range(0, config.diffusion_steps, stride)).betas
+    kept = range(0, config.diffusion_steps, stride)
+    return GaussianDiffusion(betas=betas, model_mean_type=ModelMeanType.START_X, use_timesteps=kept).betas
 
 
-def _schedule(betas: Float64Array) -> dict[str, Any]:
+def _schedule(betas: Float64Array, prediction: Prediction) -> dict[str, Any]:
     """The DiffusionConfig fields of the noise schedule with these betas in diffusers; empty if none has them."""
-    for steps in range(_SCALED, 11 * _SCALED, _SCALED) if len(betas) == _SCALED else [len(betas)]:
-        for schedule in NoiseSchedule:
-            fields: dict[str, Any] = {
-                "diffusion_steps": steps,
-                "noise_schedule": schedule,
-                "rescale_timesteps": len(betas) == _SCALED,
-            }
-            try:
-                ours = _betas(DiffusionConfig(**fields))
-            except ValueError:  # a linear schedule of too few steps
-                continue
-            if np.allclose(betas, ours, rtol=1e-4, atol=0):  # diffusers rounds them to fp32
-                return fields
+    counts = range(_SCALED, 11 * _SCALED, _SCALED) if len(betas) == _SCALED else [len(betas)]
+    terminal = [False] if prediction is Prediction.EPSILON else [False, True]
+    for steps, schedule, zero in itertools.product(counts, NoiseSchedule, terminal):
+        fields: dict[str, Any] = {
+            "diffusion_steps": steps,
+            "noise_schedule": schedule,
+            "rescale_timesteps": len(betas) == _SCALED,
+        } | ({"zero_terminal_snr": True} if zero else {})
+        try:
+            ours = _betas(DiffusionConfig(prediction=prediction, **fields))
+        except ValueError:  # a linear schedule of too few steps
+            continue
+        if np.allclose(betas, ours, rtol=1e-4, atol=0):  # diffusers rounds them to fp32
+            return fields
     return {}
 
 
@@ -243,9 +251,10 @@ def read_process(folder: Path, model: ModelConfig) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
     options = _json(path)
     predicts, kind = options.get("prediction_type", "epsilon"), options.get("_class_name")
-    if predicts not in ("epsilon", "sample"):
-        raise ValueError(f"{path}: prediction_type {predicts!r} is neither epsilon nor sample")
-    fields: dict[str, Any] = {"predict_xstart": predicts == "sample", "learn_sigma": model.learn_sigma}
+    if predicts not in _PREDICTION_TYPES.values():
+        raise ValueError(f"{path}: prediction_type {predicts!r} is none of {', '.join(_PREDICTION_TYPES.values())}")
+    prediction = next(ours for ours, theirs in _PREDICTION_TYPES.items() if theirs == predicts)
+    fields: dict[str, Any] = {"prediction": prediction, "learn_sigma": model.learn_sigma}
     if kind not in ("DDIMScheduler", "DDPMScheduler"):
         return fields
     if kind == "DDPMScheduler":
@@ -261,4 +270,4 @@ def read_process(folder: Path, model: ModelConfig) -> dict[str, Any]:
             raise ValueError("trained_betas")
     except (ValueError, TypeError, RuntimeError, NotImplementedError):
         raise ValueError(f"{path} is damaged: its options do not describe a scheduler") from None
-    return fields | _schedule(betas)
+    return fields | _schedule(betas, prediction)

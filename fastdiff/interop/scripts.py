@@ -53,17 +53,20 @@ class _Project:
         return self.lacks if model.small_size is None else self.lacks | self.lacks_enlarging
 
 
+_OURS = frozenset(("prediction", "noise_shift", "zero_terminal_snr"))
+_ONLY_TRAINED = frozenset(("weighting", "min_snr_gamma", "sigmoid_bias"))
+"""Fields of the loss: a model is loaded without them."""
 _GUIDED_FIELDS = frozenset(("num_head_channels", "resblock_updown", "use_new_attention_order"))
 _IMPROVED = _Project(
     "improved-diffusion",
-    lacks=_GUIDED_FIELDS | {"channel_mult"},
+    lacks=_GUIDED_FIELDS | _OURS | {"channel_mult"},
     lacks_enlarging=frozenset(("sigma_small",)),
     sizes=(32, 64, 128, 256),
     large_sizes=(64, 256),
 )
 _GUIDED = _Project(
     "guided-diffusion",
-    lacks=frozenset(("sigma_small",)),
+    lacks=_OURS | {"sigma_small"},
     lacks_enlarging=frozenset(("channel_mult", "use_new_attention_order")),
     sizes=(64, 128, 256, 512),
     large_sizes=(64, 256, 512),
@@ -111,6 +114,10 @@ def for_the_classifier_scripts(config: ClassifierConfig, process: DiffusionConfi
             f"guided-diffusion's scripts have {NUM_CLASSES} classes: set out_channels={config.num_classes} in "
             "create_classifier of script_util.py"
         )
+    if process is not None:
+        for name, default in (("noise_shift", 1.0), ("zero_terminal_snr", False)):
+            if (value := getattr(process, name)) != default:
+                yield f"guided-diffusion's scripts lack {name} {_word(value)}: change script_util.py"
     yield "the file holds tensors only; the flags for guided-diffusion's scripts are:"
     flags: list[tuple[str, Any]] = [("image_size", config.image_size)]
     for f in fields(config):
@@ -130,8 +137,10 @@ def _settings(model: ModelConfig, diffusion: DiffusionConfig, defaults: Mapping[
     """The fields that are not at their default, but for the sizes, the channel multipliers and the classes."""
     for part in (model, diffusion):
         for f in fields(part):
-            if f.name in ("image_size", "small_size", "channel_mult", "num_classes"):
+            if f.name in ("image_size", "small_size", "channel_mult", "num_classes") or f.name in _ONLY_TRAINED:
                 continue
+            if f.name == "prediction" and diffusion.predict_xstart:
+                continue  # predict_xstart says it
             value = _resolutions(model) if f.name == "attention_resolutions" else getattr(part, f.name)
             if value != defaults.get(f.name, f.default) and (f.name != "learn_sigma" or part is model):
                 yield f.name, value

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
-from fastdiff.config import ClassMix, SampleConfig, Sampler
+from fastdiff.config import ClassMix, Prediction, SampleConfig, Sampler
 from fastdiff.data import load
 from fastdiff.data.classes import renumbered
 from fastdiff.diffusion import build_diffusion
@@ -93,6 +93,11 @@ class Plan:
         guided = self.config.guidance_scale != 1 or (self.classifier is not None and self.config.classifier_scale)
         if self.config.guidance_interval is not None and not guided:
             raise ValueError("guidance_interval: nothing guides these images; give --guidance-scale, or leave it out")
+        flows = any(c.diffusion_config.prediction is Prediction.FLOW for c in (self.checkpoint, self.super_res) if c)
+        if flows and self.config.sampler is Sampler.DDPM:
+            raise ValueError(
+                "sampler ddpm: the model predicts a flow, which has no ancestral steps: use --sampler dpm++ or ddim"
+            )
         if self.base is not None and self.super_res is not None:
             raise ValueError("super_res: not after base_samples; enlarge the images again with a second command")
         if self.super_res is not None:
@@ -220,13 +225,15 @@ def _refuse_classifier(checkpoint: Checkpoint, classifier: ClassifierCheckpoint)
         )
     if model.class_cond:
         _refuse_classes("classifier", checkpoint, classifier.class_names, config.num_classes)
+    if checkpoint.diffusion_config.prediction is Prediction.FLOW:
+        raise ValueError("classifier: the model predicts a flow, whose noise schedule no classifier is trained on")
     if (process := classifier.diffusion_config) is not None:
-        for name in ("diffusion_steps", "noise_schedule", "rescale_timesteps"):
+        for name in ("diffusion_steps", "noise_schedule", "noise_shift", "zero_terminal_snr", "rescale_timesteps"):
             here, there = getattr(checkpoint.diffusion_config, name), getattr(process, name)
             if here != there and not (name == "rescale_timesteps" and process.diffusion_steps == 1000):
                 flag = f"--{name.replace('_', '-')} {here}"
-                if name == "rescale_timesteps":
-                    flag = "--rescale-timesteps" if here else "--no-rescale-timesteps"
+                if isinstance(here, bool):
+                    flag = f"--{'' if here else 'no-'}{name.replace('_', '-')}"
                 raise ValueError(
                     f"classifier: it was trained with {name} {there}, and the model with {here}: train it with the "
                     f"model's process ({flag})"

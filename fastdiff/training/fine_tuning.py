@@ -81,8 +81,9 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
         if old_heads != new_heads:
             _refuse(name, _heads(before, name), _heads(model, name), path)
     process = _changed(weights.diffusion_config, flags)
-    if process.predict_xstart != weights.diffusion_config.predict_xstart:
-        _refuse("predict_xstart", weights.diffusion_config.predict_xstart, process.predict_xstart, path)
+    if process.prediction != weights.diffusion_config.prediction:
+        name = "prediction" if "prediction" in flags else "predict_xstart"
+        _refuse(name, getattr(weights.diffusion_config, name), getattr(process, name), path)
     told = [d for d in differences(before, model) if d[0] in ("image_size", "small_size")]
     told += [d for d in differences(weights.diffusion_config, process) if d[0] not in _LAYERS]
     return model, process, [f"{path} is changed: {in_words(told)}"] if told else []

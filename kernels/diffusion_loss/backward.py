@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels.diffusion_loss.tile import terms, tile_of
-from fastdiff.kernels.gaussian.kernel import WIDTH
+from fastdiff.kernels.gaussian.kernel import LOSS_WEIGHT, WIDTH
 
 
 @triton.jit
@@ -68,6 +68,8 @@ def diffusion_loss_backward(
     if grad_loss is not None:
         by_mse = tl.load(grad_loss + n * grad_loss_n)
         by_vb = by_mse * loss_of_vb
+        if MSE:
+            by_mse *= tl.load(row + LOSS_WEIGHT)
     if grad_mse is not None:
         by_mse += tl.load(grad_mse + n * grad_mse_n)
     if grad_vb is not None:

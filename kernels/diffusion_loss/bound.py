@@ -87,13 +87,13 @@ def bound(x_start, x_t, output, values, row, step, MEAN_TYPE: tl.constexpr, VAR_
     else:
         pred_xstart = predict_xstart(x_t, output, a, b, MEAN_TYPE)
         mean = pred_xstart  # used only at t = 0, where coef1 is 1 and coef2 is 0
-        if MEAN_TYPE == "epsilon":
+        if MEAN_TYPE == "start_x":
+            d = coef1 * (x_start - pred_xstart)
+            mean_by_output = coef1
+        else:
             # subtract the nearly equal numbers first: that is exact, but pred_xstart has a rounding error of its size
             d = coef1 * ((x_start - a * x_t) + b * output)
             mean_by_output = -coef1 * b
-        else:
-            d = coef1 * (x_start - pred_xstart)
-            mean_by_output = coef1
     if VAR_TYPE == "learned":
         u = values - true_log_variance
         by_values = 1.0

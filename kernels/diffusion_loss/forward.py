@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels.diffusion_loss.tile import terms, tile_of
-from fastdiff.kernels.gaussian.kernel import WIDTH
+from fastdiff.kernels.gaussian.kernel import LOSS_WEIGHT, WIDTH
 
 
 @triton.jit
@@ -17,12 +17,14 @@ def quotient(total, by):
 
 
 @triton.jit
-def write_losses(mse, vb, loss, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE: tl.constexpr, VB: tl.constexpr):
+def write_losses(
+    mse, vb, loss, row, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE: tl.constexpr, VB: tl.constexpr
+):
     """Store mse, vb and loss of a sample from its sums."""
     total = 0.0
     if MSE:
         mean = quotient(squares, per_mse).to(tl.float32)
-        total += mean
+        total += tl.load(row + LOSS_WEIGHT) * mean
         tl.store(mse + n, mean)
     if VB:
         term = quotient(bits, per_vb).to(tl.float32)
@@ -71,7 +73,7 @@ def diffusion_loss_forward(
     P: tl.constexpr,
     C: tl.constexpr,
 ):
-    """mse = sum (output - target)^2 / per_mse,  vb = sum bound / per_vb,  loss = mse + loss_of_vb vb
+    """mse = sum (output - target)^2 / per_mse,  vb = sum bound / per_vb,  loss = weight mse + loss_of_vb vb
 
     All tensors are (N, C, pixels) with any strides. One program per (sample, split) sums per_split tiles of P pixels by
     C channels, in fp32 within a thread and in fp64 across threads. Several splits store theirs in ``partial``
@@ -120,7 +122,7 @@ def diffusion_loss_forward(
     squares = tl.sum(squares.to(tl.float64))
     bits = tl.sum(bits.to(tl.float64))
     if SPLITS == 1:
-        write_losses(mse, vb, loss, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE, VB)
+        write_losses(mse, vb, loss, row, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE, VB)
     else:
         programs = tl.num_programs(0).to(tl.int64)
         tl.store(partial + tl.program_id(0), squares.to(tl.float32))
@@ -133,9 +135,12 @@ def diffusion_loss_finish(
     vb,
     loss,
     partial,
+    t,
+    tables,
     per_mse,
     per_vb,
     loss_of_vb,
+    t_n,
     MSE: tl.constexpr,
     VB: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -148,4 +153,5 @@ def diffusion_loss_finish(
     further = at + tl.num_programs(0).to(tl.int64) * SPLITS
     squares = tl.sum(tl.load(at, mask=split < SPLITS, other=0.0).to(tl.float64), 0)
     bits = tl.sum(tl.load(further, mask=split < SPLITS, other=0.0).to(tl.float64), 0)
-    write_losses(mse, vb, loss, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE, VB)
+    row = tables + tl.load(t + n * t_n) * WIDTH
+    write_losses(mse, vb, loss, row, n, squares, bits, per_mse, per_vb, loss_of_vb, MSE, VB)

@@ -111,8 +111,9 @@ def diffusion_loss_forward(
         C=tiles.channels,
     )
     if partial is not None:
+        at = {name: inputs[name] for name in ("t", "tables", "t_n")}
         width = triton.next_power_of_2(splits)
-        launch(forward.diffusion_loss_finish, (n,), x_t.device, num_warps=1, num_stages=1, **shared, S=width)
+        launch(forward.diffusion_loss_finish, (n,), x_t.device, num_warps=1, num_stages=1, **shared, **at, S=width)
     return loss, mse, vb
 
 

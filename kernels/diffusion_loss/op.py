@@ -42,8 +42,8 @@ def diffusion_loss(
 
     mse is the mean squared error of the model's prediction; vb is the variational bound's term at t in bits per
     dimension (DDPM equation 5: the discretised likelihood at t = 0, else a KL divergence). MSE and RESCALED_MSE:
-    loss = mse, plus vb if the variance is learned; vb then trains only the variance. RESCALED_MSE weights vb by
-    T / 1000. KL: loss = vb. RESCALED_KL: loss = T vb.
+    loss = w mse for the tables' loss_weight w at t, plus vb if the variance is learned; vb then trains only the
+    variance. RESCALED_MSE weights vb by T / 1000. KL: loss = vb. RESCALED_KL: loss = T vb.
 
     model_output: (N, C, *spatial), or (N, 2C, *spatial) if the variance is learned. x_start, x_t, noise: (N, C,
     *spatial). All may have any strides. t: (N,) int64 in 0..T-1 on the device; its values are not checked. tables: (T,

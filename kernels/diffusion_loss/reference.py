@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels.gaussian import LossType, ModelMeanType, ModelVarType
+from fastdiff.kernels.gaussian import TABLES, LossType, ModelMeanType, ModelVarType
 from fastdiff.kernels.gaussian.reference import Coefficients, coefficients, posterior_mean, predict
 
 
@@ -36,16 +36,21 @@ def diffusion_loss(
             target = x_start
         case ModelMeanType.EPSILON:
             target = noise
+        case ModelMeanType.V:
+            target = at["sqrt_alphas_cumprod"] * noise - at["sqrt_one_minus_alphas_cumprod"] * x_start
+        case ModelMeanType.FLOW:
+            target = noise - x_start
     wide = torch.promote_types(x_t.dtype, torch.float32)
     mse = mean_flat(F.mse_loss(output.to(wide), target.to(wide), reduction="none"))
+    weighted = tables[t, TABLES.index("loss_weight")] * mse
     if not var_type.learned:
-        return mse, mse, None
+        return weighted, mse, None
     # The bound trains only the variance: the mean is detached (improved DDPM, section 3.1).
     frozen = torch.cat([output.detach(), model_output[:, channels:]], dim=1)
     vb = _vb(frozen, x_start, x_t, t, at, mean_type, var_type)
     if loss_type is LossType.RESCALED_MSE:
         vb = vb * (steps / 1000.0)
-    return mse + vb, mse, vb
+    return weighted + vb, mse, vb
 
 
 def _vb(

@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels.diffusion_loss.bound import bound
-from fastdiff.kernels.gaussian.kernel import POSTERIOR_MEAN_COEF1, POSTERIOR_MEAN_COEF2, load
+from fastdiff.kernels.gaussian.kernel import (
+    POSTERIOR_MEAN_COEF1,
+    POSTERIOR_MEAN_COEF2,
+    SQRT_ALPHAS_CUMPROD,
+    SQRT_ONE_MINUS_ALPHAS_CUMPROD,
+    load,
+)
 
 
 @triton.jit
@@ -69,6 +75,13 @@ def terms(
             target = load(noise + n * noise_n + c * noise_c + p * noise_p, mask)
         elif MEAN_TYPE == "start_x":
             target = start
+        elif MEAN_TYPE == "v" or MEAN_TYPE == "flow":
+            drawn = load(noise + n * noise_n + c * noise_c + p * noise_p, mask)
+            if MEAN_TYPE == "flow":
+                target = drawn - start
+            else:
+                alpha, sigma = tl.load(row + SQRT_ALPHAS_CUMPROD), tl.load(row + SQRT_ONE_MINUS_ALPHAS_CUMPROD)
+                target = alpha * drawn - sigma * start
         else:
             target = tl.load(row + POSTERIOR_MEAN_COEF1) * start + tl.load(row + POSTERIOR_MEAN_COEF2) * xt
         difference = out - target

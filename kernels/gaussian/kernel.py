@@ -19,6 +19,9 @@ POSTERIOR_LOG_VARIANCE = tl.constexpr(TABLES.index("posterior_log_variance_clipp
 FIXED_LARGE_VARIANCE = tl.constexpr(TABLES.index("fixed_large_variance"))
 FIXED_LARGE_LOG_VARIANCE = tl.constexpr(TABLES.index("fixed_large_log_variance"))
 LOG_BETAS = tl.constexpr(TABLES.index("log_betas"))
+SQRT_ALPHAS_CUMPROD = tl.constexpr(TABLES.index("sqrt_alphas_cumprod"))
+SQRT_ONE_MINUS_ALPHAS_CUMPROD = tl.constexpr(TABLES.index("sqrt_one_minus_alphas_cumprod"))
+LOSS_WEIGHT = tl.constexpr(TABLES.index("loss_weight"))
 
 
 @triton.jit
@@ -27,6 +30,14 @@ def xstart_coefficients(row, MEAN_TYPE: tl.constexpr):
     if MEAN_TYPE == "epsilon":
         a = tl.load(row + SQRT_RECIP_ALPHAS_CUMPROD)
         b = tl.load(row + SQRT_RECIPM1_ALPHAS_CUMPROD)
+    elif MEAN_TYPE == "v":
+        a = tl.load(row + SQRT_ALPHAS_CUMPROD)
+        b = tl.load(row + SQRT_ONE_MINUS_ALPHAS_CUMPROD)
+    elif MEAN_TYPE == "flow":
+        sigma = tl.load(row + SQRT_ONE_MINUS_ALPHAS_CUMPROD)
+        total = tl.load(row + SQRT_ALPHAS_CUMPROD) + sigma
+        a = tl.math.div_rn(1.0, total)
+        b = tl.math.div_rn(sigma, total)
     else:
         b = tl.load(row + POSTERIOR_MEAN_COEF1)
         a = tl.math.div_rn(tl.load(row + POSTERIOR_MEAN_COEF2), b)
@@ -36,12 +47,12 @@ def xstart_coefficients(row, MEAN_TYPE: tl.constexpr):
 @triton.jit
 def predict_xstart(x, output, a, b, MEAN_TYPE: tl.constexpr):
     """The x_0 that the model output implies."""
-    if MEAN_TYPE == "epsilon":
-        xstart = a * x - b * output
+    if MEAN_TYPE == "start_x":
+        xstart = output
     elif MEAN_TYPE == "previous_x":
         xstart = tl.math.div_rn(output, b) - a * x
     else:
-        xstart = output
+        xstart = a * x - b * output
     return xstart
 
 

@@ -49,6 +49,12 @@ def predict(
         case ModelMeanType.PREVIOUS_X:
             coef1, coef2 = at["posterior_mean_coef1"], at["posterior_mean_coef2"]
             pred_xstart = output / coef1 - coef2 / coef1 * x
+        case ModelMeanType.V:
+            pred_xstart = at["sqrt_alphas_cumprod"] * x - at["sqrt_one_minus_alphas_cumprod"] * output
+        case ModelMeanType.FLOW:
+            # x_t = alpha x_0 + sigma (x_0 + u)
+            alpha, sigma = at["sqrt_alphas_cumprod"], at["sqrt_one_minus_alphas_cumprod"]
+            pred_xstart = (x - sigma * output) / (alpha + sigma)
     if denoised_fn is not None:
         pred_xstart = denoised_fn(pred_xstart)
     if clip:

@@ -49,17 +49,20 @@ def test_previous_x(clip: bool) -> None:
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_start_x_and_epsilon(clip: bool) -> None:
+def test_predictions_of_the_same_x_start(clip: bool) -> None:
     x, eps = randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
     d = process()
     a = gather(d.alphas_cumprod, T)
     x_start = (x - (1 - a).sqrt() * eps) / a.sqrt()
+    v = a.sqrt() * eps - (1 - a).sqrt() * x_start
     clipped = x_start.clamp(-1, 1) if clip else x_start
     beta = gather(d.betas, T)
     previous = a / (1 - beta)
     mean = (beta * previous.sqrt() * clipped + (1 - previous) * (1 - beta).sqrt() * x) / (1 - a)
-    for kind, output in ((ModelMeanType.EPSILON, eps), (ModelMeanType.START_X, x_start)):
-        out = process(model_mean_type=kind).p_mean_variance(constant(output), x, T, clip_denoised=clip)
+    outputs = {"EPSILON": eps, "START_X": x_start, "V": v, "FLOW": eps - x_start}
+    for kind, output in outputs.items():
+        d = process(model_mean_type=ModelMeanType[kind])
+        out = d.p_mean_variance(constant(output), x, T, clip_denoised=clip)
         torch.testing.assert_close(out["pred_xstart"], clipped, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(out["mean"], mean, rtol=1e-9, atol=1e-9)
 
@@ -223,6 +226,9 @@ def test_mse_of_every_parameterisation(mean_type: ModelMeanType) -> None:
         ModelMeanType.EPSILON: noise,
         ModelMeanType.START_X: x_start,
         ModelMeanType.PREVIOUS_X: d.q_posterior_mean_variance(x_start, x_t, T)[0],
+        ModelMeanType.V: gather(d.sqrt_alphas_cumprod, T) * noise
+        - gather(d.sqrt_one_minus_alphas_cumprod, T) * x_start,
+        ModelMeanType.FLOW: noise - x_start,
     }[mean_type]
     found = d.training_losses(constant(output), x_start, T, noise=noise)["loss"]
     torch.testing.assert_close(found, ((output - target) ** 2).mean((1, 2, 3)))
@@ -471,6 +477,9 @@ def test_bad_use_timesteps_are_refused(steps: list[int]) -> None:
         ({"sigma_small": True}, "EPSILON", "FIXED_SMALL", "RESCALED_MSE"),
         ({"learn_sigma": True, "sigma_small": True}, "EPSILON", "LEARNED_RANGE", "RESCALED_MSE"),
         ({"predict_xstart": True}, "START_X", "FIXED_LARGE", "RESCALED_MSE"),
+        ({"prediction": "x_start"}, "START_X", "FIXED_LARGE", "RESCALED_MSE"),
+        ({"prediction": "v", "learn_sigma": True}, "V", "LEARNED_RANGE", "RESCALED_MSE"),
+        ({"prediction": "flow"}, "FLOW", "FIXED_LARGE", "RESCALED_MSE"),
         ({"rescale_learned_sigmas": False}, "EPSILON", "FIXED_LARGE", "MSE"),
         ({"use_kl": True, "rescale_learned_sigmas": False}, "EPSILON", "FIXED_LARGE", "RESCALED_KL"),
     ],

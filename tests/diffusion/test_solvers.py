@@ -154,10 +154,14 @@ def test_the_parametrisations_agree(name: str, var_type: ModelVarType) -> None:
             x_start: Callable[[Tensor, Tensor], Tensor] = x_start,
         ) -> Tensor:
             predicted, t = x_start(x, timesteps), torch.tensor([place[float(step)] for step in timesteps])
+            eps, alpha = d.eps_from_xstart(x, t, predicted), d.table("sqrt_alphas_cumprod", t, x)
+            sigma = d.table("sqrt_one_minus_alphas_cumprod", t, x)
             output = {
                 ModelMeanType.START_X: predicted,
-                ModelMeanType.EPSILON: d.eps_from_xstart(x, t, predicted),
+                ModelMeanType.EPSILON: eps,
                 ModelMeanType.PREVIOUS_X: d.q_posterior_mean_variance(predicted, x, t)[0],
+                ModelMeanType.V: alpha * eps - sigma * predicted,
+                ModelMeanType.FLOW: eps - predicted,
             }[d.model_mean_type]
             return torch.cat([output, 100 * x], dim=1) if d.model_var_type.learned else output
 

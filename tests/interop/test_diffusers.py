@@ -128,6 +128,7 @@ def calm(config: ModelConfig) -> UNet:
         pytest.param(LINEAR, 0.1, id="1000-linear"),
         pytest.param(replace(LINEAR, diffusion_steps=400, rescale_timesteps=False), 0.1, id="400"),
         pytest.param(replace(COSINE, predict_xstart=True), 0.6, id="x_0"),
+        pytest.param(replace(LINEAR, prediction="v", zero_terminal_snr=True), 0.3, id="v"),
     ],
 )
 def test_ten_steps_of_ddim_draw_the_same_image(
@@ -244,7 +245,7 @@ def test_betas_of_no_named_schedule_leave_the_process_open(tmp_path: Path) -> No
     options = json.loads(path.read_text())
     options["trained_betas"][5] *= 1.1
     path.write_text(json.dumps(options))
-    assert read(tmp_path / "x")[2] == {"predict_xstart": False, "learn_sigma": False}
+    assert read(tmp_path / "x")[2] == {"prediction": "epsilon", "learn_sigma": False}
 
 
 def test_diffusers_own_folders_are_read(tmp_path: Path) -> None:
@@ -350,7 +351,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         (lambda: change(unet, layers_per_block=10**6), "does not match the model that"),
         (lambda: save_file({**tensors, "more": torch.zeros(1)}, weights), "safetensors has more, which"),
         (scheduler.unlink, r"scheduler_config\.json cannot be read"),
-        (lambda: change(scheduler, prediction_type="v_prediction"), "'v_prediction' is neither"),
+        (lambda: change(scheduler, prediction_type="flow_prediction"), "'flow_prediction' is none of"),
         (lambda: change(scheduler, trained_betas="some"), r"scheduler_config\.json is damaged"),
         (lambda: change(unet, num_class_embeds=10**30), "num_classes must be at most 1,000,000, not 10"),
         (lambda: change(scheduler, trained_betas=0.5), r"scheduler_config\.json is damaged"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,8 @@ STEPS = 50
 
 @cache
 def process() -> GaussianDiffusion:
-    return GaussianDiffusion(betas=get_named_beta_schedule("linear", STEPS))
+    weights = np.linspace(0.5, 2, STEPS)
+    return GaussianDiffusion(betas=get_named_beta_schedule("linear", STEPS), loss_weight=weights)
 
 
 def tables(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,6 +66,7 @@ def model_output(mean_type: str, x_start: Tensor, noise: Tensor, learned: bool, 
     """(N, C or 2C, H, W): near what a trained model says, with values for the variance."""
     n, c, h, w = x_start.shape
     output = random(n, c * (2 if learned else 1), h, w, seed=seed).to(DEVICE)
-    target = noise if mean_type == ModelMeanType.EPSILON else x_start
+    of_noise = mean_type in (ModelMeanType.EPSILON, ModelMeanType.V, ModelMeanType.FLOW)
+    target = noise - (x_start if mean_type == ModelMeanType.FLOW else 0) if of_noise else x_start
     output[:, :c] = target + 0.1 * output[:, :c]
     return output
