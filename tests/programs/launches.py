@@ -67,6 +67,10 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
             yield f"{sampler} {label}", partial(_step, n, size, layout, sampler, inside), tuple(TARGETS)
         for loss_type in ("rescaled_mse", "rescaled_kl"):
             yield f"{loss_type} {label}", partial(_loss, n, size, layout, loss_type), tuple(TARGETS)
+    for mean_type in (ModelMeanType.START_X, ModelMeanType.V, ModelMeanType.FLOW):
+        label, choices = f"64x64 N16 channels_last {mean_type}", (mean_type, ModelVarType.FIXED_LARGE)
+        yield f"ddim {label}", partial(_step, 16, 64, "channels_last", "ddim", True, *choices), tuple(TARGETS)
+        yield f"mse {label}", partial(_loss, 16, 64, "channels_last", "mse", *choices), tuple(TARGETS)
     for n in BATCHES:
         samples = torch.zeros(n, dtype=torch.int64)
         for elements in (3 * 32**2, 3 * 512**2):  # noise of an image
@@ -99,24 +103,39 @@ def _attention(shape: AttentionShape, n: int, dtype: torch.dtype, warpgroups: bo
         torch.autograd.grad(y, qkv, torch.empty_like(y))
 
 
-def _step(n: int, size: int, layout: str, sampler: str, inside: bool) -> None:
-    x, output, t, tables, noise = _process(n, size, layout)
-    choices = ModelMeanType.EPSILON, ModelVarType.LEARNED_RANGE, Sampler(sampler)
+def _step(
+    n: int,
+    size: int,
+    layout: str,
+    sampler: str,
+    inside: bool,
+    mean_type: ModelMeanType = ModelMeanType.EPSILON,
+    var_type: ModelVarType = ModelVarType.LEARNED_RANGE,
+) -> None:
+    x, output, t, tables, noise = _process(n, size, layout, var_type)
+    choices = mean_type, var_type, Sampler(sampler)
     given = None if inside else noise
     step_op.IMPLEMENTATIONS[Backend.TRITON](
         x, output, t, tables, given, 1, None, *choices, float(sampler == "ddim"), True, False
     )
 
 
-def _loss(n: int, size: int, layout: str, loss_type: str) -> None:
-    x, output, t, tables, noise = _process(n, size, layout)
+def _loss(
+    n: int,
+    size: int,
+    layout: str,
+    loss_type: str,
+    mean_type: ModelMeanType = ModelMeanType.EPSILON,
+    var_type: ModelVarType = ModelVarType.LEARNED_RANGE,
+) -> None:
+    x, output, t, tables, noise = _process(n, size, layout, var_type)
     output.requires_grad_()
-    choices = ModelMeanType.EPSILON, ModelVarType.LEARNED_RANGE, LossType(loss_type)
+    choices = mean_type, var_type, LossType(loss_type)
     loss, *_ = loss_op.IMPLEMENTATIONS[Backend.TRITON](output, x, x, noise, t, tables, *choices)
     torch.autograd.grad(loss, output, torch.empty_like(loss))
 
 
-def _process(n: int, size: int, layout: str) -> tuple[torch.Tensor, ...]:
+def _process(n: int, size: int, layout: str, var_type: ModelVarType) -> tuple[torch.Tensor, ...]:
     x, noise = (torch.empty(n, 3, size, size) for _ in range(2))
-    output = torch.empty(n, 6, size, size, memory_format=LAYOUTS[layout])
+    output = torch.empty(n, 6 if var_type.learned else 3, size, size, memory_format=LAYOUTS[layout])
     return x, output, torch.zeros(n, dtype=torch.int64), torch.empty(1000, len(TABLES)), noise
