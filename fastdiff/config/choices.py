@@ -13,7 +13,7 @@ class NoiseSchedule(StrEnum):
 class Prediction(StrEnum):
     """What the model predicts: the noise (Ho et al. 2020), x_0, v (Salimans & Ho 2022) or a flow's velocity.
 
-    v is alpha epsilon - sigma x_0; flow is epsilon - x_0 on the straight path of Liu et al. 2023 and Lipman et al. 2023.
+    v is alpha epsilon - sigma x_0; flow is epsilon - x_0, along a straight path (Liu et al. 2023, Lipman et al. 2023).
     """
 
     EPSILON = "epsilon"

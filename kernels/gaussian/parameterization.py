@@ -72,6 +72,6 @@ A_t; A_{t-1}; 1 - A_{t-1}; sqrt(1 / A_t); sqrt(1 / A_t - 1); the posterior mean'
 / (1 - A_t), and of x_t, sqrt(a_t) (1 - A_{t-1}) / (1 - A_t); its variance b_t (1 - A_{t-1}) / (1 - A_t); the variance's
 logarithm, at the first timestep that of the second; b_t, at the first timestep the second's variance, and its
 logarithm; log b_t; sqrt(A_t); sqrt(1 - A_t); the weight of the mean squared error in the loss. Where A_T is 0, the
-columns with 1 / A_T take 1e-20 for it. GaussianDiffusion.step_tables(device, dtype) makes them from attributes of these names, computed in
-float64.
+columns with 1 / A_T take 1e-20 for it. GaussianDiffusion.step_tables(device, dtype) makes them from attributes of these
+names, computed in float64.
 """
