@@ -32,7 +32,7 @@ from fastdiff.cli import (
 )
 from fastdiff.cli.config_file import with_config_file
 from fastdiff.cli.help import Paneled
-from fastdiff.cli.options import SWITCHES, with_old_spelling
+from fastdiff.cli.options import SWITCHES, in_old_spelling, with_old_spelling
 from fastdiff.runtime import threads
 
 app = typer.Typer(
@@ -93,6 +93,8 @@ def main() -> None:
     try:
         scripts.refuse_mpi(sys.argv[1:])
         words = with_old_spelling(sys.argv[1:] or ["--help"], SWITCHES | scripts.SWITCHES)
+        if words[0] == "train" and in_old_spelling(sys.argv[2:]):
+            words[1:1] = ["--recipe", "improved"]  # a --recipe among the words goes before it
         words = with_config_file(words)
         asked = {"-h", "--help", "--help-all"} & set(words)
         if scripts.script_of(words) and asked:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from enum import StrEnum
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args
@@ -156,6 +157,12 @@ def with_old_spelling(arguments: Sequence[str], switches: frozenset[str]) -> lis
                 equals = value = ""
         result.append(name + equals + value)
     return result
+
+
+def in_old_spelling(arguments: Sequence[str]) -> bool:
+    """Whether a flag is spelled as the originals spell it, with an underscore."""
+    names = (word.partition("=")[0] for word in takewhile(lambda word: word != "--", arguments))
+    return any(name.startswith("--") and "_" in name for name in names)
 
 
 SWITCHES = frozenset(

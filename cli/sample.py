@@ -145,6 +145,7 @@ def sample(
     from fastdiff.runtime.words import printable
     from fastdiff.sampling import Classes, Job, Plan, SampleFiles, settings_of, split_classes
     from fastdiff.sampling.base_samples import unreadable_in
+    from fastdiff.sampling.plan import with_sampler
 
     fit_to_cores()
     world = World.join(timeout)
@@ -164,7 +165,7 @@ def sample(
             names = (Classes.of(loaded, guiding) or Classes((), (), ())).named
             return Plan.of(
                 loaded,
-                config,
+                SampleConfig.from_flags(with_sampler(flags, loaded)),
                 num_samples=flags.get("num_samples"),
                 base_samples=base_samples,
                 skipped=skipped,
@@ -195,6 +196,10 @@ def sample(
             for (what, loaded, scale), path in zip(models, paths, strict=True):
                 if loaded is not None:
                     display.line(f"{what}: {path}, step {loaded.step}{scale}{young_average(loaded)}")
+            if plan.config.sampler != config.sampler:
+                display.line(
+                    f"sampler: {plan.config.sampler}, {plan.config.steps or 'all'} steps (--sampler ddpm: all)"
+                )
             if plan.base is not None and not skip_unreadable:
                 base = plan.base
                 world.from_main(lambda: base.check(numbers, partial(display.advance, "base samples")))

@@ -65,7 +65,7 @@ _SMALL_SIZE = ("--small-size", "64")
 _LABELS = ("--labels", "prefix")
 _TRAIN = Script(
     ("train",),
-    ("--no-ema-warmup", *_LABELS),
+    ("--recipe", "improved", "--no-ema-warmup", *_LABELS),
     assumed=(_PER_PROCESS, "1"),
     guided=(*_UNSCALED, "--flip"),
     replaced={"--batch-size": (_PER_PROCESS,)},

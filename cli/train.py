@@ -7,7 +7,7 @@ import typer
 
 from fastdiff.cli.options import DebugFlag, Flags, with_flags
 from fastdiff.cli.scripts import log_folder, log_formats
-from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, StartConfig, TrainConfig
+from fastdiff.config import DataConfig, DiffusionConfig, ModelConfig, Recipe, RuntimeConfig, StartConfig, TrainConfig
 
 
 @with_flags(DataConfig, StartConfig, TrainConfig, ModelConfig, DiffusionConfig, RuntimeConfig)
@@ -26,8 +26,8 @@ def run_training(flags: Flags, classifier: bool = False) -> int:
 
     Returns the exit status.
     """
-    if "run_dir" not in flags and (folder := log_folder()) is not None:
-        flags = {**flags, "run_dir": str(folder)}
+    if (folder := log_folder()) is not None:
+        flags = {"run_dir": str(folder)} | ({} if classifier else {"recipe": Recipe.IMPROVED}) | flags
     formats = log_formats()
     if "tensorboard" in formats:
         flags = {"tensorboard": True} | flags

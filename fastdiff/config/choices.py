@@ -10,6 +10,16 @@ class NoiseSchedule(StrEnum):
     COSINE = "cosine"
 
 
+class Recipe(StrEnum):
+    """Where the settings of a run come from that are not given.
+
+    auto chooses them for the images, the device and the length of the run; improved takes improved-diffusion's.
+    """
+
+    AUTO = "auto"
+    IMPROVED = "improved"
+
+
 class Prediction(StrEnum):
     """What the model predicts: the noise (Ho et al. 2020), x_0, v (Salimans & Ho 2022) or a flow's velocity.
 

@@ -117,6 +117,7 @@ UNUSED_BY_CLASSIFIERS = frozenset(
     {
         *("label_dropout", "conditioning_noise", "preview_interval"),
         *("learn_sigma", "sigma_small", "predict_xstart", "use_kl", "rescale_learned_sigmas"),
+        *("recipe", "minutes"),
         *("prediction", "weighting", "min_snr_gamma", "sigmoid_bias"),
     }
 )

@@ -56,7 +56,7 @@ class NllConfig(ImagesConfig):
 
 
 FAST_STEPS = 20
-"""Steps of the fast sampler that draws images to measure, unless flags say otherwise."""
+"""Steps of the fast sampler, unless flags say otherwise: for images to measure, and of models that it suits best."""
 
 _METRICS = "Metrics"
 

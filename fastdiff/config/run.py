@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fastdiff.config.base import Config, number, option
+from fastdiff.config.choices import Recipe
 from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig
 from fastdiff.config.job import DataConfig, DiffusionConfig, RuntimeConfig, TrainConfig
 from fastdiff.config.model import ModelConfig
@@ -24,6 +25,14 @@ class StartConfig(Config):
 
     run_dir: str = option(
         "", "Run folder; by default runs/NAME of the data, a classifier's runs/NAME-classifier.", path=True
+    )
+    recipe: Recipe = option(
+        Recipe.AUTO,
+        "Settings that are not given: chosen for the images and the time (auto), or improved-diffusion's, as with "
+        "--preset.",
+    )
+    minutes: float | None = option(
+        None, "Train for this many minutes, compilation included, instead of --steps; a CPU's default is 30."
     )
     preset: str | None = option(None, "A released model's flags, see fastdiff presets.")
     resume: bool = option(False, "Resume the run in the run folder.")
@@ -46,6 +55,9 @@ class StartConfig(Config):
         if self.batch_size_per_process is not None:
             size = number(int, "batch_size_per_process", self.batch_size_per_process)
             self.require(size > 0, "batch_size_per_process", "positive")
+        if self.minutes is not None:
+            minutes = number(float, "minutes", self.minutes)
+            self.require(0 < minutes <= 10**6, "minutes", "above 0 and at most 1,000,000")
         if self.init_from and self.resume_checkpoint:
             raise ValueError("init_from and resume_checkpoint both say which weights to start from: give one of them")
 
@@ -57,6 +69,8 @@ class StartConfig(Config):
             raise ValueError(NO_DATA)
         if start.batch_size_per_process is not None and "batch_size" in flags:
             raise ValueError("batch_size and batch_size_per_process both set the size of a batch: give one of them")
+        if start.minutes is not None and "steps" in flags:
+            raise ValueError("minutes and steps both set the length of the run: give one of them")
         return start
 
 
@@ -75,7 +89,8 @@ class RunConfig:
     """All the settings of a run, as config.json stores them; a classifier's run has a ClassifierTrainConfig, too.
 
     ``class_counts`` holds the number of images of each class, in the order of ``class_names``. ``reading`` is the
-    version of the rules by which the data is read. ValueError if the parts are inconsistent.
+    version of the rules by which the data is read, and ``recipe`` where settings came from that nobody gave. ValueError
+    if the parts are inconsistent.
     """
 
     model: ModelConfig | ClassifierConfig
@@ -87,6 +102,7 @@ class RunConfig:
     class_counts: tuple[int, ...] = ()
     data_fingerprint: str = ""
     reading: int = READING
+    recipe: Recipe = Recipe.IMPROVED
 
     def __post_init__(self) -> None:
         if not 1 <= self.reading <= READING:
@@ -120,7 +136,8 @@ class RunConfig:
                 for name in UNUSED_BY_CLASSIFIERS & part.keys():
                     del part[name]
         about_data = {"class_names": list(self.class_names), "class_counts": list(self.class_counts)}
-        return {**values, **about_data, "data_fingerprint": self.data_fingerprint, "reading": self.reading}
+        recipe = {} if self.classifies else {"recipe": self.recipe}
+        return {**values, **about_data, "data_fingerprint": self.data_fingerprint, "reading": self.reading, **recipe}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -132,6 +149,7 @@ class RunConfig:
             class_counts=tuple(map(int, values.get("class_counts", ()))),
             data_fingerprint=str(values.get("data_fingerprint", "")),
             reading=int(values.get("reading", 1)),
+            recipe=Recipe(values.get("recipe", Recipe.IMPROVED)),
         )
 
     @classmethod

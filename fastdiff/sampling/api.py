@@ -23,7 +23,7 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.sampling.base_samples import unreadable_in
 from fastdiff.sampling.loop import Int64Array
 from fastdiff.sampling.output import Uint8Array
-from fastdiff.sampling.plan import Plan
+from fastdiff.sampling.plan import Plan, with_sampler
 
 Source = str | os.PathLike[str] | Checkpoint
 Class = str | int
@@ -58,14 +58,16 @@ def sample(
     classifier's classes. ``guide`` is a worse model of the same images, such as an earlier step, away from which
     ``guidance_scale`` moves them. ``interpolate`` is a pair of seeds or image files. ``settings`` are the fields of
     SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of RuntimeConfig (device, precision,
-    compile, ...).
+    compile, ...). Without sampler, steps and timestep_respacing a model of recipe auto is drawn by DPM-Solver++ in 20
+    steps, others by all their ancestral steps.
 
     The model of a Checkpoint is not modified. ValueError, with a message of one line, if an argument is invalid.
     """
     known = [{f.name for f in fields(kind)} for kind in (SampleConfig, RuntimeConfig)]
     if unknown := sorted(set(settings) - known[0] - known[1]):
         raise ValueError(f"sample has no setting {', '.join(unknown)}")
-    config = SampleConfig(**{name: value for name, value in settings.items() if name in known[0]})
+    drawing = {name: value for name, value in settings.items() if name in known[0]}
+    SampleConfig(**drawing)  # refuses a wrong value before the models are read
     runtime = Runtime.resolve(RuntimeConfig(**{name: value for name, value in settings.items() if name in known[1]}))
     if num_samples is not None and indices is not None:
         raise ValueError("num_samples and indices both say which images to draw: give one of them")
@@ -74,9 +76,10 @@ def sample(
     if guide is not None and "guidance_scale" not in settings:
         raise ValueError("guide: say by how much it guides, such as guidance_scale=2")
     base = None if base_samples is None else Path(base_samples)
+    loaded = _loaded(checkpoint, runtime, ema_rate, ema_length)
     plan = Plan.of(
-        _loaded(checkpoint, runtime, ema_rate, ema_length),
-        config,
+        loaded,
+        SampleConfig(**with_sampler(drawing, loaded)),
         super_res=None if super_res is None else _loaded(super_res, runtime),
         classifier=None if classifier is None else _loaded_classifier(classifier, runtime),
         guide=None if guide is None else _loaded(guide, runtime),

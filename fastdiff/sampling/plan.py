@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
-from fastdiff.config import ClassMix, Prediction, SampleConfig, Sampler
+from fastdiff.config import FAST_STEPS, ClassMix, Prediction, Recipe, SampleConfig, Sampler
 from fastdiff.data import load
 from fastdiff.data.classes import renumbered
 from fastdiff.diffusion import build_diffusion
@@ -202,6 +202,23 @@ class Plan:
         image = load(end, self.checkpoint.model_config.image_size)
         labels = labels_of(self.known, np.zeros(1, dtype=np.int64), self.classes)
         return engine.encode(image[None], labels)
+
+
+def with_sampler(flags: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """The flags of SampleConfig, with DPM-Solver++ in 20 steps where they choose neither a sampler nor timesteps.
+
+    That is for the models of recipe auto and for flows; others are drawn as in improved-diffusion, by all their
+    ancestral steps.
+    """
+    given = {name for name, value in flags.items() if value is not None}
+    process = checkpoint.diffusion_config
+    recipe = checkpoint.metadata.get("run_config", {}).get("recipe")
+    if given & {"sampler", "steps", "timestep_respacing"} or not (
+        recipe == Recipe.AUTO or process.prediction is Prediction.FLOW
+    ):
+        return dict(flags)
+    few = process.diffusion_steps <= FAST_STEPS or process.timestep_respacing
+    return {**flags, "sampler": Sampler.DPM, "steps": None if few else FAST_STEPS}
 
 
 def _refuse_guidance(checkpoint: Checkpoint, config: SampleConfig) -> None:

@@ -67,7 +67,7 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     before, path = weights.model_config, weights.path
     if "num_heads" in flags:
         flags = {"num_head_channels": -1} | dict(flags)  # the file's would go before num_heads
-    model = _changed(before, flags)
+    model = before.from_flags(flags, base=before)
     if model.image_size != before.image_size and "attention_resolutions" not in flags:
         resolutions = [max(1, r * model.image_size // before.image_size) for r in before.attention_resolutions]
         model = _changed(before, {**flags, "attention_resolutions": tuple(resolutions)})  # the same levels
@@ -80,7 +80,7 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     for name, old_heads, new_heads in zip(_HEADS[:2], before.attention_heads, model.attention_heads, strict=True):
         if old_heads != new_heads:
             _refuse(name, _heads(before, name), _heads(model, name), path)
-    process = _changed(weights.diffusion_config, flags)
+    process = weights.diffusion_config.from_flags(flags, base=weights.diffusion_config)
     if process.prediction != weights.diffusion_config.prediction:
         name = "prediction" if "prediction" in flags else "predict_xstart"
         _refuse(name, getattr(weights.diffusion_config, name), getattr(process, name), path)
@@ -116,7 +116,7 @@ def flags_to_fine_tune(weights: Initial, flags: Mapping[str, Any]) -> tuple[dict
                 f"--preset ({', '.join(CLASSIFIER_PRESETS)})"
             )
         before = DiffusionConfig.from_flags(flags)
-    process = _changed(before, flags)
+    process = before.from_flags(flags, base=before)
     told = in_words(differences(before, process))
     return {**weights.config.to_dict(), **flags, **process.to_dict()}, [f"{path} is changed: {told}"] if told else []
 
@@ -149,11 +149,6 @@ def flags_to_resume(path: Path, flags: Mapping[str, Any], classifier: bool = Fal
         return flags, notes
     notes.append(f"{TrainConfig.steps:,} more steps, as neither --steps nor --lr-anneal-steps is given")
     return flags | {"steps": step_of(path) + TrainConfig.steps}, notes
-
-
-def _changed(config: Any, flags: Mapping[str, Any]) -> Any:
-    values = config.to_dict()
-    return type(config).from_dict(values | {name: value for name, value in flags.items() if name in values})
 
 
 def _heads(config: ModelConfig, name: str) -> object:

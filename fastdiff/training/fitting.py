@@ -1,5 +1,6 @@
 """Trial passes before the first update: they find how many images fit into memory, and warm the model up."""
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -15,6 +16,9 @@ from fastdiff.runtime.memory import out_of_memory
 from fastdiff.training.objective import Objective
 from fastdiff.training.parallel import accumulating
 from fastdiff.training.update import micro_batches
+
+_REHEARSALS = 3
+"""Batches that are timed."""
 
 
 def choose_microbatch(config: RunConfig, model: Encoder, objective: Objective, runtime: Runtime, world: World) -> int:
@@ -57,6 +61,24 @@ def largest_that_fits(most: int, attempt: Callable[[int], None], world: World) -
                 "fsdp on several GPUs"
             )
         size = -(-size // 2)
+
+
+def seconds_per_update(
+    config: RunConfig, objective: Objective, module: nn.Module, forward: Callable[..., Tensor], world: World
+) -> float:
+    """How long the passes of an update take on the slowest process, without data and optimizer. Collective."""
+    device = next(module.parameters()).device
+
+    def passes() -> None:
+        warm_up(config, objective, module, forward, world)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    passes()
+    began = time.perf_counter()
+    for _ in range(_REHEARSALS):
+        passes()
+    return max(world.all_gather_object((time.perf_counter() - began) / _REHEARSALS))
 
 
 def warm_up(

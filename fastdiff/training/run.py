@@ -1,6 +1,7 @@
 """A training run from its settings to its exit status: resolves flags, opens or resumes the folder, and trains."""
 
 import shlex
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 
 from fastdiff.checkpoint import Lease, saved_steps
 from fastdiff.config import (
+    FAST_STEPS,
     ClassifierConfig,
     Compile,
     DiffusionConfig,
@@ -18,6 +20,7 @@ from fastdiff.config import (
     ModelConfig,
     Parallel,
     Precision,
+    Recipe,
     RunConfig,
     StartConfig,
     TrainConfig,
@@ -33,13 +36,11 @@ from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.environment import environment
-from fastdiff.training import fine_tuning, resuming, run_folder, trackers
+from fastdiff.training import fine_tuning, recipe, resuming, run_folder, trackers
 from fastdiff.training.fine_tuning import Initial, read_initial, read_initial_classifier
 from fastdiff.training.held_out import hold_out
+from fastdiff.training.recipe import TimeLimit
 from fastdiff.training.trainer import Trainer
-
-FAST_STEPS = 20
-"""Steps of the fast sampler that the last line of a run names."""
 
 _FIXED = ("noised", "holdout")  # else what is measured would count images that were trained on
 
@@ -65,22 +66,28 @@ def run(
     It trains a diffusion model, or a ``classifier``. ``flags`` are fields of a run's configurations, and ``start`` is
     their StartConfig; an absent flag was not given. ``command`` is what the run's files say was called.
     """
+    began = time.perf_counter()
     with ExitStack() as held:
         held.enter_context(world.explained("use a smaller model, or --parallel fsdp on several GPUs"))
         read: list[Initial] = []
         plan = world.from_main(lambda: _decide(dict(flags), start, world, held, classifier, read))
-        return Ended(plan.run_dir, _carry_out(plan, world, display, held, read, command))
+        return Ended(plan.run_dir, _carry_out(plan, world, display, held, read, command, began))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The run to train, its initial weights and lines for the log, as rank 0 decided."""
+    """The run to train, its initial weights and lines for the log, as rank 0 decided.
+
+    ``given`` are the flags that the recipe leaves alone.
+    """
 
     run_dir: Path
     config: RunConfig
     resuming: bool
     fixed_classes: bool
     allow_changes: bool
+    given: frozenset[str]
+    minutes: float | None
     init_from: Path | None
     resume_checkpoint: Path | None
     dry: bool
@@ -159,7 +166,11 @@ def _decide(
         elif resume_checkpoint is not None:
             flags, said = fine_tuning.flags_to_resume(resume_checkpoint, flags, classifier)
             fixed_classes = "num_classes" in flags
-        config = RunConfig.from_flags(flags, classifier=classifier)
+        improved = classifier or start.preset is not None or resume_checkpoint is not None
+        source = start.recipe if "recipe" in flags or not improved else Recipe.IMPROVED
+        config = replace(RunConfig.from_flags(flags, classifier=classifier), recipe=source)
+    if continues and start.minutes is not None:
+        notes.append(f"minutes has no effect: the run continues to its {config.train.steps} updates")
     notes += said
     return _Plan(
         run_dir,
@@ -167,6 +178,8 @@ def _decide(
         continues,
         fixed_classes,
         start.allow_changes,
+        frozenset(flags),
+        start.minutes,
         init_from,
         resume_checkpoint,
         start.dry_run,
@@ -223,8 +236,13 @@ def _continued(
     return changed, notes
 
 
-def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack, read: list[Initial], command: str) -> int:
-    """Load the images, open the folder, and train; returns the exit status. Takes the weights from ``read``, if any."""
+def _carry_out(
+    plan: _Plan, world: World, display: Lines, held: ExitStack, read: list[Initial], command: str, began: float
+) -> int:
+    """Load the images, open the folder, and train; returns the exit status. Takes the weights from ``read``, if any.
+
+    The run ``began`` at that time.perf_counter().
+    """
     run_dir, config = plan.run_dir, plan.config
 
     def resolve() -> Runtime:
@@ -248,6 +266,11 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack, read:
     )
     config, changes = world.on_all(lambda: _with_data(plan, dataset))
     among, held_out, said = hold_out(config, dataset, world, display)
+    limit: TimeLimit | None = None
+    if not plan.resuming and (config.recipe is Recipe.AUTO or plan.minutes):
+        images = len(dataset.images if among is None else among)
+        config, limit, chosen = world.on_all(lambda: _with_recipe(plan, config, images, runtime, world, began))
+        said += chosen
 
     def open_folder() -> run_folder.Log | run_folder.Shown | run_folder.Silence:
         if not world.main:
@@ -262,7 +285,8 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack, read:
     log = world.on_all(open_folder)
     for line in (*plan.notes, f"data: {dataset.preflight.line()}", *dataset.notes, *changes, *said):
         log(line)
-    trainer = Trainer(config, dataset, runtime, run_dir, log, world, among, held_out)
+    trainer = Trainer(config, dataset, runtime, run_dir, log, world, among, held_out, limit)
+    config = trainer.config
     trainer.environment = environment(runtime, world.size, trainer.model_calls, command)
     if plan.resuming:
         resuming.resume(trainer)
@@ -295,12 +319,31 @@ def _carry_out(plan: _Plan, world: World, display: Lines, held: ExitStack, read:
     drawing = ["fastdiff", "sample", str(run_dir), "--out", "samples.npz"]
     if isinstance(config.model, ClassifierConfig):
         drawing = ["fastdiff", "sample", "MODEL", "--classifier", str(run_dir), "--out", "samples.npz"]
-    elif config.diffusion.diffusion_steps > FAST_STEPS:
+    elif config.recipe is Recipe.IMPROVED and config.diffusion.diffusion_steps > FAST_STEPS:
         drawing += ["--sampler", "dpm++", "--steps", str(FAST_STEPS)]
     if small := getattr(config.model, "small_size", None):
         drawing += ["--base-samples", f"FOLDER-OF-{small}-PIXEL-IMAGES"]
     log(f"resume with: {shlex.join(again)}" if status else f"sample with: {shlex.join(drawing)}")
     return status
+
+
+def _with_recipe(
+    plan: _Plan, config: RunConfig, images: int, runtime: Runtime, world: World, began: float
+) -> tuple[RunConfig, TimeLimit | None, list[str]]:
+    """The configuration with the recipe's settings, the run's time limit if it has one, and lines for the log."""
+    auto, minutes, said = config.recipe is Recipe.AUTO, plan.minutes, list[str]()
+    if auto:
+        chosen = recipe.model_and_process(config, plan.given, images, runtime.device, world.size)
+        config = RunConfig.from_flags(chosen, base=config)
+        if minutes is None and "steps" not in plan.given:
+            minutes = recipe.MINUTES_ON_A_CPU if runtime.device.type == "cpu" else None
+        if minutes is None:
+            timed = recipe.schedule(config, plan.given)
+            config, chosen = RunConfig.from_flags(timed, base=config), chosen | timed
+        said.append(recipe.said(chosen))
+    if minutes is None:
+        return config, None, said
+    return config, TimeLimit(began + 60 * minutes, plan.given, auto), said
 
 
 def _described(model: ModelConfig | ClassifierConfig) -> str:

@@ -24,12 +24,13 @@ from fastdiff.runtime.throughput import peak_flops, peak_memory_gib
 from fastdiff.runtime.words import duration, printable
 from fastdiff.training.classification import Classification
 from fastdiff.training.ema import snapshot_steps
-from fastdiff.training.fitting import choose_microbatch, warm_up
+from fastdiff.training.fitting import choose_microbatch, seconds_per_update, warm_up
 from fastdiff.training.held_out import HeldOut, Rows, measure, summary
 from fastdiff.training.metrics import ProgressFiles
 from fastdiff.training.objective import Denoising
 from fastdiff.training.parallel import parallelise
 from fastdiff.training.preview import save_previews
+from fastdiff.training.recipe import TimeLimit
 from fastdiff.training.run_folder import Log, Shown, Silence, write_config
 from fastdiff.training.saver import Saver, free_space_check
 from fastdiff.training.state import TrainState
@@ -39,9 +40,6 @@ from fastdiff.training.update import Updater, learning_rate, micro_batches
 MAX_SKIPPED_STEPS = 25
 """Consecutive skipped updates that end the run, checked once per log interval. fp16's initial search for a loss scale,
 which halves it from 2^16, skips fewer."""
-
-_REHEARSALS = 3
-"""Batches that a dry run times."""
 
 OFFENDERS = 8
 """Number of samples of a skipped update that the log names."""
@@ -68,7 +66,8 @@ class Trainer:
     """Trains the run in ``run_dir`` until its last update or a signal.
 
     ``among`` are the rows of the dataset to train on, by default all; ``held_out`` are images to measure the model on.
-    ``environment`` is what config.json and the checkpoints then say about the process, as JSON-compatible values.
+    ``limit`` is the time that the run has: then the number of updates follows their speed. ``environment`` is what
+    config.json and the checkpoints then say about the process, as JSON-compatible values.
 
     Every process of ``world`` creates one and calls the same methods; rank 0 writes the run folder.
     """
@@ -83,6 +82,7 @@ class Trainer:
         world: World | None = None,
         among: Rows | None = None,
         held_out: HeldOut | None = None,
+        limit: TimeLimit | None = None,
     ) -> None:
         # Draw initial weights on the CPU, so that they are equal for every device and process.
         torch.manual_seed(config.train.seed)
@@ -104,6 +104,9 @@ class Trainer:
             found = choose_microbatch(config, self.model, self.objective, runtime, self.world)
             config = replace(config, train=replace(config.train, microbatch=found))
             log(f"microbatch auto: {found} images in a forward pass")
+        self.limit = limit
+        if limit is not None:
+            config = self._timed(config, limit)
         self.config = config
         with self._explained():
             self.module = parallelise(self.model, self.device, self.world, config.train.parallel)
@@ -124,6 +127,15 @@ class Trainer:
             flops_per_image = 3 * forward_flops(config.model)  # backward is two forwards
             self._peak_images_per_s = peak * self.world.size / flops_per_image
 
+    def _timed(self, config: RunConfig, limit: TimeLimit) -> RunConfig:
+        """The configuration with as many updates as there is time for, by the speed of a few passes. Collective."""
+        model = self.model.to(self.device)
+        with self.world.explained("use --microbatch auto"):
+            seconds = seconds_per_update(config, self.objective, model, self.runtime.eager(model), self.world)
+        config, line = self.world.from_main(lambda: limit.planned(config, seconds))
+        self.log(line)
+        return config
+
     @property
     def model_calls(self) -> int:
         """Forward passes of the whole run, so that a resumed run makes the same decision to compile."""
@@ -137,9 +149,9 @@ class Trainer:
         The status is 0 at the run's end, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, all with the last
         update saved.
         """
-        train, state, world = self.config.train, self.state, self.world
+        state, world = self.state, self.world
         outputs = world.on_all(lambda: self._open_outputs() if world.main else [])
-        update = Updater(self.config, state, self.objective, self.module, self.forward, world)
+        update, train = self._updater(), self.config.train
         agreement, clock, stopped_by = Agreement(world), Clock(), 0
         snapshots = snapshot_steps(train.steps) if train.snapshots_kept else frozenset()
 
@@ -166,6 +178,8 @@ class Trainer:
                 if due(train.log_interval) or measures:
                     note = self._report(outputs, clock, measures)
                     clock = Clock()
+                    if self.limit is not None and self._replanned(self.limit):
+                        update, train = self._updater(), self.config.train
                 if on_update is not None:
                     on_update(state.step, train.steps, note)
                 paused = time.perf_counter()
@@ -187,21 +201,25 @@ class Trainer:
             return 128 + stopped_by  # the shell's convention for a process ended by a signal
         return 0
 
+    def _updater(self) -> Updater:
+        return Updater(self.config, self.state, self.objective, self.module, self.forward, self.world)
+
+    def _replanned(self, limit: TimeLimit) -> bool:
+        """Whether the number of updates changed, as their speed asks. Collective."""
+        config = self.world.from_main(lambda: limit.again(self.config, self.state.step))
+        if config == self.config:
+            return False
+        self.config = self.state.config = config
+        if self.world.main:
+            write_config(config, self.run_dir, self.environment)
+        return True
+
     def rehearsed(self) -> str:
         """One line about memory and speed, from passes of a batch without an update. Collective."""
         train = self.config.train
-
-        def passes() -> None:
-            warm_up(self.config, self.objective, self.module, self.forward, self.world)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-
         with self._explained():
-            passes()
-            began = time.perf_counter()
-            for _ in range(_REHEARSALS):
-                passes()
-        speed = _REHEARSALS * train.batch_size / (time.perf_counter() - began)
+            seconds = seconds_per_update(self.config, self.objective, self.module, self.forward, self.world)
+        speed = train.batch_size / seconds
         left = duration((train.steps - self.state.step) * train.batch_size / speed)
         eager = "" if self.runtime.compiles(self.model_calls) else " eagerly,"
         # AdamW allocates its two moments in the first update
@@ -260,8 +278,10 @@ class Trainer:
             output.write(row)
         left = (train.steps - state.step) * train.batch_size / row["images_per_s"]
         accuracy = f"accuracy {row['acc1']:.1%}  " if "acc1" in row else ""
+        terms = [f"{name} {row[name]:.4f}" for name in ("mse", "vb") if row.get(name, row["loss"]) != row["loss"]]
+        said = "".join([f"({', '.join(terms)})  " if terms else "", accuracy])
         note = (
-            f"loss {row['loss']:.4f}  {accuracy}{duration(left)} left  {row['images_per_s']:.1f} images/s  "
+            f"loss {row['loss']:.4f}  {said}{duration(left)} left  {row['images_per_s']:.1f} images/s  "
             f"grad norm {row['grad_norm']:.3f}  data wait {row['data_wait']:.0%}"
         )
         self.log(f"step {state.step}/{train.steps}  {note}", shown=False)

@@ -37,7 +37,20 @@ def remembered(run_dir: Path) -> dict[str, Any]:
 
 def test_every_file_of_a_run_remembers_it(cli: Cli, shapes: Path, tmp_path: Path) -> None:
     """As decided, and the words as they were given, whatever is in them."""
-    words = ["--data-dir", shapes, "--run-dir", "it's a run", *TINY, *SHORT[:4], "--device", "cpu", "--steps", 2]
+    words = [
+        "--data-dir",
+        shapes,
+        "--run-dir",
+        "it's a run",
+        *TINY,
+        *SHORT[:4],
+        "--device",
+        "cpu",
+        "--steps",
+        2,
+        "--ema-rate",
+        0.9999,
+    ]
     succeeded(cli("train", *words))
     found = remembered(tmp_path / "it's a run")
     assert list(found) == KEYS

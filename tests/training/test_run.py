@@ -15,6 +15,7 @@ from ..sampling.support import command
 from . import support
 
 SETTINGS: dict[str, Any] = {**support.TINY, "device": "cpu", "compile": "off", "precision": "fp32", "save_interval": 2}
+SETTINGS["recipe"] = "improved"
 
 
 def test_it_trains_as_the_command_does(tmp_path: Path, shapes: Path) -> None:

@@ -1,0 +1,130 @@
+"""The recipe of a new run: the settings that were not given, chosen for its images and for the time that it has.
+
+The dataclasses' own defaults are improved-diffusion's, for weeks on several GPUs: in minutes they draw noise.
+"""
+
+import math
+import shlex
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastdiff.config import ModelConfig, NoiseSchedule, Prediction, RunConfig, Weighting
+from fastdiff.runtime.words import duration
+from fastdiff.training import preview
+
+MINUTES_ON_A_CPU = 30.0
+"""Length of a run on a CPU for which neither updates nor minutes are given."""
+
+_MARGIN = 0.02
+"""Share of the updates by which their number must be wrong to be changed, and of the time that is left free."""
+
+
+_OVERHEAD = 1.1
+"""Time of an update in relation to that of its passes."""
+
+
+def model_and_process(
+    config: RunConfig, given: Collection[str], images: int, device: torch.device, processes: int
+) -> dict[str, Any]:
+    """The settings that do not depend on the length of the run, as flags, without those that are ``given``.
+
+    ``images`` is the number of images to train on. A small set, and a CPU, get a narrow model.
+    """
+    model, process = config.model, config.diffusion
+    assert isinstance(model, ModelConfig)
+    chosen: dict[str, Any] = {}
+    if device.type == "cpu":
+        chosen |= {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": (8,)}
+    elif images < 20_000:
+        chosen["num_channels"] = 64 if images < 2_000 else 96
+    if model.class_cond:
+        chosen["label_dropout"] = 0.1
+    if not process.use_kl:
+        chosen |= {"prediction": Prediction.V, "noise_schedule": NoiseSchedule.COSINE, "weighting": Weighting.MIN_SNR}
+    if model.image_size > 64 and model.small_size is None:
+        chosen["noise_shift"] = model.image_size / 64
+    return _without({**chosen, "batch_size": math.lcm(32, processes), "grad_clip": 1.0}, given)
+
+
+def schedule(config: RunConfig, given: Collection[str]) -> dict[str, Any]:
+    """The settings that depend on the number of updates, as flags, without those that are ``given``."""
+    assert isinstance(config.model, ModelConfig)
+    steps = config.train.steps
+    chosen = {
+        "lr": 1e-3 * min(1.0, 32 / config.model.num_channels),
+        "lr_warmup_steps": math.ceil(0.05 * min(steps, 20_000)),
+        "lr_anneal_steps": steps,
+        "ema_rate": (ema_rate(steps),),
+    }
+    return _without(chosen, given)
+
+
+def ema_rate(steps: int) -> float:
+    """The rate of an average over about the last tenth of the updates, at most improved-diffusion's 0.9999."""
+    rates = (0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
+    return min(rates, key=lambda rate: abs(math.log((1 - rate) * steps / 10)))
+
+
+def _without(chosen: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """What is chosen for flags that are not given; --predict-xstart is --prediction, too."""
+    taken = {*given, "prediction"} if "predict_xstart" in given else given
+    return {name: value for name, value in chosen.items() if name not in taken}
+
+
+def said(chosen: Mapping[str, Any]) -> str:
+    """The line of the log: the chosen settings as the flags that override them."""
+    words = []
+    for name, value in chosen.items():
+        values = value if isinstance(value, tuple) else (value,)
+        text = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+        words += [f"--{name.replace('_', '-')}", text]
+    return f"recipe auto: {shlex.join(words)}; each can be given, and --recipe improved has improved-diffusion's"
+
+
+class TimeLimit:
+    """Chooses the number of updates of a run that ends at ``deadline``, in seconds of time.perf_counter().
+
+    The learning rate's decay ends with the updates, unless --lr-anneal-steps is among the ``given`` flags. With
+    ``auto`` the recipe's other settings that depend on them are chosen, too.
+    """
+
+    def __init__(self, deadline: float, given: Collection[str], auto: bool) -> None:
+        self.deadline, self._given, self._auto = deadline, given, auto
+        self._began, self._first = 0.0, 0
+
+    def planned(self, config: RunConfig, seconds: float) -> tuple[RunConfig, str]:
+        """The configuration of a run whose updates' passes take ``seconds``, and a line for the log."""
+        config = self._with_steps(config, self._steps(config, 0, seconds * _OVERHEAD))
+        chosen = schedule(config, self._given) if self._auto else {}
+        left = duration(self.deadline - time.perf_counter())
+        line = f"time: about {config.train.steps} updates in {left}, to be corrected by their speed"
+        return RunConfig.from_flags(chosen, base=config), f"{line}; {said(chosen)}" if chosen else line
+
+    def again(self, config: RunConfig, step: int) -> RunConfig:
+        """The configuration after ``step`` updates, whose number follows the speed so far."""
+        if step == config.train.steps:
+            return config
+        if not self._first:  # the first line of the log: the first updates are slower than the others
+            self._began, self._first = time.perf_counter(), step
+            return config
+        seconds = (time.perf_counter() - self._began) / max(step - self._first, 1)
+        steps = self._steps(config, step, seconds)
+        return config if abs(steps - config.train.steps) < _MARGIN * steps else self._with_steps(config, steps)
+
+    def _steps(self, config: RunConfig, step: int, seconds: float) -> int:
+        """The updates of the whole run at this speed: previews and the last checkpoint need time, too."""
+        train = config.train
+        passes = preview.IMAGES * preview.STEPS * (1 + len(train.ema_rate)) if train.preview_interval else 0
+        last = seconds * passes / (3 * train.batch_size)  # an update is three forward passes
+        left = self.deadline - time.perf_counter() - last
+        return step + max(1, int((1 - _MARGIN) * left / seconds))
+
+    def _with_steps(self, config: RunConfig, steps: int) -> RunConfig:
+        train = config.train
+        ends_together = train.lr_anneal_steps == train.steps and "lr_anneal_steps" not in self._given
+        anneal = steps if ends_together else train.lr_anneal_steps
+        return replace(config, train=replace(train, steps=steps, lr_anneal_steps=anneal))
