@@ -70,7 +70,8 @@ def configuration(weights: Weights, flags: Mapping[str, Any]) -> tuple[ModelConf
     model = before.from_flags(flags, base=before)
     if model.image_size != before.image_size and "attention_resolutions" not in flags:
         resolutions = [max(1, r * model.image_size // before.image_size) for r in before.attention_resolutions]
-        model = _changed(before, {**flags, "attention_resolutions": tuple(resolutions)})  # the same levels
+        same_levels = {**flags, "attention_resolutions": tuple(resolutions)}
+        model = before.from_flags(same_levels, base=before)
     for name, old, new in differences(before, model):
         if name not in _FREE | _LAYERS | _DERIVED and not (name == "small_size" and None not in (old, new)):
             _refuse(name, old, new, path)
