@@ -26,7 +26,7 @@ def run_training(flags: Flags, classifier: bool = False) -> int:
 
     Returns the exit status.
     """
-    if (folder := log_folder()) is not None:
+    if "run_dir" not in flags and (folder := log_folder()) is not None:
         flags = {"run_dir": str(folder)} | ({} if classifier else {"recipe": Recipe.IMPROVED}) | flags
     formats = log_formats()
     if "tensorboard" in formats:

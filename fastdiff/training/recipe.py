@@ -43,11 +43,12 @@ def model_and_process(
         chosen["num_channels"] = 64 if images < 2_000 else 96
     if model.class_cond:
         chosen["label_dropout"] = 0.1
-    if not process.use_kl:
+    if not process.use_kl and process.prediction is not Prediction.FLOW:
         chosen |= {"prediction": Prediction.V, "noise_schedule": NoiseSchedule.COSINE, "weighting": Weighting.MIN_SNR}
     if model.image_size > 64 and model.small_size is None:
         chosen["noise_shift"] = model.image_size / 64
-    return _without({**chosen, "batch_size": math.lcm(32, processes), "grad_clip": 1.0}, given)
+    chosen["batch_size"] = max(min(32, images) // processes, 1) * processes
+    return _without(chosen | {"grad_clip": 1.0}, given)
 
 
 def schedule(config: RunConfig, given: Collection[str]) -> dict[str, Any]:
