@@ -48,7 +48,7 @@ def model_and_process(
     if model.image_size > 64 and model.small_size is None:
         chosen["noise_shift"] = model.image_size / 64
     chosen["batch_size"] = max(min(32, images) // processes, 1) * processes
-    return _without(chosen | {"grad_clip": 1.0}, given)
+    return _without(chosen | {"grad_clip": 1.0, "ema_lengths": (0.05, 0.1)}, given)
 
 
 def schedule(config: RunConfig, given: Collection[str]) -> dict[str, Any]:

@@ -180,6 +180,7 @@ class Trainer:
                     clock = Clock()
                     if self.limit is not None and self._replanned(self.limit):
                         update, train = self._updater(), self.config.train
+                        snapshots = snapshot_steps(train.steps) if train.snapshots_kept else frozenset()
                 if on_update is not None:
                     on_update(state.step, train.steps, note)
                 paused = time.perf_counter()

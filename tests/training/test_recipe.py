@@ -21,6 +21,7 @@ QUICK: dict[str, Any] = {
     "num_res_blocks": 1,
     "channel_mult": "1",
     "diffusion_steps": 30,
+    "batch_size": 12,
     "device": "cpu",
     "compile": "off",
     "precision": "fp32",
