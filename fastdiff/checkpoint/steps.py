@@ -185,7 +185,7 @@ def _offering_a_step_before(run_dir: Path, step: int) -> Iterator[None]:
 def _verify(path: Path, said: dict[str, Any]) -> None:
     try:
         length = path.stat().st_size
-        if said.get(_NEXT) == _described(path):
+        if _NEXT in said and said[_NEXT] == _described(path):
             return
         if length != said["bytes"]:
             raise ValueError(f"{path} is damaged: it has {length} bytes instead of {said['bytes']}")
