@@ -163,7 +163,7 @@ def _about(
         "sha256": sha256(path),
         "step": loaded.step,
         "ema_rate": loaded.metadata.get("ema_rate"),
-        "ema_length": loaded.metadata.get("ema_length"),
+        **{name: loaded.metadata[name] for name in ("ema_length",) if name in loaded.metadata},
         "timesteps": process.num_timesteps,
         "timestep_respacing": config.respacing or loaded.diffusion_config.timestep_respacing,
         "diffusion_steps": process.original_num_steps,
@@ -188,7 +188,7 @@ def _tell(
         )
     error = f" ± {figures['standard_error']:.4f}" if math.isfinite(figures["standard_error"]) else ""
     weights = f"EMA {rate:g}" if rate else "raw weights"
-    if (length := about["ema_length"]) is not None:
+    if (length := about.get("ema_length")) is not None:
         weights = f"average of length {length:g}"
     if not loaded.metadata:
         weights = path.name  # a bare state dict does not say whether it is an EMA

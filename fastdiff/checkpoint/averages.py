@@ -27,6 +27,7 @@ TOLERANCE = 1e-3
 _ROUNDING = {False: 1e-7, True: 3e-4}  # of fp32 and of the snapshots' fp16
 _FOLDER = "averages"
 _SAFETY = 2.0  # updates are neither independent nor of equal size
+_OF_ANOTHER = {"ema_updates", "ema_length", "time_grids"}  # what the metadata of one average say of it alone
 _APART = 1.1  # earlier checkpoints whose steps differ by a smaller factor say the same
 _EARLIER = 4
 _LENGTHS = np.geomspace(0.005, 0.285, 200)
@@ -221,7 +222,7 @@ def reconstructed(run_dir: Path, step: int, length: float) -> Path:
             "one of these, or train with more --ema-lengths or --ema-snapshots"
         )
     described: dict[str, Any] = read_metadata(fit.averages[0].path)
-    described = {key: value for key, value in described.items() if key not in ("ema_updates", "ema_length")}
+    described = {key: value for key, value in described.items() if key not in _OF_ANOTHER}
     like = dict(fit.averages[0].tensors({}))
     total = {name: tensor.double() * found[0] for name, tensor in like.items()}
     for average, coefficient in zip(fit.averages[1:], found[1:], strict=True):
