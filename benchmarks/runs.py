@@ -79,7 +79,7 @@ def _training(
         yield process, said
 
 
-def _error(said: IO[str]) -> str:
+def error_in(said: IO[str]) -> str:
     """A run's first line with an error message, else the last line of its output, without torchrun's lines of =."""
     said.seek(0)
     lines = [text for line in said if (text := line.strip(" =\n"))] or ["fastdiff train printed nothing"]
@@ -127,7 +127,7 @@ def _start(flags: Mapping[str, object], scratch: Path, name: str) -> list[float]
             if path.exists() and text in path.read_text(encoding="utf-8"):
                 spent.append(time.perf_counter() - began - sum(spent))
             elif ended:
-                raise ChildProcessError(f"fastdiff train ended before its first update: {_error(said)}")
+                raise ChildProcessError(f"fastdiff train ended before its first update: {error_in(said)}")
             else:
                 time.sleep(_POLL_SECONDS)
         process.kill()  # its checkpoint is not needed
@@ -174,7 +174,7 @@ def _updates(workload: Workload, config: RuntimeConfig, processes: int, quick: b
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         with _training(flags, env, [*launcher, "--log-dir", f"{folder}/torchrun"]) as (process, said):
             if process.wait():
-                raise ChildProcessError(_error(said))
+                raise ChildProcessError(error_in(said))
         with (run_dir / "progress.jsonl").open(encoding="utf-8") as file:
             _, *seen = [json.loads(line) for line in file]  # the first interval includes the warm-up
     return [workload.batch_size / line["images_per_s"] for line in seen], max(line["memory_gib"] for line in seen)

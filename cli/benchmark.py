@@ -56,10 +56,10 @@ def benchmark(
     Without model or diffusion flags the model is a small one of 32 pixels and 64 channels; with any, the defaults below
     apply.
 
-    quality, which all leaves out, measures pictures instead of time, on two sets of real images (extra 'quality').
-    --run RUN --set digits judges one run: the share of its samples that a classifier gives the class that was asked
-    for, their distance to the real images (FD), recall, and bits/dim of held-out images; with --quick only what takes
-    little time.
+    quality, which all leaves out, measures pictures instead of time, on two sets of real images (extra 'quality'): the
+    share of a run's samples that a classifier gives the class that was asked for, their distance to the real images
+    (FD), recall, and bits/dim of held-out images; with --quick only what takes little time. It trains recipes with
+    several seeds, for hours; the same command goes on where it was stopped. --run RUN --set digits judges one run.
     """
     _refuse_foreign(suite, flags, preset, csv=csv, chart=chart, compare=compare, rounds=rounds)
     if suite is Suite.quality:
@@ -124,7 +124,7 @@ def _refuse_foreign(suite: Suite, flags: Flags, preset: str | None, **others: ob
 def _quality(flags: Flags, quick: bool) -> None:
     """Measure pictures, not time."""
     config = QualityConfig.from_flags(flags)
-    from fastdiff.benchmarks.quality.command import measure_run
+    from fastdiff.benchmarks.quality.command import compare_recipes, measure_run
     from fastdiff.benchmarks.quality.measure import Machine
     from fastdiff.cli.display import Display, Slowly
     from fastdiff.runtime.device import Runtime
@@ -134,4 +134,5 @@ def _quality(flags: Flags, quick: bool) -> None:
     fit_to_cores()
     with signals_as_exceptions(), Display() as display:
         runtime = Runtime.resolve(RuntimeConfig.from_flags(flags))
-        measure_run(config, Machine(runtime, display, lambda what: Slowly(display, what)), quick)
+        run = measure_run if config.run else compare_recipes
+        run(config, Machine(runtime, display, lambda what: Slowly(display, what)), quick)

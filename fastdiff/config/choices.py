@@ -200,3 +200,19 @@ class PictureSet(StrEnum):
 
     DIGITS = "digits"
     PHOTOGRAPHS = "photographs"
+
+
+class Contestant(StrEnum):
+    """A recipe that is compared with others."""
+
+    IMPROVED = "improved"
+    CONTRIBUTING = "contributing"
+    AUTO = "auto"
+
+
+class Mode(StrEnum):
+    """What recipes have in common when they are compared; or one recipe, with each of its choices undone."""
+
+    UPDATES = "updates"
+    TIME = "time"
+    UNDONE = "undone"

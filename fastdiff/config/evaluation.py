@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from fastdiff.config.base import Config, number, option
-from fastdiff.config.choices import Labels, PictureSet, Precision, Sampler
+from fastdiff.config.base import Config, number, option, tuple_of
+from fastdiff.config.choices import Contestant, Labels, Mode, PictureSet, Precision, Sampler
 from fastdiff.config.job import MOST_SAMPLES, ImagesConfig, SampleConfig
 
 
@@ -121,11 +121,31 @@ class QualityConfig(Config):
 
     set: tuple[PictureSet, ...] = option(tuple(PictureSet), "Sets of real images: digits, photographs or both.")
     run: str = option("", "Only measure this run or checkpoint, which was trained on one --set.", path=True)
+    contestants: tuple[Contestant, ...] = option(
+        tuple(Contestant), "Recipes to compare: improved-diffusion's, the one of earlier experiments, and auto."
+    )
+    seeds: tuple[int, ...] = option((0, 1, 2), "Seeds of the runs.")
+    only: tuple[Mode, ...] = option(
+        tuple(Mode), "Compare in equal updates, in equal time, or auto with each of its choices undone (first seed)."
+    )
+    updates: int = option(300, "Updates of a run in updates and undone.")
+    minutes: float = option(10.0, "Minutes of a run in time.")
     out_dir: str = option("quality", "Folder for the data, the judges, the runs and what is measured.", path=True)
     num_samples: int = option(2000, "Images to draw of every run.")
     sampler: Sampler = option(Sampler.DPM, "Sampler of every run.")
     steps: int = option(FAST_STEPS, "Number of evenly spaced timesteps of the sampler.")
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", tuple_of(int, "seeds", self.seeds))
+        super().__post_init__()
+
     def check(self) -> None:
+        self.require(
+            len(set(self.seeds)) == len(self.seeds) > 0 and all(0 <= seed < 2**32 for seed in self.seeds),
+            "seeds",
+            "different numbers of at least 0 and below 2^32",
+        )
+        self.require(self.updates > 0, "updates", "positive")
+        self.require(0 < self.minutes <= 10**6, "minutes", "above 0 and at most 1,000,000")
         self.require(self.num_samples > 5, "num_samples", "at least 6")
         self.require(self.steps > 0, "steps", "positive")

@@ -228,5 +228,7 @@ def test_quality_refuses_what_it_does_not_read(cli: Cli) -> None:
     refused(cli(*quality, "--set", "faces"), "set must be one or more of digits,photographs, not 'faces'")
     refused(cli(*quality), "run runs/a was trained on one set: name it with --set digits or photographs")
     refused(cli(*quality, "--num-samples", "5"), "num_samples must be at least 6, not 5")
-    refused(cli("benchmark", "quality"), "run: name a run or checkpoint with --run")
+    refused(cli("benchmark", "quality", "--seeds", "1,1"), "seeds must be different numbers")
+    refused(cli("benchmark", "quality", "--minutes", "0"), "minutes must be above 0")
+    refused(cli("benchmark", "quality", "--only", "steps"), "only must be one or more of updates,time,undone")
     refused(cli("benchmark", "unet", "--num-samples", "5"), "num_samples is a flag of quality, not of unet")
