@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from fastdiff.cli.loading import find_with_rate, load_for, young_average
-from fastdiff.cli.options import CheckpointArgument, DebugFlag, EmaRateFlag, Flags, with_flags
+from fastdiff.cli.options import CheckpointArgument, DebugFlag, EmaLengthFlag, EmaRateFlag, Flags, with_flags
 from fastdiff.config import RuntimeConfig, TimeGrid, TuneConfig
 
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 @with_flags(TuneConfig, RuntimeConfig)
 def tune_steps(
-    flags: Flags, checkpoint: CheckpointArgument = None, ema_rate: EmaRateFlag = None, debug: DebugFlag = False
+    flags: Flags,
+    checkpoint: CheckpointArgument = None,
+    ema_rate: EmaRateFlag = None,
+    ema_length: EmaLengthFlag = None,
+    debug: DebugFlag = False,
 ) -> None:
     """Find the timesteps at which few steps of a sampler come nearest to many, and store them in the checkpoint.
 
@@ -38,7 +42,7 @@ def tune_steps(
     from fastdiff.sampling.tuning import Tuning
 
     fit_to_cores()
-    path = find_with_rate(checkpoint, ema_rate)
+    path = find_with_rate(checkpoint, ema_rate, ema_length)
     refuse_frozen(path)
     runtime = Runtime.resolve(RuntimeConfig.from_flags(flags))
     loaded = load_for(runtime, path)

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fastdiff.config import Sampler
+from fastdiff.config import DiffusionConfig, Sampler, TimeGrid
+from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.samplers import MULTISTEP
+from fastdiff.diffusion.schedule import betas_of
+from fastdiff.diffusion.time_grids import grid_timesteps
 
 from .support import process, randn
 from .test_solvers import MEAN, START_X, STD, Z, evenly_in_lambda, gaussian_x_start, last, on_the_flow
@@ -131,6 +135,40 @@ def test_gaussian_data_keep_mean_and_variance(name: Sampler, schedule: str) -> N
     tolerance = 0.01 if name is Sampler.DDIM else 1e-4
     assert mean == pytest.approx(MEAN, abs=tolerance)
     assert std**2 == pytest.approx(exact**2, abs=tolerance)
+
+
+@pytest.mark.parametrize("grid", [grid for grid in TimeGrid if grid is not TimeGrid.TUNED])
+@pytest.mark.parametrize(
+    "config",
+    [
+        DiffusionConfig(zero_terminal_snr=True, prediction="v"),
+        DiffusionConfig(zero_terminal_snr=True, prediction="v", noise_schedule="cosine"),
+        DiffusionConfig(prediction="flow"),
+    ],
+    ids=["linear", "cosine", "flow"],
+)
+@pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name not in (Sampler.DDIM, Sampler.HEUN)])
+def test_from_pure_noise_on_every_grid(name: Sampler, config: DiffusionConfig, grid: TimeGrid) -> None:
+    """Mean and variance, of a process whose alpha_T is 0."""
+    betas = betas_of(config)
+    kept = grid_timesteps(np.cumprod(1 - betas), 60, grid)
+    d = GaussianDiffusion(betas=betas, use_timesteps=kept, **START_X)
+    assert d.alphas_cumprod[-1] == 0
+    found = last(name, d, gaussian_x_start_of_any(d), Z.shape, noise=Z, clip_denoised=False)
+    std, mean = np.polyfit(Z.flatten().numpy(), found.flatten().numpy(), 1)
+    assert mean == pytest.approx(MEAN, abs=0.02)
+    assert std == pytest.approx(STD, abs=0.02)
+
+
+def gaussian_x_start_of_any(d: GaussianDiffusion) -> Callable[[Tensor, Tensor], Tensor]:
+    """E[x_0 | x_t] for data N(MEAN, STD^2), also where alpha is 0."""
+    place = {float(step): i for i, step in enumerate(d.timestep_map)}
+
+    def model(x: Tensor, timesteps: Tensor) -> Tensor:
+        a = torch.as_tensor(d.alphas_cumprod)[[place[float(step)] for step in timesteps]].view(-1, 1, 1, 1)
+        return MEAN + a.sqrt() * STD**2 * (x - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
+
+    return model
 
 
 @pytest.mark.parametrize("name", MULTISTEP)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdiff import TrainConfig, load_checkpoint
 from fastdiff.checkpoint import (
     Fit,
+    add_metadata,
     average_path,
     ema_path,
     exponent_of,
@@ -23,6 +24,7 @@ from fastdiff.checkpoint import (
     saved_steps,
     snapshot_path,
     snapshots,
+    weights_of,
 )
 from fastdiff.checkpoint.averages import inner_products
 from fastdiff.training import Trainer
@@ -144,6 +146,16 @@ def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 @pytest.fixture
 def run_dir(trained: tuple[Path, object], tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained[0], tmp_path / "run"))
+
+
+def test_an_average_has_no_time_grid_of_another(run_dir: Path) -> None:
+    for path in weights_of(run_dir, STEPS):
+        add_metadata(path, time_grids={"unipc": {}})
+    path = find_checkpoint(run_dir, ema_length=OTHERS[0])
+    assert "time_grids" not in read_tensors(path, kind="model")[1]
+    add_metadata(path, time_grids={"unipc": {}})  # but may have its own, though no manifest knows it
+    assert find_checkpoint(run_dir, ema_length=OTHERS[0]) == path
+    assert "time_grids" in read_tensors(path, kind="model")[1]
 
 
 @pytest.mark.parametrize("length", OTHERS)
