@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def convert(source: Path, loaded: Loaded, target: Path, scheduler: diffusers.Sch
     target cannot be written.
     """
     state = {key: value.float().contiguous() for key, value in loaded.model.state_dict().items()}
+    said = []
+    if isinstance(loaded, Checkpoint) and loaded.model_config.augment_dim and target.suffix != _SAFETENSORS:
+        loaded = replace(loaded, model_config=replace(loaded.model_config, augment_dim=0))
+        del state["augment_emb.weight"]
+        said = ["the layer that is told of --augment in training is not written: samples do not depend on it"]
     with (replacing if is_file(target) else replacing_folder)(target) as temporary:
         try:
             if target.suffix == _SAFETENSORS:
@@ -83,7 +89,7 @@ def convert(source: Path, loaded: Loaded, target: Path, scheduler: diffusers.Sch
         except (RuntimeError, SafetensorError) as error:  # a full disk can raise either
             raise OSError(f"DST cannot be written ({str(error).splitlines()[0]})") from error
         difference = _difference(source, loaded, temporary, target)
-    return [f"{source} -> {target}", *lines, difference]
+    return [f"{source} -> {target}", *said, *lines, difference]
 
 
 def _lost(loaded: Loaded, names_are: str) -> Iterator[str]:

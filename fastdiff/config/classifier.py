@@ -115,7 +115,7 @@ class ClassifierTrainConfig(TrainConfig):
 
 UNUSED_BY_CLASSIFIERS = frozenset(
     {
-        *("label_dropout", "conditioning_noise", "preview_interval"),
+        *("label_dropout", "conditioning_noise", "preview_interval", "augment"),
         *("learn_sigma", "sigma_small", "predict_xstart", "use_kl", "rescale_learned_sigmas"),
         *("recipe", "minutes"),
         *("prediction", "weighting", "min_snr_gamma", "sigmoid_bias"),

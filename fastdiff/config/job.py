@@ -154,7 +154,20 @@ class DataConfig(ImagesConfig):
     """The images that a model is trained on, and how they are read."""
 
     flip: bool = option(False, "Mirror each image left to right with probability 1/2.")
+    random_crop: float = option(
+        1.0, "Crop each image at random to at least this share of its side, e.g. 0.8; 1 crops none."
+    )
+    augment: float = option(
+        0.0,
+        "For few images: probability of each geometric augmentation, e.g. 0.12. The model is told of it, so that its "
+        "samples show none.",
+    )
     strict: bool = option(False, "Refuse a folder with unreadable images instead of skipping them.")
+
+    def check(self) -> None:
+        super().check()
+        self.require(0.25 <= self.random_crop <= 1, "random_crop", "between 0.25 and 1")
+        self.require(0 <= self.augment <= 1, "augment", "between 0 and 1")
 
 
 HOLDOUT = "Share of the images, chosen by a hash of their names, to measure on and not to train on; 0 for none."

@@ -14,6 +14,9 @@ MOST_CHANNELS = 2**20
 MOST_CLASSES = 10**6
 """Maximum number of classes: a model has an embedding for each."""
 
+AUGMENT_DIM = 9
+"""Numbers that describe the augmentation of an image (fastdiff/training/augmentation.py)."""
+
 GROUPS = 32
 """Every GroupNorm has 32 groups, so every width must be a multiple of 32."""
 
@@ -47,6 +50,9 @@ class ModelConfig(Config):
     resblock_updown: bool = option(False, "Resize in residual blocks (guided-diffusion), not in convolutions.")
     use_new_attention_order: bool = option(
         False, "Order of the qkv rows in the weights: q, k, v outermost (guided-diffusion), not heads."
+    )
+    augment_dim: int = option(
+        0, f"Numbers that tell the model of an image's augmentation: --augment sets {AUGMENT_DIM}."
     )
 
     def __post_init__(self) -> None:
@@ -92,6 +98,7 @@ class ModelConfig(Config):
             self.require(
                 0 < self.small_size <= self.image_size, "small_size", f"between 1 and image_size {self.image_size}"
             )
+        self.require(self.augment_dim in (0, AUGMENT_DIM), "augment_dim", f"0 or {AUGMENT_DIM}")
         self._check_image_size()
         self._check_heads()
 

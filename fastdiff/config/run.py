@@ -1,5 +1,6 @@
 """A training run: how it starts, and all the settings that its run folder stores."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -8,7 +9,7 @@ from fastdiff.config.base import Config, number, option
 from fastdiff.config.choices import Recipe
 from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig
 from fastdiff.config.job import DataConfig, DiffusionConfig, RuntimeConfig, TrainConfig
-from fastdiff.config.model import ModelConfig
+from fastdiff.config.model import AUGMENT_DIM, ModelConfig
 
 NO_DATA = "no data: name a folder of images with --data-dir"
 
@@ -117,11 +118,18 @@ class RunConfig:
         if self.train.conditioning_noise and self.model.small_size is None:
             said = f"conditioning_noise {self.train.conditioning_noise:g}"
             raise ValueError(f"{said} is for super-resolution models: give --small-size, or leave it out")
+        if self.data.augment and not self.model.augment_dim:
+            object.__setattr__(self, "model", replace(self.model, augment_dim=AUGMENT_DIM))
 
     @property
     def classifies(self) -> bool:
         """Whether the run trains a classifier."""
         return isinstance(self.model, ClassifierConfig)
+
+    @property
+    def decoded_size(self) -> int:
+        """The side of the decoded images: the smallest random crop still has as many pixels as the model takes."""
+        return math.ceil(self.model.image_size / self.data.random_crop)
 
     @property
     def labelled(self) -> bool:

@@ -12,15 +12,27 @@ class SuperResUNet(UNet):
 
     in_channels = 6
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # one more input
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
         """Like UNet.forward, with the required low_res: (N, 3, h, w) in [-1, 1]."""
-        return super().forward(_beside(x, low_res), timesteps, y)
+        return super().forward(_beside(x, low_res), timesteps, y, augment)
 
-    def get_feature_vectors(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
+    def get_feature_vectors(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Features:
         """Like UNet.get_feature_vectors, with low_res as in forward."""
-        return super().get_feature_vectors(_beside(x, low_res), timesteps, y)
+        return super().get_feature_vectors(_beside(x, low_res), timesteps, y, augment)
 
 
 def _beside(x: Tensor, low_res: Tensor | None) -> Tensor:

@@ -167,28 +167,40 @@ class UNet(Encoder):
         self.out = nn.Sequential(
             GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(conv3x3(channels, config.out_channels))
         )
+        if config.augment_dim:
+            self.augment_emb = nn.Linear(config.augment_dim, self.emb_channels, bias=False)
         self.lay_out(memory_format)
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """The model's output at x.
 
         x: (N, 3, H, W) in [-1, 1]; timesteps: (N,), may be fractional; y: (N,) int64 class indices, for
-        class-conditional models only. NULL_CLASS adds no embedding: that image is predicted without a class. Returns
-        (N, out_channels, H, W) in x's dtype.
+        class-conditional models only. NULL_CLASS adds no embedding: that image is predicted without a class. augment:
+        (N, augment_dim), what was done to each image (Karras et al. 2022, appendix F.2), in training only; none means
+        zeros. Returns (N, out_channels, H, W) in x's dtype.
         """
-        return self.out(self._run(x, timesteps, y)).to(x.dtype)
+        return self.out(self._run(x, timesteps, y, augment)).to(x.dtype)
 
-    def get_feature_vectors(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Features:
+    def get_feature_vectors(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, augment: Tensor | None = None
+    ) -> Features:
         """The output of every block at x, each (N, C, h, w) in x's dtype, in the order in which the blocks run.
 
         The arguments are forward's. ``out`` maps the last block's output to forward's.
         """
         seen: list[Tensor] = []
-        self._run(x, timesteps, y, seen)
+        self._run(x, timesteps, y, augment, seen)
         features, middle = [h.to(x.dtype) for h in seen], len(self.input_blocks)
         return {"down": features[:middle], "middle": features[middle], "up": features[middle + 1 :]}
 
-    def _run(self, x: Tensor, timesteps: Tensor, y: Tensor | None, seen: list[Tensor] | None = None) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None,
+        augment: Tensor | None,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:
         """The last block's output; every block's output is appended to ``seen``, if given."""
         if (y is not None) != self.config.class_cond:
             raise ValueError(
@@ -198,6 +210,10 @@ class UNet(Encoder):
         if y is not None:
             null = y == NULL_CLASS
             emb = emb + self.label_emb(y.masked_fill(null, 0)).masked_fill(null[:, None], 0)
+        if augment is not None:
+            if not self.config.augment_dim:
+                raise ValueError("the model has augment_dim 0: pass no augment")
+            emb = emb + self.augment_emb(augment.to(self.augment_emb.weight.dtype))
         h, skips = self.encode(x, emb)
         if seen is not None:
             seen += [*skips, h]

@@ -24,7 +24,7 @@ from fastdiff.interop.recognition import describe, recognise, refuse_classifier
 from fastdiff.presets import CLASSIFIER_PRESETS, described_by
 
 _FREE = {"dropout", "use_checkpoint"}  # compatible with any weights
-_LAYERS = {"class_cond", "num_classes", "learn_sigma"}  # if one differs, its layer is newly initialised
+_LAYERS = {"class_cond", "num_classes", "learn_sigma", "augment_dim"}  # if one differs, its layer is newly initialised
 _HEADS = ("num_heads", "num_heads_upsample", "num_head_channels")
 _DERIVED = {"channel_mult", "attention_resolutions", "image_size", *_HEADS}  # compared by their effect
 _UNSAID = {"num_heads": 4, "diffusion_steps": 1000, "noise_schedule": "linear"}  # defaults for improved-diffusion's
@@ -34,6 +34,7 @@ Initial = Weights | ClassifierWeights
 """The weights to start from."""
 
 CLASSES, LAST = "label_emb.weight", ("out.2.weight", "out.2.bias")
+AUGMENT = "augment_emb.weight"
 
 
 def find_initial(place: Path, raw: bool = False) -> Path:
@@ -185,6 +186,11 @@ def carried_over(
         rows, lines = _matched(weights, len(state[CLASSES]), len(own[CLASSES]), class_names, named, "the embedding")
         state[CLASSES] = _taken(state[CLASSES], fresh(CLASSES), rows)
         said += lines
+    if AUGMENT in own and AUGMENT not in state:
+        state[AUGMENT] = fresh(AUGMENT)
+        said.append(f"{weights.path} was trained without --augment: the layer that is told of it is newly initialised")
+    elif AUGMENT not in own:
+        state.pop(AUGMENT, None)
     if LAST[0] in own and LAST[0] in state and state[LAST[0]].shape[0] != own[LAST[0]].shape[0]:
         state |= {name: fresh(name) for name in LAST}
         said.append("learn_sigma differs: the last layer is newly initialised")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.config import RunConfig
-from fastdiff.data import normalised
 from fastdiff.models.unet import Encoder
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.distributed import World
@@ -101,9 +100,9 @@ def _pass(
     config: RunConfig, objective: Objective, forward: Callable[..., Tensor], images: int, device: torch.device
 ) -> None:
     """Run a forward and a backward pass of ``images`` images."""
-    size = config.model.image_size
-    x_start = normalised(torch.zeros(images, size, size, 3, dtype=torch.uint8, device=device))
+    size = config.decoded_size
+    black = torch.zeros(images, size, size, 3, dtype=torch.uint8, device=device)
     none = torch.zeros(images, dtype=torch.int64, device=device)
-    conditions = objective.conditions(x_start, none if config.labelled else None, none)
+    x_start, conditions = objective.inputs(black, none if config.labelled else None, none)
     noise = torch.zeros(x_start.shape, device=device)  # same layout as in an update, to avoid a recompile
     objective.losses(forward, x_start, none, conditions, noise)["loss"].sum().backward()

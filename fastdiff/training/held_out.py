@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from fastdiff.config import ClassifierTrainConfig, RunConfig, TrainConfig
-from fastdiff.data import Dataset, load_shared, normalised
+from fastdiff.data import Dataset, load_shared
 from fastdiff.data.classes import composed, renumbered
 from fastdiff.kernels import philox_normal, philox_uint32
 from fastdiff.models.unet import Encoder
@@ -70,7 +70,7 @@ def hold_out(
         with warnings.catch_warnings(action="ignore"):  # they are about training on these images
             other = load_shared(
                 images,
-                config.model.image_size,
+                config.decoded_size,
                 labelled=config.labelled,
                 world=world,
                 display=display,
@@ -169,11 +169,11 @@ def measure(
         places = places.clip(max=count - 1)
         held_out.dataset.check()
         images = torch.from_numpy(np.take(held_out.dataset.images, held_out.rows[places], axis=0)).to(runtime.device)
-        x_start = normalised(images)
+        y = None if held_out.labels is None else torch.from_numpy(held_out.labels[places]).to(runtime.device)
+        x_start, conditions = objective.inputs(images, y, None)
         t = _timesteps(numbers, seed, steps)
         noise = philox_normal(seed, numbers, HELD_OUT_NOISE_STREAM, x_start.shape[1:])
-        y = None if held_out.labels is None else torch.from_numpy(held_out.labels[places]).to(runtime.device)
-        terms = objective.losses(forward, x_start, t, objective.conditions(x_start, y, None), noise)
+        terms = objective.losses(forward, x_start, t, conditions, noise)
         sums.add({name: term.masked_fill(numbers >= count, torch.nan) for name, term in terms.items()}, t, steps)
 
     def batches() -> None:

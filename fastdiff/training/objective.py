@@ -8,12 +8,14 @@ from torch import Tensor
 
 from fastdiff.checkpoint import model_metadata
 from fastdiff.config import ModelConfig, RunConfig, TrainConfig
+from fastdiff.data import normalised
 from fastdiff.diffusion import build_diffusion
 from fastdiff.kernels import philox_normal, philox_uint32
 from fastdiff.models import NULL_CLASS, build_model
 from fastdiff.models.super_res import low_resolution
 from fastdiff.models.unet import Encoder
 from fastdiff.runtime.device import Runtime
+from fastdiff.training.augmentation import augmented, whole
 from fastdiff.training.metrics import COLUMNS, TERMS
 
 NOISE_STREAM, TIMESTEP_STREAM, LABEL_STREAM = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
@@ -34,7 +36,8 @@ class Objective(ABC):
     columns: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
-        self.train = config.train
+        self.train, self.data, self.size = config.train, config.data, config.model.image_size
+        self.told = isinstance(config.model, ModelConfig) and config.model.augment_dim > 0
         self.diffusion = build_diffusion(config.diffusion, runtime.kernels)
         self.num_timesteps = self.diffusion.num_timesteps
 
@@ -42,13 +45,26 @@ class Objective(ABC):
     def build(self, runtime: Runtime) -> Encoder:
         """The model, with fresh weights."""
 
-    @abstractmethod
-    def conditions(self, x_start: Tensor, labels: Tensor | None, numbers: Tensor | None) -> dict[str, Tensor]:
-        """What ``losses`` needs besides the images x_start (N, 3, H, W) in [-1, 1], each with a row for every image.
+    def inputs(self, images: Tensor, labels: Tensor | None, numbers: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images uint8 (N, H, W, 3) as x_start (N, 3, size, size) in [-1, 1], and what ``losses`` needs besides them.
 
         labels: int64 (N,), or None if the run has no classes. numbers: those of the images in the run, (N,), or None
-        for images that are only measured, whose labels are not dropped and to whose conditions no noise is added.
+        for images that are only measured: they are not cropped or augmented, their labels are not dropped, and no noise
+        is added to their conditions. If the model is told of augmentation, the conditions include ``augment``.
         """
+        x_start, told = normalised(images), dict[str, Tensor]()
+        if numbers is None:
+            x_start = whole(x_start, self.size)
+        elif self.told or self.data.random_crop < 1:
+            how = {"crop": self.data.random_crop, "probability": self.data.augment}
+            x_start, augment = augmented(x_start, self.size, self.train.seed, numbers, **how)
+            # a model that is told of it has zeros without it, too: DDP waits for the gradient of every parameter
+            told = {"augment": augment} if self.told else {}
+        return x_start, {**self.conditions(x_start, labels, numbers), **told}
+
+    @abstractmethod
+    def conditions(self, x_start: Tensor, labels: Tensor | None, numbers: Tensor | None) -> dict[str, Tensor]:
+        """What ``losses`` needs besides x_start, each with a row for every image; the arguments are those of inputs."""
 
     @abstractmethod
     def losses(

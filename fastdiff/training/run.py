@@ -231,6 +231,11 @@ def _continued(
             )
         notes.append(f"warning: the diffusion process changes: {differing}")
     changed = RunConfig.from_flags(flags, base=config)
+    if changed.model != config.model:
+        raise ValueError(
+            f"augment {changed.data.augment:g}: the model of {run_dir} is not told of it; leave it out, or start a new "
+            "run with --init-from"
+        )
     if differing := in_words(differences(config.train, changed.train)):
         notes.append(f"changed: {differing}")
     return changed, notes
@@ -258,7 +263,7 @@ def _carry_out(
     world.check(runtime.device)
     dataset = load_shared(
         config.data,
-        config.model.image_size,
+        config.decoded_size,
         labelled=config.labelled,
         world=world,
         display=display,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.config import RunConfig, TrainConfig
-from fastdiff.data import normalised
 from fastdiff.diffusion.timestep_sampler import draw
 from fastdiff.kernels import philox_normal, philox_uint32
 from fastdiff.runtime.distributed import World
@@ -44,8 +43,7 @@ class Updater:
         first = state.step * train.batch_size + world.rank * len(images)
         numbers = torch.arange(first, first + len(images), device=images.device)
         t, weights = draw(state.sampler, philox_uint32(train.seed, numbers, TIMESTEP_STREAM, 2))
-        x_start = normalised(images)
-        conditions = self.objective.conditions(x_start, labels, numbers)
+        x_start, conditions = self.objective.inputs(images, labels, numbers)
 
         found = []
         parts = micro_batches(train, world.size)

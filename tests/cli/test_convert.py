@@ -181,6 +181,19 @@ def test_a_model_of_guided_diffusion_goes_to_diffusers_and_back(cli: Cli) -> Non
         torch.testing.assert_close(back.model(x, t), there.model(x, t), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["b.pt", "folder"])
+def test_what_a_model_is_told_of_augmentation_stays_here(cli: Cli, target: str) -> None:
+    """Samples do not depend on it, so that the others' files hold the rest of the model."""
+    state = dict(save("a.safetensors", replace(SMALL, augment_dim=9)))
+    out = succeeded(cli("convert", "a.safetensors", target, *(() if target == "b.pt" else ("--scheduler", "ddpm")))).out
+    assert "the layer that is told of --augment in training is not written: samples do not depend on it\n" in out
+    if target == "b.pt":
+        del state["augment_emb.weight"]
+        assert same(state, torch.load(target, weights_only=True))
+    succeeded(cli("convert", "a.safetensors", "c.safetensors"))
+    assert load_checkpoint("c.safetensors").model_config == replace(SMALL, augment_dim=9)
+
+
 def test_class_names_do_not_command_the_terminal(cli: Cli) -> None:
     save("a.safetensors", SMALL, class_names=("a\x1b[2J\nb",))
     assert (

@@ -54,7 +54,7 @@ def run_config(data_dir: Path, **flags: Any) -> RunConfig:
 
 def trainer(run_dir: Path, data_dir: Path, precision: str = "fp32", **flags: Any) -> Trainer:
     config = run_config(data_dir, **({"device": "cpu", "precision": precision, "compile": "off"} | flags))
-    dataset = load_dataset(config.data, config.model.image_size, labelled=config.model.class_cond)
+    dataset = load_dataset(config.data, config.decoded_size, labelled=config.model.class_cond)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(config, dataset, Runtime.resolve(config.runtime), run_dir, Lines())
 

@@ -127,7 +127,7 @@ def test_killed_and_resumed_is_straight_on(
 def test_two_processes_train_as_one_does_and_fsdp_as_ddp(tmp_path: Path, shapes: Path, names: tuple[str, ...]) -> None:
     """For three steps losses and gradient norms are equal to 1e-5, with micro-batches as without."""
     flags = [*LEARNING, "--precision", "fp32", "--steps", "3", "--spike-guard", "50", "--grad-clip", "1"]
-    flags += ["--batch-size", "8", "--ema-lengths", "0.1"]  # 4 on each of two, as 3 and 1
+    flags += ["--batch-size", "8", "--ema-lengths", "0.1", "--augment", "0.5"]  # 4 on each of two, as 3 and 1
     guided = ["--channel-mult", "1,1", "--resblock-updown", "--use-new-attention-order", "--num-head-channels", "16"]
     kinds: dict[str, tuple[int, list[str]]] = {
         "one": (1, []),

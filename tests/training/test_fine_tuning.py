@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastdiff import DiffusionConfig, ModelConfig, build_model, save_checkpoint
+from fastdiff.config import RunConfig
 from fastdiff.presets import with_preset
-from fastdiff.training.fine_tuning import configuration, flags_to_fine_tune, read_initial
+from fastdiff.training.fine_tuning import carried_over, configuration, flags_to_fine_tune, read_initial
 
 from ..support import refusal
 
@@ -81,6 +82,24 @@ def test_what_would_make_the_weights_meaningless_is_refused(tmp_path: Path, flag
 def test_heads_are_compared_by_their_meaning(tmp_path: Path, model: ModelConfig, flags: dict[str, Any]) -> None:
     found = begun(file(tmp_path, model), **flags)
     assert found.attention_heads == FOUR_HEADS.attention_heads == ((4, 4), (4,))
+
+
+@pytest.mark.parametrize("before", [0, 9])
+@pytest.mark.parametrize("augment", [0.0, 0.1])
+def test_augmentation_may_begin_and_end(tmp_path: Path, before: int, augment: float) -> None:
+    path = file(tmp_path, replace(GUIDED, augment_dim=before))
+    weights = read_initial(path, {"augment": augment})
+    flags, _ = flags_to_fine_tune(weights, {"augment": augment, "data_dir": "x"})
+    config = RunConfig.from_flags(flags).model
+    assert config == replace(GUIDED, augment_dim=9 if augment else before)
+    assert isinstance(config, ModelConfig)
+    own = build_model(config).state_dict()
+    state, said = carried_over(weights, own, lambda name: own[name], ())
+    assert state.keys() == own.keys()
+    new = augment > 0 and not before
+    assert said == [f"{path} was trained without --augment: the layer that is told of it is newly initialised"] * new
+    if before:
+        assert state["augment_emb.weight"] is weights.state["augment_emb.weight"]
 
 
 def test_heads_of_the_upsampling_half_are_named(tmp_path: Path) -> None:

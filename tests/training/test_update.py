@@ -20,7 +20,7 @@ from .support import Lines, trainer
 def test_an_update_waits_for_nothing(tmp_path: Path, shapes: Path, precision: str) -> None:
     flags: dict[str, Any] = {"class_cond": True, "label_dropout": 0.1, "learn_sigma": True, "dropout": 0.1}
     flags |= {"schedule_sampler": "loss-second-moment", "spike_guard": 3.0, "microbatch": 2}
-    flags |= {"grad_clip": 1.0, "ema_rate": "0.9,0.5"}
+    flags |= {"grad_clip": 1.0, "ema_rate": "0.9,0.5", "augment": 0.5, "random_crop": 0.75}
     subject = trainer(tmp_path, shapes, precision, **flags)
     update = Updater(subject.config, subject.state, subject.objective, subject.module, subject.forward, subject.world)
     data = batches(subject.dataset, subject.config.data, 4, 0, 0)
