@@ -17,9 +17,11 @@ from fastdiff.config import Sampler, TimeGrid, TuneConfig
 from fastdiff.runtime.lease import Lease
 from fastdiff.sampling.tuning import Tuning, neighbours
 
-from .support import CLASSES, SMOOTH, UPPER, command, loaded, runtime, saved
+from .support import CLASSES, UPPER, command, loaded, runtime, saved
 
 FEW: dict[str, Any] = {"steps": 4, "num_samples": 5, "batch_size": 3, "reference_steps": 40, "clip_denoised": False}
+FAR = {"diffusion_steps": 60}
+"""Of a model whose few steps are far from its many ones: there is something to gain, more than any rounding."""
 FLAGS = ("--steps", 4, "--num-samples", 5, "--reference-steps", 40, "--device", "cpu", "--precision", "fp32")
 
 
@@ -58,7 +60,7 @@ def test_every_grid_of_the_search_is_one() -> None:
 
 
 def tuned(tmp_path: Path, flags: dict[str, Any] | None = None, **config: Any) -> Tuning:
-    subject = Tuning(loaded(tmp_path, **(flags or SMOOTH)), TuneConfig(**FEW | config), runtime())
+    subject = Tuning(loaded(tmp_path, **(flags or FAR)), TuneConfig(**FEW | config), runtime())
     assert subject.run(lambda *_: None, lambda: False)
     return subject
 
@@ -94,10 +96,10 @@ def test_the_search_is_the_same_in_any_batches_and_again(tmp_path: Path) -> None
 
 def test_a_stored_grid_is_a_start(tmp_path: Path) -> None:
     grid = tuned(tmp_path, trials=10).found.best
-    more = SMOOTH | {"time_grids": {"unipc": {"4": {"timesteps": list(grid)}}}}
+    more = FAR | {"time_grids": {"unipc": {"4": {"timesteps": list(grid)}}}}
     found = tuned(tmp_path, more, trials=1).found
     assert found.named[TimeGrid.TUNED] == grid
-    damaged = SMOOTH | {"time_grids": {"unipc": {"4": {"timesteps": [3, 2, 1, 0]}}}}
+    damaged = FAR | {"time_grids": {"unipc": {"4": {"timesteps": [3, 2, 1, 0]}}}}
     assert TimeGrid.TUNED not in tuned(tmp_path, damaged, trials=1).found.named
 
 
@@ -110,10 +112,10 @@ def test_the_cost_is_an_upper_bound(tmp_path: Path) -> None:
 
 
 def test_stopping(tmp_path: Path) -> None:
-    subject = Tuning(loaded(tmp_path, **SMOOTH), TuneConfig(**FEW), runtime())
+    subject = Tuning(loaded(tmp_path, **FAR), TuneConfig(**FEW), runtime())
     assert not subject.run(lambda *_: None, lambda: len(subject.found.errors) == 6)
     assert len(subject.found.errors) == 6
-    subject = Tuning(loaded(tmp_path, **SMOOTH), TuneConfig(**FEW), runtime())
+    subject = Tuning(loaded(tmp_path, **FAR), TuneConfig(**FEW), runtime())
     assert not subject.run(lambda *_: None, lambda: True)
     assert not subject.found.errors
 
@@ -146,7 +148,7 @@ def test_models_that_cannot_be_tuned(tmp_path: Path) -> None:
 
 def test_the_command_stores_what_sampling_then_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    path = saved(model_path(run, 7), **CLASSES, **SMOOTH, class_counts=[1, 2, 3])
+    path = saved(model_path(run, 7), **CLASSES, **FAR, class_counts=[1, 2, 3])
     write_manifest(run, 7, [path])
     before = read_metadata(path)
     command("tune-steps", run, *FLAGS, "--trials", 3)
@@ -177,7 +179,7 @@ def test_the_command_stores_what_sampling_then_takes(tmp_path: Path, capsys: pyt
 
 
 def test_a_signal_keeps_the_best_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path / "m.safetensors", **SMOOTH)
+    path = saved(tmp_path / "m.safetensors", **FAR)
     drawn, after = Tuning._drawn, 7
 
     def counting(self: Tuning, *args: Any) -> Any:
