@@ -32,7 +32,8 @@ CLASSES: dict[str, Any] = {"class_cond": True, "num_classes": 3, "class_names": 
 UPPER: dict[str, Any] = {"image_size": 16, "small_size": 8}
 # x_0 as it is predicted: what an untrained net says of the noise becomes an image of black and white
 PROCESS = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine", predict_xstart=True)
-SMOOTH: dict[str, Any] = {"diffusion_steps": 160, "noise_schedule": "linear", "predict_xstart": False, "last": 0.03}
+NOISE: dict[str, Any] = {"prediction": "epsilon", "predict_xstart": False}
+SMOOTH: dict[str, Any] = {"diffusion_steps": 160, "noise_schedule": "linear", **NOISE, "last": 0.03}
 """A model whose path from noise to image and back is a smooth one; to be drawn from unclipped."""
 
 

@@ -18,7 +18,7 @@ from fastdiff.sampling.guidance import guided
 from fastdiff.sampling.shards import parts_of
 
 from ..support import inputs
-from .support import CLASSES, MODEL, PROCESS, UPPER, classifier_of, command, drawn, loaded, plan, runtime, saved
+from .support import CLASSES, MODEL, NOISE, PROCESS, UPPER, classifier_of, command, drawn, loaded, plan, runtime, saved
 from .test_guidance import Counting
 from .test_replay import Died
 
@@ -178,7 +178,7 @@ THREE = replace(PROCESS, diffusion_steps=30)
         ({}, CLASSES, r"it was trained with classes \(class_cond\), and the model without"),
         (CLASSES, {**CLASSES, "num_classes": 4}, r"it has 4 classes, and the model 3"),
         (CLASSES, {**CLASSES, "class_names": ("cat", "eel", "zebra")}, r"its class 1 is eel, and the model's dog"),
-        ({}, {"predict_xstart": False}, r"it predicts epsilon, and the model start_x"),
+        ({}, NOISE, r"it predicts epsilon, and the model start_x"),
         ({}, {"diffusion_steps": 30}, r"its diffusion process \(30 cosine steps\) is not the model's \(20 cosine step"),
         ({"diffusion_steps": 30}, {"diffusion_steps": 30, "noise_schedule": "linear"}, r"its diffusion process"),
         ({}, {"rescale_timesteps": False}, r"its diffusion process"),
