@@ -279,7 +279,7 @@ class Trainer:
             output.write(row)
         left = (train.steps - state.step) * train.batch_size / row["images_per_s"]
         accuracy = f"accuracy {row['acc1']:.1%}  " if "acc1" in row else ""
-        terms = [f"{name} {row[name]:.4f}" for name in ("mse", "vb") if row.get(name, row["loss"]) != row["loss"]]
+        terms = [f"{name} {row[name]:.4f}" for name in ("mse", "vb") if name in row and row[name] != row["loss"]]
         said = "".join([f"({', '.join(terms)})  " if terms else "", accuracy])
         note = (
             f"loss {row['loss']:.4f}  {said}{duration(left)} left  {row['images_per_s']:.1f} images/s  "

@@ -113,7 +113,7 @@ def test_check(cli: Cli, shapes: Path, tmp_path: Path) -> None:
         assert min(sheet.size) > 100
     refused(cli("data", "check", "data", "--sheet", "sheet.png"), "sheet.png exists already")
     refused(cli("data", "check", "data", "--sheet", "sheet.jpg"), "does not end in .png")
-    refused(cli("data", "check", "data", "--labels", "folder"), "lies in data itself")
+    refused(cli("data", "check", "data", "--labels", "folder"), r"and \d+ more lie in data itself")
     refused(cli("data", "check", "data", "--label-file", "nowhere.csv"), "nowhere.csv does not exist")
     refused(cli("data", "check", "nowhere"), "does not exist")
     refused(cli("data", "check", ""), "DIR.*must not be empty")

@@ -128,7 +128,11 @@ def test_a_field_that_this_version_does_not_know(resume: Cli, run_dir: Path) -> 
             'diffusion_steps 20 becomes 30, noise_schedule "cosine" becomes "linear"',
             {"noise_schedule": "linear", "diffusion_steps": 30},
         ),
-        (["--predict-xstart"], "predict_xstart false becomes true", {"predict_xstart": True}),
+        (
+            ["--predict-xstart"],
+            'prediction "epsilon" becomes "x_start", predict_xstart false becomes true',
+            {"prediction": "x_start", "predict_xstart": True},
+        ),
         (["--timestep-respacing", "10"], 'timestep_respacing "" becomes "10"', {"timestep_respacing": "10"}),
     ],
 )

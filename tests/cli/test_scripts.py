@@ -179,11 +179,12 @@ def test_ddim_respacing_without_ddim_stays_ancestral(cli: Cli, checkpoint: Path,
         ("train --large_size 256 --small_size 64", "train --image-size 256 --small-size 64"),
         (
             "image-train --batch_size 3",
-            "train --no-ema-warmup --labels prefix --batch-size-per-process 1 --batch-size-per-process 3",
+            "train --recipe improved --no-ema-warmup --labels prefix --batch-size-per-process 1 "
+            "--batch-size-per-process 3",
         ),
         (
             "image_train --preset=p --batch_size 3",
-            "train --no-ema-warmup --labels prefix --preset=p --batch-size-per-process 3",
+            "train --recipe improved --no-ema-warmup --labels prefix --preset=p --batch-size-per-process 3",
         ),
         ("super_res_sample --model_path a.pt --preset=p", "{} --preset=p a.pt"),
         ("train --resume_checkpoint= --lr 1", "train --lr 1"),

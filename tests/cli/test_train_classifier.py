@@ -54,7 +54,7 @@ def test_a_run(cli: Cli, shapes: Path) -> None:
     refused(cli("sample"), "model000001.safetensors is a classifier, not a diffusion model")
     diffusion = ["--image-size", "8", "--num-channels", "32", "--num-res-blocks", "1", "--channel-mult", "1"]
     diffusion += ["--attention-resolutions", "", "--batch-size", "4", "--steps", "1", "--preview-interval", "0", *PLAIN]
-    succeeded(cli("train", *data, *diffusion))
+    succeeded(cli("train", *data, *diffusion, "--recipe", "improved"))
     os.utime("runs/shapes-classifier/model000001.safetensors")
     text = succeeded(cli("sample", "--steps", "2", "--num-samples", "1", *PLAIN)).out
     assert "model: runs/shapes/ema_0.9999_000001.safetensors, step 1" in text

@@ -417,7 +417,9 @@ def test_folders_that_are_in_the_way(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)  # root may write everywhere
-    with pytest.raises(ValueError, match=r"folder is not a folder that you may write to: name another --out"):
+    with pytest.raises(
+        ValueError, match=r"folder is not a folder that you may write to: make it writable, or name another --out"
+    ):
         Shards(tmp_path / "folder")
 
 

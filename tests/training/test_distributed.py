@@ -28,7 +28,7 @@ MODEL = [
     *("--attention-resolutions", "", "--diffusion-steps", "4", "--noise-schedule", "cosine"),
     *("--class-cond", "--learn-sigma"),
     *("--compile", "off", "--device", "cpu", "--preview-interval", "0", "--log-interval", "1"),
-    *("--batch-size", "16", "--ema-rate", "0.9999,0.5", "--lr", "1e-3", "--flip"),
+    *("--batch-size", "16", "--ema-rate", "0.9999,0.5", "--lr", "1e-3", "--flip", "--recipe", "improved"),
 ]
 LEARNING = ["--schedule-sampler", "loss-second-moment", "--label-dropout", "0.3"]
 # after four steps, where the runs go on, the sampler weighs the timesteps by what it has seen

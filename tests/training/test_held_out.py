@@ -60,7 +60,7 @@ def trainer(run_dir: Path, images: Path, **flags: Any) -> Trainer:
 def train(images: Path | None, run_dir: Path, **flags: Any) -> list[str]:
     """``fastdiff.train``; what it says."""
     lines: list[str] = []
-    fastdiff.train(images, run_dir, show=lines.append, **flags)
+    fastdiff.train(images, run_dir, show=lines.append, recipe="improved", **flags)
     return lines
 
 
