@@ -197,9 +197,7 @@ def sample(
                 if loaded is not None:
                     display.line(f"{what}: {path}, step {loaded.step}{scale}{young_average(loaded)}")
             if plan.config.sampler != config.sampler:
-                display.line(
-                    f"sampler: {plan.config.sampler}, {plan.config.steps or 'all'} steps (--sampler ddpm: all)"
-                )
+                display.line(f"sampler: {plan.config.sampler}, {plan.config.steps or 'all'} steps (or give --sampler)")
             if plan.base is not None and not skip_unreadable:
                 base = plan.base
                 world.from_main(lambda: base.check(numbers, partial(display.advance, "base samples")))

@@ -58,8 +58,8 @@ def sample(
     classifier's classes. ``guide`` is a worse model of the same images, such as an earlier step, away from which
     ``guidance_scale`` moves them. ``interpolate`` is a pair of seeds or image files. ``settings`` are the fields of
     SampleConfig (sampler, steps, seed, guidance_scale, batch_size, ...) and of RuntimeConfig (device, precision,
-    compile, ...). Without sampler, steps and timestep_respacing a model of recipe auto is drawn by DPM-Solver++ in 20
-    steps, others by all their ancestral steps.
+    compile, ...). Without a sampler a model of recipe auto is drawn by DPM-Solver++, by default in 20
+    steps, others by their ancestral steps.
 
     The model of a Checkpoint is not modified. ValueError, with a message of one line, if an argument is invalid.
     """

@@ -205,20 +205,18 @@ class Plan:
 
 
 def with_sampler(flags: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """The flags of SampleConfig, with DPM-Solver++ in 20 steps where they choose neither a sampler nor timesteps.
+    """The flags of SampleConfig, with DPM-Solver++ if they name no sampler, in 20 steps if they choose no timesteps.
 
-    That is for the models of recipe auto and for flows; others are drawn as in improved-diffusion, by all their
-    ancestral steps.
+    That is for the models of recipe auto and for flows; others are drawn as in improved-diffusion, by their ancestral
+    steps.
     """
     given = {name for name, value in flags.items() if value is not None}
-    process = checkpoint.diffusion_config
-    recipe = checkpoint.metadata.get("run_config", {}).get("recipe")
-    if given & {"sampler", "steps", "timestep_respacing"} or not (
-        recipe == Recipe.AUTO or process.prediction is Prediction.FLOW
-    ):
+    process, recipe = checkpoint.diffusion_config, checkpoint.metadata.get("run_config", {}).get("recipe")
+    if "sampler" in given or (recipe != Recipe.AUTO and process.prediction is not Prediction.FLOW):
         return dict(flags)
     few = process.diffusion_steps <= FAST_STEPS or process.timestep_respacing
-    return {**flags, "sampler": Sampler.DPM, "steps": None if few else FAST_STEPS}
+    steps = {} if few or given & {"steps", "timestep_respacing"} else {"steps": FAST_STEPS}
+    return {**flags, "sampler": Sampler.DPM, **steps}
 
 
 def _refuse_guidance(checkpoint: Checkpoint, config: SampleConfig) -> None:
