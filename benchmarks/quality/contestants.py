@@ -11,18 +11,16 @@ CPU_WIDTH = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "
 UNDONE: Mapping[str, Flags] = {
     "width": {"num_channels": 64, "num_res_blocks": 2, "attention_resolutions": "16,8"},
     "prediction": {"prediction": "epsilon"},
-    "weighting": {"weighting": "none"},
     "schedule": {"noise_schedule": "linear"},
     "lr": {"lr": 1e-4, "lr_warmup_steps": 0},
     "decay": {"lr_anneal_steps": 0},
     "ema": {"ema_rate": "0.9999"},
-    "label dropout": {"label_dropout": 0.0},
     "grad clip": {"grad_clip": 0.0},
     "batch": {"batch_size": 16},
 }
 """Each choice of the recipe auto, and the flags that undo it: improved-diffusion's defaults, but half its width."""
 
-_AS_BEFORE = {"label_dropout": 0.0, "grad_clip": 0.0, "weighting": "none", "ema_lengths": ""}
+_AS_BEFORE = {"grad_clip": 0.0, "ema_lengths": ""}
 """The flags that keep --recipe auto, which sets the decay by the number of updates, from adding what is not asked."""
 
 _IMPROVED = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.config import ModelConfig, NoiseSchedule, Prediction, RunConfig, Weighting
+from fastdiff.config import ModelConfig, NoiseSchedule, Prediction, RunConfig
 from fastdiff.runtime.words import duration
 from fastdiff.training import preview
 
@@ -41,10 +41,8 @@ def model_and_process(
         chosen |= {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": (8,)}
     elif images < 20_000:
         chosen["num_channels"] = 64 if images < 2_000 else 96
-    if model.class_cond:
-        chosen["label_dropout"] = 0.1
     if not process.use_kl and process.prediction is not Prediction.FLOW:
-        chosen |= {"prediction": Prediction.V, "noise_schedule": NoiseSchedule.COSINE, "weighting": Weighting.MIN_SNR}
+        chosen |= {"prediction": Prediction.V, "noise_schedule": NoiseSchedule.COSINE}
     if model.image_size > 64 and model.small_size is None:
         chosen["noise_shift"] = model.image_size / 64
     chosen["batch_size"] = max(min(32, images) // processes, 1) * processes

@@ -73,7 +73,6 @@ def test_what_it_depends_on() -> None:
     assert filled({}).model.num_channels == 32
     assert filled({"image_size": 256}).diffusion.noise_shift == 4
     assert filled({"image_size": 32}).diffusion.noise_shift == 1
-    assert filled({"class_cond": True}).train.label_dropout == 0.1
     assert filled({}, processes=3).train.batch_size % 3 == 0
     assert [recipe.ema_rate(steps) for steps in (100, 2_000, 10_000, 10**6)] == [0.99, 0.995, 0.999, 0.9999]
 
@@ -85,7 +84,7 @@ def test_the_line_says_flags_that_can_be_given(tmp_path: Path, shapes: Path) -> 
     (line,) = (line for line in lines if line.startswith("recipe auto: "))
     words = line.removeprefix("recipe auto: ").partition(";")[0].replace("--", "").split()
     given = {words[i].replace("-", "_"): words[i + 1] for i in range(0, len(words), 2)}
-    assert {"num_res_blocks", "prediction", "lr", "ema_rate", "label_dropout"} <= set(given)
+    assert {"num_res_blocks", "prediction", "lr", "ema_rate"} <= set(given)
     assert not {"num_channels", "steps"} & set(given)
     values = {name: json.loads(v) if re.fullmatch(r"\d+(\.\d+)?(e-\d+)?", v) else v for name, v in given.items()}
     again = RunConfig.from_flags({**flags, "class_cond": True, "steps": 1, **values})
