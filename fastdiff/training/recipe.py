@@ -19,6 +19,9 @@ from fastdiff.training import preview
 MINUTES_ON_A_CPU = 30.0
 """Length of a run on a CPU for which neither updates nor minutes are given."""
 
+_LR = 2e-3
+"""At 32 channels, where 300 updates of small digits came nearer to the data than with half of it."""
+
 _MARGIN = 0.02
 """Share of the updates by which their number must be wrong to be changed, and of the time that is left free."""
 
@@ -54,7 +57,7 @@ def schedule(config: RunConfig, given: Collection[str]) -> dict[str, Any]:
     assert isinstance(config.model, ModelConfig)
     steps = config.train.steps
     chosen = {
-        "lr": 1e-3 * min(1.0, 32 / config.model.num_channels),
+        "lr": float(f"{_LR * min(1.0, 32 / config.model.num_channels) ** 1.5:.1g}"),
         "lr_warmup_steps": math.ceil(0.05 * min(steps, 20_000)),
         "lr_anneal_steps": steps,
         "ema_rate": (ema_rate(steps),),
