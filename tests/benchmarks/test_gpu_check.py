@@ -28,6 +28,7 @@ from .support import CPU, WORKLOAD
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_fifteen_seconds_of_a_rehearsal(tmp_path: Path) -> None:
     command = [ROOT / "benchmarks" / "gpu_check.sh", "--rehearse", "--minutes", "0.25", "--out", tmp_path]
     environment = {**os.environ, "PYTHON": sys.executable}
@@ -236,6 +237,7 @@ def test_what_compute_sanitizer_finds_is_a_failure(tmp_path: Path, monkeypatch: 
     assert subject.failed
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_a_failure(tmp_path: Path) -> None:
     subject = check(tmp_path)
     subject.pending = ["neither", "no such model"]

@@ -62,6 +62,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "job_of", job)
 
 
+@pytest.mark.slow
 def test_both_passes_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "peak_bytes", peak_bytes)
     rows = list(measure_growth(TINY, FP32, quick=True))

@@ -158,6 +158,7 @@ def test_compiled_starts_have_rows_of_their_own(tmp_path: Path, monkeypatch: pyt
     assert len(measure_startup(tmp_path, tmp_path, 2, CPU, compiled=True)) == 2
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_is_a_row_without_a_time(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "notes.txt").write_text("no image")

@@ -4,6 +4,8 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from ..processes import Job
 from ..sampling.support import saved
 from .conftest import Cli
@@ -32,6 +34,7 @@ def test_a_stopped_training_is_saved_and_goes_on(shapes: Path, tmp_path: Path, t
         assert (tmp_path / name / f"model{step + 1:06d}.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_first_step_of_sampling_may_compile_and_is_interrupted(checkpoint: Path, tmp_path: Path) -> None:
     """For minutes, in which no step would look at the signal."""
     slow = (
@@ -52,6 +55,7 @@ def test_the_first_step_of_sampling_may_compile_and_is_interrupted(checkpoint: P
     assert not (tmp_path / "samples.npz").exists()
 
 
+@pytest.mark.slow
 def test_the_first_step_of_a_likelihood_may_compile_and_is_interrupted(shapes: Path, tmp_path: Path) -> None:
     """It says so before."""
     slow = (

@@ -221,6 +221,7 @@ def test_an_entry_of_a_zip_that_swallows_the_next(tmp_path: Path, comment: bytes
     refusal(lambda: ImageFolder(path, 8), "is damaged: 1 of its 3 files")
 
 
+@pytest.mark.slow
 def test_a_zip_of_more_files_than_fit_in_its_end(tmp_path: Path) -> None:
     """With the record of ZIP64, and without it, as older programs write such zips."""
     names = [f"{i}.txt" for i in range(2**16 + 3)]

@@ -275,7 +275,7 @@ def gradients(run: Callable[..., Tensor], layer: Layer, layout: str) -> list[Ten
     ("compiler", "layout"),
     [
         ("aot_eager", "contiguous"),
-        ("inductor", "channels_last"),  # whose strides a compiler might choose otherwise
+        pytest.param("inductor", "channels_last", marks=pytest.mark.slow),  # whose strides a compiler might change
         pytest.param("aot_eager", "channels_last", marks=pytest.mark.slow),
         pytest.param("inductor", "contiguous", marks=pytest.mark.slow),
     ],

@@ -112,6 +112,7 @@ def compiled_anew() -> str:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch's key does not have autocast's dtype")
+@pytest.mark.slow
 def test_the_compiled_graph_is_kept_for_the_next_start_until_the_norm_is_another() -> None:
     norm = "fastdiff.kernels.group_norm_silu.inductor.group_norm_silu"
     import_module(norm.rpartition(".")[0])  # as the first graph does

@@ -45,7 +45,8 @@ def test_two_runs_give_equal_bits() -> None:
     assert all(torch.equal(grads_again[name], value) for name, value in grads.items())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_training_is_one_graph(backend: str) -> None:
     torch._dynamo.reset()
     level = {} if backend == "inductor" else ONE_LEVEL

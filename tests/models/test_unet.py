@@ -317,7 +317,7 @@ def test_the_embedding_of_a_bf16_model(dtype: torch.dtype) -> None:
 # torch.compile
 
 
-@pytest.mark.parametrize("variant", ["plain", "guided"])
+@pytest.mark.parametrize("variant", ["plain", pytest.param("guided", marks=pytest.mark.slow)])
 def test_compiles_to_one_graph(variant: str) -> None:
     """One graph without a break, and no second one for other timesteps or images."""
     torch._dynamo.reset()
@@ -334,6 +334,7 @@ def test_compiles_to_one_graph(variant: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiles_with_its_gradients() -> None:
     """Of a level, in PyTorch's kernels; test_kernels_in_the_model.py has two under Inductor, and what lies between."""
     torch._dynamo.reset()

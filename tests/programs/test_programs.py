@@ -246,8 +246,12 @@ sys.exit(not command.check({key: program}))
 
 @pytest.mark.parametrize(
     ("block", "fewer", "said"),
-    [(1024, 0, ""), (1024, 2, r"REGISTERS (\d+), NOT (\d+)$"), (16384, 0, r"SPILLS (\d+) BYTES$")],
-    ids=["right", "more registers than the table says", "a spill"],
+    [
+        (1024, 2, r"REGISTERS (\d+), NOT (\d+)$"),
+        pytest.param(1024, 0, "", marks=pytest.mark.slow),
+        pytest.param(16384, 0, r"SPILLS (\d+) BYTES$", marks=pytest.mark.slow),
+    ],
+    ids=["more registers than the table says", "right", "a spill"],
 )
 def test_what_a_planted_program_does_to_a_check(block: int, fewer: int, said: str, tmp_path: Path) -> None:
     """It is compiled: of 512 values per thread a GPU with 255 registers must spill."""

@@ -153,6 +153,7 @@ def assert_compiled_is_eager(
         assert relative(found[1][name], eager) <= tolerance, name
 
 
+@pytest.mark.slow
 def test_what_lies_below_an_upsampling_has_its_gradient_compiled_for_bf16() -> None:
     """The smallest of models in which interpolate loses it (PyTorch 2.13; see repeat_pixels)."""
     layers = conv3x3(3, 64), Upsample(64), GroupNormSiLU(64, "auto"), conv3x3(64, 3)

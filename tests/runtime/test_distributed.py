@@ -83,7 +83,11 @@ PARTS = (
 
 
 @pytest.mark.parametrize(
-    "started", ["as torchrun does it", "by torchrun that forks", pytest.param("by torchrun", marks=pytest.mark.slow)]
+    "started",
+    [
+        "by torchrun that forks",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("as torchrun does it", "by torchrun")),
+    ],
 )
 def test_two_processes(tmp_path: Path, started: str) -> None:
     script, environment = Path(__file__).with_name("two_processes.py"), {"OMP_NUM_THREADS": 1}

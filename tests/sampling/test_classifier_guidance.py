@@ -234,6 +234,7 @@ def checkpoint_of(process: DiffusionConfig | None = PROCESS, **changes: Any) -> 
     return ClassifierCheckpoint(model=model, diffusion_config=process, step=9, **settings)
 
 
+@pytest.mark.slow
 def test_an_unconditional_model_draws_the_classifiers_classes(tmp_path: Path) -> None:
     subject = loaded(tmp_path, **PROCESS.to_dict())
 

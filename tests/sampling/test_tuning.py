@@ -65,7 +65,13 @@ def tuned(tmp_path: Path, flags: dict[str, Any] | None = None, **config: Any) ->
     return subject
 
 
-@pytest.mark.parametrize("sampler", [name for name in Sampler if not name.stochastic])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler.DDIM,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in Sampler if not s.stochastic and s is not Sampler.DDIM),
+    ],
+)
 def test_a_better_grid_is_found_for_every_sampler(tmp_path: Path, sampler: Sampler) -> None:
     found = tuned(tmp_path, sampler=sampler, trials=15).found
     start = min(found.errors[grid] for grid in found.named.values())
@@ -87,6 +93,7 @@ def test_the_error_is_that_of_the_images(tmp_path: Path) -> None:
         assert np.sqrt(((exact - found) ** 2).mean()) == pytest.approx(error, abs=1)  # each is rounded by 1/2 at most
 
 
+@pytest.mark.slow
 def test_the_search_is_the_same_in_any_batches_and_again(tmp_path: Path) -> None:
     first, again, other = (tuned(tmp_path, trials=6, num_samples=6, batch_size=size).found for size in (6, 6, 3))
     assert first.errors == again.errors
@@ -94,6 +101,7 @@ def test_the_search_is_the_same_in_any_batches_and_again(tmp_path: Path) -> None
         assert first.errors[grid] == pytest.approx(other.errors[grid], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stored_grid_is_a_start(tmp_path: Path) -> None:
     grid = tuned(tmp_path, trials=10).found.best
     more = FAR | {"time_grids": {"unipc": {"4": {"timesteps": list(grid)}}}}

@@ -380,7 +380,7 @@ def test_of_many_held_out_images_some_are_measured(
 # Resuming
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_resume_is_exact(tmp_path: Path, images: Path, precision: str) -> None:
     """Weights, average, moments, the sampler's history, the log with what was measured."""
     flags = {**ALL_IN_USE, "precision": precision, "diffusion_steps": 4}
@@ -426,6 +426,7 @@ def test_killed_and_resumed_is_straight_on(tmp_path: Path, images: Path) -> None
     assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, 8))
 
 
+@pytest.mark.slow
 def test_compiled_and_in_any_micro_batches_it_is_the_same(tmp_path: Path, images: Path) -> None:
     kinds = {"plain": [], "auto": ["--microbatch", "auto"], "parts": ["--microbatch", "3"]}
     for name, more in (kinds | {"compiled": ["--compile", "on"]}).items():

@@ -119,7 +119,7 @@ def test_killed_and_resumed_is_straight_on(
     "names",
     [
         ("one", "ddp", "fsdp_parts"),
-        ("guided", "guided_fsdp"),
+        pytest.param(("guided", "guided_fsdp"), marks=pytest.mark.slow),
         pytest.param(("one", "fsdp", "parts"), marks=pytest.mark.slow),
     ],
     ids="-".join,
@@ -203,6 +203,7 @@ def test_the_death_of_one_process_is_mended_by_a_restart(
 ) -> None:
     """kill -9 of one of two: both are started again, as torchrun does it or by it, and end with the same bits."""
     flags = [*EVERYTHING, "--precision", "fp32", *(["--parallel", parallel] if parallel != "ddp" else [])]
+    flags += ["--ema-lengths", "0.1"]
     whole = straight(2, *flags)
     common = {"cwd": tmp_path, "data": shapes, "KILL_AFTER_STEP": "5", "KILL_RANK": "1"}
     if torchrun:

@@ -59,7 +59,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Trained:
     return run
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.slow)]
+)
 def test_resume_is_exact(tmp_path: Path, shapes: Path, trained: Trained, precision: str) -> None:
     straight = trained(precision, 6)
     assert bool((straight.state.sampler.counts == 10).all())  # the loss history is at work
