@@ -36,6 +36,7 @@ def rows_of(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_suite_adds_to_one_file(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, suite in (("data", "data"), ("growth", "growth")):
         monkeypatch.setattr(

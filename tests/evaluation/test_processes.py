@@ -33,6 +33,7 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(model: Path, shapes: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         flags = ("--num-samples", 17, "--batch-size", 5, "--out-dir", processes)

@@ -38,6 +38,7 @@ def test_outputs_and_gradients(variant: str, memory_format: str) -> None:
     assert_near(gradients(model, given), gradients(reference, given), 1e-4)
 
 
+@pytest.mark.slow
 def test_two_runs_give_equal_bits() -> None:
     model, given = case("triton", learn_sigma=True)
     (out, grads), (out_again, grads_again) = (gradients(model, given) for _ in range(2))

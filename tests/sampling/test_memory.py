@@ -54,6 +54,7 @@ def peak(folder: Path, model: Path, net: str, images: int) -> float:
     ("net", "further", "runs"),
     [("two layers", 900, 1), pytest.param("all layers", 2200, 2, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_many_images_take_the_memory_of_200(tmp_path: Path, net: str, further: int, runs: int) -> None:
     model = saved(tmp_path / "model.safetensors", image_size=SIDE, channel_mult=(1, 1, 1, 1))
     few, many = (min(peak(tmp_path, model, net, images) for _ in range(runs)) for images in (200, 200 + further))

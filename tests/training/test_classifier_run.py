@@ -243,6 +243,7 @@ def test_an_update_waits_for_nothing(tmp_path: Path, images: Path, precision: st
     assert watch.seen == []
 
 
+@pytest.mark.slow
 def test_accuracy_is_not_weighted(tmp_path: Path, images: Path) -> None:
     """The timestep sampler's weights make the loss unbiased; a share of images stays one."""
     subject = trainer(tmp_path, images, steps=30, log_interval=30, eval_interval=0, **ALL_IN_USE | {"batch_size": 12})
