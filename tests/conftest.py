@@ -1,6 +1,5 @@
 """What the tests of training, sampling and the command line share."""
 
-import datetime
 import functools
 import gc
 import os
@@ -36,27 +35,6 @@ typer.main.get_command = functools.cache(typer.main.get_command)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than processors: now and then a test waits for the disk, or for a process that starts."""
     return (os.cpu_count() or 1) + 1
-
-
-MANY = 16
-"""Cases of one test of which half run a day."""
-
-# the workers' day is that of the process that starts them
-DAY = int(os.environ.setdefault("TEST_DAY", str(datetime.date.today().toordinal())))
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test with many cases every second one, the others the next day; all of a test that is named."""
-    named = any("::" in word for word in config.args) or config.option.keyword
-    if named or config.option.markexpr != "not slow":
-        return
-    families: dict[tuple[Path, str], list[pytest.Item]] = {}
-    for item in items:
-        families.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    left = {item for cases in families.values() if len(cases) >= MANY for item in cases[DAY % 2 :: 2]}
-    config.hook.pytest_deselected(items=[item for item in items if item in left])
-    items[:] = [item for item in items if item not in left]
 
 
 def pytest_collection_finish() -> None:
