@@ -15,11 +15,11 @@ import typer
 from fastdiff import __version__
 from fastdiff.cli import (
     benchmark,
+    checkpoints,
     convert,
     data,
     demo,
     doctor,
-    ema,
     evaluate,
     presets,
     report,
@@ -48,7 +48,7 @@ app.command("train-classifier", cls=Paneled)(train_classifier.train_classifier)
 app.command("sample", cls=Paneled)(sample.sample)
 app.command("demo", cls=Paneled)(demo.demo)
 app.add_typer(evaluate.app, name="evaluate")
-app.command("ema", cls=Paneled)(ema.ema)
+app.command("ema", cls=Paneled)(checkpoints.ema)
 app.command("report", cls=Paneled)(report.report)
 app.command("runs", cls=Paneled)(runs.runs)
 app.command("benchmark", cls=Paneled)(benchmark.benchmark)

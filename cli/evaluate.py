@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdiff.cli import metrics
+from fastdiff.cli import checkpoints, metrics
 from fastdiff.cli.help import Paneled
 from fastdiff.cli.loading import find_with_rate, load_for, young_average
 from fastdiff.cli.options import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure how good a model is.", rich_markup_mode=None)
 app.command("fid", cls=Paneled)(metrics.fid)
 app.command("neighbours", cls=Paneled)(metrics.neighbours)
-app.command("checkpoints", cls=Paneled)(metrics.checkpoints)
+app.command("checkpoints", cls=Paneled)(checkpoints.checkpoints)
 
 
 @app.callback(invoke_without_command=True)

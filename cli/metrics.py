@@ -1,4 +1,4 @@
-"""``fastdiff evaluate fid``, ``neighbours`` and ``checkpoints``: measure samples by their features."""
+"""``fastdiff evaluate fid`` and ``neighbours``: measure samples by their features."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdiff.cli.loading import find_with_rate, load_for, rate_of, young_average
+from fastdiff.cli.loading import find_with_rate, load_for, young_average
 from fastdiff.cli.options import (
     DebugFlag,
     EmaLengthFlag,
@@ -21,7 +21,7 @@ from fastdiff.cli.options import (
     with_flags,
 )
 from fastdiff.cli.scripts import log_formats
-from fastdiff.config import DiffusionConfig, Metric, MetricsConfig, ModelConfig, RuntimeConfig, SampleConfig
+from fastdiff.config import DiffusionConfig, MetricsConfig, ModelConfig, RuntimeConfig, SampleConfig
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import Checkpoint
@@ -152,100 +152,6 @@ def neighbours(
                     session.display.line(line)
 
             session.world.on_all(written)
-
-
-@with_flags(MetricsConfig, RuntimeConfig, without={"classifier_scale", "image_size"})
-def checkpoints(
-    flags: Flags,
-    run: Annotated[Path | None, path_argument(help="Run folder; by default the newest run under runs/.")] = None,
-    reference: ReferenceArgument = None,
-    metric: Annotated[Metric, typer.Option(help="The figure that decides which checkpoint is the best.")] = Metric.FD,
-    ema_rate: Annotated[
-        str | None, typer.Option(help="Only the EMA of this rate, or raw; by default every EMA of a step.")
-    ] = None,
-    plot: Annotated[
-        Path | None, path_option(help="Plot the figure over the steps in this .png file (extra 'plot': matplotlib).")
-    ] = None,
-    timeout: TimeoutFlag = 600,
-    debug: DebugFlag = False,
-) -> None:
-    """Compare the checkpoints of a run, and record which one is the best: RUN@best names it.
-
-    For example: fastdiff evaluate checkpoints runs/photos --num-samples 1000
-
-    Images are drawn from every checkpoint and compared with the training images. The same command resumes, and measures
-    only checkpoints that are new. The table is also in evaluation/checkpoints.csv of the run.
-    """
-    rate = rate_of(ema_rate)
-    from fastdiff.evaluation import checkpoints as of_run
-    from fastdiff.evaluation.plot import refuse_plot
-    from fastdiff.evaluation.records import refuse_folder
-    from fastdiff.evaluation.session import FOLDER
-
-    if plot is not None:
-        refuse_plot(plot, overwrite=True)
-    if run is not None and not run.is_dir():
-        raise ValueError(f"{run} is not a folder: name the folder of a run")
-    with open_session(flags, timeout) as session:
-        world, display = session.world, session.display
-        run_dir = world.from_main(lambda: run or find_with_rate(None, None).parent)
-        paths = world.from_main(lambda: of_run.checkpoints_of(run_dir, rate))
-        out_dir = run_dir / FOLDER
-        world.from_main(lambda: refuse_folder(out_dir))
-        while (newest := _loaded(session, paths[-1], others=len(paths) > 1)) is None:
-            paths.pop()
-        theirs = reference_of(session, newest, paths[-1], reference)
-        display.line(f"reference: {said_of(theirs)}")
-        count, extractor = session.config.num_samples, session.extractor
-        world.on_all(lambda: of_run.refuse_metric(metric, extractor, theirs, count))
-        display.line(f"checkpoints: {len(paths)} of {run_dir}, {count:,} images from each; --num-samples reduces it")
-        rows = []
-        with session.comparison(out_dir) as comparison:
-            comparing = of_run.Comparing(session, comparison, theirs, out_dir, metric)
-            for path in paths:
-                display.line(f"model: {path}")
-                if (loaded := _loaded(session, path, others=True)) is None:
-                    continue
-                row = comparing.measure(loaded, path)
-                if isinstance(row, int):
-                    raise typer.Exit(row)
-                rows.append(row)
-
-        def written() -> None:
-            if not world.main:
-                return
-            best = of_run.best_of(rows, metric)
-            for line in of_run.table(rows, best):
-                display.line(line)
-            of_run.write_table(out_dir / of_run.TABLE, rows)
-            of_run.write_best(run_dir, best, metric)
-            wrote = [str(out_dir / of_run.TABLE)]
-            if plot is not None:
-                of_run.plot(plot, rows, metric)
-                wrote.append(str(plot))
-            display.line(f"wrote {' and '.join(wrote)}; {run_dir}@best is step {best.step}, {best.weights}")
-
-        world.on_all(written)
-
-
-def _loaded(session: "Session", path: Path, others: bool) -> "Checkpoint | None":
-    """One of a run's checkpoints; None, with a line that says why, if it is damaged and there are ``others``."""
-    try:
-        return session.world.on_all(lambda: load_for(session.runtime, path))
-    except (ValueError, OSError) as error:
-        if not others:
-            raise
-        session.display.line(f"left out: {error}")
-        return None
-
-
-def reference_of(
-    session: "Session", loaded: "Checkpoint", path: Path, reference: Path | None
-) -> "ImageSet | ReferenceStatistics":
-    """What a run's checkpoints are compared with, by default its training images; ``path`` is that of one of them."""
-    if reference is None:
-        return session.training_images(loaded, path)
-    return session.reference(reference, loaded.model_config.image_size)
 
 
 @contextmanager
