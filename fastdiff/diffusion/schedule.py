@@ -1,5 +1,6 @@
 """Noise schedules, timestep respacing, and the tables that follow from the betas."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -34,6 +35,11 @@ def linear_betas(num_timesteps: int) -> Float64Array:
 
 def cosine_betas(num_timesteps: int) -> Float64Array:
     """Betas whose alphas_cumprod follow a squared cosine (Nichol & Dhariwal 2021, equation 17). (num_timesteps,)"""
+    return _cosine_betas(num_timesteps).copy()
+
+
+@functools.cache
+def _cosine_betas(num_timesteps: int) -> Float64Array:
     return betas_for_alpha_bar(num_timesteps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
