@@ -3,7 +3,7 @@
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fastdiff.evaluation.features import Extraction, OnProgress, extract
 from fastdiff.evaluation.image_sets import ImageSet
 from fastdiff.evaluation.metrics import frechet_distance, neighbourhoods, statistics_of
 from fastdiff.evaluation.nll import Nll, Stopped
-from fastdiff.evaluation.session import Session, folder_for
+from fastdiff.evaluation.session import Session, folder_for, is_checkpoint
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World
@@ -87,28 +87,39 @@ class Bench:
         self._reference: Mapping[str, Extraction] = {}
 
     def measure(self, place: Path) -> Figures:
-        """The figures of a checkpoint or the newest of a run; SystemExit if a signal ended the drawing.
+        """The figures of a checkpoint, of the newest of a run, or of an npz of samples.
 
-        Samples are kept in the run's folder, and are not drawn again. ValueError if the model draws other images than
-        those of the set.
+        A model's samples are kept in the run's folder, and are not drawn again. Samples of an npz have no likelihood.
+        SystemExit if a signal ended the drawing. ValueError if the images have another size or other classes than those
+        of the set.
         """
-        path = find_checkpoint(place)
-        loaded = load_checkpoint(path, **self._where())
-        config = loaded.model_config
-        if config.image_size != self.source.size:
+        bits_per_dim = math.nan
+        if is_checkpoint(place):
+            path = find_checkpoint(place)
+            loaded = load_checkpoint(path, **self._where())
+            model = loaded.model_config
+            self._refuse_others(path, model.image_size, loaded.class_names if model.class_cond else None)
+            drawing = self._session.drawing(loaded, path, folder_for(path))
+            if status := drawing.run():
+                raise SystemExit(status)
+            samples = read_samples(drawing.path)
+            bits_per_dim = self._bits_per_dim(path) if self._likelihood else math.nan
+        else:
+            samples = read_samples(place)
+            self._refuse_others(place, samples.images.shape[1], samples.class_names)
+        names = samples.class_names
+        asked = None if samples.labels is None or names is None else self._judged(samples.labels, names)
+        return self.figures(samples.images, asked, bits_per_dim)
+
+    def _refuse_others(self, path: Path, size: int, class_names: Sequence[str] | None) -> None:
+        """ValueError if the images of ``path`` are not like those of the set."""
+        if size != self.source.size:
             raise ValueError(
-                f"{path} draws images of {config.image_size} pixels, and {self.source.name} have {self.source.size}: "
+                f"{path} has images of {size} pixels, and {self.source.name} have {self.source.size}: "
                 "choose another --set"
             )
-        if config.class_cond and set(loaded.class_names) != set(self.judge.class_names):
+        if class_names is not None and set(class_names) != set(self.judge.class_names):
             raise ValueError(f"{path} has other classes than {self.source.name}: train on {self.folder / 'train'}")
-        drawing = self._session.drawing(loaded, path, folder_for(path))
-        if status := drawing.run():
-            raise SystemExit(status)
-        samples = read_samples(drawing.path)
-        names = samples.class_names or ()
-        asked = None if samples.labels is None else self._judged(samples.labels, names)
-        return self.figures(samples.images, asked, self._bits_per_dim(path) if self._likelihood else math.nan)
 
     def figures(
         self, images: NDArray[np.uint8], asked: NDArray[np.int64] | None, bits_per_dim: float = math.nan

@@ -120,7 +120,7 @@ class QualityConfig(Config):
     panel = "Quality"
 
     set: tuple[PictureSet, ...] = option(tuple(PictureSet), "Sets of real images: digits, photographs or both.")
-    run: str = option("", "Only measure this run or checkpoint, which was trained on one --set.", path=True)
+    run: str = option("", "Only measure this run, checkpoint or .npz of samples, trained on one --set.", path=True)
     contestants: tuple[Contestant, ...] = option(
         tuple(Contestant), "Recipes to compare: improved-diffusion's, the one of earlier experiments, and auto."
     )

@@ -96,6 +96,23 @@ def test_a_run(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("drawn before" in line for line in said)
 
 
+def test_samples(data: Path, run: Path, tmp_path: Path) -> None:
+    bench = Bench(COLOURED, data, FEW, machine([]), quick=True)
+    drawn = bench.measure(run)
+    (samples,) = (run / "evaluation").glob("samples_*.npz")
+    assert bench.measure(samples) == drawn
+    with np.load(samples) as file:
+        np.savez(tmp_path / "unnamed.npz", file["arr_0"])
+        np.savez(tmp_path / "small.npz", file["arr_0"][:, 1:, 1:])
+        others = {**file, "class_names": np.array(["a", "b", "c"])}
+    unnamed = bench.measure(tmp_path / "unnamed.npz")
+    assert unnamed.fd == drawn.fd
+    assert math.isnan(unnamed.accuracy)
+    assert "small.npz has images of 7 pixels" in refusal(lambda: bench.measure(tmp_path / "small.npz"))
+    np.savez(tmp_path / "others.npz", **others)
+    assert "others.npz has other classes than colours" in refusal(lambda: bench.measure(tmp_path / "others.npz"))
+
+
 def test_without_efficientnet(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(device: object) -> None:
         raise ValueError("extractor efficientnet-lite0 needs its weights")
@@ -148,7 +165,7 @@ def test_runs_of_other_images_are_refused(data: Path, shapes: Path, tmp_path: Pa
     )
     fastdiff.train(data / "train", tmp_path / "b", show=None, **ONE | {"image_size": 16, "channel_mult": "1,1"})
     said = refusal(lambda: bench.measure(tmp_path / "b"))
-    assert "draws images of 16 pixels, and colours have 8: choose another --set" in said
+    assert "has images of 16 pixels, and colours have 8: choose another --set" in said
 
 
 @pytest.mark.parametrize("damage", [lambda path: save_file({}, path), lambda path: path.write_bytes(b"torn")])
