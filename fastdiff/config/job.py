@@ -71,8 +71,9 @@ class DiffusionConfig(Config):
         given = dict(flags)
         if "prediction" in given:
             of_xstart = given["prediction"] == Prediction.X_START
-            if given.setdefault("predict_xstart", of_xstart) is False and of_xstart:
-                raise ValueError("prediction x_start contradicts no-predict-xstart: give one of them")
+            if bool(given.setdefault("predict_xstart", of_xstart)) != of_xstart:
+                other = "no-predict-xstart" if of_xstart else "predict_xstart"
+                raise ValueError(f"prediction {given['prediction']} contradicts {other}: give one of them")
         elif given.get("predict_xstart") or (base is not None and base.predict_xstart and "predict_xstart" in given):
             given["prediction"] = Prediction.X_START if given["predict_xstart"] else Prediction.EPSILON
         return super().from_flags(given, base)
