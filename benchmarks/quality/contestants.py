@@ -6,10 +6,12 @@ from fastdiff.config import Contestant, PictureSet
 
 Flags = Mapping[str, object]
 
-CPU_WIDTH = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "8"}
+_LEVELS = {"channel_mult": ""}  # the default of the image size
+CPU_WIDTH = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "8", **_LEVELS}
 
 UNDONE: Mapping[str, Flags] = {
-    "width": {"num_channels": 64, "num_res_blocks": 2, "attention_resolutions": "16,8"},
+    "width": {"num_channels": 64, "num_res_blocks": 2, "attention_resolutions": "16,8", **_LEVELS},
+    "narrow levels": _LEVELS,
     "prediction": {"prediction": "epsilon"},
     "schedule": {"noise_schedule": "linear"},
     "lr": {"lr": 1e-4, "lr_warmup_steps": 0},

@@ -123,8 +123,10 @@ def flags_to_fine_tune(weights: Initial, flags: Mapping[str, Any]) -> tuple[dict
     return {**weights.config.to_dict(), **flags, **process.to_dict()}, [f"{path} is changed: {told}"] if told else []
 
 
-def flags_to_resume(path: Path, flags: Mapping[str, Any], classifier: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """The flags of a run that resumes from another run's step, and lines for the log.
+def flags_to_resume(
+    path: Path, flags: Mapping[str, Any], classifier: bool = False, timed: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """The flags of a run that resumes from another run's step, and lines for the log. Time limits a ``timed`` run.
 
     A ``.safetensors`` file and a ``classifier`` determine the model. For a ``.pt`` file of improved-diffusion the flags
     do, and for any ``.pt`` file they determine the diffusion process.
@@ -147,7 +149,7 @@ def flags_to_resume(path: Path, flags: Mapping[str, Any], classifier: bool = Fal
         refuse_classifier(state := load_state_dict(path), path)
         if CLASSES in state:
             flags = {"num_classes": len(state[CLASSES])} | flags  # improved-diffusion always has 1000, for any data
-    if "steps" in flags:
+    if "steps" in flags or timed:
         return flags, notes
     notes.append(f"{TrainConfig.steps:,} more steps, as neither --steps nor --lr-anneal-steps is given")
     return flags | {"steps": step_of(path) + TrainConfig.steps}, notes

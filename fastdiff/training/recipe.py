@@ -30,6 +30,12 @@ _OVERHEAD = 1.1
 """Time of an update in relation to that of its passes."""
 
 
+def with_prediction(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags, with the prediction that the recipe will choose if they do without and epsilon is refused for them."""
+    wanted = flags.get("zero_terminal_snr") and not {"prediction", "predict_xstart"} & flags.keys()
+    return {"prediction": Prediction.V} | dict(flags) if wanted else dict(flags)
+
+
 def model_and_process(
     config: RunConfig, given: Collection[str], images: int, device: torch.device, processes: int
 ) -> dict[str, Any]:
@@ -42,14 +48,29 @@ def model_and_process(
     chosen: dict[str, Any] = {}
     if device.type == "cpu":
         chosen |= {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": (8,)}
+        chosen["channel_mult"] = narrow_levels(model.image_size)
     elif images < 20_000:
         chosen["num_channels"] = 64 if images < 2_000 else 96
+    if "num_channels" in chosen and model.channel_mult is not None:  # a level of half the channels needs 32, too
+        chosen["num_channels"] = max(chosen["num_channels"], math.ceil(32 / min(model.channel_mult)))
     if not process.use_kl and process.prediction is not Prediction.FLOW:
         chosen |= {"prediction": Prediction.V, "noise_schedule": NoiseSchedule.COSINE}
     if model.image_size > 64 and model.small_size is None:
         chosen["noise_shift"] = model.image_size / 64
     chosen["batch_size"] = max(min(32, images) // processes, 1) * processes
     return _without(chosen | {"grad_clip": 1.0, "ema_lengths": (0.05, 0.1)}, given)
+
+
+def narrow_levels(image_size: int) -> tuple[int, ...]:
+    """Multipliers of a model whose channels double at every other halving, down to at least 4 pixels.
+
+    A level costs at most half as much as the one above, so that a CPU makes more updates in the same time. At 32 pixels
+    it is 1,1,2,2: 0.32 GFLOP an image where improved-diffusion's 1,2,2,2 takes 0.50.
+    """
+    levels = 1
+    while image_size % 2**levels == 0 and image_size >> levels >= 4:
+        levels += 1
+    return tuple(2 ** (level // 2) for level in range(levels))
 
 
 def schedule(config: RunConfig, given: Collection[str]) -> dict[str, Any]:
@@ -91,19 +112,19 @@ class TimeLimit:
     """Chooses the number of updates of a run that ends at ``deadline``, in seconds of time.perf_counter().
 
     The learning rate's decay ends with the updates, unless --lr-anneal-steps is among the ``given`` flags. With
-    ``auto`` the recipe's other settings that depend on them are chosen, too.
+    ``auto`` the recipe's other settings that depend on them are chosen, too. The run starts after ``start`` updates.
     """
 
-    def __init__(self, deadline: float, given: Collection[str], auto: bool) -> None:
-        self.deadline, self._given, self._auto = deadline, given, auto
+    def __init__(self, deadline: float, given: Collection[str], auto: bool, start: int = 0) -> None:
+        self.deadline, self._given, self._auto, self.start = deadline, given, auto, start
         self._began, self._first = 0.0, 0
 
     def planned(self, config: RunConfig, seconds: float) -> tuple[RunConfig, str]:
         """The configuration of a run whose updates' passes take ``seconds``, and a line for the log."""
-        config = self._with_steps(config, self._steps(config, 0, seconds * _OVERHEAD))
+        config = self._with_steps(config, self._steps(config, self.start, seconds * _OVERHEAD))
         chosen = schedule(config, self._given) if self._auto else {}
         left = duration(self.deadline - time.perf_counter())
-        line = f"time: about {config.train.steps} updates in {left}, to be corrected by their speed"
+        line = f"time: about {config.train.steps - self.start} updates in {left}, to be corrected by their speed"
         return RunConfig.from_flags(chosen, base=config), f"{line}; {said(chosen)}" if chosen else line
 
     def again(self, config: RunConfig, step: int) -> RunConfig:

@@ -142,7 +142,7 @@ def _decide(
         if edited := run_folder.edited(config, run_dir):
             notes.append(edited)
         config, said = _continued(config, flags, run_dir, start.allow_changes)
-        fixed_classes = True
+        fixed_classes, given = True, frozenset(flags)
     else:
         if not start.dry_run:
             run_folder.refuse_other_run(run_dir)
@@ -164,10 +164,15 @@ def _decide(
             read.append((read_initial_classifier if classifier else read_initial)(init_from, flags))
             flags, said = fine_tuning.flags_to_fine_tune(read[0], flags)
         elif resume_checkpoint is not None:
-            flags, said = fine_tuning.flags_to_resume(resume_checkpoint, flags, classifier)
+            flags, said = fine_tuning.flags_to_resume(
+                resume_checkpoint, flags, classifier, timed=start.minutes is not None
+            )
             fixed_classes = "num_classes" in flags
         improved = classifier or start.preset is not None or resume_checkpoint is not None
         source = start.recipe if "recipe" in flags or not improved else Recipe.IMPROVED
+        given = frozenset(flags)
+        if source is Recipe.AUTO:
+            flags = recipe.with_prediction(flags)
         config = replace(RunConfig.from_flags(flags, classifier=classifier), recipe=source)
     if continues and start.minutes is not None:
         notes.append(f"minutes has no effect: the run continues to its {config.train.steps} updates")
@@ -178,7 +183,7 @@ def _decide(
         continues,
         fixed_classes,
         start.allow_changes,
-        frozenset(flags),
+        given,
         start.minutes,
         init_from,
         resume_checkpoint,
@@ -230,6 +235,8 @@ def _continued(
                 f"{run_dir} has another diffusion process ({differing}): leave the flags out, or use --allow-changes"
             )
         notes.append(f"warning: the diffusion process changes: {differing}")
+    if config.train.lr_anneal_steps == config.train.steps:  # the decay ends with the run, also with a longer one
+        flags = {"lr_anneal_steps": flags.get("steps", config.train.steps)} | dict(flags)
     changed = RunConfig.from_flags(flags, base=config)
     if changed.model != config.model:
         raise ValueError(
@@ -249,9 +256,11 @@ def _carry_out(
     The run ``began`` at that time.perf_counter().
     """
     run_dir, config = plan.run_dir, plan.config
+    decides = not plan.resuming and (config.recipe is Recipe.AUTO or plan.minutes is not None)
 
     def resolve() -> Runtime:
-        _refuse_division(config.train, world.size)
+        if not decides or config.recipe is Recipe.IMPROVED or "batch_size" in plan.given:
+            _refuse_division(config.train, world.size)
         build_diffusion(config.diffusion)  # an invalid respacing must fail before the images are read
         if world.main:
             trackers.refuse_missing(config.train)
@@ -270,12 +279,11 @@ def _carry_out(
         reading=config.reading,
     )
     config, changes = world.on_all(lambda: _with_data(plan, dataset))
-    among, held_out, said = hold_out(config, dataset, world, display)
     limit: TimeLimit | None = None
-    if not plan.resuming and (config.recipe is Recipe.AUTO or plan.minutes):
-        images = len(dataset.images if among is None else among)
-        config, limit, chosen = world.on_all(lambda: _with_recipe(plan, config, images, runtime, world, began))
-        said += chosen
+    if decides:
+        config, limit, chosen = world.on_all(lambda: _with_recipe(plan, config, dataset, runtime, world, began))
+        changes += chosen
+    among, held_out, said = hold_out(config, dataset, world, display)
 
     def open_folder() -> run_folder.Log | run_folder.Shown | run_folder.Silence:
         if not world.main:
@@ -333,12 +341,12 @@ def _carry_out(
 
 
 def _with_recipe(
-    plan: _Plan, config: RunConfig, images: int, runtime: Runtime, world: World, began: float
+    plan: _Plan, config: RunConfig, dataset: Dataset, runtime: Runtime, world: World, began: float
 ) -> tuple[RunConfig, TimeLimit | None, list[str]]:
     """The configuration with the recipe's settings, the run's time limit if it has one, and lines for the log."""
     auto, minutes, said = config.recipe is Recipe.AUTO, plan.minutes, list[str]()
     if auto:
-        chosen = recipe.model_and_process(config, plan.given, images, runtime.device, world.size)
+        chosen = recipe.model_and_process(config, plan.given, len(dataset.images), runtime.device, world.size)
         config = RunConfig.from_flags(chosen, base=config)
         if minutes is None and "steps" not in plan.given:
             minutes = recipe.MINUTES_ON_A_CPU if runtime.device.type == "cpu" else None
@@ -348,7 +356,8 @@ def _with_recipe(
         said.append(recipe.said(chosen))
     if minutes is None:
         return config, None, said
-    return config, TimeLimit(began + 60 * minutes, plan.given, auto), said
+    first = 0 if plan.resume_checkpoint is None else step_of(plan.resume_checkpoint)
+    return config, TimeLimit(began + 60 * minutes, plan.given, auto, first), said
 
 
 def _described(model: ModelConfig | ClassifierConfig) -> str:

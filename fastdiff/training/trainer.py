@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastdiff import checkpoint
-from fastdiff.config import RunConfig
+from fastdiff.config import Compile, RunConfig
 from fastdiff.data import Dataset, batch_indices, batches, prefetch_to_device
 from fastdiff.data.batches import Batch
 from fastdiff.models import UNet, forward_flops
@@ -134,7 +134,9 @@ class Trainer:
             seconds = seconds_per_update(config, self.objective, model, self.runtime.eager(model), self.world)
         config, line = self.world.from_main(lambda: limit.planned(config, seconds))
         self.log(line)
-        return config
+        calls = config.train.steps * len(micro_batches(config.train, self.world.size))
+        compiles = Compile.ON if self.runtime.compiles(calls) else Compile.OFF  # whatever the number of updates becomes
+        return replace(config, runtime=replace(config.runtime, compile=compiles))
 
     @property
     def model_calls(self) -> int:
@@ -178,9 +180,9 @@ class Trainer:
                 if due(train.log_interval) or measures:
                     note = self._report(outputs, clock, measures)
                     clock = Clock()
-                    if self.limit is not None and self._replanned(self.limit):
-                        update, train = self._updater(), self.config.train
-                        snapshots = snapshot_steps(train.steps) if train.snapshots_kept else frozenset()
+                if self.limit is not None and (note or self._is_early(self.limit)) and self._replanned(self.limit):
+                    update, train = self._updater(), self.config.train
+                    snapshots = snapshot_steps(train.steps) if train.snapshots_kept else frozenset()
                 if on_update is not None:
                     on_update(state.step, train.steps, note)
                 paused = time.perf_counter()
@@ -205,6 +207,15 @@ class Trainer:
     def _updater(self) -> Updater:
         return Updater(self.config, self.state, self.objective, self.module, self.forward, self.world)
 
+    def _is_early(self, limit: TimeLimit) -> bool:
+        """Whether the speed is to be looked at though there is no line for the log, which may be rare; waits for it."""
+        done = self.state.step - limit.start
+        if done == 2 or done & (done - 1):  # after 1, 4, 8, 16, ... updates
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return True
+
     def _replanned(self, limit: TimeLimit) -> bool:
         """Whether the number of updates changed, as their speed asks. Collective."""
         config = self.world.from_main(lambda: limit.again(self.config, self.state.step))
@@ -212,7 +223,10 @@ class Trainer:
             return False
         self.config = self.state.config = config
         if self.world.main:
-            write_config(config, self.run_dir, self.environment)
+            try:
+                write_config(config, self.run_dir, self.environment)
+            except OSError as error:  # the next checkpoint has the number of updates, too
+                self.log(f"warning: config.json keeps its former number of updates: {error}")
         return True
 
     def rehearsed(self) -> str:

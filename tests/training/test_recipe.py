@@ -11,8 +11,13 @@ import torch
 import fastdiff
 from fastdiff.checkpoint import read_metadata
 from fastdiff.config import RunConfig
-from fastdiff.training import recipe
+from fastdiff.training import recipe, trainer
 from fastdiff.training.recipe import TimeLimit
+from fastdiff.training.update import learning_rate
+
+from ..processes import launch
+
+WORKER = Path(__file__).with_name("worker.py")
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 QUICK: dict[str, Any] = {
@@ -71,6 +76,11 @@ def test_what_it_depends_on() -> None:
     assert small.model.num_channels < large.model.num_channels == 128
     assert small.train.lr > large.train.lr
     assert filled({}).model.num_channels == 32
+    assert filled({"image_size": 32}).model.channel_mult == (1, 1, 2, 2)
+    assert filled({"image_size": 64}).model.widths == (32, 32, 64, 64, 128)
+    assert filled({"image_size": 28}).model.multipliers == (1, 1, 2)
+    assert filled({}, device=GPU).model.channel_mult is None
+    assert filled({"channel_mult": "0.5,1,2"}).model.widths == (32, 64, 128)
     assert filled({"image_size": 256}).diffusion.noise_shift == 4
     assert filled({"image_size": 32}).diffusion.noise_shift == 1
     assert filled({}, processes=3).train.batch_size % 3 == 0
@@ -104,7 +114,47 @@ def test_a_resumed_run_does_not_decide_again(tmp_path: Path, shapes: Path) -> No
     assert not any("recipe" in line for line in lines)
     assert (after.train.steps, before.train.steps) == (3, 2)
     assert after.to_dict() | {"train": {}} == before.to_dict() | {"train": {}}
-    assert after.train.lr_anneal_steps == before.train.lr_anneal_steps == 2
+
+
+def test_a_longer_run_decays_until_its_new_end(tmp_path: Path, shapes: Path) -> None:
+    fastdiff.train(shapes, tmp_path, steps=2, show=None, **QUICK)
+    assert config_of(tmp_path).train.lr_anneal_steps == 2
+    fastdiff.train(run_dir=tmp_path, resume=True, steps=4, show=None)
+    assert config_of(tmp_path).train.lr_anneal_steps == 4
+    assert learning_rate(config_of(tmp_path).train, 3) > 0
+    fastdiff.train(run_dir=tmp_path, resume=True, steps=5, lr_anneal_steps=4, show=None)
+    assert config_of(tmp_path).train.lr_anneal_steps == 4
+    fastdiff.train(run_dir=tmp_path, resume=True, steps=6, show=None)  # it no longer ends with the run
+    assert config_of(tmp_path).train.lr_anneal_steps == 4
+
+
+def test_a_process_without_a_signal_at_its_end_gets_a_prediction(tmp_path: Path, shapes: Path) -> None:
+    lines: list[str] = []
+    fastdiff.train(shapes, tmp_path, steps=1, zero_terminal_snr=True, show=lines.append, **QUICK)
+    assert config_of(tmp_path).diffusion.prediction == "v"
+    assert any("--prediction v" in line for line in lines)
+    with pytest.raises(ValueError, match="use prediction v or x_start"):
+        fastdiff.train(shapes, tmp_path / "a", zero_terminal_snr=True, prediction="epsilon", show=None, **QUICK)
+
+
+def test_the_batch_divides_among_any_number_of_processes(tmp_path: Path, shapes: Path) -> None:
+    """improved-diffusion's 16 images do not."""
+    flags = {name: value for name, value in QUICK.items() if name != "batch_size"}
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--preview-interval", "0", "--data-dir", str(shapes), "--run-dir", "run", "--steps", "1"]
+    ended = launch(WORKER, ["train", *words], tmp_path, {"XDG_CACHE_HOME": str(tmp_path)}, 3)
+    assert ended.status == 0, ended
+    assert config_of(tmp_path / "run").train.batch_size == 12
+
+
+def test_a_time_limit_counts_from_where_a_run_of_others_was(tmp_path: Path, shapes: Path) -> None:
+    fastdiff.train(shapes, tmp_path / "a", steps=40, recipe="improved", show=None, **QUICK)
+    lines: list[str] = []
+    path = tmp_path / "a/model000040.safetensors"
+    again = {"data_dir": shapes, "run_dir": tmp_path / "b", "resume_checkpoint": path, "minutes": 0.01}
+    found = fastdiff.train(**again, show=lines.append, device="cpu", compile="off", batch_size=12)
+    assert found.step > 40
+    assert not any("more steps" in line for line in lines)
 
 
 class Watch:
@@ -148,6 +198,51 @@ def test_a_given_decay_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     config = limit.again(config, 11)
     assert config.train.lr_anneal_steps == 77
     assert config.train.steps < 30
+
+
+def test_the_speed_counts_where_no_line_is_logged(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial passes said a hundredth of what an update takes."""
+    monkeypatch.setattr(trainer, "seconds_per_update", lambda *_: 1e-5)
+    looked: list[int] = []
+    real = TimeLimit.again
+
+    def again(self: TimeLimit, config: RunConfig, step: int) -> RunConfig:
+        looked.append(step)
+        return real(self, config, step)
+
+    monkeypatch.setattr(TimeLimit, "again", again)
+    flags = QUICK | {"minutes": 0.02, "log_interval": 10**6, "save_interval": 10**6}
+    found = fastdiff.train(shapes, tmp_path, show=None, **flags)
+    assert looked[:2] == [1, 4]
+    assert all(step & (step - 1) == 0 for step in looked[:-1])  # the last update is logged
+    assert found.step < 20_000
+
+
+def test_a_timed_run_is_compiled_or_not_whatever_its_length_becomes(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastdiff.train(shapes, tmp_path, minutes=0.01, show=None, **QUICK | {"compile": "auto"})
+    assert config_of(tmp_path).runtime.compile == "off"
+
+
+def test_a_full_disk_does_not_stop_a_timed_run(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = trainer.write_config, list[int]()
+    monkeypatch.setattr(trainer, "seconds_per_update", lambda *_: 1e-4)  # too few: the number will change
+
+    def write(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError("No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(trainer, "write_config", write)
+    lines: list[str] = []
+    found = fastdiff.train(shapes, tmp_path, minutes=0.02, show=lines.append, **QUICK | {"log_interval": 2})
+    assert len(calls) > 1
+    assert any("warning: config.json keeps" in line for line in lines)
+    assert found.metadata["run_config"]["train"]["steps"] == found.step
 
 
 @pytest.mark.parametrize("auto", [True, False])
