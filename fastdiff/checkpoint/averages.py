@@ -118,7 +118,7 @@ def inner_products(
 ) -> Float64Array:
     """Of the integrals of two profiles each, those that are subtracted from 1: (n,), (n,), (m,), (m,) to (n, m).
 
-    1 - (s/t)^(g+1) for s up to t, and 0 after, is the share of an average that update s does not move.
+    1 - (s/t)^(g+1) for s up to t, and 0 after, is the share of an average that update s moves.
     """
     first = steps[:, None] <= other_steps
     t, u = np.where(first, steps[:, None], other_steps), np.where(first, other_steps, steps[:, None])
