@@ -86,6 +86,11 @@ class DiffusionConfig(Config):
         self.require(-40 <= self.sigmoid_bias <= 40, "sigmoid_bias", "between -40 and 40")
         if self.weighting is not Weighting.NONE and self.use_kl:
             raise ValueError(f"weighting {self.weighting} weights the squared error: not with use_kl")
+        if self.weighting is Weighting.SIGMOID and self.diffusion_steps < 3:
+            raise ValueError(
+                "weighting sigmoid is a slope over the timesteps: diffusion_steps must be at least 3, "
+                f"not {self.diffusion_steps}"
+            )
         if self.zero_terminal_snr and self.prediction is Prediction.EPSILON:
             raise ValueError(
                 "zero_terminal_snr: the noise says nothing of an image without signal; use prediction v or x_start"

@@ -126,6 +126,8 @@ def loss_weights(betas: Float64Array, mean_type: ModelMeanType, config: Diffusio
         return np.minimum(snr, config.min_snr_gamma) * of_xstart
     log_snr = np.log(snr)
     falls = -np.gradient(log_snr) * len(betas)
+    if betas[-1] == 1:  # the log of no signal is minus infinity: the slope of the SNR itself, over the SNR
+        falls[-2] = (snr[-3] - snr[-1]) / (2 * snr[-2]) * len(betas)
     return snr * falls / (1 + np.exp(log_snr - config.sigmoid_bias)) * of_xstart
 
 

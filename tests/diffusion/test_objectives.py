@@ -105,6 +105,19 @@ def test_sigmoid_weights_the_error_of_epsilon(prediction: str, bias: float) -> N
     torch.testing.assert_close(found, expected.to(found), rtol=2e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [{"prediction": "flow"}, {"prediction": "v", "noise_schedule": "cosine", "zero_terminal_snr": True}],
+    ids=str,
+)
+def test_sigmoid_before_a_last_step_without_signal(path: dict[str, Any]) -> None:
+    """alpha falls in a line to 0 there, and its log-SNR by 2 / (1 - s)."""
+    d = build_diffusion(DiffusionConfig(weighting="sigmoid", **path))
+    snr = d.alphas_cumprod / (1 - d.alphas_cumprod)
+    assert d.loss_weight[-2] / snr[-2] == pytest.approx(2000, rel=0.05)
+    assert d.loss_weight[-1] < 1e-9
+
+
 def test_the_weight_enters_the_loss_and_its_gradient() -> None:
     weights = np.linspace(0, 2, 40)
     betas = linear_betas(40)
@@ -206,6 +219,10 @@ def test_a_classifier_does_not_guide_where_there_is_no_signal() -> None:
         ({"prediction": "flow", "noise_schedule": "cosine"}, "noise_schedule cosine: prediction flow has its own"),
         ({"weighting": "min-snr", "use_kl": True}, "weighting min-snr weights the squared error"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr: the noise says nothing"),
+        (
+            {"weighting": "sigmoid", "prediction": "flow", "diffusion_steps": 2},
+            "weighting sigmoid is a slope over the timesteps: diffusion_steps must be at least 3, not 2",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
