@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fastdiff.config.base import Config, number, option, tuple_of
-from fastdiff.config.choices import Contestant, Labels, Mode, PictureSet, Precision, Sampler
+from fastdiff.config.choices import Contestant, Labels, Mode, PictureSet, Precision, Sampler, TimeGrid
 from fastdiff.config.job import MOST_SAMPLES, ImagesConfig, SampleConfig
 
 
@@ -75,6 +75,11 @@ class MetricsConfig(SampleConfig):
     steps: int | None = option(
         FAST_STEPS, "Number of evenly spaced timesteps; by default all if a --sampler is given.", shown=""
     )
+    time_grid: TimeGrid | None = option(
+        None,
+        "How --steps are spread: uniform in t, log-snr, karras, quadratic, or tuned (fastdiff tune-steps).",
+        shown=TimeGrid.UNIFORM,
+    )
     seed: int = option(0, "Seed of the noise and of the subsets that the kernel distance compares.")
     extractor: str = option(
         "efficientnet-lite0",
@@ -95,6 +100,11 @@ class MetricsConfig(SampleConfig):
         "", "Folder for the decoded images of folders; by default the user's cache folder.", path=True, panel=_METRICS
     )
 
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.time_grid is None:  # a tuned grid would be of one checkpoint alone
+            object.__setattr__(self, "time_grid", TimeGrid.UNIFORM)
+        super().__post_init__()
+
     def check(self) -> None:
         super().check()
         self.require(self.num_samples > 1, "num_samples", "at least 2")
@@ -106,11 +116,12 @@ class MetricsConfig(SampleConfig):
     def from_flags(cls, flags: Mapping[str, Any], base: Self | None = None) -> Self:
         """As Config.from_flags; a given sampler or timestep_respacing has no default number of steps."""
         chosen = {"sampler", "timestep_respacing"} & {name for name, value in flags.items() if value is not None}
-        return super().from_flags({"steps": None, **flags} if chosen else flags, base)
+        return super().from_flags({"steps": None, "time_grid": None, **flags} if chosen else flags, base)
 
     def within(self, timesteps: int) -> Self:
         """The same for a process of ``timesteps``, which may have fewer than the default number of steps."""
-        return replace(self, steps=None) if self.steps == FAST_STEPS and timesteps < FAST_STEPS else self
+        few = self.steps == FAST_STEPS and timesteps < FAST_STEPS
+        return replace(self, steps=None, time_grid=None) if few else self
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,18 @@ def chosen_grid(checkpoint: Checkpoint, config: SampleConfig) -> tuple[TimeGrid,
     grid, steps = config.time_grid, config.steps
     if steps is None or grid is TimeGrid.UNIFORM:
         return TimeGrid.UNIFORM, None
+    if grid not in (None, TimeGrid.TUNED):
+        process = build_diffusion(replace(checkpoint.diffusion_config, timestep_respacing=""))
+        return grid, grid_timesteps(process.alphas_cumprod, steps, grid)
     tuned = None if config.eta else tuned_timesteps(checkpoint, config.sampler, steps)
-    if grid is None:
-        return (TimeGrid.UNIFORM, None) if tuned is None else (TimeGrid.TUNED, tuned)
+    if tuned is not None:
+        return TimeGrid.TUNED, tuned
     if grid is TimeGrid.TUNED:
-        if tuned is None:
-            raise ValueError(
-                f"time_grid tuned: this checkpoint has none for {steps} steps of {config.sampler}"
-                f"{' with eta' if config.eta else ''}; fastdiff tune-steps finds it"
-            )
-        return grid, tuned
-    process = build_diffusion(replace(checkpoint.diffusion_config, timestep_respacing=""))
-    return grid, grid_timesteps(process.alphas_cumprod, steps, grid)
+        raise ValueError(
+            f"time_grid tuned: this checkpoint has none for {steps} steps of {config.sampler}"
+            f"{' with eta' if config.eta else ''}; fastdiff tune-steps finds it"
+        )
+    return TimeGrid.UNIFORM, None
 
 
 def tuned_timesteps(checkpoint: Checkpoint, sampler: Sampler, steps: int) -> list[int] | None:

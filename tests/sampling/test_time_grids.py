@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastdiff import SampleConfig, sample
-from fastdiff.config import TimeGrid
+from fastdiff.config import MetricsConfig, TimeGrid
 from fastdiff.diffusion import build_diffusion
 from fastdiff.diffusion.time_grids import grid_timesteps
 from fastdiff.sampling import Engine, save_npz
@@ -90,7 +90,25 @@ def test_a_damaged_grid_is_refused(tmp_path: Path, grids: Any) -> None:
     subject = loaded(tmp_path, time_grids=grids)
     with pytest.raises(ValueError, match=r"^time_grids: the checkpoint's grid for 4 steps of unipc is damaged: use"):
         timesteps(subject, steps=4, sampler="unipc")
-    assert timesteps(subject, steps=4, sampler="unipc", time_grid="uniform")[0] == "uniform"
+    for grid in ("uniform", "karras"):
+        assert timesteps(subject, steps=4, sampler="unipc", time_grid=grid)[0] == grid
+
+
+def test_a_comparison_takes_no_tuned_grid_unless_asked(tmp_path: Path) -> None:
+    subject = loaded(tmp_path, time_grids={"dpm++": {"20": {"timesteps": list(range(20))}}})
+    assert chosen_grid(subject, SampleConfig(sampler="dpm++", steps=20))[0] == "tuned"
+    for config in (MetricsConfig(), MetricsConfig.from_flags({"num_samples": 5})):
+        assert chosen_grid(subject, config) == ("uniform", None)
+    assert chosen_grid(subject, MetricsConfig(time_grid="tuned"))[0] == "tuned"
+    assert MetricsConfig.from_flags({"sampler": "ddim"}, base=MetricsConfig()).steps is None
+
+
+@pytest.mark.parametrize("flags", [{}, {"time_grid": "karras"}], ids=str)
+def test_a_comparison_of_a_short_process_takes_all_its_timesteps(tmp_path: Path, flags: dict[str, Any]) -> None:
+    config = MetricsConfig.from_flags(flags)
+    assert config.within(20) == config
+    assert chosen_grid(loaded(tmp_path, diffusion_steps=15), config.within(15)) == ("uniform", None)
+    assert config.within(15).respacing is None
 
 
 @pytest.mark.parametrize(
