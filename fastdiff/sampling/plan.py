@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.checkpoint import Checkpoint, ClassifierCheckpoint
 from fastdiff.config import FAST_STEPS, ClassMix, Prediction, Recipe, SampleConfig, Sampler
+from fastdiff.config.base import differences
 from fastdiff.data import load
 from fastdiff.data.classes import renumbered
 from fastdiff.diffusion import build_diffusion
@@ -22,6 +23,8 @@ from fastdiff.sampling.base_samples import BaseSamples, load_base_samples
 from fastdiff.sampling.classes import Classes, labels_of
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.loop import Int64Array, OfImages, to_device
+
+_PROCESS = ("diffusion_steps", "noise_schedule", "noise_shift", "zero_terminal_snr", "rescale_timesteps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +246,7 @@ def _refuse_classifier(checkpoint: Checkpoint, classifier: ClassifierCheckpoint)
     if checkpoint.diffusion_config.prediction is Prediction.FLOW:
         raise ValueError("classifier: the model predicts a flow, whose noise schedule no classifier is trained on")
     if (process := classifier.diffusion_config) is not None:
-        for name in ("diffusion_steps", "noise_schedule", "noise_shift", "zero_terminal_snr", "rescale_timesteps"):
+        for name in _PROCESS:
             here, there = getattr(checkpoint.diffusion_config, name), getattr(process, name)
             if here != there and not (name == "rescale_timesteps" and process.diffusion_steps == 1000):
                 flag = f"--{name.replace('_', '-')} {here}"
@@ -276,10 +279,8 @@ def _refuse_guide(checkpoint: Checkpoint, guide: Checkpoint) -> None:
         np.array_equal(here.alphas_cumprod, there.alphas_cumprod)
         and torch.equal(here.model_timesteps(times), there.model_timesteps(times))
     ):
-        ours, theirs = (
-            f"{c.diffusion_config.diffusion_steps} {c.diffusion_config.noise_schedule} steps"
-            for c in (checkpoint, guide)
-        )
+        found = [d for d in differences(checkpoint.diffusion_config, guide.diffusion_config) if d[0] in _PROCESS]
+        ours, theirs = (", ".join(f"{d[0]} {d[side]}" for d in found) for side in (1, 2))
         raise ValueError(
             f"guide: its diffusion process ({theirs}) is not the model's ({ours}): train it with the model's"
         )

@@ -179,9 +179,17 @@ THREE = replace(PROCESS, diffusion_steps=30)
         (CLASSES, {**CLASSES, "num_classes": 4}, r"it has 4 classes, and the model 3"),
         (CLASSES, {**CLASSES, "class_names": ("cat", "eel", "zebra")}, r"its class 1 is eel, and the model's dog"),
         ({}, NOISE, r"it predicts epsilon, and the model start_x"),
-        ({}, {"diffusion_steps": 30}, r"its diffusion process \(30 cosine steps\) is not the model's \(20 cosine step"),
-        ({"diffusion_steps": 30}, {"diffusion_steps": 30, "noise_schedule": "linear"}, r"its diffusion process"),
-        ({}, {"rescale_timesteps": False}, r"its diffusion process"),
+        ({}, {"diffusion_steps": 30}, r"its diffusion process \(diffusion_steps 30\) is not the model's \(diffusion_"),
+        (
+            {"diffusion_steps": 30},
+            {"diffusion_steps": 30, "noise_schedule": "linear", "learn_sigma": True},
+            r"its diffusion process \(noise_schedule linear\) is not the model's \(noise_schedule cosine\): train",
+        ),
+        (
+            {},
+            {"rescale_timesteps": False, "noise_shift": 2.0},
+            r"its .* \(noise_shift 2.0, rescale_timesteps False\) .* \(noise_shift 1.0, rescale_timesteps True\)",
+        ),
     ],
 )  # fmt: skip
 def test_a_guide_of_something_else_is_refused(
