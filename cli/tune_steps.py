@@ -57,7 +57,7 @@ def tune_steps(
         show = Slowly(display, "grids")
         with StopRequest("stopping after this step; the best grid so far is kept") as stop:
             whole = tuning.run(show, lambda: stop.received is not None)
-        if stop.received is not None and len(tuning.found.errors) < len(tuning.found.named):
+        if stop.received is not None and not set(tuning.found.named.values()) <= tuning.found.errors.keys():
             display.line("stopped before the named grids were compared: nothing is stored")
             raise typer.Exit(128 + stop.received)
         display.finish("grids")

@@ -45,7 +45,8 @@ class Tuned:
 class Tuning:
     """The search for a checkpoint's grid; it takes ownership of the model. ValueError if it cannot be searched for.
 
-    ``found`` holds what was tried so far. ``calls`` is the most images that go through the model.
+    ``found`` holds what was tried so far. ``model_calls`` and ``images`` are the most calls of the model, and the most
+    images that go through it.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: TuneConfig, runtime: Runtime) -> None:
@@ -67,7 +68,8 @@ class Tuning:
         # the number of batches decides whether compilation pays
         batches = batch_slices(config.num_samples, config.batch_size)
         steps = self._reference + (config.trials + len(self.found.named)) * config.steps * (2 if heun else 1)
-        self.model_calls, self.images = steps * len(batches), steps * config.num_samples
+        self.model_calls = steps * len(batches)
+        self.images = self.model_calls * batches[0].stop  # whole batches
         self._model = runtime.prepare(runtime.cast(checkpoint.model.for_inference()), self.model_calls)
         self._shape = (batches[0].stop, 3, *[checkpoint.model_config.image_size] * 2)
         numbers = np.arange(len(batches) * batches[0].stop)  # whole batches: another shape would be compiled again

@@ -18,6 +18,7 @@ from fastdiff.runtime.lease import Lease
 from fastdiff.sampling.tuning import Tuning, neighbours
 
 from .support import CLASSES, UPPER, command, loaded, runtime, saved
+from .test_guidance import Counting
 
 FEW: dict[str, Any] = {"steps": 4, "num_samples": 5, "batch_size": 3, "reference_steps": 40, "clip_denoised": False}
 FAR = {"diffusion_steps": 60}
@@ -113,10 +114,21 @@ def test_a_stored_grid_is_a_start(tmp_path: Path) -> None:
 
 def test_the_cost_is_an_upper_bound(tmp_path: Path) -> None:
     subject = tuned(tmp_path, trials=3)
-    assert subject.images == (40 + 7 * 4) * 5
+    assert subject.images == (40 + 7 * 4) * 6
     assert subject.model_calls == (40 + 7 * 4) * 2
-    assert "6 images: 40 steps that count as exact, then at most 7 grids of 4 unipc steps; 340 images" in subject.cost
+    assert "6 images: 40 steps that count as exact, then at most 7 grids of 4 unipc steps; 408 images" in subject.cost
     assert len(subject.found.errors) <= 7
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "heun"])
+def test_no_more_images_go_through_the_model(tmp_path: Path, sampler: str) -> None:
+    subject = Tuning(loaded(tmp_path, **FAR), TuneConfig(**FEW | {"sampler": sampler, "trials": 3}), runtime())
+    subject._model = model = Counting(subject._model)
+    assert subject.run(lambda *_: None, lambda: False)
+    less = 7 * len(subject._batches) if sampler == "heun" else 0  # heun's last step is one call
+    assert len(subject.found.errors) == 7
+    assert len(model.sizes) == subject.model_calls - less
+    assert sum(model.sizes) == subject.images - less * 3
 
 
 def test_stopping(tmp_path: Path) -> None:
@@ -205,6 +217,25 @@ def test_a_signal_keeps_the_best_grid(tmp_path: Path, monkeypatch: pytest.Monkey
     after, before = 3, path.read_bytes()
     assert app(words, standalone_mode=False) == 128 + signal.SIGTERM
     assert path.read_bytes() == before  # not even the named ones were compared
+
+
+def test_a_signal_after_named_grids_that_coincide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = {"unipc": {"4": {"timesteps": [0, 20, 39, 59]}}}
+    path = saved(tmp_path / "m.safetensors", **FAR, time_grids=grids)
+    subject = Tuning(load_checkpoint(path), TuneConfig(**FEW), runtime())
+    assert subject.found.named[TimeGrid.TUNED] == subject.found.named[TimeGrid.UNIFORM]
+    drawn, calls = Tuning._drawn, 0
+
+    def counting(self: Tuning, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # after the exact images and four grids
+            os.kill(os.getpid(), signal.SIGTERM)
+        return drawn(self, *args)
+
+    monkeypatch.setattr(Tuning, "_drawn", counting)
+    assert app(list(map(str, ("tune-steps", path, *FLAGS))), standalone_mode=False) == 128 + signal.SIGTERM
+    assert "error" in read_metadata(path)["time_grids"]["unipc"]["4"]
 
 
 def test_what_cannot_be_stored_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
