@@ -1,10 +1,11 @@
 """A classifier of noisy images: its architecture and its training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastdiff.config.base import Config, option, tuple_of
-from fastdiff.config.choices import ClassifierPool
+from fastdiff.config.choices import ClassifierPool, Prediction
 from fastdiff.config.job import HOLDOUT, TrainConfig
 from fastdiff.config.model import NUM_CLASSES, ModelConfig, multiplier
 
@@ -122,3 +123,9 @@ UNUSED_BY_CLASSIFIERS = frozenset(
     }
 )
 """Fields of a run's configurations that mean nothing in a classifier's training."""
+
+
+def used_by_classifiers(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags without those of UNUSED_BY_CLASSIFIERS. A zero-terminal process gets a prediction that it allows."""
+    used = {name: value for name, value in flags.items() if name not in UNUSED_BY_CLASSIFIERS}
+    return used | ({"prediction": Prediction.X_START} if used.get("zero_terminal_snr") else {})

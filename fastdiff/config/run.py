@@ -7,7 +7,12 @@ from typing import Any, Self
 
 from fastdiff.config.base import Config, number, option
 from fastdiff.config.choices import Recipe
-from fastdiff.config.classifier import UNUSED_BY_CLASSIFIERS, ClassifierConfig, ClassifierTrainConfig
+from fastdiff.config.classifier import (
+    UNUSED_BY_CLASSIFIERS,
+    ClassifierConfig,
+    ClassifierTrainConfig,
+    used_by_classifiers,
+)
 from fastdiff.config.job import DataConfig, DiffusionConfig, RuntimeConfig, TrainConfig
 from fastdiff.config.model import AUGMENT_DIM, ModelConfig
 
@@ -150,7 +155,9 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of to_dict."""
-        parts = _PARTS_OF_CLASSIFIER if "classifier_width" in values["model"] else _PARTS
+        parts = _PARTS
+        if "classifier_width" in values["model"]:
+            parts, values = _PARTS_OF_CLASSIFIER, {**values, "diffusion": used_by_classifiers(values["diffusion"])}
         return cls(
             **{name: kind.from_dict(values[name]) for name, kind in parts.items()},  # type: ignore[arg-type]
             class_names=tuple(map(str, values["class_names"])),
@@ -168,7 +175,7 @@ class RunConfig:
         """
         kinds = _PARTS
         if classifier or (base is not None and base.classifies):
-            kinds, flags = _PARTS_OF_CLASSIFIER, {k: v for k, v in flags.items() if k not in UNUSED_BY_CLASSIFIERS}
+            kinds, flags = _PARTS_OF_CLASSIFIER, used_by_classifiers(flags)
         parts = {
             name: kind.from_flags(flags, base=None if base is None else getattr(base, name))
             for name, kind in kinds.items()

@@ -16,6 +16,7 @@ from fastdiff.checkpoint import (
 )
 from fastdiff.config import ClassifierConfig, DiffusionConfig, Labels, ModelConfig, TrainConfig
 from fastdiff.config.base import differences, in_words
+from fastdiff.config.classifier import used_by_classifiers
 from fastdiff.data.classes import completed, listed
 from fastdiff.interop.classifier import LAST_LAYER
 from fastdiff.interop.openai import load_state_dict, said_by_name
@@ -117,8 +118,8 @@ def flags_to_fine_tune(weights: Initial, flags: Mapping[str, Any]) -> tuple[dict
                 f"{path} does not say which diffusion process the classifier was trained on: give {asked}, or its "
                 f"--preset ({', '.join(CLASSIFIER_PRESETS)})"
             )
-        before = DiffusionConfig.from_flags(flags)
-    process = before.from_flags(flags, base=before)
+        before = DiffusionConfig.from_flags(used_by_classifiers(flags))
+    process = before.from_flags(used_by_classifiers(flags), base=before)
     told = in_words(differences(before, process))
     return {**weights.config.to_dict(), **flags, **process.to_dict()}, [f"{path} is changed: {told}"] if told else []
 

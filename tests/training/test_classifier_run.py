@@ -487,6 +487,25 @@ def test_from_a_classifier_with_other_classes(run_dir: Path, tmp_path: Path, ima
     assert text.startswith("classifier_width is 64 in ")
 
 
+def test_a_classifier_of_a_process_without_signal_at_its_end(tmp_path: Path, images: Path, run_dir: Path) -> None:
+    """It predicts nothing, so that no prediction is refused: it trains, resumes, fine-tunes and guides such a model."""
+    folder, how = tmp_path / "zero", {"steps": 1, "show": None, **TINY, "zero_terminal_snr": True}
+    fastdiff.train_classifier(images, folder, **how)
+    fastdiff.train_classifier(run_dir=folder, resume=True, steps=2, show=None)
+    zero = load_classifier(folder)
+    assert zero.step == 2
+    assert zero.diffusion_config == DiffusionConfig(20, "cosine", prediction="x_start", zero_terminal_snr=True)
+    again = fastdiff.train_classifier(images, tmp_path / "tuned", init_from=run_dir, **how)
+    assert again.diffusion_config == zero.diffusion_config
+    small = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": ""}
+    shared = {name: value for name, value in how.items() if "classifier" not in name}
+    fastdiff.train(images, tmp_path / "model", **shared | small, prediction="v", preview_interval=0)
+    for sampler in ("ddpm", "ddim", "dpm++"):
+        drawing = {"num_samples": 2, "steps": 3, "sampler": sampler, "device": "cpu", "compile": "off"}
+        guided = fastdiff.sample(tmp_path / "model", classifier=folder, **drawing)
+        assert all(image.any() for image in guided)  # else an image is not a number
+
+
 @pytest.mark.parametrize("classes", [4, 7])
 def test_from_guided_diffusions_file(tmp_path: Path, images: Path, classes: int) -> None:
     """Its classes are numbers: if they are as many as the data has they are taken in order, else the last layer not."""
