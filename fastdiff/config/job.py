@@ -175,6 +175,10 @@ class DataConfig(ImagesConfig):
         self.require(0.25 <= self.random_crop <= 1, "random_crop", "between 0.25 and 1")
         self.require(0 <= self.augment <= 1, "augment", "between 0 and 1")
 
+    def decoded_size(self, image_size: int) -> int:
+        """The side of the decoded images: the smallest random crop still has as many pixels as the model takes."""
+        return math.ceil(image_size / self.random_crop)
+
 
 HOLDOUT = "Share of the images, chosen by a hash of their names, to measure on and not to train on; 0 for none."
 

@@ -1,6 +1,5 @@
 """A training run: how it starts, and all the settings that its run folder stores."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -133,8 +132,8 @@ class RunConfig:
 
     @property
     def decoded_size(self) -> int:
-        """The side of the decoded images: the smallest random crop still has as many pixels as the model takes."""
-        return math.ceil(self.model.image_size / self.data.random_crop)
+        """The side of the decoded images, see DataConfig."""
+        return self.data.decoded_size(self.model.image_size)
 
     @property
     def labelled(self) -> bool:

@@ -101,7 +101,7 @@ def load_dataset(
     if is_npz(path):
         if config.label_file:
             raise ValueError(f"label_file {config.label_file}: {path} holds its own classes; leave it out")
-        dataset = _from_samples(path, read_samples(path), image_size, labelled, reading)
+        dataset = _from_samples(path, read_samples(path), config.random_crop, image_size, labelled, reading)
     else:
         dataset = _from_folder(config, image_size, labelled, on_progress, processes, reading)
     if dataset.labels is not None:
@@ -209,10 +209,12 @@ def _from_folder(
     return Dataset(images, labels, folder.class_names, preflight, names, fingerprint, notes=folder.notes)
 
 
-def _from_samples(path: Path, samples: Samples, image_size: int, labelled: bool, reading: int) -> Dataset:
+def _from_samples(path: Path, samples: Samples, crop: float, image_size: int, labelled: bool, reading: int) -> Dataset:
     height, width = samples.images.shape[1:3]
     if (height, width) != (image_size, image_size):
         other = f", or train with --image-size {height}" if height == width else ""
+        if crop < 1:
+            other = f", from which --random-crop {crop:g} cuts the model's, or leave that out"
         raise ValueError(
             f"{path} holds images of {width}x{height} pixels, not {image_size}x{image_size}: pack the images again "
             f"with --image-size {image_size}{other}"

@@ -17,6 +17,7 @@ from fastdiff.data.loading import folder_of
 from fastdiff.data.npz import read_arrays
 from fastdiff.evaluation.extractors import INCEPTION, KNOWN, Extractor
 from fastdiff.evaluation.metrics import Statistics
+from fastdiff.evaluation.resizing import resized_like_pillow
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World
 from fastdiff.runtime.files import refuse_unwritable, replacing
@@ -28,7 +29,8 @@ _WANTED = "name images (an npz, a folder or a zip), or for a reference an npz of
 class ImageSet:
     """Images: the ``rows`` (N,) of uint8 (M, H, H, 3), or all of them; ``names`` (M,) may be empty.
 
-    ``about`` is their origin as values for JSON, ``told`` a phrase about what was found and left out.
+    ``about`` is their origin as values for JSON, ``told`` a phrase about what was found and left out. Images of another
+    height than ``size`` are resized as they are read; 0 stands for their own.
     """
 
     images: NDArray[np.uint8]
@@ -36,22 +38,25 @@ class ImageSet:
     about: dict[str, Any] = field(default_factory=dict)
     rows: NDArray[np.int64] | None = None
     told: str = ""
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", self.size or self.images.shape[1])
 
     def __len__(self) -> int:
         return len(self.images) if self.rows is None else len(self.rows)
 
-    @property
-    def size(self) -> int:
-        """Height of the images."""
-        return self.images.shape[1]
-
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The images ``start`` to ``stop - 1`` as a copy in memory, (n, H, H, 3)."""
-        return np.array(self.images[start:stop] if self.rows is None else self.images[self.rows[start:stop]])
+        """The images ``start`` to ``stop - 1`` as a copy in memory, (n, size, size, 3)."""
+        found = np.array(self.images[start:stop] if self.rows is None else self.images[self.rows[start:stop]])
+        if found.shape[1] == self.size:
+            return found
+        levels = resized_like_pillow(torch.from_numpy(found).permute(0, 3, 1, 2), self.size)
+        return levels.permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
     def __getitem__(self, number: int) -> NDArray[np.uint8]:
-        """The image with this number, (H, H, 3)."""
-        return self.images[number if self.rows is None else self.rows[number]]
+        """The image with this number, (size, size, 3)."""
+        return self.read(number, number + 1)[0]
 
     def name(self, number: int, otherwise: str) -> str:
         """The name of the image with this number, ``otherwise`` with the number if it has none."""
@@ -143,10 +148,10 @@ def _of_folder(config: DataConfig, size: int | None, world: World, display: Line
 
 
 def of_dataset(dataset: Dataset, data_dir: str, size: int) -> ImageSet:
-    """The images of a data set that is loaded at ``size``."""
+    """The images of a data set at ``size``."""
     about = {"data": str(Path(data_dir).resolve()), "count": len(dataset.images), "size": size}
     about["fingerprint"] = dataset.fingerprint
-    return ImageSet(dataset.images, dataset.names, about, told=f"{dataset.preflight.line()}, ")
+    return ImageSet(dataset.images, dataset.names, about, told=f"{dataset.preflight.line()}, ", size=size)
 
 
 def _size_of_first(config: DataConfig) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from fastdiff.checkpoint import Checkpoint, holds_checkpoint, run_and_step
 from fastdiff.config import READING, Cache, DataConfig, MetricsConfig, SampleConfig
 from fastdiff.data import load_shared
+from fastdiff.data.loading import is_npz
 from fastdiff.evaluation.extractors import Extractor, open_extractor
 from fastdiff.evaluation.features import OnProgress
 from fastdiff.evaluation.image_sets import (
@@ -145,9 +146,9 @@ class Session:
 
         ValueError if they are gone.
         """
-        run = loaded.metadata.get("run_config", {})
+        run, model = loaded.metadata.get("run_config", {}), loaded.model_config
 
-        def found() -> tuple[DataConfig, int, float, str]:
+        def found() -> tuple[DataConfig, int, int, float, str]:
             remedy = "name the images to compare with after it"
             try:
                 config, reading = DataConfig.from_dict(run["data"]), int(run.get("reading", 1))
@@ -157,13 +158,14 @@ class Session:
             if not Path(config.data_dir).exists():
                 raise ValueError(f"{config.data_dir}, on which {path} was trained, does not exist: {remedy}")
             config = replace(config, cache=Cache.DISK, cache_dir=self.config.cache_dir or config.cache_dir)
-            return config, min(reading, READING), held_out, str(run.get("data_fingerprint", ""))
+            size = config.decoded_size(model.image_size) if is_npz(Path(config.data_dir)) else model.image_size
+            return config, size, min(reading, READING), held_out, str(run.get("data_fingerprint", ""))
 
-        config, reading, held_out, fingerprint = self.world.from_main(found)
-        model, world, display = loaded.model_config, self.world, self.display
+        config, size, reading, held_out, fingerprint = self.world.from_main(found)
+        world, display = self.world, self.display
         with warnings.catch_warnings(action="ignore"):  # they are about training on these images
             dataset = load_shared(
-                config, model.image_size, labelled=model.class_cond, world=world, display=display, reading=reading
+                config, size, labelled=model.class_cond, world=world, display=display, reading=reading
             )
         if fingerprint not in ("", dataset.fingerprint):
             display.line(f"warning: the images in {config.data_dir} are not those that {path} was trained on")

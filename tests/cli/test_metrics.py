@@ -208,6 +208,19 @@ def test_training_images_that_are_gone(cli: Cli, evaluate: Cli, shapes: Path, tm
     refused(evaluate("fid", "run"), "images, on which run/ema_0.9999_000001.safetensors was trained, does not exist")
 
 
+def test_a_run_whose_random_crops_are_of_an_npz(cli: Cli, evaluate: Cli, tmp_path: Path) -> None:
+    """Training takes larger images than the model's; compared are the whole ones at the model's size."""
+    large = pictures(12, size=10)
+    np.savez(tmp_path / "large.npz", large)
+    np.savez(tmp_path / "small.npz", pictures(12))
+    train = ("train", *TINY, *SHORT, "--steps", 1, "--random-crop", "0.8", "--run-dir", "run", "--data-dir")
+    refused(cli(*train, "small.npz"), "8x8 pixels, not 10x10: pack the images again with --image-size 10, from which")
+    succeeded(cli(*train, "large.npz"))
+    result = succeeded(evaluate("neighbours", "run", "--num-samples", 4))
+    assert "reference: 12 images at 8 pixels" in result.out
+    succeeded(evaluate("fid", "run", "--num-samples", 4))
+
+
 def test_held_out_images_are_no_reference(cli: Cli, evaluate: Cli, shapes: Path) -> None:
     flags = (*TINY, *SHORT, "--steps", 1, "--holdout", "0.4")
     trained = succeeded(cli("train", "--data-dir", shapes, "--run-dir", "run", *flags))

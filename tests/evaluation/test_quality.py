@@ -10,6 +10,7 @@ from PIL import Image
 
 import fastdiff
 from fastdiff.config import DataConfig, Metric
+from fastdiff.data import normalised
 from fastdiff.evaluation import features, metrics
 from fastdiff.evaluation.features import extract
 from fastdiff.evaluation.image_sets import (
@@ -26,6 +27,7 @@ from fastdiff.evaluation.neighbours import lines, neighbours_of
 from fastdiff.evaluation.quality import Comparison, Figure
 from fastdiff.runtime.display import Lines
 from fastdiff.runtime.distributed import World
+from fastdiff.training.augmentation import whole
 
 from ..support import refusal
 from .colours import DIMENSIONS, Colours, Quarters, pictures, program
@@ -53,6 +55,16 @@ def compare(tmp_path):
         return Comparison(extractor or Colours(), CPU, tmp_path, World(), said.append, progress, seed)
 
     return SimpleNamespace(of=of, said=said, told=told)
+
+
+def test_larger_images_are_resized_as_in_training():
+    large = pictures(9, size=10)
+    found = ImageSet(large, size=8).only(np.arange(1, 9))
+    expected = whole(normalised(torch.from_numpy(large[1:])), 8).permute(0, 2, 3, 1) * 127.5 + 127.5
+    levels = found.read(2, 7)
+    assert levels.shape == (5, 8, 8, 3)
+    assert np.abs(levels - expected[2:7].numpy()).max() <= 1.1  # rounded after each dimension
+    assert np.array_equal(found[6], levels[4])
 
 
 @pytest.mark.parametrize("batch", [7, 64])
