@@ -6,6 +6,7 @@ updates of the recipe auto, once for each of its choices without that one. A con
 sampler with the same number of model calls and from the same noise, and the same real images judge them.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,10 +26,21 @@ from fastdiff.benchmarks.quality.measure import Bench, Figures, Machine
 from fastdiff.benchmarks.quality.pictures import SOURCES, read_pictures
 from fastdiff.benchmarks.rows import append_rows, read_rows, require_columns
 from fastdiff.benchmarks.runs import child, error_in
-from fastdiff.checkpoint import find_checkpoint, load_checkpoint
-from fastdiff.config import Contestant, Mode, PictureSet, QualityConfig, RuntimeConfig
+from fastdiff.checkpoint import Lease, find_checkpoint, load_checkpoint
+from fastdiff.config import (
+    Contestant,
+    Mode,
+    PictureSet,
+    QualityConfig,
+    Recipe,
+    RunConfig,
+    RuntimeConfig,
+    StartConfig,
+)
+from fastdiff.config.base import differences
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.files import replacing
+from fastdiff.training import recipe
 from fastdiff.training.run_folder import holds_run
 
 ROWS = "quality.csv"
@@ -38,8 +50,10 @@ SAVE_EVERY = 100
 REAL = "real images"
 """The contestant whose samples are the training images: what a perfect memory would reach."""
 
-_IDENTITY = ("set", "mode", "contestant", "seed", "length", "flags", "samples", "sampler", "steps", "judge")
-"""The columns that say which run a row is of, and how it was drawn and judged."""
+_IDENTITY = ("set", "mode", "contestant", "seed", "length", "flags", "recipe", "samples", "sampler", "steps")
+"""The columns that say which run a row is of, what it was trained with (digest_of), and how it was drawn."""
+
+_ANY = 1000  # updates: what a run in the mode time decides by their number is compared at this one
 
 _TRAINED = "trained.json"  # in a run's folder once its training has ended
 
@@ -60,10 +74,16 @@ class Entry:
         """What names the run in a row."""
         return (self.set, self.mode, self.contestant, str(self.seed), f"{self.length:g}")
 
-    def folder(self, out_dir: Path) -> Path:
-        """The folder of the run."""
-        name = self.contestant.replace(" ", "-")
-        return out_dir / "runs" / self.set / f"{self.mode}-{self.length:g}" / f"{name}-{self.seed}"
+    def folder(self, out_dir: Path, digest: str) -> Path:
+        """The folder of the run whose settings have this digest."""
+        name = f"{self.contestant.replace(' ', '-')}-{self.seed}-{digest}"
+        return out_dir / "runs" / self.set / f"{self.mode}-{self.length:g}" / name
+
+    def settings(self, size: int) -> dict[str, object]:
+        """The flags of the training on images of ``size``, without those of data, seed and machine."""
+        found: dict[str, object] = {"class_cond": True, "image_size": size, "preview_interval": 0}
+        found |= {"save_interval": SAVE_EVERY, "keep_last": 1}
+        return found | {"minutes" if self.mode is Mode.TIME else "steps": self.length} | dict(self.flags)
 
 
 def entries(config: QualityConfig) -> list[Entry]:
@@ -92,10 +112,26 @@ def command_of(entry: Entry, run_dir: Path, data: Path, size: int, runtime: Runt
     flags: dict[str, object] = {"resume": True, "run_dir": run_dir, "data_dir": data}
     flags |= {f.name: getattr(runtime, f.name) for f in fields(RuntimeConfig)}
     if not holds_run(run_dir):
-        flags |= {"class_cond": True, "image_size": size, "seed": entry.seed, "preview_interval": 0}
-        flags |= {"save_interval": SAVE_EVERY, "keep_last": 1}
-        flags |= {"minutes" if entry.mode is Mode.TIME else "steps": entry.length} | dict(entry.flags)
+        flags |= {"seed": entry.seed} | entry.settings(size)
     return [sys.executable, "-m", "fastdiff", "train", *_words(flags)]
+
+
+def decided(entry: Entry, bench: Bench, runtime: Runtime) -> RunConfig:
+    """The settings that a new run of the entry would have, its own flags and the recipe's, but its data and seed."""
+    flags = {"steps": _ANY} | entry.settings(bench.source.size)
+    config = RunConfig.from_flags(flags)
+    if flags.get("recipe", StartConfig.recipe) != Recipe.AUTO:
+        return config
+    chosen = recipe.model_and_process(config, set(flags), bench.images, runtime.device, 1)
+    config = RunConfig.from_flags(chosen, base=config)
+    return RunConfig.from_flags(recipe.schedule(config, set(flags)), base=config)
+
+
+def digest_of(config: RunConfig) -> str:
+    """A digest of the settings of a training that are not the defaults: another one would train something else."""
+    parts = (config.model, config.diffusion, config.data, config.train)
+    changed = [differences(type(part)(), part) for part in parts]
+    return hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:8]
 
 
 def _words(flags: Flags) -> list[str]:
@@ -118,13 +154,23 @@ class Contest:
         self._about = environment(machine.runtime.device)
         self._benches: dict[PictureSet, Bench] = {}
         measured = [f.name for f in fields(Figures)]
-        columns = [*_IDENTITY, "quick", "updates", "seconds", "parameters", *measured, "judge_accuracy", *self._about]
+        columns = [
+            *_IDENTITY,
+            "measured_with",
+            "updates",
+            "seconds",
+            "parameters",
+            *measured,
+            "judge_accuracy",
+            *self._about,
+        ]
         require_columns(self.path, columns)
 
     def run(self) -> list[dict[str, str]]:
         """Make every row that is missing; returns those asked for, the real images' first.
 
-        A row is missing if none has the same run, sampler, number of samples and judge. SystemExit or KeyboardInterrupt
+        A row is missing if none has the same run, trained as it would be now, and the same samples, measured with all
+        that measures them now. SystemExit or KeyboardInterrupt
         if a signal ends it: what is saved so far is kept. ChildProcessError, with the reason, if a training fails.
         """
         found = []
@@ -146,42 +192,54 @@ class Contest:
         return self._benches[pictures]
 
     def _known(self, entry: Entry, bench: Bench) -> dict[str, str] | None:
-        """The row of the entry, if there is one."""
+        """The row of the entry, if there is one: that of the most figures."""
         wanted = {name: str(value) for name, value in self._identity(entry, bench).items()}
         rows = read_rows(self.path) if self.path.exists() and self.path.stat().st_size else []
-        fits = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
-        full = [row for row in fits if row["quick"] == str(False)]
-        return next(iter(full or fits * self._quick), None)
+        fits = [
+            row
+            for row in rows
+            if all(row.get(name) == value for name, value in wanted.items())
+            and {*bench.measured_with} <= {*row["measured_with"].split()}
+        ]
+        return max(fits, key=lambda row: len(row["measured_with"].split()), default=None)
 
     def _identity(self, entry: Entry, bench: Bench) -> dict[str, object]:
         config, flags = self.config, " ".join(_words(entry.flags))
-        values = (*entry.key, flags, config.num_samples, config.sampler, config.steps, bench.judge.sha256[:12])
+        digest, samples = "", min(config.num_samples, bench.images)
+        if entry.contestant != REAL:
+            digest, samples = digest_of(decided(entry, bench, self._machine.runtime)), config.num_samples
+        values = (*entry.key, flags, digest, samples, config.sampler, config.steps)
         return dict(zip(_IDENTITY, values, strict=True))
 
     def _made(self, entry: Entry, bench: Bench) -> dict[str, object]:
         """The row of the entry, measured after its training."""
+        identity = self._identity(entry, bench)
         trained: dict[str, object] = {"updates": 0, "seconds": math.nan, "parameters": 0}
         if entry.contestant == REAL:
             real = read_pictures(bench.folder / "train")
             order = np.random.default_rng(0).permutation(len(real.images))[: self.config.num_samples]
             figures = bench.figures(real.images[order], real.labels[order])
         else:
-            folder = entry.folder(self.out_dir)
+            folder = entry.folder(self.out_dir, str(identity["recipe"]))
             trained = self._trained(entry, bench, folder)
             figures = bench.measure(folder)
             self._keep_picture(entry, folder)
         self._machine.display.line(f"  {figures.line()}")
         measured = {name: float(f"{value:.5g}") for name, value in asdict(figures).items()}
-        row = {**self._identity(entry, bench), "quick": self._quick, **trained, **measured}
+        row = {**identity, "measured_with": " ".join(bench.measured_with), **trained, **measured}
         return {**row, "judge_accuracy": round(bench.judge.accuracy, 4), **self._about}
 
     def _trained(self, entry: Entry, bench: Bench, folder: Path) -> dict[str, object]:
         """Train the entry, or go on with it; what its row says of the training. Its seconds are NaN if it was stopped.
 
-        They are those of the process, with its start and compilation.
+        They are those of the process, with its start and compilation. In the mode time a run that was stopped begins
+        again: a resumed one would have other minutes.
         """
         path = folder / _TRAINED
         if not path.exists():
+            if entry.mode is Mode.TIME and holds_run(folder):
+                with Lease(folder):
+                    shutil.rmtree(folder)
             resumed, began = holds_run(folder), time.perf_counter()
             train(command_of(entry, folder, bench.folder / "train", bench.source.size, self._machine.runtime))
             seconds = None if resumed else round(time.perf_counter() - began, 1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastdiff.benchmarks.quality.judge import open_judge, share_named
 from fastdiff.benchmarks.quality.pictures import Source, read_pictures, write_pictures
 from fastdiff.checkpoint import find_checkpoint, load_checkpoint
-from fastdiff.config import DataConfig, MetricsConfig, NllConfig, QualityConfig
+from fastdiff.config import DataConfig, MetricsConfig, NllConfig, Prediction, QualityConfig
 from fastdiff.data import load_shared, read_samples
 from fastdiff.evaluation.extractors import Extractor, open_extractor
 from fastdiff.evaluation.features import Extraction, OnProgress, extract
@@ -65,8 +65,9 @@ class Machine:
 class Bench:
     """Measures runs that were trained on one data set. Its parts and its judge are made first if ``folder`` lacks them.
 
-    ``quick`` leaves out the distance of EfficientNet's features and the likelihood. ValueError if a package is not
-    installed, or the judge is not good enough.
+    ``quick`` leaves out the distance of EfficientNet's features and the likelihood. ``images`` is the number of those
+    to train on, and ``measured_with`` names the networks, with a digest of their weights, and the likelihood.
+    ValueError if a package is not installed, or the judge is not good enough.
     """
 
     def __init__(self, source: Source, folder: Path, config: QualityConfig, machine: Machine, quick: bool) -> None:
@@ -85,6 +86,10 @@ class Bench:
             except ValueError as error:
                 session.display.line(f"FD-EfficientNet is left out: {error}")
         self._reference: Mapping[str, Extraction] = {}
+        self.images = len(list((folder / "train").glob("*.png")))
+        bound = () if quick else (f"bits/dim-{NLL_IMAGES}x{NLL_STEPS}",)
+        named = (f"{name}-{extractor.sha256[:12]}" for name, extractor in self._extractors.items())
+        self.measured_with = (*named, *bound)
 
     def measure(self, place: Path) -> Figures:
         """The figures of a checkpoint, of the newest of a run, or of an npz of samples.
@@ -164,27 +169,26 @@ class Bench:
         return found
 
     def _bits_per_dim(self, path: Path) -> float:
-        """The bound of held-out images, or NaN and a line that says why there is none; SystemExit after a signal."""
+        """The bound of held-out images, or NaN and a line for a flow, which has none; SystemExit after a signal."""
         session, loaded = self._session, load_checkpoint(path, **self._where())
+        if loaded.diffusion_config.prediction is Prediction.FLOW:
+            session.display.line("bits/dim is left out: a flow has no variational bound")
+            return math.nan
         steps = min(NLL_STEPS, loaded.diffusion_config.diffusion_steps)
         config = NllConfig(data_dir=str(self.folder / "held_out"), steps=steps)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # they are about training on these images
-                dataset = load_shared(
-                    DataConfig(data_dir=config.data_dir),
-                    self.source.size,
-                    labelled=loaded.model_config.class_cond,
-                    world=session.world,
-                    display=session.display,
-                )
-            spread = np.linspace(0, len(dataset.images) - 1, min(NLL_IMAGES, len(dataset.images))).round().astype(int)
-            names = tuple(dataset.names[row] for row in spread)
-            labels = None if dataset.labels is None else dataset.labels[spread]
-            dataset = replace(dataset, images=dataset.images[spread], labels=labels, names=names)
-            evaluation = Nll(loaded, dataset, config, session.runtime, session.world)
-        except ValueError as error:
-            session.display.line(f"bits/dim is left out: {error}")
-            return math.nan
+        with warnings.catch_warnings(action="ignore"):  # they are about training on these images
+            dataset = load_shared(
+                DataConfig(data_dir=config.data_dir),
+                self.source.size,
+                labelled=loaded.model_config.class_cond,
+                world=session.world,
+                display=session.display,
+            )
+        spread = np.linspace(0, len(dataset.images) - 1, min(NLL_IMAGES, len(dataset.images))).round().astype(int)
+        names = tuple(dataset.names[row] for row in spread)
+        labels = None if dataset.labels is None else dataset.labels[spread]
+        dataset = replace(dataset, images=dataset.images[spread], labels=labels, names=names)
+        evaluation = Nll(loaded, dataset, config, session.runtime, session.world)
         with StopRequest("stopping after this step") as stop:
             try:
                 return evaluation.run(stop, session.progress("likelihood")).figures()["bits_per_dim"]

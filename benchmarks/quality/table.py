@@ -43,14 +43,20 @@ def markdown(rows: Sequence[Values]) -> str:
 
 
 def _how(rows: Sequence[Values]) -> str:
-    """What the figures of a section have in common."""
+    """What the figures of a section have in common, and each machine, version and commit that made one."""
+
+    def each(column: str) -> str:
+        return " and ".join(dict.fromkeys(str(row[column]) for row in rows))
+
     row = rows[-1]
     seeds = sorted({str(row["seed"]) for row in rows if row["contestant"] != REAL})
     counted = f"mean of the seeds {', '.join(seeds)}" if len(seeds) > 1 else f"seed {seeds[0]}"
     drawn = f"{int(number(row, 'samples')):,} samples in {row['steps']} steps of {row['sampler']}"
+    if rows[0]["contestant"] == REAL and rows[0]["samples"] != row["samples"]:
+        drawn += f", {int(number(rows[0], 'samples')):,} real images"
     bound = f"bits/dim of {NLL_IMAGES} held-out images in {NLL_STEPS} timesteps"
     judged = f"the judge names {number(row, 'judge_accuracy'):.1%} of held-out real images rightly"
-    where = f"{row['machine']}, torch {row['torch']}, commit {row['commit']}"
+    where = f"{each('machine')}, torch {each('torch')}, commit {each('commit')}"
     return f"{counted}; {drawn}; {bound}; {judged}; {where}."
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 
 import numpy as np
+from torch import Tensor
 
 from fastdiff.benchmarks.quality.measure import Machine
 from fastdiff.benchmarks.quality.pictures import Parts, Source, Uint8Array
 from fastdiff.config import RuntimeConfig
+from fastdiff.evaluation.extractors import Extracted, Extractor
 from fastdiff.runtime.device import Runtime
 from fastdiff.runtime.display import Lines
 
@@ -39,3 +41,12 @@ def machine(said: list[str]) -> Machine:
     """Without a compiler; its lines are added to ``said``."""
     runtime = Runtime.resolve(RuntimeConfig.from_flags(PLAIN))
     return Machine(runtime, Lines(said.append), lambda _: lambda *_: None)
+
+
+class Means(Extractor):
+    """In EfficientNet's place: the mean colour."""
+
+    name = sha256 = family = resizing = "means"
+
+    def _extract(self, images: Tensor) -> Extracted:
+        return Extracted(images.float().mean((2, 3)))

@@ -4,13 +4,13 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastdiff.benchmarks.quality import contest
+from fastdiff.benchmarks.quality import contest, measure
 from fastdiff.benchmarks.quality.command import compare_recipes
 from fastdiff.benchmarks.quality.contest import REAL, Contest, command_of, entries
 from fastdiff.benchmarks.quality.contestants import UNDONE, flags_of
@@ -29,12 +29,14 @@ from fastdiff.config import (
     RunConfig,
     StartConfig,
     TrainConfig,
+    with_multipliers,
 )
 from fastdiff.training import recipe
+from fastdiff.training.run_folder import read_config
 
 from ...processes import Job
 from ...support import refusal
-from .support import COLOURED, SIZE, TINY, machine
+from .support import COLOURED, SIZE, TINY, Means, machine
 
 Train = Callable[[Sequence[str]], None]
 
@@ -107,7 +109,9 @@ def test_every_run_has_its_row(made: Path, tmp_path: Path) -> None:
     assert float(rows[0]["accuracy"]) == 1
     assert "--lr 0.0001" in rows[1]["flags"]
     pictures = sorted(path.name for path in (tmp_path / "out" / "pictures" / "digits").iterdir())
-    assert pictures == ["undone-2-auto-without-rate-3.png", "updates-2-auto-3.png", "updates-2-improved-3.png"]
+    drawn = ("undone-2-auto-without-rate-3", "updates-2-auto-3", "updates-2-improved-3")
+    digests = (rows[3]["recipe"], rows[2]["recipe"], rows[1]["recipe"])
+    assert pictures == [f"{name}-{digest}.png" for name, digest in zip(drawn, digests, strict=True)]
     written = (tmp_path / "out" / "quality.csv").read_bytes()
     assert Contest(config, machine([]), quick=True).run() == rows  # nothing is left to do
     assert (tmp_path / "out" / "quality.csv").read_bytes() == written
@@ -128,7 +132,7 @@ def test_it_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KeyboardInterrupt):
         Contest(config, machine([]), quick=True).run()
     assert [row["contestant"] for row in read_rows(tmp_path / "out" / "quality.csv")] == [REAL]
-    run_dir = tmp_path / "out" / "runs" / "digits" / "updates-24" / "auto-3"
+    (run_dir,) = (tmp_path / "out" / "runs" / "digits" / "updates-24").glob("auto-3-*")
     reached = saved_steps(run_dir)[-1]
     assert 0 < reached < 24
 
@@ -137,6 +141,66 @@ def test_it_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (row["contestant"], row["updates"]) == ("auto", "24")
     assert math.isnan(number(row, "seconds"))  # those of its first part are unknown
     assert f"resumed at step {reached}" in (run_dir / "log.txt").read_text()
+
+
+class Asked(Exception):
+    """A training was asked for, by this command."""
+
+
+def ask(command: Sequence[str]) -> None:
+    raise Asked(*command)
+
+
+@pytest.mark.parametrize("changed", ["flags", "recipe"])
+def test_what_would_be_trained_otherwise_now_is_trained_again(
+    changed: str, one: QualityConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the old name of the run the row of its old settings would pass for one of the new."""
+    if changed == "flags":
+        monkeypatch.setattr(contest, "flags_of", lambda *_: TINY | {"lr": 2e-3})
+    else:
+        chosen = recipe.model_and_process
+        monkeypatch.setattr(recipe, "model_and_process", lambda *about: chosen(*about) | {"grad_clip": 0.5})
+    monkeypatch.setattr(contest, "train", ask)
+    with pytest.raises(Asked) as asked:
+        Contest(one, machine([]), quick=True).run()
+    run_dir = Path(asked.value.args[asked.value.args.index("--run-dir") + 1])
+    (before,) = run_dir.parent.iterdir()  # which is left alone
+    assert run_dir.name.startswith("auto-3-")
+    assert run_dir != before
+
+
+def test_the_digest_is_of_what_was_trained(one: QualityConfig) -> None:
+    _, row = read_rows(Path(one.out_dir) / "quality.csv")
+    (run_dir,) = (Path(one.out_dir) / "runs" / "digits" / "updates-2").iterdir()
+    trained = read_config(run_dir)
+    (entry,), subject = entries(one), Contest(one, machine([]), quick=True)
+    expected = contest.decided(entry, subject._bench(entry.set), machine([]).runtime)
+    assert run_dir.name == f"auto-3-{contest.digest_of(expected)}"
+    assert row["recipe"] == contest.digest_of(expected)
+    assert trained.diffusion == expected.diffusion
+    assert replace(trained.train, seed=0) == expected.train
+    assert replace(trained.model, num_classes=expected.model.num_classes) == with_multipliers(expected.model)
+
+
+def test_equal_time_is_not_that_of_a_run_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would go on without a limit, to a number of updates that was guessed before."""
+    begun: list[Path] = []
+
+    def stopped(command: Sequence[str]) -> None:
+        run_dir = Path(command[command.index("--run-dir") + 1])
+        assert "--minutes" in command
+        assert not run_dir.exists()
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.json").write_text("{}")
+        begun.append(run_dir)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(contest, "train", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Contest(few(tmp_path, contestants="auto", only="time"), machine([]), quick=True).run()
+    assert begun[0] == begun[1]
 
 
 def test_a_measurement_that_was_stopped_trains_nothing_again(one: QualityConfig) -> None:
@@ -149,13 +213,20 @@ def test_a_measurement_that_was_stopped_trains_nothing_again(one: QualityConfig)
 def test_other_samples_and_a_full_measurement_are_other_rows(
     one: QualityConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(measure, "NLL_IMAGES", 3)
+    monkeypatch.setattr(measure, "NLL_STEPS", 5)
     first = Contest(one, machine([]), quick=True).run()
-    more = Contest(few(tmp_path, contestants="auto", num_samples=9), machine([]), quick=True).run()
-    assert [row["samples"] for row in (*first, *more)] == ["12", "12", "9", "9"]
-    monkeypatch.setattr("fastdiff.benchmarks.quality.measure.open_extractor", lambda device: refuse())
+    more = Contest(few(tmp_path, contestants="auto", num_samples=40), machine([]), quick=True).run()
+    assert [row["samples"] for row in (*first, *more)] == ["12", "12", "36", "40"]  # there are 36 real images
+    monkeypatch.setattr(measure, "open_extractor", lambda device: refuse())
+    part = Contest(one, machine([]), quick=False).run()
+    assert part[1]["measured_with"] == f"{first[1]['measured_with']} bits/dim-3x5"
+    assert number(part[1], "bits_per_dim") > 0
+    assert math.isnan(number(part[1], "fd_efficientnet"))
+    monkeypatch.setattr(measure, "open_extractor", lambda device: Means())
     full = Contest(one, machine([]), quick=False).run()
-    assert [row["quick"] for row in full] == ["False"] * 2
-    assert number(full[1], "bits_per_dim") > 0
+    assert "efficientnet-means" in full[1]["measured_with"].split()
+    assert number(full[1], "fd_efficientnet") > 0
     assert Contest(one, machine([]), quick=True).run() == full  # it has all that is asked for
 
 
@@ -164,8 +235,8 @@ def refuse() -> None:
 
 
 def test_a_training_that_fails_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest, "flags_of", lambda *_: TINY | {"batch_size": 0})
-    with pytest.raises(ChildProcessError, match="batch_size must be positive, not 0"):
+    monkeypatch.setattr(contest, "flags_of", lambda *_: TINY | {"label_file": "missing.csv"})
+    with pytest.raises(ChildProcessError, match=r"missing\.csv"):
         Contest(few(tmp_path), machine([]), quick=True).run()
     assert [row["contestant"] for row in read_rows(tmp_path / "out" / "quality.csv")] == [REAL]
 
@@ -189,10 +260,10 @@ def test_a_file_of_other_rows_is_refused(tmp_path: Path) -> None:
 def test_entries() -> None:
     found = entries(QualityConfig(seeds="5,6", only="time,undone", minutes=2.5))
     assert len(found) == 2 * (2 * 3 + 1 + 1)
-    assert len({entry.folder(Path("out")) for entry in found}) == len(found)
+    assert len({entry.folder(Path("out"), "ab") for entry in found}) == len(found)
     assert {entry.length for entry in found} == {2.5, 300}
     (one,) = (entry for entry in found if entry.key == ("digits", "time", "improved", "6", "2.5"))
-    assert one.folder(Path("out")) == Path("out/runs/digits/time-2.5/improved-6")
+    assert one.folder(Path("out"), "ab") == Path("out/runs/digits/time-2.5/improved-6-ab")
     assert [entry.seed for entry in found if entry.mode is Mode.UNDONE] == [5, 5]
 
 
@@ -221,11 +292,13 @@ def test_the_table(tmp_path: Path) -> None:
         return blank | {"contestant": contestant, "seed": str(seed), "mode": mode} | measured
 
     rows = [row(REAL, 0, 1, 0.01), row("improved", 0, 0.2, 30), row("auto", 0, 0.9, 3)]
+    rows[0]["samples"], rows[1]["commit"] = "1497", "def"
     rows += [row("improved", 1, 0.3, 40), row("auto", 1, 1, 4), row("auto without lr", 0, 0.5, 6, "undone")]
     equal, undone, explained = markdown(rows).split("\n\n**")[0], *markdown(rows).split("\n\n")[-2:]
     lines = equal.splitlines()
-    assert lines[0].startswith("**digits, 300 updates**: mean of the seeds 0, 1; 2,000 samples in 20 steps of dpm++; ")
-    assert "the judge names 99.0% of held-out real images rightly; a CPU, torch 2.13, commit abc." in lines[0]
+    assert lines[0].startswith("**digits, 300 updates**: mean of the seeds 0, 1; 2,000 samples in 20 steps of dpm++, ")
+    assert "dpm++, 1,497 real images; " in lines[0]
+    assert "the judge names 99.0% of held-out real images rightly; a CPU, torch 2.13, commit abc and def." in lines[0]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert cells[0] == ["", "accuracy", "FD", "precision", "recall", "updates", "seconds", "parameters"]
     assert cells[2] == [REAL, "100.0%", "0.010", "0.500", "0.500", "", "", ""]

@@ -14,10 +14,9 @@ from fastdiff.benchmarks.quality.judge import open_judge
 from fastdiff.benchmarks.quality.measure import Bench, Figures
 from fastdiff.benchmarks.quality.pictures import read_pictures, write_pictures
 from fastdiff.config import QualityConfig
-from fastdiff.evaluation.extractors import Extractor
 
 from ...support import refusal
-from .support import COLOURED, PLAIN, SIZE, TINY, machine
+from .support import COLOURED, PLAIN, SIZE, TINY, Means, machine
 
 FEW = QualityConfig(set="digits", num_samples=12, steps=3)
 ONE = {**TINY, "image_size": SIZE, "steps": 1, "preview_interval": 0, **PLAIN}
@@ -70,17 +69,6 @@ def test_accuracy_is_of_the_class_that_was_asked_for(data: Path) -> None:
     assert bench.figures(real.images, asked).accuracy == 1 - 6 / len(asked)
 
 
-class Means(Extractor):
-    """In EfficientNet's place: the mean colour."""
-
-    name = sha256 = family = resizing = "means"
-
-    def _extract(self, images: object) -> object:
-        from fastdiff.evaluation.extractors import Extracted
-
-        return Extracted(images.float().mean((2, 3)))  # type: ignore[attr-defined]
-
-
 def test_a_run(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(measure, "open_extractor", lambda device: Means())
@@ -125,15 +113,25 @@ def test_without_efficientnet(data: Path, run: Path, monkeypatch: pytest.MonkeyP
     assert "FD-EfficientNet is left out: extractor efficientnet-lite0 needs its weights" in said
 
 
-def test_without_a_likelihood(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object) -> None:
-        raise ValueError("prediction flow has no likelihood")
-
+def test_a_flow_has_no_likelihood(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = ONE | {"prediction": "flow", "noise_schedule": "linear"}
+    fastdiff.train(data / "train", tmp_path / "run", class_cond=True, show=None, **flow)
     said: list[str] = []
+    monkeypatch.setattr(measure, "open_extractor", lambda device: Means())
+    assert math.isnan(Bench(COLOURED, data, FEW, machine(said), quick=False).measure(tmp_path / "run").bits_per_dim)
+    assert "bits/dim is left out: a flow has no variational bound" in said
+
+
+def test_a_failed_likelihood_is_no_row(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row without it would pass for one that is complete."""
+
+    def refused(*_: object) -> None:
+        raise ValueError("the images cannot be read")
+
     monkeypatch.setattr(measure, "Nll", refused)
     monkeypatch.setattr(measure, "open_extractor", lambda device: Means())
-    assert math.isnan(Bench(COLOURED, data, FEW, machine(said), quick=False).measure(run).bits_per_dim)
-    assert "bits/dim is left out: prediction flow has no likelihood" in said
+    bench = Bench(COLOURED, data, FEW, machine([]), quick=False)
+    assert refusal(lambda: bench.measure(run)) == "the images cannot be read"
 
 
 def test_likelihood_is_of_every_class(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
