@@ -106,7 +106,7 @@ def ema(
     The run was trained with --ema-lengths. Averages of other lengths are reconstructed, images are drawn from each and
     compared with the training images. The same command resumes. The table is also in evaluation/lengths/lengths.csv.
     """
-    from fastdiff.checkpoint import read_metadata, reconstructed
+    from fastdiff.checkpoint import averages_of, read_metadata, reconstructed
     from fastdiff.evaluation import checkpoints as of_run
     from fastdiff.evaluation import lengths as of_lengths
     from fastdiff.evaluation.plot import refuse_plot
@@ -122,6 +122,7 @@ def ema(
         place = world.from_main(lambda: find_with_rate(run, None))
         run_dir, step = place.parent, int(world.from_main(lambda: read_metadata(place))["step"])
         chosen = world.from_main(lambda: of_lengths.lengths_to_measure(run_dir, step, lengths))
+        before = world.from_main(lambda: set(averages_of(run_dir, step).values()))
         out_dir = run_dir / FOLDER / of_lengths.FOLDER
         world.from_main(lambda: refuse_folder(out_dir))
         newest = world.on_all(lambda: load_for(session.runtime, place))
@@ -137,7 +138,7 @@ def ema(
                 if isinstance(row, int):
                     raise typer.Exit(row)
                 rows.append(row)
-                world.from_main(lambda: of_lengths.keep_best(run_dir, step, rows, metric))
+                world.from_main(lambda: of_lengths.keep_best(run_dir, step, rows, metric, before))
 
         def named(best: of_run.Row) -> str:
             return f"the best: --ema-length {best.ema_length:g}"

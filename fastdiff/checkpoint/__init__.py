@@ -40,6 +40,7 @@ from fastdiff.checkpoint.model import (
 )
 from fastdiff.checkpoint.steps import (
     average_path,
+    averages_of,
     begin_step,
     best_path,
     best_step,
@@ -69,6 +70,7 @@ __all__ = [
     "Weights",
     "add_metadata",
     "average_path",
+    "averages_of",
     "begin_step",
     "best_path",
     "best_step",

@@ -1,9 +1,9 @@
 """A metric over the length of the average of a run's weights (Karras et al. 2024, EDM2, figure 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from fastdiff.checkpoint import Fit, average_path, read_metadata, refuse_length
+from fastdiff.checkpoint import Fit, average_path, refuse_length
 from fastdiff.config import Metric
 from fastdiff.config.base import tuple_of
 from fastdiff.evaluation.checkpoints import Row, best_of
@@ -33,14 +33,14 @@ def lengths_to_measure(run_dir: Path, step: int, given: str | None) -> list[floa
     return wanted
 
 
-def keep_best(run_dir: Path, step: int, rows: Sequence[Row], metric: Metric) -> None:
-    """Delete the averages that were reconstructed for the rows, all but the best one."""
+def keep_best(run_dir: Path, step: int, rows: Sequence[Row], metric: Metric, before: Collection[Path]) -> None:
+    """Delete the averages that were reconstructed for the rows, all but the best one and those ``before`` them."""
     best = best_of(rows, metric)
     for row in rows:
         if row is not best and row.ema_length is not None:
             path = average_path(run_dir, row.ema_length, step)
-            if path.exists() and "ema_error" in read_metadata(path):
-                path.unlink()
+            if path not in before:
+                path.unlink(missing_ok=True)
 
 
 def plot(path: Path, rows: Sequence[Row], metric: Metric) -> None:

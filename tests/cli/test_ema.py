@@ -73,6 +73,17 @@ def test_the_metric_over_the_length(
     assert "average_" not in (tmp_path / "report.html").read_text()
 
 
+def test_averages_that_were_there_before_stay(cli: Cli, trained: Path, run_dir: Path, tmp_path: Path) -> None:
+    few = ("--num-samples", 1, "--steps", 1, "--batch-size", 1, *PLAIN)
+    succeeded(cli("sample", run_dir, "--ema-length", "0.06", "--out", "one.npz", *few))
+    path = run_dir / "average_0.06_000040.safetensors"
+    before = add_metadata(path, time_grids={"unipc": {}}) or path.read_bytes()
+    succeeded(drawn(cli, trained, tmp_path, "ema", run_dir, "--lengths", "0.05,0.06,0.07,0.1"))
+    records = read_records(run_dir / "evaluation" / "lengths")
+    assert min(records, key=lambda record: record["figures"]["fd"])["ema_length"] != 0.06
+    assert path.read_bytes() == before
+
+
 def test_a_length_in_every_command(cli: Cli, trained: Path, run_dir: Path, shapes: Path, tmp_path: Path) -> None:
     few = ("--num-samples", 1, "--steps", 1, "--batch-size", 1, *PLAIN)
     result = succeeded(cli("sample", run_dir, "--ema-length", "0.06", "--out", "one.npz", *few))
