@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdiff import checkpoint
 from fastdiff.config import TrainConfig
 from fastdiff.runtime.files import existing
+from fastdiff.training.ema import SNAPSHOT_SPACING
 
 RETRY_DELAYS = (1.0, 5.0, 15.0)
 """Seconds between attempts to write a checkpoint."""
@@ -59,8 +60,8 @@ class Saver:
     def keep_averages(self, file: CheckpointFile, count: int, ready: Callable[[], None] | None = None) -> None:
         """Start writing a snapshot of the averages, of which the run keeps ``count``; otherwise as save.
 
-        The oldest one goes before the new one comes. A failure is logged: the averages of the checkpoints are enough to
-        go on.
+        The oldest one goes before the new one comes; so does one of less than half a spacing before, which a run leaves
+        that is planned again. A failure is logged: the averages of the checkpoints are enough to go on.
         """
         self.wait()
         self._last = self._thread.submit(self._keep_averages, file, count, ready)
@@ -72,7 +73,7 @@ class Saver:
         try:
             if not all(tensor.isfinite().all() for tensor in file.tensors.values()):
                 raise OSError("a weight is beyond the range of 16 bits")
-            checkpoint.keep_snapshots(self.run_dir, step - 1, count - 1)
+            checkpoint.keep_snapshots(self.run_dir, int(step / SNAPSHOT_SPACING**0.5), count - 1)
             checkpoint.write_tensors(file.path, file.tensors, file.metadata)
         except OSError as error:
             self.log(f"warning: no snapshot of the averages of step {step}: {error}")

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from fastdiff.checkpoint import (
     weights_of,
 )
 from fastdiff.checkpoint.averages import inner_products
+from fastdiff.config import RunConfig
 from fastdiff.training import Trainer
 from fastdiff.training.ema import PowerAverage, snapshot_steps
+from fastdiff.training.recipe import TimeLimit
 from fastdiff.training.resuming import resume
 
 from .support import each_step, same, trainer
@@ -252,6 +255,21 @@ def test_a_run_that_goes_on_has_the_same_averages(tmp_path: Path, shapes: Path) 
     assert snapshots(tmp_path / "again") == [14, 18]
     again = run("again")
     assert everything(again.run_dir) == everything(straight.run_dir)
+
+
+def test_snapshots_of_a_run_that_is_planned_again_stay_apart(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = trainer(tmp_path, shapes, steps=100, **FLAGS | {"log_interval": 90})
+    subject.limit = TimeLimit(1.0, (), auto=False)
+
+    def again(_: TimeLimit, config: RunConfig, step: int) -> RunConfig:
+        return replace(config, train=replace(config.train, steps=103)) if step == 90 else config
+
+    monkeypatch.setattr(TimeLimit, "again", again)
+    subject.run()
+    assert {72, 89} <= snapshot_steps(100)
+    assert snapshots(tmp_path) == [72, 92]  # not 89 and 92
 
 
 def test_a_length_that_is_new_starts_from_the_weights(tmp_path: Path, shapes: Path) -> None:
