@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 _ROUNDING = {False: 1e-7, True: 3e-4}  # of fp32 and of the snapshots' fp16
 _FOLDER = "averages"
 _SAFETY = 2.0  # updates are neither independent nor of equal size
-_OF_ANOTHER = {"ema_updates", "ema_length", "time_grids"}  # what the metadata of one average say of it alone
+_OF_ANOTHER = {"ema_updates", "ema_since", "ema_length", "time_grids"}  # metadata of one average alone
 _APART = 1.1  # earlier checkpoints whose steps differ by a smaller factor say the same
 _EARLIER = 4
 _LENGTHS = np.geomspace(0.005, 0.285, 200)
@@ -95,8 +95,11 @@ def averages_at(run_dir: Path, step: int) -> list[Average]:
             last = earlier
     for earlier in (one for one in snapshots(run_dir) if found and one < step):
         path = snapshot_path(run_dir, earlier)
-        lengths = read_metadata(path, "averages")["ema_lengths"]
-        found += [Average(path, length, earlier, snapshot=True) for length in lengths]
+        about = read_metadata(path, "averages")
+        since = about.get("ema_since", [0] * len(about["ema_lengths"]))
+        for length, began in zip(about["ema_lengths"], since, strict=True):
+            if _is_whole(length, earlier, began):
+                found.append(Average(path, length, earlier, snapshot=True))
     return found
 
 
@@ -105,12 +108,17 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def _saved(run_dir: Path, step: int) -> list[Average]:
-    there = averages_of(run_dir, step).items()
-    return [Average(path, length, step, snapshot=False) for length, path in there if _is_tracked(path)]
+    found = []
+    for length, path in averages_of(run_dir, step).items():
+        about = read_metadata(path)  # a reconstructed one has ema_error instead of ema_updates
+        if "ema_updates" in about and _is_whole(length, step, about.get("ema_since", 0)):
+            found.append(Average(path, length, step, snapshot=False))
+    return found
 
 
-def _is_tracked(path: Path) -> bool:
-    return "ema_updates" in read_metadata(path)  # a reconstructed one has ema_error instead
+def _is_whole(length: float, step: int, since: int) -> bool:
+    """Whether hardly anything is left in an average of the weights that it began with, after ``since`` updates."""
+    return (since / step) ** (exponent_of(length) + 1) <= TOLERANCE
 
 
 def inner_products(
@@ -146,7 +154,8 @@ class Fit:
         found = averages_at(run_dir, step)
         if not found:
             raise ValueError(
-                f"{run_dir} has no averages at step {step} from which others follow: train with --ema-lengths 0.05,0.1"
+                f"{run_dir} has no averages at step {step} from which others follow, begun well before: train with "
+                "--ema-lengths 0.05,0.1"
             )
         fit, drift, ours = Fit(tuple(found), step, 0.0), 0.0, dict(found[0].tensors({}))
         # how far the narrowest average of the step is from the widest one, and from the oldest average

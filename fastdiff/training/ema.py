@@ -20,11 +20,12 @@ _SNAPSHOTS = 16
 class Average(ABC):
     """An average a <- rate * a + (1 - rate) * w of the parameters, in fp32 for any parameter dtype.
 
+    ``updates`` of the training are in it; those up to ``since`` as if they had all ended at the weights of that one.
     In a ``world`` of processes with equal parameters, each process keeps the averages of a part of them.
     """
 
     def __init__(self, parameters: Iterable[Tensor], world: World | None = None) -> None:
-        self.updates = 0
+        self.updates = self.since = 0
         self._parameters = list(parameters)
         self._world = world or World()
         self._owners = _owners([p.numel() for p in self._parameters], self._world.size)
@@ -71,12 +72,12 @@ class Average(ABC):
         return found
 
     @torch.no_grad()
-    def load(self, tensors: Iterable[Tensor], updates: int) -> None:
+    def load(self, tensors: Iterable[Tensor], updates: int, since: int = 0) -> None:
         """Resume from saved averages, given in the parameters' order."""
         saved = [t for t, owner in zip(tensors, self._owners, strict=True) if owner == self._world.rank]
         for own, value in zip(self._averages, saved, strict=True):
             own.copy_(value)
-        self.updates = updates
+        self.updates, self.since = updates, since
 
 
 class EMA(Average):
@@ -122,7 +123,7 @@ class PowerAverage(Average):
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"ema_length": self.length, "ema_updates": self.updates}
+        return {"ema_length": self.length, "ema_updates": self.updates, "ema_since": self.since}
 
     @property
     def name(self) -> str:

@@ -117,6 +117,7 @@ class TrainState:
                     at += whole.numel()
             tensors[str(power.length)] = flat
         about = {"kind": "averages", "step": self.step, "ema_lengths": [power.length for power in self.powers]}
+        about["ema_since"] = [power.since for power in self.powers]
         path = checkpoint.snapshot_path(run_dir, self.step)
         return CheckpointFile(path, tensors, about) if self.world.main else None
 
@@ -155,12 +156,13 @@ class TrainState:
             there = average_path(average, run_dir, step)
             tensors_of, about = read(there, kind=kind) if there.exists() else (weights, {})
             if "ema_updates" not in about:
-                tensors_of, about = weights, {"ema_updates": step if isinstance(average, PowerAverage) else 0}
+                began = step if isinstance(average, PowerAverage) else 0
+                tensors_of, about = weights, {"ema_updates": began, "ema_since": began}
                 added.append(average)
             saved.append((tensors_of, about))
         self.set_weights(weights, path)
         for average, (tensors_of, about) in zip(self.averages, saved, strict=True):
-            average.load(self._parts(tensors_of), about["ema_updates"])
+            average.load(self._parts(tensors_of), about["ema_updates"], about.get("ema_since", 0))
         self._set_moments(tensors)
         if self.scaler.is_enabled() and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
@@ -188,7 +190,7 @@ class TrainState:
         for ema in self.emas:
             ema.load(self._parts(run.averages.get(ema.rate, run.weights)), run.step)
         for power in self.powers:
-            power.load(self._parts(run.weights), run.step)
+            power.load(self._parts(run.weights), run.step, since=run.step)
         if moments is not None:
             self._set_moments(moments)
         self.step = self.first_step = run.step

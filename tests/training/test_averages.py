@@ -20,12 +20,15 @@ from fastdiff.checkpoint import (
     exponent_of,
     find_checkpoint,
     model_path,
+    optimizer_path,
     read_metadata,
     read_tensors,
     saved_steps,
     snapshot_path,
     snapshots,
     weights_of,
+    write_manifest,
+    write_tensors,
 )
 from fastdiff.checkpoint.averages import inner_products
 from fastdiff.config import RunConfig
@@ -286,6 +289,59 @@ def test_a_length_that_is_new_starts_from_the_weights(tmp_path: Path, shapes: Pa
     assert average.updates == 3
     for ours, parameter in zip(average.tensors(), subject.state.parameters, strict=True):
         assert torch.equal(ours, parameter)
+
+
+def test_others_do_not_follow_from_an_average_that_began_late(tmp_path: Path, shapes: Path) -> None:
+    flags = {"save_interval": 1, "ema_rate": "0.9"}
+    trainer(tmp_path, shapes, **flags, steps=3).run()
+    for steps in (4, 6):  # resumed twice
+        subject = trainer(tmp_path, shapes, **flags, steps=steps, ema_lengths="0.05,0.1")
+        resume(subject)
+        subject.run()
+    for length in (0.05, 0.1):
+        for step in (4, 6):
+            assert read_metadata(average_path(tmp_path, length, step))["ema_since"] == 3
+    assert read_metadata(snapshot_path(tmp_path, 5))["ema_since"] == [3, 3]
+    with pytest.raises(ValueError, match=r"has no averages at step 4 from which others follow, begun well before"):
+        Fit.of(tmp_path, 4)
+    # of the shorter one hardly anything is left of what it began with: (3 / 6)^18
+    assert [(one.length, one.step) for one in Fit.of(tmp_path, 6).averages] == [(0.05, 6), (0.05, 5), (0.05, 5)]
+    path = average_path(tmp_path, 0.1, 6)
+    assert find_checkpoint(tmp_path, ema_length=0.1) == path  # it can be had as it is
+    # a file of an earlier version does not say when it began
+    state, about = read_tensors(path, kind="model")
+    write_tensors(path, state, {key: value for key, value in about.items() if key != "ema_since"})
+    write_manifest(tmp_path, 6, [*weights_of(tmp_path, 6), optimizer_path(tmp_path, 6)])
+    assert [one.length for one in Fit.of(tmp_path, 6).averages if one.step == 6] == [0.05, 0.1]
+    subject = trainer(tmp_path, shapes, **flags, steps=7, ema_lengths="0.05,0.1")
+    resume(subject)
+    assert [(one.updates, one.since) for one in subject.state.powers] == [(6, 3), (6, 0)]
+
+
+def test_the_expected_error_is_that_of_a_random_walk(tmp_path: Path) -> None:
+    """Of averages that began as late as is allowed: they are told from whole ones by no more than is expected."""
+    steps, began, flags = 2000, {0.05: 1350, 0.1: 830}, {"kind": "any", "step": 2000}
+    weights = torch.nn.Parameter(30 * torch.randn(4000, generator=(generator := torch.Generator().manual_seed(0))))
+    late = {length: PowerAverage([weights], length) for length in began}
+    whole = {length: PowerAverage([weights], length) for length in (0.06, 0.08, 0.11)}
+    for step in range(1, steps + 1):
+        weights.data += torch.randn(4000, generator=generator)
+        for average in whole.values():
+            average.update()
+        for length, average in late.items():
+            average.update()
+            if step == began[length]:
+                average.load([weights], step, since=step)
+    paths = [average_path(tmp_path, length, steps) for length in late]
+    for path, average in zip(paths, late.values(), strict=True):
+        write_tensors(path, {"w": average.tensors()[0]}, flags | average.about)
+    write_manifest(tmp_path, steps, paths)
+    fit = Fit.of(tmp_path, steps)
+    for length, average in whole.items():
+        coefficients, expected = fit.coefficients(length)
+        parts = zip(coefficients, late.values(), strict=True)
+        found = sum((c * one.tensors()[0].double() for c, one in parts), torch.zeros(()))
+        assert 0.3 < apart({"w": found}, {"w": average.tensors()[0]}) / expected < 1
 
 
 def test_a_snapshot_that_cannot_be_written_ends_no_run(tmp_path: Path, shapes: Path) -> None:

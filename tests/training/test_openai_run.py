@@ -95,13 +95,14 @@ def test_what_is_missing_is_told(tmp_path: Path, shapes: Path, trained: Trained)
     path = as_openai_saves(begun, tmp_path / "original")
     for name in ("ema_0.5_000001.pt", "opt000001.pt"):
         path.with_name(name).unlink()
-    resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4})
+    resumed = trainer(tmp_path / "resumed", shapes, steps=2, **FLAGS | {"lr": 5e-4, "ema_lengths": 0.1})
     resume_from(resumed, path)
     said = "\n".join(resumed.log)
     assert "no ema_0.5_000001.pt beside it: this EMA starts from the weights" in said
     assert "no opt000001.pt beside it: the optimizer state starts empty" in said
     state = resumed.state
     assert same(dict(zip(state.weights, state.emas[1].tensors(), strict=True)), weights(begun))
+    assert [(power.updates, power.since) for power in state.powers] == [(1, 1)]
     assert not state.optimizer.state
     resumed.run()
     assert (tmp_path / "resumed" / "model000002.safetensors").exists()
