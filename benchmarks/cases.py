@@ -50,7 +50,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             yield norm_case(n, channels, size, dtype, layout, on_gpu)
     for n, tokens, heads, d in GPU_ATTENTIONS if on_gpu else [(4, 64, 4, 64), (4, 256, 4, 32)]:
         yield attention_case(n, tokens, heads, d, dtype, on_gpu)
-    for n, size in [(1024, 64), (64, 256)] if on_gpu else [(16, 32)]:
+    for n, size in GPU_IMAGES if on_gpu else [(16, 32)]:
         for layout in LAYOUTS:
             yield step_case(n, size, layout, on_gpu, philox=True)
             yield step_case(n, size, layout, on_gpu, philox=False)
@@ -70,6 +70,9 @@ GPU_ATTENTIONS = [
     *((16, 2048, 4, 64), (8, 4096, 4, 64)),
 ]
 """Batch, tokens, heads, channels of a head."""
+
+GPU_IMAGES = [(1024, 64), (64, 256)]
+"""Batch, height and width of the images of a step or a loss."""
 
 
 def norm_case(n: int, channels: int, size: int, dtype: torch.dtype, layout: str, on_gpu: bool) -> Case:
