@@ -57,7 +57,8 @@ def own_names(tree: ast.Module) -> Iterator[str]:
 
 def test_every_use_is_in_the_list() -> None:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
-    own = {name for tree in trees for name in own_names(tree)} | {"_asdict", "_fields", "_replace"}  # of named tuples, and public
+    of_named_tuples = {"_asdict", "_fields", "_replace"}  # which are public
+    own = {name for tree in trees for name in own_names(tree)} | of_named_tuples
     used = {name for tree in trees for name in private_names(tree) if name.startswith("_") and not name.endswith("__")}
     assert used - (own - set(USES)) == set(USES)
 
