@@ -78,7 +78,7 @@ def checkpoints(
             of_run.write_best(run_dir, best, metric)
             return f"{run_dir}@best is step {best.step}, {best.weights}"
 
-        world.on_all(lambda: _conclude(session, rows, metric, out_dir / of_run.TABLE, (plot, of_run.plot), recorded))
+        world.on_all(lambda: _conclude(session, rows, metric, out_dir / of_run.TABLE, plot, of_run.plot, recorded))
 
 
 @with_flags(MetricsConfig, RuntimeConfig, without={"classifier_scale", "image_size"})
@@ -143,9 +143,7 @@ def ema(
         def named(best: of_run.Row) -> str:
             return f"the best: --ema-length {best.ema_length:g}"
 
-        world.on_all(
-            lambda: _conclude(session, rows, metric, out_dir / of_lengths.TABLE, (plot, of_lengths.plot), named)
-        )
+        world.on_all(lambda: _conclude(session, rows, metric, out_dir / of_lengths.TABLE, plot, of_lengths.plot, named))
 
 
 def _loaded(session: "Session", path: Path, others: bool) -> "Checkpoint | None":
@@ -184,7 +182,8 @@ def _conclude(
     rows: Sequence["Row"],
     metric: Metric,
     table_path: Path,
-    plot: "tuple[Path | None, Callable[[Path, Sequence[Row], Metric], None]]",
+    plot: Path | None,
+    draw: "Callable[[Path, Sequence[Row], Metric], None]",
     said: Callable[["Row"], str],
 ) -> None:
     """Print the table, write it and the plot, and end with what is ``said`` of the best row, on the first process."""
@@ -196,8 +195,8 @@ def _conclude(
     for line in table(rows, best):
         session.display.line(line)
     write_table(table_path, rows)
-    wrote, (path, draw) = [str(table_path)], plot
-    if path is not None:
-        draw(path, rows, metric)
-        wrote.append(str(path))
+    wrote = [str(table_path)]
+    if plot is not None:
+        draw(plot, rows, metric)
+        wrote.append(str(plot))
     session.display.line(f"wrote {' and '.join(wrote)}; {said(best)}")

@@ -122,9 +122,7 @@ def decided(entry: Entry, bench: Bench, runtime: Runtime) -> RunConfig:
     config = RunConfig.from_flags(flags)
     if flags.get("recipe", StartConfig.recipe) != Recipe.AUTO:
         return config
-    chosen = recipe.model_and_process(config, set(flags), bench.images, runtime.device, 1)
-    config = RunConfig.from_flags(chosen, base=config)
-    return RunConfig.from_flags(recipe.schedule(config, set(flags)), base=config)
+    return recipe.decided(config, set(flags), bench.images, runtime.device, 1, timed=False)[0]
 
 
 def digest_of(config: RunConfig) -> str:
@@ -154,24 +152,16 @@ class Contest:
         self._about = environment(machine.runtime.device)
         self._benches: dict[PictureSet, Bench] = {}
         measured = [f.name for f in fields(Figures)]
-        columns = [
-            *_IDENTITY,
-            "measured_with",
-            "updates",
-            "seconds",
-            "parameters",
-            *measured,
-            "judge_accuracy",
-            *self._about,
-        ]
+        trained = ["updates", "seconds", "parameters"]
+        columns = [*_IDENTITY, "measured_with", *trained, *measured, "judge_accuracy", *self._about]
         require_columns(self.path, columns)
 
     def run(self) -> list[dict[str, str]]:
         """Make every row that is missing; returns those asked for, the real images' first.
 
         A row is missing if none has the same run, trained as it would be now, and the same samples, measured with all
-        that measures them now. SystemExit or KeyboardInterrupt
-        if a signal ends it: what is saved so far is kept. ChildProcessError, with the reason, if a training fails.
+        that measures them now. SystemExit or KeyboardInterrupt if a signal ends it: what is saved so far is kept.
+        ChildProcessError, with the reason, if a training fails.
         """
         found = []
         asked = [*(Entry(name, Mode.UPDATES, REAL, 0, 0, {}) for name in self.config.set), *entries(self.config)]

@@ -36,6 +36,21 @@ def with_prediction(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {"prediction": Prediction.V} | dict(flags) if wanted else dict(flags)
 
 
+def decided(
+    config: RunConfig, given: Collection[str], images: int, device: torch.device, processes: int, timed: bool
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration with the recipe's settings, and these as flags, without those that are ``given``.
+
+    A ``timed`` run has no number of updates yet: TimeLimit chooses what depends on it.
+    """
+    chosen = model_and_process(config, given, images, device, processes)
+    config = RunConfig.from_flags(chosen, base=config)
+    if not timed:
+        chosen |= (of_length := schedule(config, given))
+        config = RunConfig.from_flags(of_length, base=config)
+    return config, chosen
+
+
 def model_and_process(
     config: RunConfig, given: Collection[str], images: int, device: torch.device, processes: int
 ) -> dict[str, Any]:

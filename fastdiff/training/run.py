@@ -256,10 +256,9 @@ def _carry_out(
     The run ``began`` at that time.perf_counter().
     """
     run_dir, config = plan.run_dir, plan.config
-    decides = not plan.resuming and (config.recipe is Recipe.AUTO or plan.minutes is not None)
 
     def resolve() -> Runtime:
-        if not decides or config.recipe is Recipe.IMPROVED or "batch_size" in plan.given:
+        if plan.resuming or config.recipe is Recipe.IMPROVED or "batch_size" in plan.given:
             _refuse_division(config.train, world.size)
         build_diffusion(config.diffusion)  # an invalid respacing must fail before the images are read
         if world.main:
@@ -280,7 +279,7 @@ def _carry_out(
     )
     config, changes = world.on_all(lambda: _with_data(plan, dataset))
     limit: TimeLimit | None = None
-    if decides:
+    if not plan.resuming and (config.recipe is Recipe.AUTO or plan.minutes is not None):
         config, limit, chosen = world.on_all(lambda: _with_recipe(plan, config, dataset, runtime, world, began))
         changes += chosen
     among, held_out, said = hold_out(config, dataset, world, display)
@@ -346,13 +345,11 @@ def _with_recipe(
     """The configuration with the recipe's settings, the run's time limit if it has one, and lines for the log."""
     auto, minutes, said = config.recipe is Recipe.AUTO, plan.minutes, list[str]()
     if auto:
-        chosen = recipe.model_and_process(config, plan.given, len(dataset.images), runtime.device, world.size)
-        config = RunConfig.from_flags(chosen, base=config)
-        if minutes is None and "steps" not in plan.given:
-            minutes = recipe.MINUTES_ON_A_CPU if runtime.device.type == "cpu" else None
-        if minutes is None:
-            timed = recipe.schedule(config, plan.given)
-            config, chosen = RunConfig.from_flags(timed, base=config), chosen | timed
+        if minutes is None and "steps" not in plan.given and runtime.device.type == "cpu":
+            minutes = recipe.MINUTES_ON_A_CPU
+        images, timed = len(dataset.images), minutes is not None
+        config, chosen = recipe.decided(config, plan.given, images, runtime.device, world.size, timed)
+        _refuse_division(config.train, world.size)
         said.append(recipe.said(chosen))
     if minutes is None:
         return config, None, said

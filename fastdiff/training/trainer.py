@@ -105,9 +105,10 @@ class Trainer:
             config = replace(config, train=replace(config.train, microbatch=found))
             log(f"microbatch auto: {found} images in a forward pass")
         self.limit = limit
+        self.config = config = self._timed(config, limit) if limit is not None else config
         if limit is not None:
-            config = self._timed(config, limit)
-        self.config = config
+            settled = Compile.ON if runtime.compiles(self.model_calls) else Compile.OFF  # however long it becomes
+            self.config = config = replace(config, runtime=replace(config.runtime, compile=settled))
         with self._explained():
             self.module = parallelise(self.model, self.device, self.world, config.train.parallel)
             self.forward = runtime.prepare(self.module, self.model_calls)
@@ -134,9 +135,7 @@ class Trainer:
             seconds = seconds_per_update(config, self.objective, model, self.runtime.eager(model), self.world)
         config, line = self.world.from_main(lambda: limit.planned(config, seconds))
         self.log(line)
-        calls = config.train.steps * len(micro_batches(config.train, self.world.size))
-        compiles = Compile.ON if self.runtime.compiles(calls) else Compile.OFF  # whatever the number of updates becomes
-        return replace(config, runtime=replace(config.runtime, compile=compiles))
+        return config
 
     @property
     def model_calls(self) -> int:

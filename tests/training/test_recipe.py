@@ -37,9 +37,7 @@ QUICK: dict[str, Any] = {
 
 def filled(flags: dict[str, Any], images: int = 500, device: torch.device = CPU, processes: int = 1) -> RunConfig:
     config = RunConfig.from_flags(flags)
-    chosen = recipe.model_and_process(config, flags, images, device, processes)
-    config = RunConfig.from_flags(chosen, base=config)
-    return RunConfig.from_flags(recipe.schedule(config, flags), base=config)
+    return recipe.decided(config, flags, images, device, processes, timed=False)[0]
 
 
 def config_of(run_dir: Path) -> RunConfig:
@@ -138,13 +136,18 @@ def test_a_process_without_a_signal_at_its_end_gets_a_prediction(tmp_path: Path,
 
 
 def test_the_batch_divides_among_any_number_of_processes(tmp_path: Path, shapes: Path) -> None:
-    """improved-diffusion's 16 images do not."""
+    """improved-diffusion's 16 images do not. The processes plan the updates together."""
     flags = {name: value for name, value in QUICK.items() if name != "batch_size"}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += ["--preview-interval", "0", "--data-dir", str(shapes), "--run-dir", "run", "--steps", "1"]
+    words += ["--data-dir", str(shapes), "--minutes", "0.05", "--log-interval", "3"]
+    words += ["--run-dir", "run"]
     ended = launch(WORKER, ["train", *words], tmp_path, {"XDG_CACHE_HOME": str(tmp_path)}, 3)
     assert ended.status == 0, ended
     assert config_of(tmp_path / "run").train.batch_size == 12
+    words += ["--run-dir", "other", "--parallel", "fsdp", "--microbatch", "auto"]
+    ended = launch(WORKER, ["train", *words], tmp_path, {"XDG_CACHE_HOME": str(tmp_path)}, 3)
+    assert ended.status == 1, ended  # the launcher's, of processes that ended with 2
+    assert "microbatch auto: not with --parallel fsdp" in ended.err, ended
 
 
 def test_a_time_limit_counts_from_where_a_run_of_others_was(tmp_path: Path, shapes: Path) -> None:
