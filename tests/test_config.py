@@ -215,6 +215,7 @@ def test_defaults_are_the_originals() -> None:
         "num_head_channels": -1,
         "resblock_updown": False,
         "use_new_attention_order": False,
+        "patch_size": 1,
         "augment_dim": 0,
     }
     assert diffusion == {

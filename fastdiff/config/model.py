@@ -51,6 +51,9 @@ class ModelConfig(Config):
     use_new_attention_order: bool = option(
         False, "Order of the qkv rows in the weights: q, k, v outermost (guided-diffusion), not heads."
     )
+    patch_size: int = option(
+        1, "Side of the square patches of pixels that the first level sees as one, with all their colors as channels."
+    )
     augment_dim: int = option(
         0, f"Numbers that tell the model of an image's augmentation: --augment sets {AUGMENT_DIM}."
     )
@@ -66,7 +69,7 @@ class ModelConfig(Config):
         super().__post_init__()
 
     def check(self) -> None:
-        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes"):
+        for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes", "patch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
         self.require(self.num_classes <= MOST_CLASSES, "num_classes", f"at most {MOST_CLASSES:,}")
         self.require(
@@ -103,13 +106,14 @@ class ModelConfig(Config):
         self._check_heads()
 
     def _check_image_size(self) -> None:
-        factor = 2 ** (len(self.multipliers) - 1)
+        factor = self.patch_size * 2 ** (len(self.multipliers) - 1)
         if self.image_size % factor:
             below = self.image_size // factor * factor
             near = f"{below} or {below + factor}" if below else f"{factor}"
+            patches = f" of patches of {self.patch_size} pixels" if self.patch_size > 1 else ""
             raise ValueError(
-                f"image_size {self.image_size} does not fit the model: its {len(self.multipliers)} levels need a "
-                f"multiple of {factor}, such as {near}; or give a shorter channel_mult"
+                f"image_size {self.image_size} does not fit the model: its {len(self.multipliers)} levels{patches} "
+                f"need a multiple of {factor}, such as {near}; or give a shorter channel_mult"
             )
 
     def _check_heads(self) -> None:
@@ -127,10 +131,15 @@ class ModelConfig(Config):
                     raise ValueError(f"{name} {divisor} does not divide the {width} channels of a level with attention")
 
     @property
+    def patches(self) -> int:
+        """The side of the first level's feature maps: that of the image, in patches."""
+        return self.image_size // self.patch_size
+
+    @property
     def multipliers(self) -> tuple[float, ...]:
         """channel_mult, or the default for this image size."""
         return self.channel_mult or channel_mult_for(
-            self.image_size, self.num_channels, super_resolution=self.small_size is not None
+            max(self.patches, 1), self.num_channels, super_resolution=self.small_size is not None
         )
 
     @property
@@ -165,15 +174,15 @@ class ModelConfig(Config):
 
     @property
     def attention_levels(self) -> frozenset[int]:
-        """The levels with attention. Level 0 is full size, each next level half of it.
+        """The levels with attention. Level 0 has a pixel per patch, each next level half the size.
 
         A resolution r selects the largest feature map that is at most r pixels wide. If image size and r are powers
         of two, this equals improved-diffusion's ``image_size // r``; at 96 pixels, 16 selects the 12-pixel level.
         """
-        sizes = [self.image_size >> level for level in range(len(self.multipliers))]
+        sizes = [self.patches >> level for level in range(len(self.multipliers))]
         chosen = set()
         for r in self.attention_resolutions:
-            if r <= self.image_size:
+            if r <= self.patches:
                 chosen.update([next((level for level, size in enumerate(sizes) if size <= r), -1)])
         return frozenset(chosen - {-1})
 

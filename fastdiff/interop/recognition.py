@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import count
+from math import isqrt
 from typing import Any, NoReturn
 
 import torch
@@ -52,6 +53,7 @@ class Architecture:
     use_scale_shift_norm: bool
     super_resolution: bool
     resblock_updown: bool
+    patch_size: int
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Architecture":
@@ -66,6 +68,7 @@ class Architecture:
             use_scale_shift_norm=config.use_scale_shift_norm,
             super_resolution=config.small_size is not None,
             resblock_updown=config.resblock_updown and len(config.widths) > 1,
+            patch_size=config.patch_size,
         )
 
     @property
@@ -78,11 +81,14 @@ class Architecture:
 
     @property
     def image_size(self) -> int | None:
-        """The image size with these widths in the originals' table; None if no size has them, or two sizes do.
+        """The image size with these widths in the originals' table; None if no size has them, or two sizes do, or with
+        patches, which the originals lack.
 
         guided-diffusion's upsamplers to 256 and 512 pixels have the same widths, and improved-diffusion has only the
         first of these sizes.
         """
+        if self.patch_size > 1:
+            return None
         found = [
             size
             for size in SIZES.values()
@@ -93,7 +99,7 @@ class Architecture:
     @property
     def smallest_size(self) -> int:
         """The smallest image size that can be halved at every level."""
-        return int(2 ** (len(self.widths) - 1))
+        return int(self.patch_size * 2 ** (len(self.widths) - 1))
 
     @property
     def presets(self) -> list[str]:
@@ -103,16 +109,18 @@ class Architecture:
     def flags(self, image_size: int) -> dict[str, Any]:
         """The ModelConfig fields that the architecture determines for this image size."""
         classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        patches = image_size // self.patch_size
         return classes | {
             "image_size": image_size,
             "num_channels": self.num_channels,
             "num_res_blocks": self.num_res_blocks,
             "channel_mult": self.channel_mult,
-            "attention_resolutions": tuple(max(1, image_size >> level) for level in sorted(self.attention_levels)),
+            "attention_resolutions": tuple(max(1, patches >> level) for level in sorted(self.attention_levels)),
             "learn_sigma": self.learn_sigma,
             "class_cond": self.num_classes is not None,
             "use_scale_shift_norm": self.use_scale_shift_norm,
             "resblock_updown": self.resblock_updown,
+            "patch_size": self.patch_size,
         }
 
     @property
@@ -125,6 +133,8 @@ class Architecture:
         if self.image_size is None:
             del said["image_size"], said["attention_resolutions"]
             said["attention at levels"] = tuple(sorted(self.attention_levels))
+        if self.patch_size == 1:
+            del said["patch_size"]
         kind = "a super-resolution model" if self.super_resolution else "a model"
         return f"{kind} of {', '.join(f'{name} {word(value)}' for name, value in said.items())}"
 
@@ -199,16 +209,20 @@ def _read(state: Mapping[str, Tensor]) -> Architecture:
             break
     if len(set(blocks)) != 1 or PER_BLOCK * sum(blocks) > len(state):
         raise LookupError  # no model; one with the first level's blocks at all levels could be huge
+    inputs, outputs = state["input_blocks.0.0.weight"].shape[1], state["out.2.weight"].shape[0]
+    super_resolution = 6 * isqrt(inputs // 6) ** 2 == inputs  # which 3 times another square never is
+    patch_size = max(1, isqrt(inputs // (6 if super_resolution else 3)))
     return Architecture(
         num_channels=state["time_embed.0.weight"].shape[1],
         num_res_blocks=blocks[0],
         widths=tuple(widths),
         attention_levels=frozenset(attending),
-        learn_sigma=state["out.2.weight"].shape[0] == 6,
+        learn_sigma=outputs == 6 * patch_size**2,
         num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
         use_scale_shift_norm=state["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0],
-        super_resolution=state["input_blocks.0.0.weight"].shape[1] == 6,
+        super_resolution=super_resolution,
         resblock_updown=per_level is not None,
+        patch_size=patch_size,
     )
 
 

@@ -53,7 +53,7 @@ class _Project:
         return self.lacks if model.small_size is None else self.lacks | self.lacks_enlarging
 
 
-_OURS = frozenset(("prediction", "noise_shift", "zero_terminal_snr"))
+_OURS = frozenset(("prediction", "noise_shift", "zero_terminal_snr", "patch_size"))
 _ONLY_TRAINED = frozenset(("weighting", "min_snr_gamma", "sigmoid_bias"))
 """Fields of the loss: a model is loaded without them."""
 _GUIDED_FIELDS = frozenset(("num_head_channels", "resblock_updown", "use_new_attention_order"))

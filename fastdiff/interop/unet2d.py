@@ -53,6 +53,11 @@ def unet_options(config: ModelConfig, learn_sigma: bool) -> dict[str, Any]:
             "diffusers cannot express a super-resolution model: its pipelines give a UNet2DModel no low-resolution "
             "image; convert to .pt or .safetensors"
         )
+    if config.patch_size > 1:
+        raise ValueError(
+            f"diffusers cannot express patch_size {config.patch_size}: its UNet2DModel sees pixels; convert to .pt or "
+            ".safetensors, or train with --patch-size 1"
+        )
     if config.multipliers[0] != 1:
         raise ValueError(
             f"diffusers cannot express channel_mult {','.join(map(str, config.multipliers))}: it embeds timesteps in "

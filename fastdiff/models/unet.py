@@ -3,6 +3,7 @@
 from typing import Self, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.config import Kernels, MemoryFormat, ModelConfig
@@ -147,7 +148,8 @@ class UNet(Encoder):
         kernels: Kernels | str = Kernels.AUTO,
         memory_format: MemoryFormat | str = MemoryFormat.CONTIGUOUS,
     ) -> None:
-        super().__init__(config, kernels, self.in_channels)
+        pixels = config.patch_size**2
+        super().__init__(config, kernels, self.in_channels * pixels)
         self.config = config
         skips, channels = list(self.skips), config.widths[-1]
         self.output_blocks = nn.ModuleList()
@@ -165,8 +167,10 @@ class UNet(Encoder):
                     )
                 self.output_blocks.append(EmbedSequential(*layers))
         self.out = nn.Sequential(
-            GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(conv3x3(channels, config.out_channels))
+            GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(conv3x3(channels, config.out_channels * pixels))
         )
+        if config.patch_size > 1:
+            self.out.append(nn.PixelShuffle(config.patch_size))
         if config.augment_dim:
             self.augment_emb = nn.Linear(config.augment_dim, self.emb_channels, bias=False)
         self.lay_out(memory_format)
@@ -214,6 +218,8 @@ class UNet(Encoder):
             if not self.config.augment_dim:
                 raise ValueError("the model has augment_dim 0: pass no augment")
             emb = emb + self.augment_emb(augment.to(self.augment_emb.weight.dtype))
+        if self.config.patch_size > 1:
+            x = F.pixel_unshuffle(x, self.config.patch_size)
         h, skips = self.encode(x, emb)
         if seen is not None:
             seen += [*skips, h]

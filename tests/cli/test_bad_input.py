@@ -57,6 +57,11 @@ def test_no_data(cli: Cli, tmp_path: Path) -> None:
         (["--lr", "nan"], ["lr", "nan"]),
         (["--ema-rate", "1.0"], ["ema_rate", r"1\.0"]),
         (["--image-size", "36", "--channel-mult", "1,2,2,2"], ["image_size 36", "multiple of 8", "32 or 40"]),
+        (
+            ["--image-size", "36", "--channel-mult", "1,2,2", "--patch-size", "4"],
+            ["image_size 36", "3 levels of patches of 4 pixels", "multiple of 16", "32 or 48"],
+        ),
+        (["--patch-size", "0"], ["patch_size must be positive"]),
         (["--num-channels", "40"], ["num_channels", "40", "32"]),
         (["--num-heads", "5"], ["num_heads 5"]),
         (["--diffusion-steps", "20", "--noise-schedule", "linear"], ["diffusion_steps 20", "cosine"]),

@@ -276,6 +276,7 @@ def test_diffusers_own_folders_are_read(tmp_path: Path) -> None:
         ({"num_heads_upsample": 2}, "num_heads_upsample 2 beside num_heads 4"),
         ({"channel_mult": (2, 2, 2, 2)}, "channel_mult 2,2,2,2: .* starts with 1 works"),
         ({"num_channels": 64, "channel_mult": (0.5, 1, 1, 2)}, r"channel_mult 0\.5,1,1,2: .* starts with 1 works"),
+        ({"patch_size": 2}, r"patch_size 2: .*convert to \.pt"),
         ({"small_size": 16}, r"a super-resolution model: .*convert to \.pt"),
     ],
 )

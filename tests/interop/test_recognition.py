@@ -95,6 +95,8 @@ def test_a_preset_says_everything_or_is_refused(name: str) -> None:
         {"resblock_updown": True, "small_size": 16, "learn_sigma": True},
         {"resblock_updown": True, "use_new_attention_order": True, "num_head_channels": 32},
         {"use_new_attention_order": True},
+        {"patch_size": 2, "attention_resolutions": 8},
+        {"patch_size": 4, "attention_resolutions": 8, "small_size": 16, "learn_sigma": True},
     ],
     ids=str,
 )

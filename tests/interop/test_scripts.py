@@ -104,6 +104,11 @@ def test_the_project_whose_scripts_have_what_the_model_needs(model: ModelConfig,
             PROCESS,
             "channel_mult 1,1.5 at image_size 32: change",
         ),
+        (
+            replace(SMALL, patch_size=2, channel_mult=(1, 2, 2, 2)),
+            PROCESS,
+            "improved-diffusion's scripts lack patch_size 2: change",
+        ),
         (GUIDED, replace(PROCESS, sigma_small=True), "guided-diffusion's scripts lack sigma_small True: change"),
         (
             replace(GUIDED, image_size=256, small_size=64, use_new_attention_order=True, channel_mult=(1, 2)),

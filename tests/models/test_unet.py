@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastdiff.config import ClassifierConfig
@@ -24,6 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "super-resolution": {"small_size": 4},
     "one head up": {"num_heads": 4, "num_heads_upsample": 1},
     "guided": {"num_head_channels": 16, "resblock_updown": True, "use_new_attention_order": True},
+    "patches": {"patch_size": 2, "learn_sigma": True},
+    "patches of both images": {"patch_size": 2, "small_size": 4},
 }
 
 
@@ -54,8 +57,26 @@ def test_every_parameter_but_the_bias_of_the_keys_has_an_effect(variant: str) ->
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fresh_models_predict_zero(variant: str) -> None:
     model = build_model(small_config(**VARIANTS[variant]))
-    assert isinstance(model, SuperResUNet) == (variant == "super-resolution")
+    assert isinstance(model, SuperResUNet) == ("small_size" in VARIANTS[variant])
     assert not model(**inputs(model)).any()
+
+
+def test_the_first_level_sees_a_patch_as_a_pixel() -> None:
+    model = small_model(memory_format="contiguous", patch_size=2, learn_sigma=True).eval()
+    seen: list[Tensor] = []
+    model.input_blocks[0][0].register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    model.out[2].register_forward_hook(lambda _, __, out: seen.append(out))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        out = model(x, torch.tensor([3, 500]))
+    for image, patches in zip((x, out), seen, strict=True):
+        for colour in range(image.shape[1]):
+            for row in range(2):
+                for column in range(2):
+                    pixel = patches[:, 4 * colour + 2 * row + column]
+                    assert torch.equal(pixel, image[:, colour, row::2, column::2])
+    assert out.shape == (2, 6, 8, 8)
+    assert (seen[0].shape[1], model.config.attention_levels) == (12, {0})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

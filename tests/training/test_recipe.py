@@ -74,8 +74,7 @@ def test_what_it_depends_on() -> None:
     assert small.model.num_channels < large.model.num_channels == 128
     assert small.train.lr > large.train.lr
     assert filled({}).model.num_channels == 32
-    assert filled({"image_size": 32}).model.channel_mult == (1, 1, 2, 2)
-    assert filled({"image_size": 64}).model.widths == (32, 32, 64, 64, 128)
+    assert filled({"patch_size": 1, "image_size": 64}).model.widths == (32, 32, 64, 64, 128)
     assert filled({"image_size": 28}).model.multipliers == (1, 1, 2)
     assert filled({}, device=GPU).model.channel_mult is None
     assert filled({"channel_mult": "0.5,1,2"}).model.widths == (32, 64, 128)
@@ -83,6 +82,28 @@ def test_what_it_depends_on() -> None:
     assert filled({"image_size": 32}).diffusion.noise_shift == 1
     assert filled({}, processes=3).train.batch_size % 3 == 0
     assert [recipe.ema_rate(steps) for steps in (100, 2_000, 10_000, 10**6)] == [0.99, 0.995, 0.999, 0.9999]
+
+
+def test_a_model_for_a_cpu_has_patches() -> None:
+    """And predicts x_0 then; where a flag keeps it from that, it has none."""
+    sizes = {size: filled({"image_size": size}) for size in (16, 28, 32, 48, 64, 96, 128)}
+    assert [c.model.patch_size for c in sizes.values()] == [1, 1, 2, 2, 4, 4, 4]
+    assert all(c.diffusion.predict_xstart == (c.model.patch_size > 1) for c in sizes.values())
+    assert [c.diffusion.weighting == "sigmoid" for c in sizes.values()] == [
+        c.model.patch_size > 1 for c in sizes.values()
+    ]
+    assert filled({"image_size": 64, "weighting": "none"}).diffusion.weighting == "none"
+    assert sizes[32].model.widths == sizes[64].model.widths == (32, 32, 64)
+    for flags in ({"prediction": "v"}, {"predict_xstart": False}, {"prediction": "flow"}, {"use_kl": True}):
+        assert filled({"image_size": 64, **flags}).model.patch_size == 1
+    assert filled({"image_size": 64, "predict_xstart": True}).model.patch_size == 4
+    assert filled({"image_size": 64, "channel_mult": "1,2,2"}).model.patch_size == 1
+    assert filled({"image_size": 64}, device=GPU).model.patch_size == 1
+    of_a_gpu = filled({"image_size": 256, "patch_size": 4}, device=GPU)
+    assert of_a_gpu.diffusion.predict_xstart
+    assert of_a_gpu.model.multipliers == filled({"image_size": 64}, device=GPU).model.multipliers
+    given = filled({"image_size": 64, "patch_size": 4, "prediction": "v"})
+    assert (given.model.patch_size, given.diffusion.prediction) == (4, "v")
 
 
 def test_the_line_says_flags_that_can_be_given(tmp_path: Path, shapes: Path) -> None:
