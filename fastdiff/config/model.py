@@ -52,7 +52,7 @@ class ModelConfig(Config):
         False, "Order of the qkv rows in the weights: q, k, v outermost (guided-diffusion), not heads."
     )
     patch_size: int = option(
-        1, "Side of the square patches of pixels that the first level sees as one, with all their colors as channels."
+        1, "Side of the square patches that the first level sees as one pixel, with all their values as channels."
     )
     augment_dim: int = option(
         0, f"Numbers that tell the model of an image's augmentation: --augment sets {AUGMENT_DIM}."
@@ -71,6 +71,7 @@ class ModelConfig(Config):
     def check(self) -> None:
         for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes", "patch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
+        self.require(self.patch_size <= self.image_size, "patch_size", f"at most image_size {self.image_size}")
         self.require(self.num_classes <= MOST_CLASSES, "num_classes", f"at most {MOST_CLASSES:,}")
         self.require(
             self.num_channels % GROUPS == 0, "num_channels", f"a multiple of {GROUPS} (the norms have {GROUPS} groups)"
@@ -139,7 +140,7 @@ class ModelConfig(Config):
     def multipliers(self) -> tuple[float, ...]:
         """channel_mult, or the default for this image size."""
         return self.channel_mult or channel_mult_for(
-            max(self.patches, 1), self.num_channels, super_resolution=self.small_size is not None
+            self.patches, self.num_channels, super_resolution=self.small_size is not None
         )
 
     @property

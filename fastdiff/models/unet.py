@@ -137,7 +137,8 @@ class UNet(Encoder):
     """Predicts the noise (epsilon) or x_0 of noisy images, and with learn_sigma also the variance.
 
     In the upsampling half each level has one residual block more than in the downsampling half, and each takes the
-    matching skip connection. State-dict keys and shapes match improved-diffusion's and guided-diffusion's.
+    matching skip connection. With a patch_size above 1 the first level sees every patch as one pixel (Luhman & Luhman
+    2022). State-dict keys and shapes match improved-diffusion's and guided-diffusion's.
     """
 
     in_channels = 3

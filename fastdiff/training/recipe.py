@@ -63,9 +63,10 @@ def model_and_process(
     """
     model, process = config.model, config.diffusion
     assert isinstance(model, ModelConfig)
-    patch_size, chosen = model.patch_size, dict[str, Any]()
+    chosen: dict[str, Any] = {}
+    patch_size, may_predict_xstart = model.patch_size, _may_predict_xstart(config, given)
     if device.type == "cpu":
-        if not {"patch_size", "channel_mult"} & {*given} and _may_predict_xstart(config, given):
+        if may_predict_xstart and not {"patch_size", "channel_mult"} & {*given}:
             chosen["patch_size"] = patch_size = patch_size_for(model.image_size)
         chosen |= {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": (8,)}
         chosen["channel_mult"] = narrow_levels(model.image_size // patch_size)
@@ -75,7 +76,7 @@ def model_and_process(
         chosen["num_channels"] = max(chosen["num_channels"], math.ceil(32 / min(model.channel_mult)))
     if not process.use_kl and process.prediction is not Prediction.FLOW:
         chosen |= {"prediction": Prediction.V, "noise_schedule": NoiseSchedule.COSINE}
-        if patch_size > 1:
+        if patch_size > 1 and may_predict_xstart:
             chosen["prediction"] = Prediction.X_START
             if "weighting" not in given:
                 chosen |= {"weighting": Weighting.SIGMOID, "sigmoid_bias": _PATCHES_BIAS}

@@ -62,6 +62,7 @@ def test_no_data(cli: Cli, tmp_path: Path) -> None:
             ["image_size 36", "3 levels of patches of 4 pixels", "multiple of 16", "32 or 48"],
         ),
         (["--patch-size", "0"], ["patch_size must be positive"]),
+        (["--image-size", "32", "--patch-size", "64"], ["patch_size must be at most image_size 32, not 64"]),
         (["--num-channels", "40"], ["num_channels", "40", "32"]),
         (["--num-heads", "5"], ["num_heads 5"]),
         (["--diffusion-steps", "20", "--noise-schedule", "linear"], ["diffusion_steps 20", "cosine"]),

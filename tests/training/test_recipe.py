@@ -103,7 +103,7 @@ def test_a_model_for_a_cpu_has_patches() -> None:
     assert of_a_gpu.diffusion.predict_xstart
     assert of_a_gpu.model.multipliers == filled({"image_size": 64}, device=GPU).model.multipliers
     given = filled({"image_size": 64, "patch_size": 4, "prediction": "v"})
-    assert (given.model.patch_size, given.diffusion.prediction) == (4, "v")
+    assert (given.model.patch_size, given.diffusion.prediction, given.diffusion.weighting) == (4, "v", "none")
 
 
 def test_the_line_says_flags_that_can_be_given(tmp_path: Path, shapes: Path) -> None:
