@@ -1,9 +1,9 @@
 """Compares recipes: trains each in a process of its own, measures it, and goes on where it was stopped.
 
-In the mode ``updates`` every contestant makes as many updates, in ``time`` it has as many minutes, compilation
-included (``fastdiff train --minutes``, which lets the decay of the rate end with the time). ``undone`` are as many
-updates of the recipe auto, once for each of its choices without that one. A contestant's samples are drawn by the same
-sampler with the same number of model calls and from the same noise, and the same real images judge them.
+In the mode ``updates`` every contestant makes as many updates, in ``time`` it has as many minutes, compilation included
+(``fastdiff train --minutes``, which lets the decay of the rate end with the time). ``undone`` are as many updates of
+the recipe auto, once for each of its choices without that one and what depends on it. A contestant's samples are drawn
+by the same sampler with the same number of model calls and from the same noise, and the same real images judge them.
 """
 
 import hashlib

@@ -9,15 +9,12 @@ Flags = Mapping[str, object]
 _LEVELS = {"channel_mult": ""}  # the default of the image size
 CPU_WIDTH = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "8", **_LEVELS}
 
-_PIXELS = {"patch_size": 1, "weighting": "none", "sigmoid_bias": 0.0}
-"""The flags of a model of pixels: what is chosen with patches is not chosen."""
-
 UNDONE: Mapping[str, Flags] = {
-    "width": {"num_channels": 64, "num_res_blocks": 2, "attention_resolutions": "16,8", **_LEVELS, **_PIXELS},
-    "narrow levels": {**_LEVELS, **_PIXELS},
-    "patches": _PIXELS,
-    "prediction": {"prediction": "epsilon", **_PIXELS},
-    "weighting": {"weighting": "none", "sigmoid_bias": 0.0},
+    "width": {"num_channels": 64, "num_res_blocks": 2, "attention_resolutions": "16,8"},
+    "narrow levels": {"channel_mult": "1,2,2"},  # improved-diffusion's for 16 pixels, as many as there are patches
+    "patches": {"patch_size": 1},
+    "prediction": {"prediction": "epsilon"},
+    "weighting": {"weighting": "none"},
     "schedule": {"noise_schedule": "linear"},
     "lr": {"lr": 1e-4, "lr_warmup_steps": 0},
     "decay": {"lr_anneal_steps": 0},
@@ -27,7 +24,8 @@ UNDONE: Mapping[str, Flags] = {
 }
 """Each choice of the recipe auto, and the flags that undo it: improved-diffusion's defaults, but half its width.
 
-Patches are chosen with the levels and the prediction, and go with them."""
+What depends on a choice is undone with it: the rate with the width; x_0 and its weighting with patches, for which
+they are chosen (pixels get v); patches and the weighting with x_0 (epsilon is for pixels)."""
 
 _AS_BEFORE = {"grad_clip": 0.0, "ema_lengths": ""}
 """The flags that keep --recipe auto, which sets the decay by the number of updates, from adding what is not asked."""

@@ -157,7 +157,8 @@ def _config(loaded: Loaded) -> ModelConfig | ClassifierConfig:
 def _inputs(loaded: Loaded) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Noise, timesteps and conditions that the model takes."""
     config, process = _config(loaded), loaded.diffusion_config or DiffusionConfig(rescale_timesteps=False)
-    factor = 2 ** (len(config.multipliers) - 1)
+    patch_size = config.patch_size if isinstance(config, ModelConfig) else 1
+    factor = patch_size * 2 ** (len(config.multipliers) - 1)
     side = config.image_size if config.image_size <= _COMPARED_SIDE else factor * max(1, _COMPARED_SIDE // factor)
     if isinstance(config, ClassifierConfig) and config.classifier_pool is ClassifierPool.ATTENTION:
         side = config.image_size  # the pool has a position for each pixel

@@ -11,6 +11,9 @@ NUM_CLASSES = 1000
 MOST_CHANNELS = 2**20
 """Maximum width of a level, far above any model's: a damaged configuration must not reach PyTorch's own limits."""
 
+MOST_PATCH_SIZE = math.isqrt(MOST_CHANNELS // 6)
+"""Maximum side of a patch: with a learned variance each of its pixels has six output channels."""
+
 MOST_CLASSES = 10**6
 """Maximum number of classes: a model has an embedding for each."""
 
@@ -43,7 +46,7 @@ class ModelConfig(Config):
     use_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
     use_scale_shift_norm: bool = option(True, "Condition by scaling and shifting the norm's output, not by addition.")
     channel_mult: tuple[float, ...] | None = option(
-        None, "Width multiplier per level, e.g. 1,2,3,4 or 0.5,1,2; by default chosen from the image size."
+        None, "Width multiplier per level, e.g. 1,2,3,4 or 0.5,1,2; by default chosen from the first level's size."
     )
     small_size: int | None = option(None, "Side of the low-resolution input of a super-resolution model.")
     num_head_channels: int = option(-1, "Channels per attention head, instead of num_heads; -1 means num_heads.")
@@ -72,6 +75,7 @@ class ModelConfig(Config):
         for name in ("image_size", "num_channels", "num_res_blocks", "num_heads", "num_classes", "patch_size"):
             self.require(getattr(self, name) > 0, name, "positive")
         self.require(self.patch_size <= self.image_size, "patch_size", f"at most image_size {self.image_size}")
+        self.require(self.patch_size <= MOST_PATCH_SIZE, "patch_size", f"at most {MOST_PATCH_SIZE}")
         self.require(self.num_classes <= MOST_CLASSES, "num_classes", f"at most {MOST_CLASSES:,}")
         self.require(
             self.num_channels % GROUPS == 0, "num_channels", f"a multiple of {GROUPS} (the norms have {GROUPS} groups)"
@@ -132,15 +136,15 @@ class ModelConfig(Config):
                     raise ValueError(f"{name} {divisor} does not divide the {width} channels of a level with attention")
 
     @property
-    def patches(self) -> int:
+    def grid_size(self) -> int:
         """The side of the first level's feature maps: that of the image, in patches."""
         return self.image_size // self.patch_size
 
     @property
     def multipliers(self) -> tuple[float, ...]:
-        """channel_mult, or the default for this image size."""
+        """channel_mult, or the default for this size of the first level."""
         return self.channel_mult or channel_mult_for(
-            self.patches, self.num_channels, super_resolution=self.small_size is not None
+            self.grid_size, self.num_channels, super_resolution=self.small_size is not None
         )
 
     @property
@@ -180,10 +184,10 @@ class ModelConfig(Config):
         A resolution r selects the largest feature map that is at most r pixels wide. If image size and r are powers
         of two, this equals improved-diffusion's ``image_size // r``; at 96 pixels, 16 selects the 12-pixel level.
         """
-        sizes = [self.patches >> level for level in range(len(self.multipliers))]
+        sizes = [self.grid_size >> level for level in range(len(self.multipliers))]
         chosen = set()
         for r in self.attention_resolutions:
-            if r <= self.patches:
+            if r <= self.grid_size:
                 chosen.update([next((level for level, size in enumerate(sizes) if size <= r), -1)])
         return frozenset(chosen - {-1})
 
@@ -210,25 +214,23 @@ _CHANNEL_MULT: dict[int, tuple[float, ...]] = {
 512 from guided-diffusion."""
 
 
-def channel_mult_for(
-    image_size: int, num_channels: int = 2 * GROUPS, *, super_resolution: bool = False
-) -> tuple[float, ...]:
+def channel_mult_for(size: int, num_channels: int = 2 * GROUPS, *, super_resolution: bool = False) -> tuple[float, ...]:
     """The originals' multipliers at their five sizes; other sizes get enough levels to reach 4 to 8 pixels.
 
     At 512 pixels the first level has half of ``num_channels``, or all of it where half is no multiple of 32. A
     super-resolution model to 512 pixels has the multipliers of 256 pixels, as in guided-diffusion.
     """
-    if super_resolution and image_size == 512:
+    if super_resolution and size == 512:
         return _CHANNEL_MULT[256]
-    if image_size == 512 and num_channels % (2 * GROUPS):
+    if size == 512 and num_channels % (2 * GROUPS):
         return (1, *_CHANNEL_MULT[512][1:])
-    if image_size in _CHANNEL_MULT:
-        return _CHANNEL_MULT[image_size]
-    halvings = max(2, math.ceil(math.log2(image_size / 8)))
+    if size in _CHANNEL_MULT:
+        return _CHANNEL_MULT[size]
+    halvings = max(2, math.ceil(math.log2(size / 8)))
     by_depth = {2: (1, 2, 2), 3: (1, 2, 3, 4), 4: (1, 1, 2, 3, 4)}
     return by_depth.get(halvings, (1,) * (halvings - 3) + (2, 2, 4, 4))
 
 
-def is_table_size(image_size: int) -> bool:
-    """Whether improved-diffusion, its fork or guided-diffusion defines the multipliers for this image size."""
-    return image_size in _CHANNEL_MULT
+def is_table_size(size: int) -> bool:
+    """Whether improved-diffusion, its fork or guided-diffusion defines the multipliers for this size."""
+    return size in _CHANNEL_MULT

@@ -84,7 +84,8 @@ def for_the_scripts(model: ModelConfig, diffusion: DiffusionConfig) -> Iterator[
         (p for p in (_IMPROVED, _GUIDED) if not p.missing(model, diffusion)), _GUIDED if guided else _IMPROVED
     )
     if missing := project.missing(model, diffusion):
-        yield f"{project.name}'s scripts lack {' and '.join(missing)}: change script_util.py"
+        files = "unet.py and script_util.py" if model.patch_size > 1 else "script_util.py"
+        yield f"{project.name}'s scripts lack {' and '.join(missing)}: change {files}"
     elif project is _IMPROVED and model.image_size == 128:
         yield "only improved-diffusion's 128x128 fork supports image_size 128"
     if model.class_cond and model.num_classes != NUM_CLASSES:
@@ -147,14 +148,14 @@ def _settings(model: ModelConfig, diffusion: DiffusionConfig, defaults: Mapping[
 
 
 def _resolutions(model: ModelConfig) -> tuple[int, ...]:
-    """attention_resolutions by the originals' rule: r selects the feature map that is image_size // r times smaller.
+    """attention_resolutions by the originals' rule: r selects the feature map that is grid_size // r times smaller.
 
     It selects the same levels as here if sizes and resolutions are powers of two.
     """
-    smaller = {model.image_size // r for r in model.attention_resolutions}
+    smaller = {model.grid_size // r for r in model.attention_resolutions}
     if {level for level in range(len(model.multipliers)) if 2**level in smaller} == model.attention_levels:
         return model.attention_resolutions
-    return tuple(model.image_size >> level for level in sorted(model.attention_levels))
+    return tuple(model.grid_size >> level for level in sorted(model.attention_levels))
 
 
 def _word(value: Any) -> str:

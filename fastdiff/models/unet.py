@@ -137,8 +137,8 @@ class UNet(Encoder):
     """Predicts the noise (epsilon) or x_0 of noisy images, and with learn_sigma also the variance.
 
     In the upsampling half each level has one residual block more than in the downsampling half, and each takes the
-    matching skip connection. With a patch_size above 1 the first level sees every patch as one pixel (Luhman & Luhman
-    2022). State-dict keys and shapes match improved-diffusion's and guided-diffusion's.
+    matching skip connection. State-dict keys and shapes match improved-diffusion's and guided-diffusion's, unless
+    patch_size is above 1: the first level then sees every patch as one pixel (Luhman & Luhman 2022).
     """
 
     in_channels = 3

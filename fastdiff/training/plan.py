@@ -1,4 +1,4 @@
-"""What a training run is to do, from its flags and its folder: begin, start from weights, or resume."""
+"""Plans a training run from its flags and its folder: to begin, to start from weights, or to resume."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.config import ModelConfig, NoiseSchedule, Prediction, RunConfig, Weighting
+from fastdiff.config import GROUPS, ModelConfig, NoiseSchedule, Prediction, RunConfig, Weighting
 from fastdiff.runtime.words import duration
 from fastdiff.training import preview
 
@@ -23,7 +23,8 @@ _LR = 2e-3
 """At 32 channels, where 300 updates of small digits came nearer to the data than with half of it."""
 
 _PATCHES_BIAS = -2.0
-"""Where x_0 is predicted: unweighted its samples vary less, and with much noise weighted less its classes mix."""
+"""Bias of the sigmoid weighting of a model of patches. Samples of an unweighted one lack variety; with a larger bias,
+which takes weight from high noise levels, more of them have the wrong class."""
 
 _MARGIN = 0.02
 """Share of the updates by which their number must be wrong to be changed, and of the time that is left free."""
@@ -34,7 +35,7 @@ _OVERHEAD = 1.1
 
 
 def with_prediction(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags, with the prediction that the recipe will choose if they do without and epsilon is refused for them."""
+    """The flags, with a prediction that is valid until the recipe chooses one, where the default would be refused."""
     wanted = flags.get("zero_terminal_snr") and not {"prediction", "predict_xstart"} & flags.keys()
     return {"prediction": Prediction.V} | dict(flags) if wanted else dict(flags)
 
@@ -66,20 +67,22 @@ def model_and_process(
     chosen: dict[str, Any] = {}
     patch_size, may_predict_xstart = model.patch_size, _may_predict_xstart(config, given)
     if device.type == "cpu":
-        if may_predict_xstart and not {"patch_size", "channel_mult"} & {*given}:
+        if may_predict_xstart and "patch_size" not in given and _levels_fit(model, given):
             chosen["patch_size"] = patch_size = patch_size_for(model.image_size)
         chosen |= {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": (8,)}
         chosen["channel_mult"] = narrow_levels(model.image_size // patch_size)
     elif images < 20_000:
         chosen["num_channels"] = 64 if images < 2_000 else 96
-    if "num_channels" in chosen and model.channel_mult is not None:  # a level of half the channels needs 32, too
-        chosen["num_channels"] = max(chosen["num_channels"], math.ceil(32 / min(model.channel_mult)))
+    if "num_channels" in chosen:
+        chosen["num_channels"] = _fitting_width(model, chosen["num_channels"])
     if not process.use_kl and process.prediction is not Prediction.FLOW:
         chosen |= {"prediction": Prediction.V, "noise_schedule": NoiseSchedule.COSINE}
         if patch_size > 1 and may_predict_xstart:
             chosen["prediction"] = Prediction.X_START
-            if "weighting" not in given:
-                chosen |= {"weighting": Weighting.SIGMOID, "sigmoid_bias": _PATCHES_BIAS}
+            # the sigmoid is a slope over at least three timesteps
+            weighting = process.weighting if "weighting" in given else Weighting.SIGMOID
+            if weighting is Weighting.SIGMOID and process.diffusion_steps >= 3:
+                chosen |= {"weighting": weighting, "sigmoid_bias": _PATCHES_BIAS}
     if model.image_size > 64 and model.small_size is None:
         chosen["noise_shift"] = model.image_size / 64
     chosen["batch_size"] = max(min(32, images) // processes, 1) * processes
@@ -94,22 +97,42 @@ def _may_predict_xstart(config: RunConfig, given: Collection[str]) -> bool:
     return not process.use_kl
 
 
+def _levels_fit(model: ModelConfig, given: Collection[str]) -> bool:
+    """Whether the levels that were given, if any, can be those of a model of patches, down to at least 4."""
+    if "channel_mult" not in given:
+        return True
+    if model.channel_mult is None:  # the originals' levels, which are those of pixels
+        return False
+    factor = patch_size_for(model.image_size) * 2 ** (len(model.channel_mult) - 1)
+    return model.image_size % factor == 0 and model.image_size // factor >= 4
+
+
+def _fitting_width(model: ModelConfig, num_channels: int) -> int:
+    """The least width from ``num_channels`` on of which every level has 32 channels and whole attention heads."""
+    if model.channel_mult is not None:  # a level of half the channels needs 32, too
+        num_channels = max(num_channels, math.ceil(GROUPS / min(model.channel_mult)))
+    heads = (model.num_heads, model.heads_upsample) if model.num_head_channels == -1 else (model.num_head_channels,)
+    multiple = math.lcm(GROUPS, *heads)
+    return -(-num_channels // multiple) * multiple
+
+
 def patch_size_for(image_size: int) -> int:
     """The patches of a model for a CPU (Luhman & Luhman 2022): 2 pixels from 32 on, 4 from 64 on.
 
-    Of one size in patches, an image costs as much whatever its pixels: at 32 pixels 0.08 GFLOP instead of 0.32. Such a
-    model predicts x_0: epsilon and v hold the noise, which needs as many channels as a patch has values (Li & He 2025).
+    The cost follows the number of patches, not of pixels: at 32 pixels 0.08 GFLOP instead of 0.32. Such a model
+    predicts x_0: a narrow network does that better than epsilon or v, which hold all the noise of a patch (Li & He
+    2025).
     """
     return next((side for side in (4, 2) if image_size >= 16 * side and image_size % (2 * side) == 0), 1)
 
 
-def narrow_levels(patches: int) -> tuple[int, ...]:
-    """Multipliers of a model whose channels double at every other halving of its ``patches``, down to at least 4.
+def narrow_levels(grid_size: int) -> tuple[int, ...]:
+    """Multipliers of a model whose channels double at every other halving of its ``grid_size``, down to at least 4.
 
     A level costs at most half as much as the one above, so that a CPU makes more updates in the same time.
     """
     levels = 1
-    while patches % 2**levels == 0 and patches >> levels >= 4:
+    while grid_size % 2**levels == 0 and grid_size >> levels >= 4:
         levels += 1
     return tuple(2 ** (level // 2) for level in range(levels))
 

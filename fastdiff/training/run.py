@@ -182,8 +182,8 @@ def _described(model: ModelConfig | ClassifierConfig) -> str:
     widths = "num_channels"
     if isinstance(model, ClassifierConfig):
         model, widths = model.encoder(), "classifier_width"
-    chosen = "" if is_table_size(model.patches) or model.channel_mult else ", chosen for the size"
-    if not model.channel_mult and model.patches == 512 and not model.small_size and model.multipliers[0] == 1:
+    chosen = "" if is_table_size(model.grid_size) or model.channel_mult else ", chosen for the size"
+    if not model.channel_mult and model.grid_size == 512 and not model.small_size and model.multipliers[0] == 1:
         chosen = f", whose first 1 is 0.5 if {widths} is a multiple of 64"
     patches = f" in patches of {model.patch_size}" if model.patch_size > 1 else ""
     return f"{model.image_size} pixels{patches}, channel_mult {','.join(map(str, model.multipliers))}{chosen}"

@@ -105,8 +105,9 @@ class Trainer:
             config = replace(config, train=replace(config.train, microbatch=found))
             log(f"microbatch auto: {found} images in a forward pass")
         self.limit = limit
-        self.config = config = self._timed(config, limit) if limit is not None else config
+        self.config = config
         if limit is not None:
+            self.config = config = self._timed(config, limit)
             settled = Compile.ON if runtime.compiles(self.model_calls) else Compile.OFF  # however long it becomes
             self.config = config = replace(config, runtime=replace(config.runtime, compile=settled))
         with self._explained():

@@ -63,17 +63,6 @@ def diffusion_loss_backward(
     p, c, mask = tile_of(tl.program_id(0) % tiles, pixels, CHANNELS, P, C)
     step = tl.load(t + n * t_n)
     row = tables + step * WIDTH
-    by_mse = 0.0
-    by_vb = 0.0
-    if grad_loss is not None:
-        by_mse = tl.load(grad_loss + n * grad_loss_n)
-        by_vb = by_mse * loss_of_vb
-        if MSE:
-            by_mse *= tl.load(row + LOSS_WEIGHT)
-    if grad_mse is not None:
-        by_mse += tl.load(grad_mse + n * grad_mse_n)
-    if grad_vb is not None:
-        by_vb += tl.load(grad_vb + n * grad_vb_n)
     difference, _, by_output, by_values = terms(
         output,
         x_start,
@@ -103,6 +92,17 @@ def diffusion_loss_backward(
         MSE,
         VB,
     )
+    by_mse = 0.0  # from here on: before terms() these would take registers through the whole of it
+    by_vb = 0.0
+    if grad_loss is not None:
+        by_mse = tl.load(grad_loss + n * grad_loss_n)
+        by_vb = by_mse * loss_of_vb
+        if MSE:
+            by_mse *= tl.load(row + LOSS_WEIGHT)
+    if grad_mse is not None:
+        by_mse += tl.load(grad_mse + n * grad_mse_n)
+    if grad_vb is not None:
+        by_vb += tl.load(grad_vb + n * grad_vb_n)
     by_mse = tl.math.div_rn(2.0 * by_mse, per_mse)
     by_vb = tl.math.div_rn(by_vb, per_vb)
     grad = by_mse * difference if MSE else by_vb * by_output

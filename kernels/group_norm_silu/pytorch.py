@@ -6,9 +6,9 @@ from torch import Tensor
 
 from fastdiff.kernels.group_norm_silu.reference import steady
 
-FEW = 2
-"""Channels per group up to which PyTorch's GroupNorm on a CPU takes up to ten times as long in channels_last: it sums
-over a group's channels. Two changes of the layout cost less."""
+FEW_CHANNELS_PER_GROUP = 2
+"""Up to these PyTorch's GroupNorm on a CPU takes up to ten times as long in channels_last: it sums over a group's
+channels. Two changes of the layout cost less."""
 
 
 def group_norm_silu(
@@ -31,7 +31,7 @@ def group_norm_silu(
         return inductor.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
-    few = x.device.type == "cpu" and x.shape[1] // groups <= FEW and _is_channels_last(x)
+    few = x.device.type == "cpu" and x.shape[1] // groups <= FEW_CHANNELS_PER_GROUP and _is_channels_last(x)
     if few:
         wide = wide.contiguous()
     elif not torch.compiler.is_compiling():  # Inductor's statistics are numerically stable

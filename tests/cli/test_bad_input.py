@@ -63,6 +63,7 @@ def test_no_data(cli: Cli, tmp_path: Path) -> None:
         ),
         (["--patch-size", "0"], ["patch_size must be positive"]),
         (["--image-size", "32", "--patch-size", "64"], ["patch_size must be at most image_size 32, not 64"]),
+        (["--image-size", "4096", "--patch-size", "512"], ["patch_size must be at most 418, not 512"]),
         (["--num-channels", "40"], ["num_channels", "40", "32"]),
         (["--num-heads", "5"], ["num_heads 5"]),
         (["--diffusion-steps", "20", "--noise-schedule", "linear"], ["diffusion_steps 20", "cosine"]),

@@ -84,6 +84,19 @@ def test_there_and_back_through_every_format(cli: Cli) -> None:
     assert not list(Path().glob(".*"))
 
 
+def test_a_model_of_patches_goes_there_and_back(cli: Cli) -> None:
+    """Its outputs are compared at a size that its patches and levels divide, which 64 pixels are not."""
+    model = replace(MODEL, image_size=96, patch_size=3, channel_mult=(1, 1), attention_resolutions=(16,))
+    state = save("a.safetensors", model)
+    out = succeeded(cli("convert", "a.safetensors", "b.pt")).out
+    assert "lack patch_size 3 and channel_mult 1,1 at image_size 96: change unet.py and script_util.py" in out
+    assert "60x60 pixels: largest difference 0 " in out
+    succeeded(cli("convert", "b.pt", "c.safetensors", "--image-size", 96, *FLAGS))
+    loaded = load_checkpoint("c.safetensors")
+    assert (loaded.model_config, loaded.diffusion_config) == (model, COSINE)
+    assert same(state, loaded.model.state_dict())
+
+
 @pytest.mark.parametrize(
     ("name", "full"),
     [

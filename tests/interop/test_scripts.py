@@ -91,6 +91,13 @@ def test_the_project_whose_scripts_have_what_the_model_needs(model: ModelConfig,
     assert model.attention_levels == {level for level in range(len(model.widths)) if 2**level in factors}
 
 
+def test_the_resolutions_of_a_model_of_patches_are_in_patches() -> None:
+    model = replace(SMALL, patch_size=2, channel_mult=(1, 1, 2), attention_resolutions=(8,))
+    flags = list(for_the_scripts(model, PROCESS))[-1]
+    assert "--attention_resolutions 8 " in flags
+    assert "--patch_size 2" in flags
+
+
 @pytest.mark.parametrize(
     ("model", "process", "lacks"),
     [

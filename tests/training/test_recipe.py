@@ -97,13 +97,46 @@ def test_a_model_for_a_cpu_has_patches() -> None:
     for flags in ({"prediction": "v"}, {"predict_xstart": False}, {"prediction": "flow"}, {"use_kl": True}):
         assert filled({"image_size": 64, **flags}).model.patch_size == 1
     assert filled({"image_size": 64, "predict_xstart": True}).model.patch_size == 4
-    assert filled({"image_size": 64, "channel_mult": "1,2,2"}).model.patch_size == 1
+    for levels, patches in (("1,2,2", 4), ("1,1,2", 4), ("1,2,2,2", 1), ("", 1)):  # down to 2; the originals'
+        assert filled({"image_size": 64, "channel_mult": levels}).model.patch_size == patches
     assert filled({"image_size": 64}, device=GPU).model.patch_size == 1
     of_a_gpu = filled({"image_size": 256, "patch_size": 4}, device=GPU)
     assert of_a_gpu.diffusion.predict_xstart
     assert of_a_gpu.model.multipliers == filled({"image_size": 64}, device=GPU).model.multipliers
     given = filled({"image_size": 64, "patch_size": 4, "prediction": "v"})
     assert (given.model.patch_size, given.diffusion.prediction, given.diffusion.weighting) == (4, "v", "none")
+    two = filled({"image_size": 64, "diffusion_steps": 2, "noise_schedule": "cosine"})
+    assert (two.model.patch_size, two.diffusion.weighting) == (4, "none")  # the sigmoid's slope needs three timesteps
+
+
+def test_what_is_chosen_may_be_given() -> None:
+    """Each flag as the log says it changes nothing else."""
+    for size in (16, 32, 64):
+        config, chosen = recipe.decided(RunConfig.from_flags({"image_size": size}), set(), 500, CPU, 1, timed=False)
+        for name, value in chosen.items():
+            again = filled({"image_size": size, name: value})
+            assert (again.model, again.diffusion, again.train) == (config.model, config.diffusion, config.train), name
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_the_width_has_whole_heads(device: torch.device) -> None:
+    for flags in ({"num_head_channels": 64}, {"num_heads": 8, "num_heads_upsample": 16}):
+        filled({"image_size": 32, **flags}, device=device)  # refused without
+    assert filled({"num_head_channels": 64}, 5_000, GPU).model.num_channels == 128  # not 96
+
+
+def test_a_model_of_patches_is_trained_and_drawn_from(tmp_path: Path, shapes: Path) -> None:
+    run = tmp_path / "run"
+    fastdiff.train(shapes, run, steps=2, show=None, **QUICK | {"image_size": 16, "patch_size": 2})
+    fastdiff.train(run_dir=run, resume=True, steps=3, show=None)
+    config = config_of(run)
+    assert (config.model.patch_size, config.diffusion.predict_xstart) == (2, True)
+    assert (config.diffusion.weighting, config.diffusion.sigmoid_bias) == ("sigmoid", -2)
+    assert fastdiff.sample(run, 2, sampler="dpm++", steps=3, device="cpu").shape == (2, 16, 16, 3)
+    with pytest.raises(ValueError, match=r"patch_size is 2 in .* and 1 on the command line"):
+        fastdiff.train(shapes, tmp_path / "other", init_from=run, patch_size=1, steps=1, show=None)
+    tuned = fastdiff.train(shapes, tmp_path / "other", init_from=run, steps=1, show=None, device="cpu", compile="off")
+    assert tuned.model_config.patch_size == 2
 
 
 def test_the_line_says_flags_that_can_be_given(tmp_path: Path, shapes: Path) -> None:
@@ -115,7 +148,7 @@ def test_the_line_says_flags_that_can_be_given(tmp_path: Path, shapes: Path) -> 
     given = {words[i].replace("-", "_"): words[i + 1] for i in range(0, len(words), 2)}
     assert {"num_res_blocks", "prediction", "lr", "ema_rate"} <= set(given)
     assert not {"num_channels", "steps"} & set(given)
-    values = {name: json.loads(v) if re.fullmatch(r"\d+(\.\d+)?(e-\d+)?", v) else v for name, v in given.items()}
+    values = {name: json.loads(v) if re.fullmatch(r"-?\d+(\.\d+)?(e-\d+)?", v) else v for name, v in given.items()}
     again = RunConfig.from_flags({**flags, "class_cond": True, "steps": 1, **values})
     found, stored = config_of(tmp_path / "a"), read_metadata(tmp_path / "a/model000001.safetensors")["run_config"]
     for part in ("diffusion", "train"):

@@ -318,12 +318,12 @@ def test_the_table_is_written(one: QualityConfig) -> None:
     assert "| auto" in text
 
 
-def chosen(flags: Mapping[str, object]) -> set[str]:
-    """What the recipe auto adds to these flags on a CPU."""
-    given = {"data_dir": "data", "image_size": 32, "class_cond": True, "steps": 300} | dict(flags)
-    config = RunConfig.from_flags(given)
-    first = recipe.model_and_process(config, set(given), 1500, torch.device("cpu"), 1)
-    return {*first, *recipe.schedule(config, set(given))}
+def by_auto(flags: Mapping[str, object], size: int = 32) -> tuple[dict[str, object], set[str]]:
+    """The settings of the recipe auto on a CPU, with these flags, by name; and what it chooses itself."""
+    given = {"data_dir": "data", "image_size": size, "class_cond": True, "steps": 300} | dict(flags)
+    config, chosen = recipe.decided(RunConfig.from_flags(given), set(given), 1500, torch.device("cpu"), 1, timed=False)
+    parts = (config.model, config.diffusion, config.train)
+    return {f.name: getattr(part, f.name) for part in parts for f in fields(part)}, {*chosen}
 
 
 @pytest.mark.parametrize("name", PictureSet)
@@ -333,13 +333,28 @@ def test_contestants(name: PictureSet) -> None:
     }
     for one in Contestant:
         assert set(flags_of(one, name)) <= known
-    assert chosen(flags_of(Contestant.CONTRIBUTING, name)) == {"lr_anneal_steps"}
+    assert by_auto(flags_of(Contestant.CONTRIBUTING, name))[1] == {"lr_anneal_steps"}
     assert flags_of(Contestant.IMPROVED, name)["recipe"] == Recipe.IMPROVED
     assert not flags_of(Contestant.AUTO, name)
 
 
 def test_each_choice_of_auto_is_undone() -> None:
     tracked = {"ema_lengths"}  # more averages, which change neither the training nor the average that is drawn from
-    assert {flag for flags in UNDONE.values() for flag in flags} == chosen({}) - tracked
-    for flags in UNDONE.values():
-        assert chosen(flags) == chosen({}) - set(flags)
+    undone = {flag for flags in UNDONE.values() for flag in flags}
+    assert undone | {"sigmoid_bias"} == by_auto({})[1] - tracked  # the bias is undone with the weighting
+
+
+WITH_IT = {
+    "width": {"lr"},
+    "patches": {"prediction", "predict_xstart", "weighting", "sigmoid_bias", "channel_mult"},
+    "prediction": {"predict_xstart", "patch_size", "weighting", "sigmoid_bias", "channel_mult"},
+    "weighting": {"sigmoid_bias"},
+}
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("name", UNDONE)
+def test_one_choice_at_a_time_is_undone(name: str, size: int) -> None:
+    """And what depends on it: all else is as it is with auto."""
+    auto, without = by_auto({}, size)[0], by_auto(UNDONE[name], size)[0]
+    assert {key for key in auto if auto[key] != without[key]} == set(UNDONE[name]) | WITH_IT.get(name, set())
