@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastdiff.config import DataConfig
 from fastdiff.data.loading import Dataset
+from fastdiff.runtime.threads import one_thread
 
 AHEAD = 2
 """Number of prefetched batches: one more than needed, so that an occasional slow read costs nothing."""
@@ -102,8 +103,14 @@ def batches(
 
     def prefetched() -> Generator[Batch, None, None]:
         # pinned memory belongs to a device, and a new thread starts on the first one
-        here = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin else None
-        with ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=here) as pool:
+        device = torch.cuda.current_device() if pin else None
+
+        def begin() -> None:
+            one_thread()
+            if device is not None:
+                torch.cuda.set_device(device)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=begin) as pool:
             ahead = deque(pool.submit(gather, start_step + i) for i in range(AHEAD))
             for step in itertools.count(start_step + AHEAD):
                 ready = ahead.popleft().result()

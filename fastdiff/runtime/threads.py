@@ -3,7 +3,10 @@
 Nothing here imports torch before it is called: how OpenMP's threads wait is read from the environment when torch loads.
 """
 
+import ctypes
+import functools
 import os
+import re
 import statistics
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
@@ -52,6 +55,30 @@ def fit_to_cores() -> None:
 
         if (most := max(1, int(usable_cores()))) < torch.get_num_threads():
             torch.set_num_threads(most)
+
+
+def one_thread() -> None:
+    """Let PyTorch's operations in the calling thread run on it alone: for threads that work in the background.
+
+    Each thread that computes otherwise has a team of its own, and as soon as all teams have more threads than there are
+    cores, GNU's OpenMP lets every waiting thread of the process sleep at once. On two cores an update of a model of 0.8
+    million parameters then took 126 ms instead of 76. Other OpenMPs are left alone.
+    """
+    import torch
+
+    torch.get_num_threads()  # PyTorch sets the number of a new thread once, at its first question
+    for library in _gnu_openmps():
+        library.omp_set_num_threads(1)
+
+
+@functools.cache
+def _gnu_openmps() -> list[ctypes.CDLL]:
+    """GNU's OpenMP as this process has loaded it, on Linux."""
+    try:
+        loaded = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    return [ctypes.CDLL(path) for path in sorted({*re.findall(r"/.*/libgomp[^/\n]*", loaded)})]
 
 
 def usable_cores() -> float:

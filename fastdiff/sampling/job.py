@@ -16,7 +16,7 @@ from fastdiff.config import Config, SampleConfig, TimeGrid
 from fastdiff.runtime.device import Runtime, compiling
 from fastdiff.runtime.distributed import World, launcher, restarted
 from fastdiff.runtime.signals import StopRequest
-from fastdiff.runtime.threads import Pace
+from fastdiff.runtime.threads import Pace, one_thread
 from fastdiff.runtime.words import duration
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.files import FRAMES, SampleFiles, png_names
@@ -187,7 +187,10 @@ class Job:
         began = since = 0.0
         pace = Pace("steps", on_cpu=self.runtime.device.type == "cpu")
         saving: Future[None] | None = None
-        with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer, ExitStack() as until_first_step:
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="shards", initializer=one_thread) as writer,
+            ExitStack() as until_first_step,
+        ):
             until_first_step.enter_context(stop.at_once())  # it may compile for minutes, and nothing is lost
 
             def on_step(images: int) -> None:

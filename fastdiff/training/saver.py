@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdiff import checkpoint
 from fastdiff.config import TrainConfig
 from fastdiff.runtime.files import existing
+from fastdiff.runtime.threads import one_thread
 from fastdiff.training.ema import SNAPSHOT_SPACING
 
 RETRY_DELAYS = (1.0, 5.0, 15.0)
@@ -43,7 +44,7 @@ class Saver:
         self.config = config
         self.log = log
         self.saved_step = 0  # of the newest checkpoint that this saver wrote
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver", initializer=one_thread)
         self._last: Future[None] | None = None
 
     def save(self, step: int, files: Sequence[CheckpointFile], ready: Callable[[], None] | None = None) -> None:

@@ -1,13 +1,18 @@
 """How many threads a command takes, how they wait, and what is said of a job beside other work."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastdiff.config import TrainConfig
+from fastdiff.data.threads import in_order
 from fastdiff.runtime import threads
 from fastdiff.runtime.threads import Pace, fit_to_cores, usable_cores, wait_briefly
+from fastdiff.training.saver import Saver
 
 
 @pytest.mark.parametrize(
@@ -123,3 +128,48 @@ def test_a_job_that_starts_beside_other_work_says_so(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("how", [{"number": 1}, {"on_cpu": False}])
 def test_one_thread_and_a_gpu_have_no_remedy(how: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(said(monkeypatch, START + SLOW, [9.0] * 6, **how))  # type: ignore[arg-type]
+
+
+TEAMS = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from fastdiff.runtime.threads import one_thread
+
+def compute():
+    return float((torch.ones(10**6) + 1).sum())
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+before = threads()
+compute()
+team = threads() - before
+found = []
+for initializer in (one_thread, None):
+    with ThreadPoolExecutor(1, initializer=initializer) as pool:
+        before = threads()
+        pool.submit(compute).result()
+        found.append(threads() - before)
+print(team, *found, torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+def test_a_thread_in_the_background_has_no_team() -> None:
+    """It is one thread more; without one_thread it would be two. The main thread keeps its team."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", TEAMS], env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.split() == ["1", "1", "2", "2"]
+
+
+@pytest.mark.skipif(not threads._gnu_openmps(), reason="PyTorch has another OpenMP here")
+def test_the_threads_beside_a_run_have_no_team(tmp_path: Path) -> None:
+    (library,) = threads._gnu_openmps()
+    before = library.omp_get_max_threads()
+    saver = Saver(tmp_path, TrainConfig(), print)
+    assert saver._thread.submit(library.omp_get_max_threads).result() == 1
+    assert [*in_order(lambda _: library.omp_get_max_threads(), [None])] == [1]
+    assert library.omp_get_max_threads() == before
