@@ -62,6 +62,13 @@ def choose(
     return implementations[backend]
 
 
+def runs_triton(backend: Backend | str, x: Tensor) -> bool:
+    """Whether an operation that supports all of its arguments would run as this project's kernel."""
+    if backend == Backend.AUTO:
+        return x.device.type == "cuda" and not _refusal(x)
+    return backend == Backend.TRITON
+
+
 def _refusal(x: Tensor) -> str:
     """The reason why no kernel supports ``x``, or an empty string."""
     if not HAS_TRITON:

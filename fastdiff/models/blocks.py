@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff import kernels
-from fastdiff.models.layers import GroupNormSiLU, QKVLinear, Resize, TokenLinear, conv3x3, zeroed
+from fastdiff.kernels.backend import runs_triton
+from fastdiff.models.layers import Conv3x3, GroupNormSiLU, QKVLinear, Resize, TokenLinear, zeroed
 
 
 class ResBlock(nn.Module):
@@ -30,9 +31,10 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resize = resize
+        self.backend = backend
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.in_layers = nn.Sequential(GroupNormSiLU(channels, backend), nn.Identity(), conv3x3(channels, out_channels))
+        self.in_layers = nn.Sequential(GroupNormSiLU(channels, backend), nn.Identity(), Conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
@@ -40,7 +42,7 @@ class ResBlock(nn.Module):
             GroupNormSiLU(out_channels, backend),
             nn.Identity(),
             nn.Dropout(dropout),
-            zeroed(conv3x3(out_channels, out_channels)),
+            zeroed(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -52,17 +54,18 @@ class ResBlock(nn.Module):
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, _, conv = self.in_layers
-        h = norm(x)
+        h, x = norm(x, with_input=True)
         if self.resize is not None:
             h, x = self.resize(h), self.resize(x)
-        h = conv(h)
+        bias = conv.bias if runs_triton(self.backend, h) else None  # the norm's kernel adds it as it reads
+        h = conv(h, add_bias=bias is None)
         condition = self.emb_layers(emb)  # (N, C') or (N, 2C')
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = condition.chunk(2, dim=1)
-            h = norm(h, scale, shift)
+            h = norm(h, scale, shift, input_bias=bias)
         else:
-            h = norm(h + condition[:, :, None, None])
+            h = norm(h + condition[:, :, None, None], input_bias=bias)
         return self.skip_connection(x) + conv(dropout(h))
 
 
@@ -85,6 +88,7 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C), a view if x is channels_last
+        y, x = self.norm(x, with_input=True)
+        tokens = y.flatten(2).transpose(1, 2)  # (N, T, C), a view if x is channels_last
         h = self.proj_out(kernels.attention(self.qkv(tokens), self.heads, backend=self.backend))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])

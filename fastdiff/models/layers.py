@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,15 @@ def zeroed(module: M) -> M:
     return module
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the size, or halves it with stride 2."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W'), without the bias if the operation after it adds that."""
+        return self._conv_forward(x, self.weight, self.bias if add_bias else None)
 
 
 class GroupNormSiLU(nn.Module):
@@ -63,20 +69,23 @@ class GroupNormSiLU(nn.Module):
         self.silu = silu
         self.backend = backend
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """x: (N, C) or (N, C, *spatial); scale, shift: (N, C) or None."""
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        input_bias: Tensor | None = None,
+        with_input: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: (N, C) or (N, C, *spatial); scale, shift: (N, C) or None; input_bias: (C,) or None.
+
+        With ``with_input`` x is returned, too, for its other uses, whose gradient the norm's kernel then adds.
+        """
         if x.ndim == 2:
             return self(x[:, :, None], scale, shift)[:, :, 0]  # the operation wants a spatial dimension
-        return kernels.group_norm_silu(
-            x,
-            self.weight,
-            self.bias,
-            groups=GROUPS,
-            scale=scale,
-            shift=shift,
-            silu=self.silu,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {"groups": GROUPS, "silu": self.silu, "backend": self.backend}
+        options |= {"scale": scale, "shift": shift, "input_bias": input_bias, "with_input": with_input}
+        return kernels.group_norm_silu(x, self.weight, self.bias, **options)
 
 
 class TokenLinear(nn.Conv1d):
@@ -128,7 +137,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 2H, 2W)."""
@@ -156,7 +165,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = conv3x3(channels, channels, stride=2)
+        self.op = Conv3x3(channels, channels, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H/2, W/2)."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastdiff.config import Kernels, MemoryFormat, ModelConfig
 from fastdiff.models.blocks import AttentionBlock, ResBlock
 from fastdiff.models.layers import (
+    Conv3x3,
     Downsample,
     GroupNormSiLU,
     QKVLinear,
@@ -16,7 +17,6 @@ from fastdiff.models.layers import (
     TimestepEmbedding,
     Upsample,
     average_pixels,
-    conv3x3,
     repeat_pixels,
     zeroed,
 )
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
             self.label_emb = nn.Embedding(config.num_classes, self.emb_channels)
 
         channels = config.widths[0]
-        self.input_blocks = nn.ModuleList([EmbedSequential(conv3x3(in_channels, channels))])
+        self.input_blocks = nn.ModuleList([EmbedSequential(Conv3x3(in_channels, channels))])
         self.skips = [channels]
         """The channels of every input block's output."""
         for level, width in enumerate(config.widths):
@@ -168,7 +168,7 @@ class UNet(Encoder):
                     )
                 self.output_blocks.append(EmbedSequential(*layers))
         self.out = nn.Sequential(
-            GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(conv3x3(channels, config.out_channels * pixels))
+            GroupNormSiLU(channels, kernels), nn.Identity(), zeroed(Conv3x3(channels, config.out_channels * pixels))
         )
         if config.patch_size > 1:
             self.out.append(nn.PixelShuffle(config.patch_size))

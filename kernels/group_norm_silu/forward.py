@@ -11,10 +11,11 @@ from fastdiff.kernels.group_norm_silu.tile import (
     first_of_group,
     inside,
     layer,
+    of_channels,
     over_groups,
     place,
     ratio,
-    read,
+    read_input,
     silu,
     two_parts,
     write,
@@ -24,6 +25,7 @@ from fastdiff.kernels.group_norm_silu.tile import (
 @triton.jit
 def _moments(
     x,
+    added,
     first,
     c,
     real,
@@ -39,7 +41,7 @@ def _moments(
     STAGES: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """Mean of x - ``first`` in two parts and sum of squared deviations of the group, for every channel.
+    """Mean of x + ``added`` - ``first`` in two parts and sum of squared deviations of the group, for every channel.
 
     Both are over the pixels from start to stop. Every element of the tile has its own statistics over the chunks
     (Welford 1962), which are merged at the end (Chan et al. 1983), so that the loop has no sums across threads.
@@ -51,7 +53,7 @@ def _moments(
     chunks = 0.0
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        value = read(x, c, at + p, x_c, x_p, mask, "evict_last" if KEPT else "") - first[:, None]
+        value = read_input(x, added, c, at + p, x_c, x_p, mask, "evict_last" if KEPT else "") - first[:, None]
         difference = value - mean
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
@@ -91,6 +93,7 @@ def _activated(from_mean, rstd, w, b, gain, offset, SILU: tl.constexpr, EXACT: t
 @triton.jit
 def group_norm_silu_forward(
     x,
+    input_bias,
     weight,
     bias,
     scale,
@@ -130,13 +133,14 @@ def group_norm_silu_forward(
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     x += n * x_n
     y += n * y_n
-    first = first_of_group(x, c, real, x_c, DEPTH)
+    first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
+    added = of_channels(input_bias, c, real)
     w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
     values = DEPTH * tl.cast(pixels, tl.float32)
     p = tl.arange(0, BLOCK_PIXELS)
     if ON_CHIP:
         mask = inside(real, p, pixels, EVEN)
-        value = read(x, c, p, x_c, x_p, mask, "")
+        value = read_input(x, added, c, p, x_c, x_p, mask, "")
         difference = value - first[:, None]
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
@@ -157,7 +161,22 @@ def group_norm_silu_forward(
         write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, p, y_c, y_p, mask)
     else:
         mean, rest, deviation = _moments(
-            x, first, c, real, 0, pixels, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN, STAGES, KEPT
+            x,
+            added,
+            first,
+            c,
+            real,
+            0,
+            pixels,
+            x_c,
+            x_p,
+            GROUPS,
+            DEPTH,
+            BLOCK_CHANNELS,
+            BLOCK_PIXELS,
+            EVEN,
+            STAGES,
+            KEPT,
         )
         rstd = _rstd(deviation, values, eps, EXACT)
         high, low = two_parts(first, mean)
@@ -165,7 +184,8 @@ def group_norm_silu_forward(
         for done in tl.range(0, pixels, BLOCK_PIXELS, num_stages=STAGES):
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
-            apart = centred(read(x, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else ""), high, low, EXACT)
+            value = read_input(x, added, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else "")
+            apart = centred(value, high, low, EXACT)
             write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
     group = n * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0)
@@ -177,6 +197,7 @@ def group_norm_silu_forward(
 @triton.jit
 def group_norm_silu_statistics(
     x,
+    input_bias,
     partial_mean,
     partial_rest,
     partial_deviation,
@@ -200,11 +221,27 @@ def group_norm_silu_statistics(
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
     x += n * x_n
-    first = first_of_group(x, c, real, x_c, DEPTH)
+    first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
+    added = of_channels(input_bias, c, real)
     start = tl.program_id(1) * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
     mean, rest, deviation = _moments(
-        x, first, c, real, start, stop, x_c, x_p, GROUPS, DEPTH, BLOCK_CHANNELS, BLOCK_PIXELS, EVEN, STAGES, KEPT
+        x,
+        added,
+        first,
+        c,
+        real,
+        start,
+        stop,
+        x_c,
+        x_p,
+        GROUPS,
+        DEPTH,
+        BLOCK_CHANNELS,
+        BLOCK_PIXELS,
+        EVEN,
+        STAGES,
+        KEPT,
     )
     group = (n * tl.num_programs(1) + tl.program_id(1)) * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0)
@@ -216,6 +253,7 @@ def group_norm_silu_statistics(
 @triton.jit
 def group_norm_silu_apply(
     x,
+    input_bias,
     weight,
     bias,
     scale,
@@ -261,7 +299,8 @@ def group_norm_silu_apply(
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     x += n * x_n
     y += n * y_n
-    first = first_of_group(x, c, real, x_c, DEPTH)
+    first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
+    added = of_channels(input_bias, c, real)
     w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
 
     s = tl.arange(0, BLOCK_SPLITS)
@@ -283,7 +322,8 @@ def group_norm_silu_apply(
     stop = tl.minimum(start + pixels_per_split, pixels)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        apart = centred(read(x, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else ""), high, low, EXACT)
+        value = read_input(x, added, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else "")
+        apart = centred(value, high, low, EXACT)
         write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
     group = n * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0) & (split == 0)

@@ -1,11 +1,15 @@
 """group_norm_silu in Triton, forward and backward.
 
-With xhat = (x - mean) * rstd per sample and group, the layer is z = (xhat * weight + bias) * (1 + scale) + shift =
-xhat * a + b per sample and channel, and y = silu(z). With dz = dy * silu'(z), all gradients come from two sums per
-sample and channel, A = sum dz and B = sum dz * xhat:
+With xhat = (x + input bias - mean) * rstd per sample and group, the layer is z = (xhat * weight + bias) * (1 + scale) +
+shift = xhat * a + b per sample and channel, and y = silu(z). With dz = dy * silu'(z), all gradients come from two sums
+per sample and channel, A = sum dz and B = sum dz * xhat:
 
     dshift = A,  dscale = weight * B + bias * A,  dbias = sum_n (1 + scale) * A,  dweight = sum_n (1 + scale) * B,
     dx = rstd * (dz * a - (sum_c a * A + xhat * sum_c a * B) / m),  with c over a group's channels and m its values.
+
+The gradient of the input bias is the sum of dx over samples and pixels, from A, B and the sum of xhat.
+
+Where x is an output, too, because others use it, their gradient is added to dx as it is written.
 
 Tiles are (channels, pixels) in every layout; strides describe the memory order. A program handles complete groups of
 one sample, and the channels of its tile are a power of two. Either all its pixels are one tile that stays in registers,
@@ -29,7 +33,7 @@ from fastdiff.kernels.group_norm_silu import backward, forward, plan
 from fastdiff.kernels.group_norm_silu import parameters as parameter_gradients
 from fastdiff.kernels.launch import launch, processors, register, temporary
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _dense_strides(x: Tensor) -> list[int]:
@@ -110,6 +114,7 @@ def group_norm_silu(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    input_bias: Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
@@ -123,7 +128,7 @@ def group_norm_silu(
     x, steps = _with_steps(x, x)
     chosen, shared = _division(x, *steps[1:], groups, tensors=1)
     grid = n * chosen.blocks(groups), chosen.splits
-    tensors: dict[str, Any] = {"x": x, **_named("x", steps)}
+    tensors: dict[str, Any] = {"x": x, **_named("x", steps), "input_bias": _dense(input_bias)}
     outputs: dict[str, Any] = {"y": y, **_named("y", _steps(y) or ()), "rstd_out": rstd}
     outputs |= {"high_out": mean[0], "low_out": mean[1]}
     layer: dict[str, Any] = {"weight": weight.contiguous(), "bias": bias.contiguous(), **_conditions(scale, shift)}
@@ -142,8 +147,12 @@ def group_norm_silu(
     return y, mean, rstd
 
 
+def _dense(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
+
+
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, groups: int, *rest: Any
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, input_bias: Any, groups: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_like(x), *_statistics(x, groups)
 
@@ -155,18 +164,27 @@ def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, parameters: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    input_bias: Tensor | None,
+    parameters: bool,
 ) -> Gradients:
-    """Uninitialised dx, dweight, dbias, dscale, dshift; those that are not needed are empty."""
+    """Uninitialised dx, dweight, dbias, dscale, dshift, dinput_bias; those that are not needed are empty."""
     size, none = x.shape[:2], (0,)
-    dweight, dbias = (
-        torch.empty(t.shape if parameters else none, dtype=t.dtype, device=t.device) for t in (weight, bias)
+    dweight, dbias, dinput_bias = (
+        torch.empty(none, dtype=x.dtype, device=x.device)
+        if t is None
+        else torch.empty(t.shape if parameters else none, dtype=t.dtype, device=t.device)
+        for t in (weight, bias, input_bias)
     )
     dscale, dshift = (
         torch.empty(none if t is None else size, dtype=x.dtype if t is None else t.dtype, device=x.device)
         for t in (scale, shift)
     )
-    return _empty_like(x), dweight, dbias, dscale, dshift
+    return _empty_like(x), dweight, dbias, dscale, dshift, dinput_bias
 
 
 def group_norm_silu_backward(
@@ -176,14 +194,19 @@ def group_norm_silu_backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    input_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    added: Tensor | None,
     silu: bool,
     parameters: bool,
 ) -> Gradients:
-    """dx in x's layout, dweight, dbias, dscale, dshift; empty if absent or, without ``parameters``, not requested."""
-    gradients = _gradients(x, weight, bias, scale, shift, parameters)
-    dx, dweight, dbias, dscale, dshift = gradients
+    """dx plus ``added`` in x's layout, dweight, dbias, dscale, dshift, dinput_bias.
+
+    They are empty if absent or, without ``parameters``, not requested.
+    """
+    gradients = _gradients(x, weight, bias, scale, shift, input_bias, parameters)
+    dx, dweight, dbias, dscale, dshift, dinput_bias = gradients
     (n, channels), groups = x.shape[:2], rstd.shape[1]
     if x.numel() == 0:
         for gradient in gradients:
@@ -194,11 +217,13 @@ def group_norm_silu_backward(
     chosen, shared = _division(x, *steps[1:], groups, tensors=2)
     grid = n * chosen.blocks(groups), chosen.splits
     sum_dz, sum_dz_xhat = (temporary((n, channels), x.device) for _ in range(2))
+    sum_dx = None if input_bias is None else temporary((n, channels), x.device)
     conditions = _conditions(scale, shift)
     layer: dict[str, Any] = {"weight": weight.contiguous(), "bias": bias.contiguous(), **conditions, "SILU": silu}
     tensors: dict[str, Any] = {
         "x": x,
         **_named("x", steps),
+        "input_bias": _dense(input_bias),
         "dy": dy,
         **_named("dy", dy_steps),
         "mean_high": mean[0],
@@ -206,11 +231,16 @@ def group_norm_silu_backward(
         "rstd": rstd,
         **layer,
     }
+    if added is not None:
+        added, added_steps = _with_steps(added, x)
     outputs: dict[str, Any] = {
+        "added": added,
+        **_named("added", (0, 0, 0) if added is None else added_steps),
         "dx": dx,
         **_named("dx", _steps(dx) or ()),
         "sum_dz_out": sum_dz,
         "sum_dz_xhat_out": sum_dz_xhat,
+        "sum_dx_out": sum_dx,
         "dscale": None if scale is None else dscale,
         "dshift": None if shift is None else dshift,
     }
@@ -219,9 +249,10 @@ def group_norm_silu_backward(
         launch(backward.group_norm_silu_backward, grid, x.device, **tensors, **outputs, **shared, **whole)
     else:
         size = (n, chosen.splits, channels)
-        partial_dz, partial_dz_xhat = (temporary(size, x.device) for _ in range(2))
+        names = ("partial_dz", "partial_dz_xhat")
+        partial: dict[str, Any] = {name: temporary(size, x.device) for name in names}
+        partial["partial_xhat"] = None if input_bias is None else temporary(size, x.device)
         shared["pixels_per_split"] = chosen.pixels_per_split
-        partial: dict[str, Any] = {"partial_dz": partial_dz, "partial_dz_xhat": partial_dz_xhat}
         launch(backward.group_norm_silu_backward_sums, grid, x.device, **tensors, **partial, **shared)
         shared["BLOCK_SPLITS"] = plan.next_power(chosen.splits)
         launch(backward.group_norm_silu_backward_apply, grid, x.device, **tensors, **partial, **outputs, **shared)
@@ -232,9 +263,11 @@ def group_norm_silu_backward(
             x.device,
             sum_dz=sum_dz,
             sum_dz_xhat=sum_dz_xhat,
+            sum_dx=sum_dx,
             scale=scale,
             dweight=dweight,
             dbias=dbias,
+            dinput_bias=None if input_bias is None else dinput_bias,
             samples=n,
             channels=channels,
             scale_n=conditions["scale_n"],
@@ -248,9 +281,16 @@ def group_norm_silu_backward(
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    input_bias: Tensor | None,
+    *rest: Any,
 ) -> Gradients:
-    return _gradients(x, weight, bias, scale, shift, parameters=rest[-1])
+    return _gradients(x, weight, bias, scale, shift, input_bias, parameters=rest[-1])
 
 
 _forward = register(group_norm_silu, _fake_forward, repeats=True)
@@ -271,21 +311,23 @@ class GroupNormSiLU(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
         silu: bool,
-    ) -> Tensor:
+        input_bias: Tensor | None,
+        with_input: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See op.py."""
-        y, mean, rstd = _forward(x, weight, bias, scale, shift, groups, eps, silu)
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        y, mean, rstd = _forward(x, weight, bias, scale, shift, input_bias, groups, eps, silu)
+        ctx.save_for_backward(x, weight, bias, scale, shift, input_bias, mean, rstd)
         ctx.silu = silu
-        return y
+        return (y, x) if with_input else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """dx, dweight, dbias, dscale, dshift at the positions of their inputs."""
-        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dx, dweight, dbias, dscale, dshift = _backward(
-            dy, x, weight, bias, scale, shift, mean, rstd, ctx.silu, parameters
+    def backward(ctx: Any, dy: Tensor, added: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients at the positions of their inputs; ``added`` is that of the input as an output."""
+        x, weight, bias, scale, shift, input_bias, mean, rstd = ctx.saved_tensors
+        parameters = any(ctx.needs_input_grad[i] for i in (1, 2, 8))
+        dx, dweight, dbias, dscale, dshift, dinput_bias = _backward(
+            dy, x, weight, bias, scale, shift, input_bias, mean, rstd, added, ctx.silu, parameters
         )
         if not parameters:
             dweight = dbias = None
@@ -297,5 +339,7 @@ class GroupNormSiLU(torch.autograd.Function):
             None,
             dscale if scale is not None else None,
             dshift if shift is not None else None,
+            None,
+            dinput_bias if parameters and input_bias is not None else None,
             None,
         )

@@ -1,4 +1,4 @@
-"""The gradients of weight and bias: a sum over the batch of what the backward pass leaves, in a launch of its own."""
+"""The gradients of weight and biases: sums over the batch of what the backward pass leaves, in a launch of its own."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -10,9 +10,11 @@ import triton.language as tl
 def group_norm_silu_backward_parameters(
     sum_dz,
     sum_dz_xhat,
+    sum_dx,
     scale,
     dweight,
     dbias,
+    dinput_bias,
     samples,
     channels,
     scale_n,
@@ -20,10 +22,14 @@ def group_norm_silu_backward_parameters(
     BLOCK_SAMPLES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """dweight = sum_n (1 + scale) * sum dz * xhat, dbias = sum_n (1 + scale) * sum dz. Grid: blocks of channels."""
+    """dweight = sum_n (1 + scale) * sum dz * xhat, dbias = sum_n (1 + scale) * sum dz, dinput_bias = sum_n sum dx.
+
+    Grid: blocks of channels.
+    """
     c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     dw = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
     db = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
+    di = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
     for at in range(0, samples, BLOCK_SAMPLES):
         n = at + tl.arange(0, BLOCK_SAMPLES).to(tl.int64)
         mask = (n < samples)[:, None] & (c < channels)[None, :]
@@ -37,5 +43,9 @@ def group_norm_silu_backward_parameters(
             of_dz_xhat *= gain
         dw += of_dz_xhat
         db += of_dz
+        if sum_dx is not None:
+            di += tl.load(sum_dx + offset, mask=mask, other=0.0)
     tl.store(dweight + c, tl.sum(dw, 0).to(dweight.dtype.element_ty), mask=c < channels)
     tl.store(dbias + c, tl.sum(db, 0).to(dbias.dtype.element_ty), mask=c < channels)
+    if sum_dx is not None:
+        tl.store(dinput_bias + c, tl.sum(di, 0).to(dinput_bias.dtype.element_ty), mask=c < channels)

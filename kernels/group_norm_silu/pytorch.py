@@ -20,15 +20,21 @@ def group_norm_silu(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
-) -> Tensor:
+    input_bias: Tensor | None,
+    with_input: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """See op.py. Computes in fp32 with one rounding at the end; torch.compile fuses it into one pass.
 
     This is also the fastest way in eager mode on a CPU: PyTorch's GroupNorm is slower in bf16 than in fp32.
     """
+    source = x
+    if input_bias is not None:
+        x = x + input_bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         from fastdiff.kernels.group_norm_silu import inductor  # imports the compiler, which takes seconds
 
-        return inductor.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
+        y = inductor.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
+        return (y, source) if with_input else y
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
     few = x.device.type == "cpu" and x.shape[1] // groups <= FEW_CHANNELS_PER_GROUP and _is_channels_last(x)
@@ -44,7 +50,8 @@ def group_norm_silu(
         y = y * (1 + scale.to(dtype).view(per_channel))
     if shift is not None:
         y = y + shift.to(dtype).view(per_channel)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    y = (F.silu(y) if silu else y).to(x.dtype)
+    return (y, source) if with_input else y
 
 
 def _is_channels_last(x: Tensor) -> bool:

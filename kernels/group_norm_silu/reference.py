@@ -14,9 +14,13 @@ def group_norm_silu(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
-) -> Tensor:
+    input_bias: Tensor | None,
+    with_input: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition, see op.py. Computes in fp32, or in float64 if x is float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype, source = torch.promote_types(x.dtype, torch.float32), x
+    if input_bias is not None:
+        x = x + input_bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
     # not F.group_norm, which rejects a group of one value, whose norm is the bias
     y = torch.group_norm(steady(x.to(dtype), groups), groups, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
     per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))
@@ -24,7 +28,8 @@ def group_norm_silu(
         y = y * (1 + scale.to(x.dtype).view(per_channel))
     if shift is not None:
         y = y + shift.to(x.dtype).view(per_channel)
-    return F.silu(y) if silu else y
+    y = F.silu(y) if silu else y
+    return (y, source) if with_input else y
 
 
 def steady(x: Tensor, groups: int) -> Tensor:

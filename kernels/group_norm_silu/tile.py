@@ -46,12 +46,25 @@ def over_groups(values, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNEL
 
 
 @triton.jit
-def first_of_group(x, c, real, x_c, DEPTH: tl.constexpr):
+def first_of_group(x, input_bias, c, real, x_c, DEPTH: tl.constexpr):
     """The first value of its group for every channel if x is fp32; 0 for other dtypes, which do not need it."""
     if x.dtype.element_ty == tl.float32:
-        return tl.load(x + (c // DEPTH * DEPTH).to(tl.int64) * x_c, mask=real, other=0.0)
+        channel = c // DEPTH * DEPTH
+        first = tl.load(x + channel.to(tl.int64) * x_c, mask=real, other=0.0)
+        if input_bias is not None:
+            first += tl.load(input_bias + channel, mask=real, other=0.0).to(tl.float32)
+        return first
     else:
         return tl.zeros_like(c).to(tl.float32)
+
+
+@triton.jit
+def of_channels(values, c, real):
+    """``values`` (C,) of the tile's channels in fp32; None stays None."""
+    if values is not None:
+        return tl.load(values + c, mask=real, other=0.0).to(tl.float32)
+    else:
+        return None
 
 
 @triton.jit
@@ -133,6 +146,15 @@ def read(x, c, p, x_c, x_p, mask, HINT: tl.constexpr):
     """Load a tile (channels, pixels) in fp32, 0 outside the mask; HINT is the cache's eviction policy."""
     pointers = x + c.to(tl.int64)[:, None] * x_c + p.to(tl.int64)[None, :] * x_p
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy=HINT).to(tl.float32)
+
+
+@triton.jit
+def read_input(x, bias, c, p, x_c, x_p, mask, HINT: tl.constexpr):
+    """Load a tile of x plus its channels' ``bias``, if any, in fp32; without x, and not 0, outside the mask."""
+    value = read(x, c, p, x_c, x_p, mask, HINT)
+    if bias is not None:
+        value += bias[:, None]
+    return value
 
 
 @triton.jit

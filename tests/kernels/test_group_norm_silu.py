@@ -24,14 +24,23 @@ PYTORCH = ["torch", "reference"]
 BACKENDS = [*PYTORCH, "triton"]
 IN_DTYPES = [(b, d) for b in BACKENDS for d in (TRITON_DTYPES if b == "triton" else DTYPES)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-NAMES = ["y", "dx", "dweight", "dbias", "dscale", "dshift"]
+NAMES = ["y", "dx", "dweight", "dbias", "dscale", "dshift", "dinput_bias"]
 
 
 def formula(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool, groups: int = 32
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    input_bias: Tensor | None,
+    silu: bool,
+    groups: int = 32,
 ) -> Tensor:
     """The definition written out, with nothing of PyTorch's own norm in it."""
     per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))
+    if input_bias is not None:
+        x = x + input_bias.view(1, *per_channel[1:])
     g = x.reshape(x.shape[0], groups, -1)
     centred = g - g.mean(-1, keepdim=True)
     normal = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
@@ -66,6 +75,8 @@ class Case:
         silu: bool = True,
         offset: float = 0.0,
         spread: float = 1.0,
+        input_bias: bool = False,
+        with_input: bool = False,
     ) -> None:
         n, c = shape[:2]
         memory_format = LAYOUTS[layout] if len(shape) == 4 else torch.contiguous_format
@@ -75,26 +86,38 @@ class Case:
         self.scale = 0.5 * random(n, c, seed=5, dtype=dtype) if scale else None
         self.shift = 0.5 * random(n, c, seed=6, dtype=dtype) if shift else None
         self.silu = silu
+        self.input_bias = (0.5 * random(c, seed=8)).to(dtype) if input_bias else None
+        self.of_input = None  # the gradient of x as an output
+        if with_input:
+            self.of_input = random(*shape, seed=7, dtype=dtype).contiguous(memory_format=memory_format)
 
     def tensors(self) -> list[Tensor | None]:
-        return [self.x, self.weight, self.bias, self.scale, self.shift]
+        return [self.x, self.weight, self.bias, self.scale, self.shift, self.input_bias]
 
     def run(self, backend: str, **kwargs: Any) -> dict[str, Tensor]:
         """y and every gradient from one implementation; "truth" is the formula in float64."""
         if backend == "truth":
             leaves = [t if t is None else t.double().requires_grad_() for t in self.tensors()]
             y = formula(*leaves, self.silu, **kwargs)  # type: ignore[arg-type]
+            outputs = [y, leaves[0]]
         else:
             there = leaf_on_device if backend == "triton" else Tensor.detach
             leaves = [t if t is None else there(t.detach()).requires_grad_() for t in self.tensors()]
-            x, weight, bias, scale, shift = leaves
+            x, weight, bias, scale, shift, input_bias = leaves
             assert x is not None
             assert weight is not None
             assert bias is not None
-            y = group_norm_silu(x, weight, bias, scale=scale, shift=shift, silu=self.silu, backend=backend, **kwargs)
+            kwargs |= {"scale": scale, "shift": shift, "silu": self.silu, "input_bias": input_bias, "backend": backend}
+            if self.of_input is None:
+                outputs = [group_norm_silu(x, weight, bias, **kwargs)]
+            else:
+                outputs = [*group_norm_silu(x, weight, bias, with_input=True, **kwargs)]
+                assert torch.equal(outputs[1], x)
+            y = outputs[0]
         wanted = {name: leaf for name, leaf in zip(NAMES[1:], leaves, strict=True) if leaf is not None}
-        grad = leaf_on_device(self.grad) if backend == "triton" else self.grad.to(y.dtype)
-        gradients = torch.autograd.grad(y, list(wanted.values()), grad)
+        grads = [t for t in (self.grad, self.of_input) if t is not None]
+        grads = [leaf_on_device(t) if backend == "triton" else t.to(y.dtype) for t in grads]
+        gradients = torch.autograd.grad(outputs[: len(grads)], list(wanted.values()), grads)
         return {"y": y.detach().cpu()} | {name: g.cpu() for name, g in zip(wanted, gradients, strict=True)}
 
 
@@ -136,6 +159,24 @@ def test_budget_of_triton(chosen: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("scale", "shift"), [(False, False), (True, False), (False, True), (True, True)])
 def test_budget_of_every_variant(scale: bool, shift: bool, silu: bool, dtype: torch.dtype, backend: str) -> None:
     hold(Case((2, 96, 5, 3), dtype, scale=scale, shift=shift, silu=silu), backend)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), IN_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spatial", [(5, 3), (4, 4)], ids=str)
+def test_budget_with_an_input_bias(spatial: tuple[int, int], layout: str, dtype: torch.dtype, backend: str) -> None:
+    hold(Case((2, 96, *spatial), dtype, layout, input_bias=True), backend)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), IN_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_the_input_as_an_output_is_added(layout: str, dtype: torch.dtype, backend: str) -> None:
+    case = Case((2, 96, 5, 3), dtype, layout, with_input=True)
+    hold(case, backend)
+    other = "contiguous" if layout == "channels_last" else "channels_last"
+    assert case.of_input is not None
+    case.of_input = case.of_input.contiguous(memory_format=LAYOUTS[other])
+    hold(case, backend)
 
 
 @pytest.mark.parametrize("backend", PYTORCH)

@@ -91,9 +91,13 @@ def _norm(shape: NormShape, n: int, dtype: torch.dtype, memory_format: torch.mem
     scale, shift = None, None
     if shape.conditioned:
         scale, shift = torch.empty(n, 2 * shape.channels, dtype=dtype).requires_grad_().chunk(2, dim=1)
+    input_bias = torch.empty(shape.channels).requires_grad_() if shape.input_bias else None
+    leaves = [t for t in (x, weight, bias, scale, shift, input_bias) if t is not None]
     with patch.object(norm_plan, "PIPELINES_WITHOUT_A_GPU", pipelined):
-        y = norm_op.IMPLEMENTATIONS[Backend.TRITON](x, weight, bias, 32, 1e-5, scale, shift, shape.silu)
-        torch.autograd.grad(y, [t for t in (x, weight, bias, scale, shift) if t is not None], torch.empty_like(y))
+        run = norm_op.IMPLEMENTATIONS[Backend.TRITON]
+        found = run(x, weight, bias, 32, 1e-5, scale, shift, shape.silu, input_bias, shape.with_input)
+        outputs = found if shape.with_input else [found]
+        torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs])
 
 
 def _attention(shape: AttentionShape, n: int, dtype: torch.dtype, warpgroups: bool) -> None:

@@ -23,6 +23,8 @@ class NormShape(NamedTuple):
     size: int  # height and width
     conditioned: bool  # with scale and shift
     silu: bool
+    input_bias: bool = False
+    with_input: bool = False
 
 
 class AttentionShape(NamedTuple):
@@ -39,12 +41,20 @@ def preset_shapes() -> tuple[list[NormShape], list[AttentionShape]]:
     attentions: set[AttentionShape] = set()
 
     # The modules return their input: PyTorch computes the shapes of their outputs in slow Python code.
-    def norm(module: GroupNormSiLU, x: Tensor, *conditions: Tensor) -> Tensor:
-        norms.add(NormShape(x.shape[1], x.shape[2], len(conditions) > 0, module.silu))
-        return x
+    def norm(
+        module: GroupNormSiLU,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        input_bias: Tensor | None = None,
+        with_input: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        size = x.shape[1], x.shape[2]
+        norms.add(NormShape(*size, scale is not None, module.silu, input_bias is not None, with_input))
+        return (x, x) if with_input else x
 
     def attention(module: AttentionBlock, x: Tensor) -> Tensor:
-        norm(module.norm, x)
+        norm(module.norm, x, with_input=True)
         attentions.add(AttentionShape(x.shape[2] * x.shape[3], x.shape[1], module.heads))
         return x
 
@@ -57,9 +67,9 @@ def preset_shapes() -> tuple[list[NormShape], list[AttentionShape]]:
         for module, forward in patched:
             patches.enter_context(patch.object(module, "forward", forward))
         for config in {preset.config(ModelConfig) for preset in PRESETS.values()}:
-            model = build_model(config, kernels="torch")
+            model = build_model(config, kernels="triton")
             Flops.of_module(model, model, config, 1, training=False)  # runs it on inputs of its shapes
         for classifier in {preset.config(ClassifierConfig) for preset in CLASSIFIER_PRESETS.values()}:
             size = classifier.image_size
-            build_classifier(classifier, kernels="torch")(torch.empty(1, 3, size, size), torch.empty(1))
+            build_classifier(classifier, kernels="triton")(torch.empty(1, 3, size, size), torch.empty(1))
     return sorted(norms), sorted(attentions)

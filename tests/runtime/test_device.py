@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastdiff import ClassifierConfig, ModelConfig, RuntimeConfig, build_classifier, build_model
 from fastdiff.config import Compile, Precision
-from fastdiff.models.layers import GroupNormSiLU, Upsample, conv3x3
+from fastdiff.models.layers import Conv3x3, GroupNormSiLU, Upsample
 from fastdiff.runtime import device
 from fastdiff.runtime.device import (
     COMPILE_PAYS_AFTER,
@@ -156,7 +156,7 @@ def assert_compiled_is_eager(
 @pytest.mark.slow
 def test_what_lies_below_an_upsampling_has_its_gradient_compiled_for_bf16() -> None:
     """The smallest of models in which interpolate loses it (PyTorch 2.13; see repeat_pixels)."""
-    layers = conv3x3(3, 64), Upsample(64), GroupNormSiLU(64, "auto"), conv3x3(64, 3)
+    layers = Conv3x3(3, 64), Upsample(64), GroupNormSiLU(64, "auto"), Conv3x3(64, 3)
     model = randomise(nn.Sequential(*layers), seed=0, std=None).to(memory_format=torch.channels_last)
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     assert_compiled_is_eager(model, {"input": x}, Precision.BF16, 3e-2)

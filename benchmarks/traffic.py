@@ -1,0 +1,103 @@
+"""``TRITON_INTERPRET=1 python -m fastdiff.benchmarks.traffic``: bytes that a training step moves beside its products.
+
+Counted on the operations that a forward and backward pass in bf16 calls, on PyTorch's meta device: nothing is computed.
+An operation reads each of its tensors once and writes its results once; a view moves nothing. The fused norm reads its
+tensors a second time where its plan walks over the pixels twice. Convolutions, matrix products and attention, which
+arithmetic bounds, are left out, but for a convolution's bias: cuDNN adds it in a pass of its own, and its gradient is a
+sum over another one.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdiff.config import ModelConfig
+from fastdiff.kernels.group_norm_silu.plan import plan
+from fastdiff.models import build_model
+from fastdiff.presets import PRESETS
+
+MULTIPROCESSORS = 132  # an H100's and an H200's
+ARITHMETIC = ("mm", "bmm", "addmm", "attention", "attention_backward")
+
+
+def traffic(model: ModelConfig, images: int) -> Mapping[str, int]:
+    """Bytes by operation, of a forward and backward pass over ``images`` images."""
+    with torch.device("meta"):
+        unet = build_model(model, kernels="triton", memory_format="channels_last").to(torch.bfloat16).train()
+        x = torch.empty(images, 3, model.image_size, model.image_size, dtype=torch.bfloat16)
+        t = torch.empty(images, dtype=torch.int64)
+
+        def step() -> None:
+            output = unet(x, t, t if model.class_cond else None)
+            output.backward(torch.empty_like(output))
+
+        return counted(step)
+
+
+def counted(run: Callable[[], object]) -> Mapping[str, int]:
+    """Bytes by operation, most first, of what ``run`` calls."""
+    with _Counting() as counting:
+        run()
+    return dict(counting.bytes.most_common())
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.bytes.update(dict(_moved(func, args, result)))
+        return result
+
+
+def _moved(func: Any, args: Any, result: Any) -> Iterator[tuple[str, int]]:
+    """What an operation moves, by name."""
+    name = func._schema.name.partition("::")[2]
+    inputs, outputs = (_tensors(values) for values in (args, result))
+    if name == "convolution":
+        if args[2] is not None:
+            yield "bias of a convolution", 2 * _size(outputs)
+    elif name == "convolution_backward":
+        if args[-1][2]:
+            yield "gradient of a bias", _size(_tensors(args[0]))
+    elif name in ARITHMETIC or func.is_view or not outputs or name.startswith(("empty", "new_empty")):
+        return
+    elif name.startswith("group_norm_silu"):
+        x = args[1] if name.endswith("backward") else args[0]
+        again = () if _on_chip(x, name.endswith("backward")) else args[: 2 if name.endswith("backward") else 1]
+        yield name, _size(inputs) + _size(outputs) + _size(_tensors(again))
+    else:
+        yield name, _size(inputs) + _size(outputs)
+
+
+def _on_chip(x: Tensor, backward: bool) -> bool:
+    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
+    return plan(n, channels, pixels, 32, True, x.element_size(), 1 + backward, MULTIPROCESSORS).on_chip
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return list({id(value): value for value in tree_leaves(values) if isinstance(value, Tensor)}.values())
+
+
+def _size(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def main() -> None:
+    """Print the table for ImageNet's 64-pixel model."""
+    found = traffic(PRESETS["imagenet64_cond"].config(ModelConfig), 64)
+    print("| operation | GB |\n|---|---:|")
+    for name, count in found.items():
+        print(f"| {name} | {count / 1e9:.2f} |")
+    print(f"| together | {sum(found.values()) / 1e9:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
