@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastdiff.config import ModelConfig
 from fastdiff.kernels.group_norm_silu.plan import plan
@@ -22,6 +21,7 @@ from fastdiff.models import build_model
 from fastdiff.presets import PRESETS
 
 MULTIPROCESSORS = 132  # an H100's and an H200's
+FREE = ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 ARITHMETIC = ("mm", "bmm", "addmm", "attention", "attention_backward")
 
 
@@ -59,7 +59,7 @@ class _Counting(TorchDispatchMode):
 
 def _moved(func: Any, args: Any, result: Any) -> Iterator[tuple[str, int]]:
     """What an operation moves, by name."""
-    name = func._schema.name.partition("::")[2]
+    name = func.name().partition("::")[2].partition(".")[0]
     inputs, outputs = (_tensors(values) for values in (args, result))
     if name == "convolution":
         if args[2] is not None:
@@ -67,7 +67,7 @@ def _moved(func: Any, args: Any, result: Any) -> Iterator[tuple[str, int]]:
     elif name == "convolution_backward":
         if args[-1][2]:
             yield "gradient of a bias", _size(_tensors(args[0]))
-    elif name in ARITHMETIC or func.is_view or not outputs or name.startswith(("empty", "new_empty")):
+    elif name in ARITHMETIC or func.is_view or name in FREE or not outputs:
         return
     elif name.startswith("group_norm_silu"):
         x = args[1] if name.endswith("backward") else args[0]
@@ -83,7 +83,10 @@ def _on_chip(x: Tensor, backward: bool) -> bool:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return list({id(value): value for value in tree_leaves(values) if isinstance(value, Tensor)}.values())
+    """The different tensors among an operation's arguments or results, which may be in lists."""
+    parts = values if isinstance(values, (tuple, list)) else (values,)
+    flat = [each for part in parts for each in (part if isinstance(part, (tuple, list)) else (part,))]
+    return list({id(value): value for value in flat if isinstance(value, Tensor)}.values())
 
 
 def _size(tensors: list[Tensor]) -> int:

@@ -31,7 +31,7 @@ def weights(*shape: int) -> Tensor:
         (lambda x: torch.cat([x, x], 1), {"cat": 3 * IMAGE}),  # the same tensor is read once
         (lambda x: F.conv2d(x, weights(64, 64, 3, 3), weights(64), padding=1), {"bias of a convolution": 2 * IMAGE}),
         (lambda x: F.conv2d(x, weights(64, 64, 3, 3), padding=1), {}),
-        (lambda x: x.flatten(2).mT @ x.flatten(2), {}),
+        (lambda x: torch.bmm(x.flatten(2).mT, x.flatten(2)), {}),
     ],
 )
 def test_operations(run: Callable[[Tensor], Tensor], expected: dict[str, int]) -> None:
@@ -62,4 +62,4 @@ def test_the_input_beside_the_norm_saves_two_passes() -> None:
 def test_the_documents_figure() -> None:
     found = sum(traffic(PRESETS["imagenet64_cond"].config(ModelConfig), 64).values())
     text = (Path(__file__).parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
-    assert f"images moves {found / 1e9:.1f} GB instead of 59.3" in " ".join(text.split())
+    assert f"images moves {found / 1e9:.1f} GB instead of 57.9" in " ".join(text.split())

@@ -41,19 +41,20 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     y, qkv = torch.empty(2, 64, 128, dtype=BF16), torch.empty(2, 64, 384, dtype=BF16)
     long_y, long_qkv = torch.empty(1, 1024, 64, dtype=BF16), torch.empty(1, 1024, 192, dtype=BF16)
     streamed = [torch.empty_like(long_y), long_qkv, long_y, torch.empty(1, 1, 1024), 1]
-    layer = [vector(128), vector(128), None, None]
+    layer = [vector(128), vector(128), None, None, None]
     expanded, repeated = torch.empty(1).expand(2, 128, 8, 8), torch.empty(2, 128, 8, 1).expand(2, 128, 8, 8)
-    fp32 = image(2, 128, 8, torch.float32)
+    fp32, pair = image(2, 128, 8, torch.float32), (image(2, 128, 8), image(2, 128, 8))
     return {
-        "norm": (norm, [image(2, 128, 8), vector(128), vector(128), scale, shift, 32, 1e-5, True]),
-        "split norm": (norm, [image(1, 128, 128, torch.float32), vector(128), vector(128), None, None, 32, 1e-5, True]),
-        "strided weight": (norm, [image(2, 128, 8), vector(256)[::2], vector(128), None, None, 32, 1e-5, True]),
+        "norm": (norm, [image(2, 128, 8), vector(128), vector(128), scale, shift, None, 32, 1e-5, True]),
+        "split norm": (norm, [image(1, 128, 128, torch.float32), *layer, 32, 1e-5, True]),
+        "strided weight": (norm, [image(2, 128, 8), vector(256)[::2], vector(128), None, None, None, 32, 1e-5, True]),
+        "input bias": (norm, [image(2, 128, 8), *layer[:-1], vector(128), 32, 1e-5, True]),
         "norm's gradient": (
             norm_backward,
-            [image(2, 128, 8), image(2, 128, 8), vector(128), vector(128), scale, shift, *statistics, True, True],
+            [*pair, vector(128), vector(128), scale, shift, vector(128), *statistics, image(2, 128, 8), True, True],
         ),
-        "expanded gradient": (norm_backward, [expanded, fp32, *layer, *statistics, True, True]),
-        "copied gradient": (norm_backward, [repeated, fp32, *layer, *statistics, True, True]),
+        "expanded gradient": (norm_backward, [expanded, fp32, *layer, *statistics, None, True, True]),
+        "copied gradient": (norm_backward, [repeated, fp32, *layer, *statistics, None, True, True]),
         "attention": (attention, [qkv, 4]),
         "attention's gradient": (attention_backward, [y, qkv, None, None, 4]),
         "long attention's gradient": (attention_backward, streamed),

@@ -25,6 +25,7 @@ def test_a_repeated_call_launches_what_the_first_did() -> None:
         "norm": 1,
         "split norm": 2,
         "strided weight": 1,
+        "input bias": 1,
         "norm's gradient": 2,
         "expanded gradient": 2,
         "copied gradient": 2,

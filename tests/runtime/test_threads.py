@@ -139,30 +139,25 @@ from fastdiff.runtime.threads import one_thread
 def compute():
     return float((torch.ones(10**6) + 1).sum())
 
-def threads():
-    return len(os.listdir("/proc/self/task"))
+def grown():
+    before = len(os.listdir("/proc/self/task"))
+    compute()
+    return len(os.listdir("/proc/self/task")) - before
 
-before = threads()
-compute()
-team = threads() - before
-found = []
-for initializer in (one_thread, None):
-    with ThreadPoolExecutor(1, initializer=initializer) as pool:
-        before = threads()
-        pool.submit(compute).result()
-        found.append(threads() - before)
-print(team, *found, torch.get_num_threads())
+with ThreadPoolExecutor(1, initializer=one_thread) as ours, ThreadPoolExecutor(1) as other:
+    print(grown(), ours.submit(grown).result(), other.submit(grown).result(), torch.get_num_threads())
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
 def test_a_thread_in_the_background_has_no_team() -> None:
-    """It is one thread more; without one_thread it would be two. The main thread keeps its team."""
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    """The others get a second thread each with their first large operation, and keep it."""
+    # else teams may be smaller on a busy machine
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_DYNAMIC": "false"}
     done = subprocess.run(
         [sys.executable, "-c", TEAMS], env=environment, capture_output=True, text=True, check=True, timeout=300
     )
-    assert done.stdout.split() == ["1", "1", "2", "2"]
+    assert done.stdout.split() == ["1", "0", "1", "2"]
 
 
 @pytest.mark.skipif(not threads._gnu_openmps(), reason="PyTorch has another OpenMP here")
