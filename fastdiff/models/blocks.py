@@ -35,7 +35,7 @@ class ResBlock(nn.Module):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.in_layers = nn.Sequential(GroupNormSiLU(channels, backend), nn.Identity(), Conv3x3(channels, out_channels))
-        self.emb_layers = nn.Sequential(
+        self.emb_layers: nn.Module = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
@@ -45,9 +45,11 @@ class ResBlock(nn.Module):
             zeroed(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.condition_at: slice | None = None
+        """The columns of this block's condition in the embedding layers' outputs, if these are one (see Encoder)."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: (N, C, H, W), emb: (N, E) -> (N, C', H', W')."""
+        """x: (N, C, H, W), emb: (N, E), or (N, all conditions) -> (N, C', H', W')."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
@@ -59,7 +61,7 @@ class ResBlock(nn.Module):
             h, x = self.resize(h), self.resize(x)
         bias = conv.bias if runs_triton(self.backend, h) else None  # the norm's kernel adds it as it reads
         h = conv(h, add_bias=bias is None)
-        condition = self.emb_layers(emb)  # (N, C') or (N, 2C')
+        condition = self.emb_layers(emb) if self.condition_at is None else emb[:, self.condition_at]  # (N, C' or 2C')
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = condition.chunk(2, dim=1)

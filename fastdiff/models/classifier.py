@@ -59,7 +59,7 @@ class Classifier(Encoder):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Logits (N, K) of the classes of x (N, 3, H, W) in [-1, 1] at timesteps (N,), in x's dtype."""
-        h, skips = self.encode(x, self.embed(timesteps))
+        h, skips = self.encode(x, self.conditions(self.embed(timesteps)))
         if self.config.classifier_pool in (ClassifierPool.SPATIAL, ClassifierPool.SPATIAL_V2):
             h = torch.cat([block.mean(dim=(2, 3)) for block in (*skips, h)], dim=1)
         return self.out(h).to(x.dtype)

@@ -61,6 +61,7 @@ class Encoder(nn.Module):
         )
         if config.class_cond:
             self.label_emb = nn.Embedding(config.num_classes, self.emb_channels)
+        self.emb_layers: nn.Module | None = None
 
         channels = config.widths[0]
         self.input_blocks = nn.ModuleList([EmbedSequential(Conv3x3(in_channels, channels))])
@@ -113,18 +114,45 @@ class Encoder(nn.Module):
         return self.to(memory_format=wanted)  # type: ignore[call-overload]  # missing from its annotations
 
     def for_inference(self) -> Self:
-        """Evaluation mode, with the rows of qkv reordered in place (see QKVLinear): not to be trained or saved."""
+        """Evaluation mode, not to be trained or saved.
+
+        The rows of qkv are reordered in place (see QKVLinear), and the residual blocks' embedding layers are one.
+        """
         for module in self.modules():
             if isinstance(module, QKVLinear):
                 module.reorder()
+        if self.emb_layers is None:
+            self.emb_layers = self._joined_embedding_layers()
         return self.eval()
+
+    def _joined_embedding_layers(self) -> nn.Sequential:
+        """One product for the conditions of all residual blocks, which give up their own weights."""
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        start = 0
+        for block in blocks:
+            _, linear = block.emb_layers.children()
+            assert isinstance(linear, nn.Linear)
+            weights.append(linear.weight)
+            biases.append(linear.bias)
+            block.condition_at = slice(start, start := start + len(linear.bias))
+            block.emb_layers = nn.Identity()
+        joined = nn.Linear(self.emb_channels, start, device="meta")
+        joined.weight = nn.Parameter(torch.cat(weights).detach(), requires_grad=weights[0].requires_grad)
+        joined.bias = nn.Parameter(torch.cat(biases).detach(), requires_grad=biases[0].requires_grad)
+        return nn.Sequential(nn.SiLU(), joined)
 
     def embed(self, timesteps: Tensor) -> Tensor:
         """The embedding (N, E) of timesteps (N,), which may be fractional."""
         return self.time_embed(self.timestep_embedding(timesteps).to(self.time_embed[0].weight.dtype))
 
+    def conditions(self, emb: Tensor) -> Tensor:
+        """What the residual blocks take for the embedding (N, E): that, or for inference their conditions at once."""
+        return emb if self.emb_layers is None else self.emb_layers(emb)
+
     def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The middle block's output and that of every input block, for x (N, C, H, W) and emb (N, E)."""
+        """The middle block's output and that of every input block, for x (N, C, H, W) and what conditions() returns."""
         h = x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         skips = []
         for block in self.input_blocks:
@@ -221,6 +249,7 @@ class UNet(Encoder):
             emb = emb + self.augment_emb(augment.to(self.augment_emb.weight.dtype))
         if self.config.patch_size > 1:
             x = F.pixel_unshuffle(x, self.config.patch_size)
+        emb = self.conditions(emb)
         h, skips = self.encode(x, emb)
         if seen is not None:
             seen += [*skips, h]
