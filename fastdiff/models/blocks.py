@@ -8,6 +8,10 @@ from fastdiff import kernels
 from fastdiff.kernels.backend import runs_triton
 from fastdiff.models.layers import Conv3x3, GroupNormSiLU, QKVLinear, Resize, TokenLinear, zeroed
 
+BIAS_IN_NORM = 32
+"""Least size of a feature map to which a norm's kernel adds the bias of the convolution before it. The tiles of smaller
+ones lie in registers, where the sum that is its gradient leaves room for one program less."""
+
 
 class ResBlock(nn.Module):
     """norm, SiLU, conv; the embedding; norm, SiLU, dropout, conv; plus the input.
@@ -46,7 +50,7 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         self.condition_at: slice | None = None
-        """The columns of this block's condition in the embedding layers' outputs, if these are one (see Encoder)."""
+        """This block's columns in the output of the layer that replaces all embedding layers, see for_inference()."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: (N, C, H, W), emb: (N, E), or (N, all conditions) -> (N, C', H', W')."""
@@ -59,8 +63,8 @@ class ResBlock(nn.Module):
         h, x = norm(x, with_input=True)
         if self.resize is not None:
             h, x = self.resize(h), self.resize(x)
-        bias = conv.bias if runs_triton(self.backend, h) else None  # the norm's kernel adds it as it reads
-        h = conv(h, add_bias=bias is None)
+        in_norm = min(h.shape[2:]) >= BIAS_IN_NORM and runs_triton(self.backend, h)
+        h, bias = conv(h, add_bias=not in_norm), conv.bias if in_norm else None
         condition = self.emb_layers(emb) if self.condition_at is None else emb[:, self.condition_at]  # (N, C' or 2C')
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:

@@ -81,8 +81,9 @@ class GroupNormSiLU(nn.Module):
 
         With ``with_input`` x is returned, too, for its other uses, whose gradient the norm's kernel then adds.
         """
-        if x.ndim == 2:
-            return self(x[:, :, None], scale, shift)[:, :, 0]  # the operation wants a spatial dimension
+        if x.ndim == 2:  # the operation wants a spatial dimension
+            found = self(x[:, :, None], scale, shift, input_bias, with_input)
+            return (found[0][:, :, 0], found[1][:, :, 0]) if with_input else found[:, :, 0]
         options: dict[str, Any] = {"groups": GROUPS, "silu": self.silu, "backend": self.backend}
         options |= {"scale": scale, "shift": shift, "input_bias": input_bias, "with_input": with_input}
         return kernels.group_norm_silu(x, self.weight, self.bias, **options)

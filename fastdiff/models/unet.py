@@ -116,7 +116,8 @@ class Encoder(nn.Module):
     def for_inference(self) -> Self:
         """Evaluation mode, not to be trained or saved.
 
-        The rows of qkv are reordered in place (see QKVLinear), and the residual blocks' embedding layers are one.
+        The rows of qkv are reordered in place (see QKVLinear), and one layer replaces the embedding layers of all
+        residual blocks.
         """
         for module in self.modules():
             if isinstance(module, QKVLinear):

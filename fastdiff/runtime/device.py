@@ -84,7 +84,8 @@ class Runtime:
     def cast(self, model: M) -> M:
         """Cast the weights of convolutions and linear layers to the precision that ``autocast`` uses, in place.
 
-        Outputs under autocast stay bit-identical; only the casts in every call are saved. For inference only.
+        Outputs under autocast stay bit-identical, but where a norm's kernel adds a convolution's bias, which is rounded
+        here and is not there; the casts in every call are saved. For inference only.
         """
         if self.precision in _DTYPES:
             for module in model.modules():

@@ -21,7 +21,7 @@ def group_norm_silu_backward(
     mean_high,
     mean_low,
     rstd,
-    added,
+    other,
     dx,
     sum_dz_out,
     sum_dz_xhat_out,
@@ -36,9 +36,9 @@ def group_norm_silu_backward(
     dy_n,
     dy_c,
     dy_p,
-    added_n,
-    added_c,
-    added_p,
+    other_n,
+    other_c,
+    other_p,
     dx_n,
     dx_c,
     dx_p,
@@ -56,9 +56,9 @@ def group_norm_silu_backward(
     KEPT: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
-    """dx plus ``added``, dscale, dshift, and the sums of dz, dz * xhat and dx over the pixels, fp32 (N, C).
+    """dx plus ``other``, dscale, dshift, and the sums of dz, dz * xhat and dx over the pixels, fp32 (N, C).
 
-    The sum of dx, without ``added``, is written if there is an input bias, which is its gradient.
+    The sum of dx, without ``other``, is wanted for the gradient of an input bias only.
 
     Grid: one program per sample and block of GROUPS groups of DEPTH channels.
     """
@@ -68,20 +68,18 @@ def group_norm_silu_backward(
     dx += n * dx_n
     a, b = affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
-    of_input = of_channels(input_bias, c, real)
+    channel_bias = of_channels(input_bias, c, real)
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     values = DEPTH * tl.cast(pixels, tl.float32)
     p = tl.arange(0, BLOCK_PIXELS)
     if ON_CHIP:
         mask = inside(real, p, pixels, EVEN)
-        xhat, dz = xhat_and_dz(x, of_input, dy, high, low, r, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU, "")
+        xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, r, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU, "")
         sum_dz, sum_dz_xhat = tl.sum(dz, 1), tl.sum(dz * xhat, 1)
-        if input_bias is not None:
-            sum_xhat = tl.sum(xhat if EVEN else tl.where(mask, xhat, 0.0), 1)
     else:
-        sum_dz, sum_dz_xhat, sum_xhat = sums(
+        sum_dz, sum_dz_xhat = sums(
             x,
-            of_input,
+            channel_bias,
             dy,
             high,
             low,
@@ -106,26 +104,31 @@ def group_norm_silu_backward(
     write_sums(sum_dz, sum_dz_xhat, weight, bias, sum_dz_out, sum_dz_xhat_out, dscale, dshift, n, c, real, channels)
     middle = ratio(over_groups(a * sum_dz, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
     slope = ratio(over_groups(a * sum_dz_xhat, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
-    if input_bias is not None:
-        sum_dx = r * (a * sum_dz - (middle * tl.cast(pixels, tl.float32) + slope * sum_xhat))
-        tl.store(sum_dx_out + n * channels + c, sum_dx, mask=real)
     if ON_CHIP:
         value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
-        if added is not None:
-            value += read(added + n * added_n, c, p, added_c, added_p, mask, "")
+        if sum_dx_out is not None:
+            tl.store(sum_dx_out + n * channels + c, tl.sum(value if EVEN else tl.where(mask, value, 0.0), 1), mask=real)
+        if other is not None:
+            value += read(other + n * other_n, c, p, other_c, other_p, mask, "")
         write(dx, value, c, p, dx_c, dx_p, mask)
     else:
+        if sum_dx_out is not None:
+            sum_dx = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
         for done in tl.range(0, pixels, BLOCK_PIXELS, num_stages=STAGES):
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
             hint: tl.constexpr = "evict_first" if KEPT else ""
             xhat, dz = xhat_and_dz(
-                x, of_input, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint
+                x, channel_bias, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint
             )
             value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
-            if added is not None:
-                value += read(added + n * added_n, c, at + p, added_c, added_p, mask, "")
+            if sum_dx_out is not None:
+                sum_dx += value if EVEN else tl.where(mask, value, 0.0)
+            if other is not None:
+                value += read(other + n * other_n, c, at + p, other_c, other_p, mask, "")
             write(dx, value, c, at + p, dx_c, dx_p, mask)
+        if sum_dx_out is not None:
+            tl.store(sum_dx_out + n * channels + c, tl.sum(sum_dx, 1), mask=real)
 
 
 @triton.jit
@@ -142,7 +145,6 @@ def group_norm_silu_backward_sums(
     rstd,
     partial_dz,
     partial_dz_xhat,
-    partial_xhat,
     channels,
     pixels,
     pixels_per_split,
@@ -165,7 +167,7 @@ def group_norm_silu_backward_sums(
     STAGES: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """Sums of dz, of dz * xhat and, with an input bias, of xhat over the pixels of a split, fp32 (N, splits, C).
+    """Sums of dz and of dz * xhat over the pixels of a split, fp32 (N, splits, C).
 
     Grid: one program per sample and block of groups, times the splits of the pixels.
     """
@@ -174,12 +176,12 @@ def group_norm_silu_backward_sums(
     dy += n * dy_n
     a, b = affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
-    of_input = of_channels(input_bias, c, real)
+    channel_bias = of_channels(input_bias, c, real)
     start = tl.program_id(1) * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
-    sum_dz, sum_dz_xhat, sum_xhat = sums(
+    sum_dz, sum_dz_xhat = sums(
         x,
-        of_input,
+        channel_bias,
         dy,
         high,
         low,
@@ -204,8 +206,6 @@ def group_norm_silu_backward_sums(
     at = (n * tl.num_programs(1) + tl.program_id(1)) * channels + c
     tl.store(partial_dz + at, sum_dz, mask=real)
     tl.store(partial_dz_xhat + at, sum_dz_xhat, mask=real)
-    if input_bias is not None:
-        tl.store(partial_xhat + at, sum_xhat, mask=real)
 
 
 @triton.jit
@@ -222,8 +222,7 @@ def group_norm_silu_backward_apply(
     rstd,
     partial_dz,
     partial_dz_xhat,
-    partial_xhat,
-    added,
+    other,
     dx,
     sum_dz_out,
     sum_dz_xhat_out,
@@ -239,9 +238,9 @@ def group_norm_silu_backward_apply(
     dy_n,
     dy_c,
     dy_p,
-    added_n,
-    added_c,
-    added_p,
+    other_n,
+    other_c,
+    other_p,
     dx_n,
     dx_c,
     dx_p,
@@ -271,15 +270,13 @@ def group_norm_silu_backward_apply(
     dx += n * dx_n
     a, b = affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
-    of_input = of_channels(input_bias, c, real)
+    channel_bias = of_channels(input_bias, c, real)
 
     s = tl.arange(0, BLOCK_SPLITS)
     present = (s < splits)[:, None] & real[None, :]
     partial = (n * splits + s[:, None]) * channels + c[None, :]
     sum_dz = tl.sum(tl.load(partial_dz + partial, mask=present, other=0.0), 0)
     sum_dz_xhat = tl.sum(tl.load(partial_dz_xhat + partial, mask=present, other=0.0), 0)
-    if input_bias is not None:
-        sum_xhat = tl.sum(tl.load(partial_xhat + partial, mask=present, other=0.0), 0)
     write_sums(
         sum_dz,
         sum_dz_xhat,
@@ -299,17 +296,22 @@ def group_norm_silu_backward_apply(
     values = DEPTH * tl.cast(pixels, tl.float32)
     middle = ratio(over_groups(a * sum_dz, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
     slope = ratio(over_groups(a * sum_dz_xhat, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
-    if input_bias is not None:
-        sum_dx = r * (a * sum_dz - (middle * tl.cast(pixels, tl.float32) + slope * sum_xhat))
-        tl.store(sum_dx_out + n * channels + c, sum_dx, mask=real & (split == 0))
     p = tl.arange(0, BLOCK_PIXELS)
     start = split * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
+    if sum_dx_out is not None:
+        sum_dx = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         hint: tl.constexpr = "evict_first" if KEPT else ""
-        xhat, dz = xhat_and_dz(x, of_input, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint)
+        xhat, dz = xhat_and_dz(
+            x, channel_bias, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint
+        )
         value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
-        if added is not None:
-            value += read(added + n * added_n, c, at + p, added_c, added_p, mask, "")
+        if sum_dx_out is not None:
+            sum_dx += value if EVEN else tl.where(mask, value, 0.0)
+        if other is not None:
+            value += read(other + n * other_n, c, at + p, other_c, other_p, mask, "")
         write(dx, value, c, at + p, dx_c, dx_p, mask)
+    if sum_dx_out is not None:
+        tl.store(sum_dx_out + (n * splits + split) * channels + c, tl.sum(sum_dx, 1), mask=real)

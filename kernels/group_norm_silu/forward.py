@@ -25,7 +25,7 @@ from fastdiff.kernels.group_norm_silu.tile import (
 @triton.jit
 def _moments(
     x,
-    added,
+    channel_bias,
     first,
     c,
     real,
@@ -41,7 +41,7 @@ def _moments(
     STAGES: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """Mean of x + ``added`` - ``first`` in two parts and sum of squared deviations of the group, for every channel.
+    """Mean of x + ``channel_bias`` - ``first`` in two parts and sum of squared deviations of every channel's group.
 
     Both are over the pixels from start to stop. Every element of the tile has its own statistics over the chunks
     (Welford 1962), which are merged at the end (Chan et al. 1983), so that the loop has no sums across threads.
@@ -53,7 +53,7 @@ def _moments(
     chunks = 0.0
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        value = read_input(x, added, c, at + p, x_c, x_p, mask, "evict_last" if KEPT else "") - first[:, None]
+        value = read_input(x, channel_bias, c, at + p, x_c, x_p, mask, "evict_last" if KEPT else "") - first[:, None]
         difference = value - mean
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
@@ -134,13 +134,13 @@ def group_norm_silu_forward(
     x += n * x_n
     y += n * y_n
     first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
-    added = of_channels(input_bias, c, real)
+    channel_bias = of_channels(input_bias, c, real)
     w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
     values = DEPTH * tl.cast(pixels, tl.float32)
     p = tl.arange(0, BLOCK_PIXELS)
     if ON_CHIP:
         mask = inside(real, p, pixels, EVEN)
-        value = read_input(x, added, c, p, x_c, x_p, mask, "")
+        value = read_input(x, channel_bias, c, p, x_c, x_p, mask, "")
         difference = value - first[:, None]
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
@@ -162,7 +162,7 @@ def group_norm_silu_forward(
     else:
         mean, rest, deviation = _moments(
             x,
-            added,
+            channel_bias,
             first,
             c,
             real,
@@ -184,7 +184,7 @@ def group_norm_silu_forward(
         for done in tl.range(0, pixels, BLOCK_PIXELS, num_stages=STAGES):
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
-            value = read_input(x, added, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else "")
+            value = read_input(x, channel_bias, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else "")
             apart = centred(value, high, low, EXACT)
             write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
     group = n * (channels // DEPTH) + c // DEPTH
@@ -222,12 +222,12 @@ def group_norm_silu_statistics(
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
     x += n * x_n
     first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
-    added = of_channels(input_bias, c, real)
+    channel_bias = of_channels(input_bias, c, real)
     start = tl.program_id(1) * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
     mean, rest, deviation = _moments(
         x,
-        added,
+        channel_bias,
         first,
         c,
         real,
@@ -300,7 +300,7 @@ def group_norm_silu_apply(
     x += n * x_n
     y += n * y_n
     first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
-    added = of_channels(input_bias, c, real)
+    channel_bias = of_channels(input_bias, c, real)
     w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
 
     s = tl.arange(0, BLOCK_SPLITS)
@@ -322,7 +322,7 @@ def group_norm_silu_apply(
     stop = tl.minimum(start + pixels_per_split, pixels)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        value = read_input(x, added, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else "")
+        value = read_input(x, channel_bias, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else "")
         apart = centred(value, high, low, EXACT)
         write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
     group = n * (channels // DEPTH) + c // DEPTH

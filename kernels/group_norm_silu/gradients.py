@@ -17,11 +17,11 @@ def affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, sh
 
 @triton.jit
 def xhat_and_dz(
-    x, of_input, dy, high, low, rstd, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU: tl.constexpr, HINT: tl.constexpr
+    x, channel_bias, dy, high, low, rstd, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU: tl.constexpr, HINT: tl.constexpr
 ):
     """A tile of xhat and of dz = dy * silu'(z); outside the mask dz is 0."""
     EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
-    xhat = centred(read_input(x, of_input, c, p, x_c, x_p, mask, HINT), high, low, EXACT) * rstd[:, None]
+    xhat = centred(read_input(x, channel_bias, c, p, x_c, x_p, mask, HINT), high, low, EXACT) * rstd[:, None]
     dz = read(dy, c, p, dy_c, dy_p, mask, HINT)
     if SILU:
         z = xhat * a[:, None] + b[:, None]
@@ -33,7 +33,7 @@ def xhat_and_dz(
 @triton.jit
 def sums(
     x,
-    of_input,
+    channel_bias,
     dy,
     high,
     low,
@@ -55,25 +55,19 @@ def sums(
     STAGES: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """Sums of dz, dz * xhat and, with an input bias, xhat over the pixels from start to stop, for every channel."""
+    """Sums of dz and of dz * xhat over the pixels from start to stop, for every channel."""
     p = tl.arange(0, BLOCK_PIXELS)
     sum_dz = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     sum_dz_xhat = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
-    sum_xhat = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         hint: tl.constexpr = "evict_last" if KEPT else ""
         xhat, dz = xhat_and_dz(
-            x, of_input, dy, high, low, rstd, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint
+            x, channel_bias, dy, high, low, rstd, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint
         )
         sum_dz += dz
         sum_dz_xhat += dz * xhat
-        if of_input is not None:
-            sum_xhat += xhat if EVEN else tl.where(mask, xhat, 0.0)
-    if of_input is not None:
-        return tl.sum(sum_dz, 1), tl.sum(sum_dz_xhat, 1), tl.sum(sum_xhat, 1)
-    else:
-        return tl.sum(sum_dz, 1), tl.sum(sum_dz_xhat, 1), None
+    return tl.sum(sum_dz, 1), tl.sum(sum_dz_xhat, 1)
 
 
 @triton.jit

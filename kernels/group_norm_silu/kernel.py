@@ -7,7 +7,7 @@ per sample and channel, A = sum dz and B = sum dz * xhat:
     dshift = A,  dscale = weight * B + bias * A,  dbias = sum_n (1 + scale) * A,  dweight = sum_n (1 + scale) * B,
     dx = rstd * (dz * a - (sum_c a * A + xhat * sum_c a * B) / m),  with c over a group's channels and m its values.
 
-The gradient of the input bias is the sum of dx over samples and pixels, from A, B and the sum of xhat.
+The gradient of the input bias is the sum of dx over samples and pixels, taken as dx is written.
 
 Where x is an output, too, because others use it, their gradient is added to dx as it is written.
 
@@ -197,11 +197,11 @@ def group_norm_silu_backward(
     input_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    added: Tensor | None,
+    other: Tensor | None,
     silu: bool,
     parameters: bool,
 ) -> Gradients:
-    """dx plus ``added`` in x's layout, dweight, dbias, dscale, dshift, dinput_bias.
+    """dx plus ``other`` in x's layout, dweight, dbias, dscale, dshift, dinput_bias.
 
     They are empty if absent or, without ``parameters``, not requested.
     """
@@ -217,7 +217,8 @@ def group_norm_silu_backward(
     chosen, shared = _division(x, *steps[1:], groups, tensors=2)
     grid = n * chosen.blocks(groups), chosen.splits
     sum_dz, sum_dz_xhat = (temporary((n, channels), x.device) for _ in range(2))
-    sum_dx = None if input_bias is None else temporary((n, channels), x.device)
+    of_input = parameters and input_bias is not None
+    sum_dx = temporary((n, chosen.splits, channels), x.device) if of_input else None
     conditions = _conditions(scale, shift)
     layer: dict[str, Any] = {"weight": weight.contiguous(), "bias": bias.contiguous(), **conditions, "SILU": silu}
     tensors: dict[str, Any] = {
@@ -231,11 +232,11 @@ def group_norm_silu_backward(
         "rstd": rstd,
         **layer,
     }
-    if added is not None:
-        added, added_steps = _with_steps(added, x)
+    if other is not None:
+        other, other_steps = _with_steps(other, x)
     outputs: dict[str, Any] = {
-        "added": added,
-        **_named("added", (0, 0, 0) if added is None else added_steps),
+        "other": other,
+        **_named("other", (0, 0, 0) if other is None else other_steps),
         "dx": dx,
         **_named("dx", _steps(dx) or ()),
         "sum_dz_out": sum_dz,
@@ -249,10 +250,9 @@ def group_norm_silu_backward(
         launch(backward.group_norm_silu_backward, grid, x.device, **tensors, **outputs, **shared, **whole)
     else:
         size = (n, chosen.splits, channels)
-        names = ("partial_dz", "partial_dz_xhat")
-        partial: dict[str, Any] = {name: temporary(size, x.device) for name in names}
-        partial["partial_xhat"] = None if input_bias is None else temporary(size, x.device)
+        partial_dz, partial_dz_xhat = (temporary(size, x.device) for _ in range(2))
         shared["pixels_per_split"] = chosen.pixels_per_split
+        partial: dict[str, Any] = {"partial_dz": partial_dz, "partial_dz_xhat": partial_dz_xhat}
         launch(backward.group_norm_silu_backward_sums, grid, x.device, **tensors, **partial, **shared)
         shared["BLOCK_SPLITS"] = plan.next_power(chosen.splits)
         launch(backward.group_norm_silu_backward_apply, grid, x.device, **tensors, **partial, **outputs, **shared)
@@ -267,8 +267,9 @@ def group_norm_silu_backward(
             scale=scale,
             dweight=dweight,
             dbias=dbias,
-            dinput_bias=None if input_bias is None else dinput_bias,
+            dinput_bias=dinput_bias if of_input else None,
             samples=n,
+            splits=chosen.splits,
             channels=channels,
             scale_n=conditions["scale_n"],
             scale_c=conditions["scale_c"],
@@ -318,16 +319,18 @@ class GroupNormSiLU(torch.autograd.Function):
         y, mean, rstd = _forward(x, weight, bias, scale, shift, input_bias, groups, eps, silu)
         ctx.save_for_backward(x, weight, bias, scale, shift, input_bias, mean, rstd)
         ctx.silu = silu
+        ctx.set_materialize_grads(False)  # no gradient of an output that has no use
         return (y, x) if with_input else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, added: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Gradients at the positions of their inputs; ``added`` is that of the input as an output."""
+    def backward(ctx: Any, dy: Tensor | None, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients at the positions of their inputs; ``other`` is that of x's other uses."""
         x, weight, bias, scale, shift, input_bias, mean, rstd = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
         parameters = any(ctx.needs_input_grad[i] for i in (1, 2, 8))
         dx, dweight, dbias, dscale, dshift, dinput_bias = _backward(
-            dy, x, weight, bias, scale, shift, input_bias, mean, rstd, added, ctx.silu, parameters
+            dy, x, weight, bias, scale, shift, input_bias, mean, rstd, other, ctx.silu, parameters
         )
         if not parameters:
             dweight = dbias = None

@@ -102,5 +102,5 @@ def _refusal(*layer: Tensor | None) -> str:
     """The reason why no kernel supports these weights and conditions, or an empty string."""
     for tensor in layer:
         if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"takes weight, bias, scale and shift in fp32, fp16 and bf16, not in {tensor.dtype}"
+            return f"takes weight, biases, scale and shift in fp32, fp16 and bf16, not in {tensor.dtype}"
     return ""

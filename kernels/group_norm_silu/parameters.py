@@ -16,6 +16,7 @@ def group_norm_silu_backward_parameters(
     dbias,
     dinput_bias,
     samples,
+    splits,
     channels,
     scale_n,
     scale_c,
@@ -24,12 +25,11 @@ def group_norm_silu_backward_parameters(
 ):
     """dweight = sum_n (1 + scale) * sum dz * xhat, dbias = sum_n (1 + scale) * sum dz, dinput_bias = sum_n sum dx.
 
-    Grid: blocks of channels.
+    The sums of dx are those of each split of the pixels. Grid: blocks of channels.
     """
     c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     dw = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
     db = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
-    di = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
     for at in range(0, samples, BLOCK_SAMPLES):
         n = at + tl.arange(0, BLOCK_SAMPLES).to(tl.int64)
         mask = (n < samples)[:, None] & (c < channels)[None, :]
@@ -43,9 +43,12 @@ def group_norm_silu_backward_parameters(
             of_dz_xhat *= gain
         dw += of_dz_xhat
         db += of_dz
-        if sum_dx is not None:
-            di += tl.load(sum_dx + offset, mask=mask, other=0.0)
     tl.store(dweight + c, tl.sum(dw, 0).to(dweight.dtype.element_ty), mask=c < channels)
     tl.store(dbias + c, tl.sum(db, 0).to(dbias.dtype.element_ty), mask=c < channels)
     if sum_dx is not None:
+        di = tl.zeros((BLOCK_SAMPLES, BLOCK_CHANNELS), tl.float32)
+        for at in range(0, samples * splits, BLOCK_SAMPLES):
+            row = at + tl.arange(0, BLOCK_SAMPLES).to(tl.int64)
+            mask = (row < samples * splits)[:, None] & (c < channels)[None, :]
+            di += tl.load(sum_dx + row[:, None] * channels + c[None, :], mask=mask, other=0.0)
         tl.store(dinput_bias + c, tl.sum(di, 0).to(dinput_bias.dtype.element_ty), mask=c < channels)

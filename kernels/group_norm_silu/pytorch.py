@@ -27,16 +27,16 @@ def group_norm_silu(
 
     This is also the fastest way in eager mode on a CPU: PyTorch's GroupNorm is slower in bf16 than in fp32.
     """
-    source = x
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(dtype)
     if input_bias is not None:
-        x = x + input_bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+        wide = wide + input_bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         from fastdiff.kernels.group_norm_silu import inductor  # imports the compiler, which takes seconds
 
-        y = inductor.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
-        return (y, source) if with_input else y
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    wide = x.to(dtype)
+        of = x if input_bias is None else wide
+        y = inductor.group_norm_silu(of, weight, bias, groups, eps, scale, shift, silu).to(x.dtype)
+        return (y, x) if with_input else y
     few = x.device.type == "cpu" and x.shape[1] // groups <= FEW_CHANNELS_PER_GROUP and _is_channels_last(x)
     if few:
         wide = wide.contiguous()
@@ -51,7 +51,7 @@ def group_norm_silu(
     if shift is not None:
         y = y + shift.to(dtype).view(per_channel)
     y = (F.silu(y) if silu else y).to(x.dtype)
-    return (y, source) if with_input else y
+    return (y, x) if with_input else y
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -150,7 +150,7 @@ def read(x, c, p, x_c, x_p, mask, HINT: tl.constexpr):
 
 @triton.jit
 def read_input(x, bias, c, p, x_c, x_p, mask, HINT: tl.constexpr):
-    """Load a tile of x plus its channels' ``bias``, if any, in fp32; without x, and not 0, outside the mask."""
+    """Load a tile of x plus its channels' ``bias``, if any, in fp32; outside the mask it is the bias alone."""
     value = read(x, c, p, x_c, x_p, mask, HINT)
     if bias is not None:
         value += bias[:, None]

@@ -393,3 +393,33 @@ def test_more_bad_arguments(wrong: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"x": torch.zeros(2, 64, 4), "weight": torch.ones(64), "bias": torch.zeros(64)}
     with pytest.raises(ValueError, match=r"^group_norm_silu: "):
         group_norm_silu(**{**arguments, **wrong})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_the_input_bias_alone(backend: str) -> None:
+    """And none of it, nor of the parameters, where they are frozen."""
+    case = Case((2, 96, 6, 5), input_bias=True)
+    tensors = case.tensors()
+    x, weight, bias, scale, shift, input_bias = map(leaf_on_device, tensors) if backend == "triton" else tensors
+    expected = case.run("truth")
+    options: dict[str, Any] = {"scale": scale, "shift": shift, "input_bias": input_bias, "backend": backend}
+
+    def close(name: str, of: Tensor) -> bool:
+        y = group_norm_silu(x, weight, bias, **options)
+        (found,) = torch.autograd.grad(y, of, case.grad.to(y.device))
+        return error(found.cpu(), expected[name]) <= 1e-4 * float(expected[name].abs().max())
+
+    assert close("dinput_bias", input_bias.requires_grad_())
+    input_bias.requires_grad_(False)
+    assert close("dx", x.requires_grad_())
+
+
+def test_an_output_without_use_has_no_gradient() -> None:
+    case = Case((2, 64, 4, 4))
+    x, weight, bias = (leaf_on_device(t) for t in (case.x, case.weight, case.bias))
+    x.requires_grad_()
+    gradient = case.grad.to(DEVICE)
+    y, same = group_norm_silu(x, weight, bias, with_input=True, backend="triton")
+    (alone,) = torch.autograd.grad(group_norm_silu(x, weight, bias, backend="triton"), x, gradient)
+    assert torch.equal(torch.autograd.grad(y, x, gradient, retain_graph=True)[0], alone)
+    assert torch.equal(torch.autograd.grad(same, x, gradient)[0], gradient)

@@ -8,7 +8,7 @@ import torch._dynamo
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastdiff.models import UNet
+from fastdiff.models import UNet, blocks
 
 from ..support import gradients, inputs
 from .support import ONE_LEVEL, assert_near, small_model
@@ -20,6 +20,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "super-resolution": {"small_size": 4},
     "recomputing": {"use_checkpoint": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def bias_in_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of maps as small as those of the tests, too."""
+    monkeypatch.setattr(blocks, "BIAS_IN_NORM", 1)
 
 
 def case(kernels: str, memory_format: str = "channels_last", **changes: Any) -> tuple[UNet, dict[str, Tensor]]:
@@ -35,7 +41,11 @@ def test_outputs_and_gradients(variant: str, memory_format: str) -> None:
     model, given = case("triton", memory_format, **VARIANTS[variant])
     reference, _ = case("reference", memory_format, **VARIANTS[variant])
     assert model.state_dict().keys() == reference.state_dict().keys()
-    assert_near(gradients(model, given), gradients(reference, given), 1e-4)
+    found = gradients(model, given)
+    assert_near(found, gradients(reference, given), 1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BIAS_IN_NORM", 64)  # the convolution adds it
+        assert_near(gradients(model, given), found, 1e-5)
 
 
 @pytest.mark.slow

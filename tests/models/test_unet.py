@@ -223,8 +223,8 @@ def test_low_res_of_any_size_is_enlarged(side: int) -> None:
     torch.testing.assert_close(model(**given), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["plain", "guided"])
-def test_for_inference_only_moves_rows(variant: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_for_inference_moves_weights_and_computes_the_same(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).train()
     given, before = inputs(model), model.state_dict()
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_for_inference_only_moves_rows(variant: str) -> None:
     after = model.state_dict()
     assert sum(value.numel() for value in after.values()) == sum(value.numel() for value in before.values())
     moved = {name for name in after.keys() & before.keys() if not torch.equal(after[name], before[name])}
-    assert moved == {n for n in before if ".qkv." in n and variant == "guided"}
+    assert moved == {n for n in before if ".qkv." in n and model.config.use_new_attention_order}
     for name in moved:
         assert torch.equal(after[name].sort(0).values, before[name].sort(0).values)
     joined = {name for name in before if ".emb_layers." in name}
