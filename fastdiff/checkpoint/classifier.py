@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint.files import read_metadata, read_tensors, write_tensors
 from fastdiff.checkpoint.finding import find_checkpoint
-from fastdiff.checkpoint.model import configurations_of, load_weights, model_metadata
+from fastdiff.checkpoint.model import configurations_of, load_weights, model_metadata, state_of
 from fastdiff.checkpoint.steps import verify_file
 from fastdiff.config import ClassifierConfig, DiffusionConfig, Kernels, MemoryFormat, with_multipliers
 from fastdiff.config.base import refuse_contradiction
@@ -48,9 +48,9 @@ def save_classifier(
 ) -> Path:
     """Write a classifier, or its state dict, with its configuration; further keywords become metadata (JSON values).
 
-    The write is atomic. OSError if the file cannot be written.
+    The write is atomic. OSError if the file cannot be written, ValueError if for_inference() has changed the model.
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    state = state_of(model)
     return write_tensors(Path(path), state, model_metadata(config, diffusion_config, step, class_names, **metadata))
 
 

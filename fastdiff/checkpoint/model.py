@@ -18,6 +18,7 @@ from fastdiff.diffusion import GaussianDiffusion, build_diffusion
 from fastdiff.interop import openai
 from fastdiff.interop.recognition import describe
 from fastdiff.models import UNet, build_model
+from fastdiff.models.unet import Encoder
 
 C = TypeVar("C", ModelConfig, ClassifierConfig)
 
@@ -47,12 +48,19 @@ def save_checkpoint(
 ) -> Path:
     """Write a model, or its state dict, with its configuration; further keywords become metadata (JSON values).
 
-    The write is atomic. OSError if the file cannot be written.
+    The write is atomic. OSError if the file cannot be written, ValueError if for_inference() has changed the model.
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    state = state_of(model)
     return write_tensors(
         Path(path), state, model_metadata(model_config, diffusion_config, step, class_names, **metadata)
     )
+
+
+def state_of(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict of a model, or a given one; ValueError if for_inference() has changed the model."""
+    if isinstance(model, Encoder) and model.emb_layers is not None:
+        raise ValueError("the model is for inference only: save it before for_inference()")
+    return model.state_dict() if isinstance(model, nn.Module) else model
 
 
 def add_metadata(path: Path, **metadata: Any) -> None:

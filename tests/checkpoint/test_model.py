@@ -31,6 +31,18 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_model_for_inference_is_not_saved(tmp_path: Path) -> None:
+    """Its weights are elsewhere: no file of them could be loaded."""
+    with pytest.raises(ValueError, match="for inference only: save it before"):
+        save_checkpoint(
+            tmp_path / "m.safetensors",
+            build_model(MODEL).for_inference(),
+            model_config=MODEL,
+            diffusion_config=DIFFUSION,
+        )
+    assert not (tmp_path / "m.safetensors").exists()
+
+
 def test_the_metadata_are_plain_json_with_the_widths_written_out(tmp_path: Path) -> None:
     path = save(tmp_path / "m.safetensors", replace(MODEL, channel_mult=None))
     with safe_open(path, framework="pt") as file:
