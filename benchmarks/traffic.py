@@ -52,7 +52,7 @@ class _Counting(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _laid_out(func, args, func(*args, **(kwargs or {})))
         self.bytes.update(dict(_moved(func, args, result)))
         return result
 
@@ -65,21 +65,48 @@ def _moved(func: Any, args: Any, result: Any) -> Iterator[tuple[str, int]]:
         if args[2] is not None:
             yield "bias of a convolution", 2 * _size(outputs)
     elif name == "convolution_backward":
+        if not _dense(args[0], args[2]):
+            yield "copy of a gradient", 2 * _size(_tensors(args[0]))
         if args[-1][2]:
             yield "gradient of a bias", _size(_tensors(args[0]))
+    elif name == "addmm_":
+        yield "product added to another", _size(_tensors(args[0]))
     elif name in ARITHMETIC or func.is_view or name in FREE or not outputs:
         return
     elif name.startswith("group_norm_silu"):
-        x = args[1] if name.endswith("backward") else args[0]
-        again = () if _on_chip(x, name.endswith("backward")) else args[: 2 if name.endswith("backward") else 1]
+        backward = name.endswith("backward")
+        source = args[1:3] if backward else args[:2]
+        again = () if _on_chip(_tensors(source), backward) else (*source, args[0]) if backward else source
         yield name, _size(inputs) + _size(outputs) + _size(_tensors(again))
     else:
         yield name, _size(inputs) + _size(outputs)
 
 
-def _on_chip(x: Tensor, backward: bool) -> bool:
-    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
-    return plan(n, channels, pixels, 32, True, x.element_size(), 1 + backward, MULTIPROCESSORS).on_chip
+def _laid_out(func: Any, args: Any, result: Any) -> Any:
+    """A convolution's results in its weight's layout, as cuDNN gives them; on the meta device they are contiguous."""
+    if not func.name().startswith("aten::convolution") or not _channels_last(
+        args[2 if "backward" in func.name() else 1]
+    ):
+        return result
+    last = [
+        value.contiguous(memory_format=torch.channels_last) if isinstance(value, Tensor) and value.ndim == 4 else value
+        for value in (result if isinstance(result, (tuple, list)) else [result])
+    ]
+    return tuple(last) if isinstance(result, (tuple, list)) else last[0]
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(x: Tensor, weight: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last if _channels_last(weight) else torch.contiguous_format)
+
+
+def _on_chip(source: list[Tensor], backward: bool) -> bool:
+    x, last = source[0], _channels_last(source[0])
+    n, channels, pixels = x.shape[0], sum(each.shape[1] for each in source), x.shape[2:].numel()
+    return plan(n, channels, pixels, 32, last, x.element_size(), 1 + backward, MULTIPROCESSORS).on_chip
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -4,11 +4,11 @@ Within kernels/ only files named kernel.py import this module, because it needs 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class _Prepared:
 
     allocated: Sequence[tuple[Any, Any, torch.dtype]]  # size, stride and dtype of the outputs and temporaries
     outputs: int
-    launches: Sequence[tuple[Any, list[Any], Sequence[tuple[int, int, int]]]]  # positions, tensors and byte offsets
+    launches: Sequence[tuple[Any, Sequence[Any]]]  # what runs a kernel, and its arguments, tensors as places
 
     def __call__(self, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         """Launch, and return the outputs."""
@@ -106,11 +106,8 @@ class _Prepared:
         ]
         addresses = [tensor.data_ptr() for tensor in (*inputs, *fresh)]
         with _on(device):
-            for run, values, places in self.launches:
-                arguments = values.copy()
-                for position, tensor, offset in places:
-                    arguments[position] = addresses[tensor] + offset
-                run(*arguments)
+            for run, values in self.launches:
+                run(*_placed(values, addresses))
         return fresh[: self.outputs]
 
 
@@ -124,22 +121,45 @@ def _prepared(
     for compiled, launch in launches:
         if compiled is None:
             return None
-        values: list[Any] = []
-        places = []
-        for parameter in launch.kernel.params:
-            value = launch.arguments.get(parameter.name, parameter.default)
-            if isinstance(value, Tensor):
-                address = value.data_ptr()
-                found = [i for i, (start, _) in enumerate(spans) if start == address]
-                found = found or [i for i, (start, end) in enumerate(spans) if start <= address < end]
-                if address and len(found) != 1:
-                    return None
-                if address:
-                    places.append((len(values), found[0], address - spans[found[0]][0]))
-                value = 0
-            values.append(value)
-        prepared.append((compiled[(*launch.grid, 1, 1)[:3]], values, places))
+        arguments = [launch.arguments.get(parameter.name, parameter.default) for parameter in launch.kernel.params]
+        try:
+            values = _places(arguments, spans)
+        except LookupError:
+            return None
+        prepared.append((compiled[(*launch.grid, 1, 1)[:3]], values))
     return _Prepared([(t.size(), t.stride(), t.dtype) for t in fresh], len(outputs), prepared)
+
+
+class _Place(NamedTuple):
+    """An address in one of an operator's tensors."""
+
+    tensor: int
+    offset: int  # bytes
+
+
+def _places(values: Iterable[Any], spans: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
+    """Arguments of a kernel, in tuples within tuples, with places for their tensors; LookupError if one has none."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor) and (address := value.data_ptr()):
+            among = [i for i, (start, _) in enumerate(spans) if start == address]
+            among = among or [i for i, (start, end) in enumerate(spans) if start <= address < end]
+            if len(among) != 1:
+                raise LookupError
+            found.append(_Place(among[0], address - spans[among[0]][0]))
+        elif isinstance(value, tuple):
+            found.append(_places(value, spans))
+        else:
+            found.append(0 if isinstance(value, Tensor) else value)
+    return tuple(found)
+
+
+def _placed(values: Sequence[Any], addresses: Sequence[int]) -> tuple[Any, ...]:
+    """The values with addresses for places."""
+    return tuple([
+        addresses[v.tensor] + v.offset if type(v) is _Place else _placed(v, addresses) if type(v) is tuple else v
+        for v in values
+    ])  # fmt: skip
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

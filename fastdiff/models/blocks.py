@@ -6,11 +6,16 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff import kernels
 from fastdiff.kernels.backend import runs_triton
-from fastdiff.models.layers import Conv3x3, GroupNormSiLU, QKVLinear, Resize, TokenLinear, zeroed
+from fastdiff.models.layers import Conv1x1, Conv3x3, GroupNormSiLU, QKVLinear, Resize, TokenLinear, zeroed
 
 BIAS_IN_NORM = 32
 """Least size of a feature map to which a norm's kernel adds the bias of the convolution before it. The tiles of smaller
 ones lie in registers, where the sum that is its gradient leaves room for one program less."""
+
+
+JOINED = True
+"""Whether a residual block beside a kernel takes its two inputs as they lie, instead of their concatenation, and adds
+the biases of its output and of its 1x1 convolution in one."""
 
 
 class ResBlock(nn.Module):
@@ -48,22 +53,29 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zeroed(Conv3x3(out_channels, out_channels)),
         )
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if channels == out_channels else Conv1x1(channels, out_channels)
         self.condition_at: slice | None = None
         """This block's columns in the output of the layer that replaces all embedding layers, see for_inference()."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: (N, C, H, W), emb: (N, E), or (N, all conditions) -> (N, C', H', W')."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W), emb: (N, E), or (N, all conditions) -> (N, C', H', W').
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        ``skip``: None, or (N, C2, H, W), a skip connection, whose channels follow x's.
+        """
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, skip, use_reentrant=False)
+        return self._forward(x, emb, skip)
+
+    def _forward(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
+        kernel = runs_triton(self.backend, x)
+        joined = JOINED and kernel and isinstance(self.skip_connection, Conv1x1)
+        if skip is not None and not joined:
+            x, skip = torch.cat([x, skip], dim=1), None
         norm, _, conv = self.in_layers
-        h, x = norm(x, with_input=True)
+        h, *inputs = norm(x, second=skip, with_input=True)
         if self.resize is not None:
-            h, x = self.resize(h), self.resize(x)
-        in_norm = min(h.shape[2:]) >= BIAS_IN_NORM and runs_triton(self.backend, h)
+            h, *inputs = (self.resize(each) for each in (h, *inputs))
+        in_norm = kernel and min(h.shape[2:]) >= BIAS_IN_NORM
         h, bias = conv(h, add_bias=not in_norm), conv.bias if in_norm else None
         condition = self.emb_layers(emb) if self.condition_at is None else emb[:, self.condition_at]  # (N, C' or 2C')
         norm, _, dropout, conv = self.out_layers
@@ -72,7 +84,8 @@ class ResBlock(nn.Module):
             h = norm(h, scale, shift, input_bias=bias)
         else:
             h = norm(h + condition[:, :, None, None], input_bias=bias)
-        return self.skip_connection(x) + conv(dropout(h))
+        h = conv(dropout(h), add_bias=not joined)
+        return (self.skip_connection(*inputs, other_bias=conv.bias) if joined else self.skip_connection(*inputs)) + h
 
 
 class AttentionBlock(nn.Module):

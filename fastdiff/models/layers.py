@@ -59,6 +59,34 @@ class Conv3x3(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias if add_bias else None, self.stride, self.padding)
 
 
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution of a feature map, or of two whose channels follow each other, without concatenating them."""
+
+    bias: nn.Parameter
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, second: Tensor | None = None, other_bias: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W), second: (N, C2, H, W) or None -> (N, C', H, W). ``other_bias`` (C',) is added, too."""
+        if second is None and other_bias is None:
+            return super().forward(x)
+        bias = self.bias if other_bias is None else self.bias + other_bias
+        if second is None and not x.is_contiguous(memory_format=torch.channels_last):
+            return F.conv2d(x, self.weight, bias)
+        maps = [x] if second is None else [x, second]
+        weights = self.weight.flatten(1).split([each.shape[1] for each in maps], dim=1)
+        # products of pixels: cuBLAS adds the bias and the product before as it writes, for which cuDNN needs passes
+        rows = [each.permute(0, 2, 3, 1).flatten(0, 2) for each in maps]
+        y = F.linear(rows[0], weights[0], bias)
+        if second is not None:
+            if torch.compiler.is_compiling():  # fuses this sum with the next one
+                y = y + F.linear(rows[1], weights[1])
+            else:
+                y.addmm_(rows[1].to(y.dtype), weights[1].to(y.dtype).t())
+        return y.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
+
+
 class GroupNormSiLU(nn.Module):
     """GroupNorm, optional scale and shift, optional SiLU, as one operation of fastdiff.kernels. (N, C, *spatial)"""
 
@@ -75,17 +103,22 @@ class GroupNormSiLU(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         input_bias: Tensor | None = None,
+        second: Tensor | None = None,
         with_input: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """x: (N, C) or (N, C, *spatial); scale, shift: (N, C) or None; input_bias: (C,) or None.
 
-        With ``with_input`` x is returned, too, for its other uses, whose gradient the norm's kernel then adds.
+        The channels of ``second``, if any, follow x's. With ``with_input`` x and second are returned, too, for their
+        other uses, whose gradients the norm's kernel then adds.
         """
         if x.ndim == 2:  # the operation wants a spatial dimension
-            found = self(x[:, :, None], scale, shift, input_bias, with_input)
-            return (found[0][:, :, 0], found[1][:, :, 0]) if with_input else found[:, :, 0]
+            found = self(
+                x[:, :, None], scale, shift, input_bias, None if second is None else second[:, :, None], with_input
+            )
+            return tuple(each[:, :, 0] for each in found) if with_input else found[:, :, 0]
         options: dict[str, Any] = {"groups": GROUPS, "silu": self.silu, "backend": self.backend}
-        options |= {"scale": scale, "shift": shift, "input_bias": input_bias, "with_input": with_input}
+        options |= {"scale": scale, "shift": shift, "input_bias": input_bias}
+        options |= {"second": second, "with_input": with_input}
         return kernels.group_norm_silu(x, self.weight, self.bias, **options)
 
 

@@ -34,12 +34,16 @@ class Features(TypedDict):
 
 
 class EmbedSequential(nn.Sequential):
-    """A sequence of layers that also passes the embedding to its residual blocks."""
+    """A sequence of layers that also passes the embedding to its residual blocks, and a skip connection to the first.
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]  # one more input
-        """x: (N, C, H, W), emb: (N, E)."""
+    A layer that receives a skip connection is a residual block.
+    """
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:  # type: ignore[override]  # more
+        """x: (N, C, H, W), emb: (N, E), skip: (N, C2, H, W) or None."""
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, emb, skip) if isinstance(layer, ResBlock) else layer(x)
+            skip = None
         return x
 
 
@@ -255,7 +259,7 @@ class UNet(Encoder):
         if seen is not None:
             seen += [*skips, h]
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            h = block(h, emb, skips.pop())
             if seen is not None:
                 seen.append(h)
         return h

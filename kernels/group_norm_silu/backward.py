@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels.group_norm_silu.gradients import affine, saved, sums, write_sums, xhat_and_dz
-from fastdiff.kernels.group_norm_silu.tile import inside, of_channels, over_groups, place, ratio, read, write
+from fastdiff.kernels.group_norm_silu.tile import inside, of_channels, of_sample, over_groups, place, ratio, read, write
 
 
 @triton.jit
@@ -30,22 +30,6 @@ def group_norm_silu_backward(
     dshift,
     channels,
     pixels,
-    x_n,
-    x_c,
-    x_p,
-    dy_n,
-    dy_c,
-    dy_p,
-    other_n,
-    other_c,
-    other_p,
-    dx_n,
-    dx_c,
-    dx_p,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
     SILU: tl.constexpr,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -63,18 +47,17 @@ def group_norm_silu_backward(
     Grid: one program per sample and block of GROUPS groups of DEPTH channels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
-    x += n * x_n
-    dy += n * dy_n
-    dx += n * dx_n
-    a, b = affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
+    x, dy = of_sample(x, n), of_sample(dy, n)
+    dx, other = of_sample(dx, n), of_sample(other, n)
+    a, b = affine(weight, bias, scale, shift, n, c, real)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
     channel_bias = of_channels(input_bias, c, real)
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
     values = DEPTH * tl.cast(pixels, tl.float32)
     p = tl.arange(0, BLOCK_PIXELS)
     if ON_CHIP:
         mask = inside(real, p, pixels, EVEN)
-        xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, r, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU, "")
+        xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, r, a, b, c, p, mask, SILU, "")
         sum_dz, sum_dz_xhat = tl.sum(dz, 1), tl.sum(dz * xhat, 1)
     else:
         sum_dz, sum_dz_xhat = sums(
@@ -90,10 +73,6 @@ def group_norm_silu_backward(
             real,
             0,
             pixels,
-            x_c,
-            x_p,
-            dy_c,
-            dy_p,
             SILU,
             BLOCK_CHANNELS,
             BLOCK_PIXELS,
@@ -109,8 +88,8 @@ def group_norm_silu_backward(
         if sum_dx_out is not None:
             tl.store(sum_dx_out + n * channels + c, tl.sum(value if EVEN else tl.where(mask, value, 0.0), 1), mask=real)
         if other is not None:
-            value += read(other + n * other_n, c, p, other_c, other_p, mask, "")
-        write(dx, value, c, p, dx_c, dx_p, mask)
+            value += read(other, c, p, mask, "")
+        write(dx, value, c, p, mask)
     else:
         if sum_dx_out is not None:
             sum_dx = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
@@ -118,15 +97,13 @@ def group_norm_silu_backward(
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
             hint: tl.constexpr = "evict_first" if KEPT else ""
-            xhat, dz = xhat_and_dz(
-                x, channel_bias, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint
-            )
+            xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, r, a, b, c, at + p, mask, SILU, hint)
             value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
             if sum_dx_out is not None:
                 sum_dx += value if EVEN else tl.where(mask, value, 0.0)
             if other is not None:
-                value += read(other + n * other_n, c, at + p, other_c, other_p, mask, "")
-            write(dx, value, c, at + p, dx_c, dx_p, mask)
+                value += read(other, c, at + p, mask, "")
+            write(dx, value, c, at + p, mask)
         if sum_dx_out is not None:
             tl.store(sum_dx_out + n * channels + c, tl.sum(sum_dx, 1), mask=real)
 
@@ -148,16 +125,6 @@ def group_norm_silu_backward_sums(
     channels,
     pixels,
     pixels_per_split,
-    x_n,
-    x_c,
-    x_p,
-    dy_n,
-    dy_c,
-    dy_p,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
     SILU: tl.constexpr,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -172,9 +139,8 @@ def group_norm_silu_backward_sums(
     Grid: one program per sample and block of groups, times the splits of the pixels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
-    x += n * x_n
-    dy += n * dy_n
-    a, b = affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
+    x, dy = of_sample(x, n), of_sample(dy, n)
+    a, b = affine(weight, bias, scale, shift, n, c, real)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
     channel_bias = of_channels(input_bias, c, real)
     start = tl.program_id(1) * pixels_per_split
@@ -192,10 +158,6 @@ def group_norm_silu_backward_sums(
         real,
         start,
         stop,
-        x_c,
-        x_p,
-        dy_c,
-        dy_p,
         SILU,
         BLOCK_CHANNELS,
         BLOCK_PIXELS,
@@ -232,22 +194,6 @@ def group_norm_silu_backward_apply(
     channels,
     pixels,
     pixels_per_split,
-    x_n,
-    x_c,
-    x_p,
-    dy_n,
-    dy_c,
-    dy_p,
-    other_n,
-    other_c,
-    other_p,
-    dx_n,
-    dx_c,
-    dx_p,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
     SILU: tl.constexpr,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -265,10 +211,9 @@ def group_norm_silu_backward_apply(
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, True)
     splits = tl.num_programs(1)
     split = splits - 1 - tl.program_id(1)
-    x += n * x_n
-    dy += n * dy_n
-    dx += n * dx_n
-    a, b = affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
+    x, dy = of_sample(x, n), of_sample(dy, n)
+    dx, other = of_sample(dx, n), of_sample(other, n)
+    a, b = affine(weight, bias, scale, shift, n, c, real)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
     channel_bias = of_channels(input_bias, c, real)
 
@@ -292,7 +237,7 @@ def group_norm_silu_backward_apply(
         channels,
     )
 
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
     values = DEPTH * tl.cast(pixels, tl.float32)
     middle = ratio(over_groups(a * sum_dz, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
     slope = ratio(over_groups(a * sum_dz_xhat, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
@@ -304,14 +249,12 @@ def group_norm_silu_backward_apply(
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         hint: tl.constexpr = "evict_first" if KEPT else ""
-        xhat, dz = xhat_and_dz(
-            x, channel_bias, dy, high, low, r, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint
-        )
+        xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, r, a, b, c, at + p, mask, SILU, hint)
         value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
         if sum_dx_out is not None:
             sum_dx += value if EVEN else tl.where(mask, value, 0.0)
         if other is not None:
-            value += read(other + n * other_n, c, at + p, other_c, other_p, mask, "")
-        write(dx, value, c, at + p, dx_c, dx_p, mask)
+            value += read(other, c, at + p, mask, "")
+        write(dx, value, c, at + p, mask)
     if sum_dx_out is not None:
         tl.store(sum_dx_out + (n * splits + split) * channels + c, tl.sum(sum_dx, 1), mask=real)

@@ -12,6 +12,7 @@ from fastdiff.kernels.group_norm_silu.tile import (
     inside,
     layer,
     of_channels,
+    of_sample,
     over_groups,
     place,
     ratio,
@@ -31,8 +32,6 @@ def _moments(
     real,
     start,
     stop,
-    x_c,
-    x_p,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -46,14 +45,14 @@ def _moments(
     Both are over the pixels from start to stop. Every element of the tile has its own statistics over the chunks
     (Welford 1962), which are merged at the end (Chan et al. 1983), so that the loop has no sums across threads.
     """
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
     p = tl.arange(0, BLOCK_PIXELS)
     mean = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     deviation = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     chunks = 0.0
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        value = read_input(x, channel_bias, c, at + p, x_c, x_p, mask, "evict_last" if KEPT else "") - first[:, None]
+        value = read_input(x, channel_bias, c, at + p, mask, "evict_last" if KEPT else "") - first[:, None]
         difference = value - mean
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
@@ -105,16 +104,6 @@ def group_norm_silu_forward(
     channels,
     pixels,
     eps,
-    x_n,
-    x_c,
-    x_p,
-    y_n,
-    y_c,
-    y_p,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
     SILU: tl.constexpr,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -125,22 +114,21 @@ def group_norm_silu_forward(
     KEPT: tl.constexpr,
     ON_CHIP: tl.constexpr,
 ):
-    """y, and the mean in two parts and rstd, fp32 (N, G).
+    """y, and the mean in two parts and rstd, fp32 (N, G), of x.
 
     Grid: one program per sample and block of GROUPS groups of DEPTH channels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
-    x += n * x_n
-    y += n * y_n
-    first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
+    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
+    x, y = of_sample(x, n), of_sample(y, n)
+    first = first_of_group(x, input_bias, c, real, DEPTH)
     channel_bias = of_channels(input_bias, c, real)
-    w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
+    w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real)
     values = DEPTH * tl.cast(pixels, tl.float32)
     p = tl.arange(0, BLOCK_PIXELS)
     if ON_CHIP:
         mask = inside(real, p, pixels, EVEN)
-        value = read_input(x, channel_bias, c, p, x_c, x_p, mask, "")
+        value = read_input(x, channel_bias, c, p, mask, "")
         difference = value - first[:, None]
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
@@ -158,7 +146,7 @@ def group_norm_silu_forward(
                 apart = tl.where(mask, apart, 0.0)
         deviation = over_groups(tl.sum(apart * apart, 1), GROUPS, DEPTH, BLOCK_CHANNELS)
         rstd = _rstd(deviation, values, eps, EXACT)
-        write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, p, y_c, y_p, mask)
+        write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, p, mask)
     else:
         mean, rest, deviation = _moments(
             x,
@@ -168,8 +156,6 @@ def group_norm_silu_forward(
             real,
             0,
             pixels,
-            x_c,
-            x_p,
             GROUPS,
             DEPTH,
             BLOCK_CHANNELS,
@@ -184,9 +170,9 @@ def group_norm_silu_forward(
         for done in tl.range(0, pixels, BLOCK_PIXELS, num_stages=STAGES):
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
-            value = read_input(x, channel_bias, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else "")
+            value = read_input(x, channel_bias, c, at + p, mask, "evict_first" if KEPT else "")
             apart = centred(value, high, low, EXACT)
-            write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
+            write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, mask)
     group = n * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0)
     tl.store(high_out + group, high, mask=leads)
@@ -204,9 +190,6 @@ def group_norm_silu_statistics(
     channels,
     pixels,
     pixels_per_split,
-    x_n,
-    x_c,
-    x_p,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -220,8 +203,8 @@ def group_norm_silu_statistics(
     Grid: one program per sample and block of groups, times the splits of the pixels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
-    x += n * x_n
-    first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
+    x = of_sample(x, n)
+    first = first_of_group(x, input_bias, c, real, DEPTH)
     channel_bias = of_channels(input_bias, c, real)
     start = tl.program_id(1) * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
@@ -233,8 +216,6 @@ def group_norm_silu_statistics(
         real,
         start,
         stop,
-        x_c,
-        x_p,
         GROUPS,
         DEPTH,
         BLOCK_CHANNELS,
@@ -269,16 +250,6 @@ def group_norm_silu_apply(
     pixels,
     pixels_per_split,
     eps,
-    x_n,
-    x_c,
-    x_p,
-    y_n,
-    y_c,
-    y_p,
-    scale_n,
-    scale_c,
-    shift_n,
-    shift_c,
     SILU: tl.constexpr,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -296,12 +267,11 @@ def group_norm_silu_apply(
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, True)
     splits = tl.num_programs(1)
     split = splits - 1 - tl.program_id(1)
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
-    x += n * x_n
-    y += n * y_n
-    first = first_of_group(x, input_bias, c, real, x_c, DEPTH)
+    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
+    x, y = of_sample(x, n), of_sample(y, n)
+    first = first_of_group(x, input_bias, c, real, DEPTH)
     channel_bias = of_channels(input_bias, c, real)
-    w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
+    w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real)
 
     s = tl.arange(0, BLOCK_SPLITS)
     present = (s < splits)[:, None] & real[None, :]
@@ -322,9 +292,9 @@ def group_norm_silu_apply(
     stop = tl.minimum(start + pixels_per_split, pixels)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
-        value = read_input(x, channel_bias, c, at + p, x_c, x_p, mask, "evict_first" if KEPT else "")
+        value = read_input(x, channel_bias, c, at + p, mask, "evict_first" if KEPT else "")
         apart = centred(value, high, low, EXACT)
-        write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, y_c, y_p, mask)
+        write(y, _activated(apart, rstd, w, b, gain, offset, SILU, EXACT), c, at + p, mask)
     group = n * (channels // DEPTH) + c // DEPTH
     leads = real & (c % DEPTH == 0) & (split == 0)
     tl.store(high_out + group, high, mask=leads)

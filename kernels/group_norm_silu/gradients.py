@@ -9,20 +9,18 @@ from fastdiff.kernels.group_norm_silu.tile import centred, inside, layer, read, 
 
 
 @triton.jit
-def affine(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c):
+def affine(weight, bias, scale, shift, n, c, real):
     """a and b of z = xhat * a + b, for every channel."""
-    w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c)
+    w, b, gain, offset = layer(weight, bias, scale, shift, n, c, real)
     return w * gain, b * gain + offset
 
 
 @triton.jit
-def xhat_and_dz(
-    x, channel_bias, dy, high, low, rstd, a, b, c, p, x_c, x_p, dy_c, dy_p, mask, SILU: tl.constexpr, HINT: tl.constexpr
-):
+def xhat_and_dz(x, channel_bias, dy, high, low, rstd, a, b, c, p, mask, SILU: tl.constexpr, HINT: tl.constexpr):
     """A tile of xhat and of dz = dy * silu'(z); outside the mask dz is 0."""
-    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
-    xhat = centred(read_input(x, channel_bias, c, p, x_c, x_p, mask, HINT), high, low, EXACT) * rstd[:, None]
-    dz = read(dy, c, p, dy_c, dy_p, mask, HINT)
+    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
+    xhat = centred(read_input(x, channel_bias, c, p, mask, HINT), high, low, EXACT) * rstd[:, None]
+    dz = read(dy, c, p, mask, HINT)
     if SILU:
         z = xhat * a[:, None] + b[:, None]
         s = sigmoid(z, EXACT)
@@ -44,10 +42,6 @@ def sums(
     real,
     start,
     stop,
-    x_c,
-    x_p,
-    dy_c,
-    dy_p,
     SILU: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -62,9 +56,7 @@ def sums(
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         hint: tl.constexpr = "evict_last" if KEPT else ""
-        xhat, dz = xhat_and_dz(
-            x, channel_bias, dy, high, low, rstd, a, b, c, at + p, x_c, x_p, dy_c, dy_p, mask, SILU, hint
-        )
+        xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, rstd, a, b, c, at + p, mask, SILU, hint)
         sum_dz += dz
         sum_dz_xhat += dz * xhat
     return tl.sum(sum_dz, 1), tl.sum(sum_dz_xhat, 1)

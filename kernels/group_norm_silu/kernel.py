@@ -9,7 +9,8 @@ per sample and channel, A = sum dz and B = sum dz * xhat:
 
 The gradient of the input bias is the sum of dx over samples and pixels, taken as dx is written.
 
-Where x is an output, too, because others use it, their gradient is added to dx as it is written.
+Where x is an output, too, because others use it, their gradient is added to dx as it is written. Where x is two
+tensors, whose channels follow each other, pointers choose between them by channel; groups may have channels of both.
 
 Tiles are (channels, pixels) in every layout; strides describe the memory order. A program handles complete groups of
 one sample, and the channels of its tile are a power of two. Either all its pixels are one tile that stays in registers,
@@ -21,6 +22,7 @@ For fp32 x the first value of its group is subtracted before summation, and the 
 number and its rounding error: at x = 10000 +- 0.1 the number alone would be off by a hundredth of the deviation.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,14 +33,14 @@ from torch.autograd.function import once_differentiable
 
 from fastdiff.kernels.group_norm_silu import backward, forward, plan
 from fastdiff.kernels.group_norm_silu import parameters as parameter_gradients
+from fastdiff.kernels.group_norm_silu.tile import Joined, Strided
 from fastdiff.kernels.launch import launch, processors, register, temporary
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _dense_strides(x: Tensor) -> list[int]:
-    """Strides of a dense tensor like x: channels_last if x's channels have the smallest strides, else contiguous."""
-    shape = x.shape
+def _dense_strides(x: Tensor, shape: Sequence[int]) -> list[int]:
+    """Strides of a dense tensor in x's layout: channels_last if x's channels have the smallest strides."""
     last = shape[1] > 1 and any(size > 1 for size in shape[2:])
     last = last and all(x.stride(1) < x.stride(i) for i in range(2, x.ndim) if shape[i] > 1)
     strides, step = [0] * x.ndim, 1
@@ -48,8 +50,10 @@ def _dense_strides(x: Tensor) -> list[int]:
     return strides
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, _dense_strides(x), dtype=x.dtype, device=x.device)
+def _empty_like(x: Tensor, second: Tensor | None = None) -> Tensor:
+    """An uninitialised dense tensor in x's layout, with the channels of both."""
+    shape = x.shape if second is None else (x.shape[0], x.shape[1] + second.shape[1], *x.shape[2:])
+    return torch.empty_strided(shape, _dense_strides(x, shape), dtype=x.dtype, device=x.device)
 
 
 def _steps(x: Tensor) -> tuple[int, int, int] | None:
@@ -67,24 +71,33 @@ def _steps(x: Tensor) -> tuple[int, int, int] | None:
     return x.stride(0), x.stride(1), step if size else x.shape[1]
 
 
-def _with_steps(x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """x, or a dense copy of it in the layout of outputs, and its strides as (N, C, pixels)."""
+def _strided(x: Tensor, like: Tensor) -> Strided:
+    """x, or a dense copy of it in the layout of outputs if its pixels are not evenly spaced."""
     steps = _steps(x)
     if steps is None:
-        x = _empty_like(like).copy_(x)
+        x = torch.empty_strided(x.shape, _dense_strides(like, x.shape), dtype=x.dtype, device=x.device).copy_(x)
         steps = _steps(x)
         assert steps is not None
-    return x, steps
+    return Strided(x, *steps)
 
 
-def _named(name: str, steps: Sequence[int]) -> dict[str, int]:
-    return {f"{name}_{axis}": step for axis, step in zip("ncp", steps, strict=False)}
+def _joined(x: Tensor, second: Tensor | None, like: Tensor) -> Joined:
+    first = _strided(x, like)
+    return Joined(first) if second is None else Joined(first, _strided(second, like), x.shape[1])
 
 
-def _division(x: Tensor, x_c: int, x_p: int, groups: int, tensors: int) -> tuple[plan.Plan, dict[str, Any]]:
-    """The plan, and the arguments that all kernels take from it."""
-    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
-    chosen = plan.plan(n, channels, pixels, groups, x_c < x_p, x.element_size(), tensors, processors(x.device))
+def _condition(values: Tensor | None) -> Strided | None:
+    if values is None:
+        return None
+    n, c = values.stride()
+    return Strided(values, n, c, 1)
+
+
+def _division(x: Joined, shape: Sequence[int], groups: int, tensors: int) -> tuple[plan.Plan, dict[str, Any]]:
+    """The plan for x of this shape, and the arguments that all kernels take from it."""
+    (n, channels), pixels, first = shape[:2], math.prod(shape[2:]), x.first
+    size, device = first.at.element_size(), first.at.device
+    chosen = plan.plan(n, channels, pixels, groups, first.c < first.p, size, tensors, processors(device))
     shared = {
         "channels": channels,
         "pixels": pixels,
@@ -93,7 +106,7 @@ def _division(x: Tensor, x_c: int, x_p: int, groups: int, tensors: int) -> tuple
         "BLOCK_CHANNELS": chosen.block_channels,
         "BLOCK_PIXELS": chosen.block_pixels,
         "EVEN": pixels % chosen.block_pixels == 0,
-        "STAGES": chosen.stages if plan.pipelines(x.device) else 1,
+        "STAGES": chosen.stages if plan.pipelines(device) else 1,
         "KEPT": plan.KEPT,
         "num_warps": chosen.warps,
         "num_stages": 1,
@@ -101,15 +114,9 @@ def _division(x: Tensor, x_c: int, x_p: int, groups: int, tensors: int) -> tuple
     return chosen, shared
 
 
-def _conditions(scale: Tensor | None, shift: Tensor | None) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"scale": scale, "shift": shift}
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        arguments |= _named(name, (0, 0) if tensor is None else tensor.stride())
-    return arguments
-
-
 def group_norm_silu(
     x: Tensor,
+    second: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     scale: Tensor | None,
@@ -120,19 +127,18 @@ def group_norm_silu(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in x's layout; mean in two parts (2, N, G) and rstd (N, G), fp32."""
-    y = _empty_like(x)
+    y = _empty_like(x, second)
     n = x.shape[0]
     mean, rstd = _statistics(x, groups)
-    if x.numel() == 0:
+    if y.numel() == 0:
         return y, mean, rstd
-    x, steps = _with_steps(x, x)
-    chosen, shared = _division(x, *steps[1:], groups, tensors=1)
+    source = _joined(x, second, x)
+    chosen, shared = _division(source, y.shape, groups, tensors=1)
     grid = n * chosen.blocks(groups), chosen.splits
-    tensors: dict[str, Any] = {"x": x, **_named("x", steps), "input_bias": _dense(input_bias)}
-    outputs: dict[str, Any] = {"y": y, **_named("y", _steps(y) or ()), "rstd_out": rstd}
-    outputs |= {"high_out": mean[0], "low_out": mean[1]}
-    layer: dict[str, Any] = {"weight": weight.contiguous(), "bias": bias.contiguous(), **_conditions(scale, shift)}
-    layer |= {"eps": eps, "SILU": silu}
+    tensors: dict[str, Any] = {"x": source, "input_bias": _dense(input_bias)}
+    outputs: dict[str, Any] = {"y": _joined(y, None, y), "high_out": mean[0], "low_out": mean[1], "rstd_out": rstd}
+    layer: dict[str, Any] = {"weight": weight.contiguous(), "bias": bias.contiguous(), "eps": eps, "SILU": silu}
+    layer |= {"scale": _condition(scale), "shift": _condition(shift)}
     if chosen.splits == 1:
         whole: dict[str, Any] = {"ON_CHIP": chosen.on_chip}
         launch(forward.group_norm_silu_forward, grid, x.device, **tensors, **outputs, **layer, **shared, **whole)
@@ -152,9 +158,17 @@ def _dense(values: Tensor | None) -> Tensor | None:
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, input_bias: Any, groups: int, *rest: Any
+    x: Tensor,
+    second: Tensor | None,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    shift: Any,
+    input_bias: Any,
+    groups: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_like(x), *_statistics(x, groups)
+    return _empty_like(x, second), *_statistics(x, groups)
 
 
 def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -165,6 +179,7 @@ def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def _gradients(
     x: Tensor,
+    second: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     scale: Tensor | None,
@@ -172,8 +187,9 @@ def _gradients(
     input_bias: Tensor | None,
     parameters: bool,
 ) -> Gradients:
-    """Uninitialised dx, dweight, dbias, dscale, dshift, dinput_bias; those that are not needed are empty."""
-    size, none = x.shape[:2], (0,)
+    """Uninitialised dx, dsecond, dweight, dbias, dscale, dshift, dinput_bias; those that are not needed are empty."""
+    size, none = (x.shape[0], len(weight)), (0,)
+    dsecond = torch.empty(none, dtype=x.dtype, device=x.device) if second is None else _empty_like(second)
     dweight, dbias, dinput_bias = (
         torch.empty(none, dtype=x.dtype, device=x.device)
         if t is None
@@ -184,12 +200,13 @@ def _gradients(
         torch.empty(none if t is None else size, dtype=x.dtype if t is None else t.dtype, device=x.device)
         for t in (scale, shift)
     )
-    return _empty_like(x), dweight, dbias, dscale, dshift, dinput_bias
+    return _empty_like(x), dsecond, dweight, dbias, dscale, dshift, dinput_bias
 
 
 def group_norm_silu_backward(
     dy: Tensor,
     x: Tensor,
+    second: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     scale: Tensor | None,
@@ -198,47 +215,45 @@ def group_norm_silu_backward(
     mean: Tensor,
     rstd: Tensor,
     other: Tensor | None,
+    other_second: Tensor | None,
     silu: bool,
     parameters: bool,
 ) -> Gradients:
-    """dx plus ``other`` in x's layout, dweight, dbias, dscale, dshift, dinput_bias.
+    """dx plus ``other`` and dsecond plus ``other_second`` in the layouts of x and second, and the other gradients.
 
-    They are empty if absent or, without ``parameters``, not requested.
+    These are dweight, dbias, dscale, dshift and dinput_bias. They are empty if absent or, without ``parameters``, not
+    requested.
     """
-    gradients = _gradients(x, weight, bias, scale, shift, input_bias, parameters)
-    dx, dweight, dbias, dscale, dshift, dinput_bias = gradients
-    (n, channels), groups = x.shape[:2], rstd.shape[1]
-    if x.numel() == 0:
+    gradients = _gradients(x, second, weight, bias, scale, shift, input_bias, parameters)
+    dx, dsecond, dweight, dbias, dscale, dshift, dinput_bias = gradients
+    (n, channels), groups = dy.shape[:2], rstd.shape[1]
+    if dy.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    dy, dy_steps = _with_steps(dy, x)
-    x, steps = _with_steps(x, x)
-    chosen, shared = _division(x, *steps[1:], groups, tensors=2)
+    source = _joined(x, second, x)
+    chosen, shared = _division(source, dy.shape, groups, tensors=2)
     grid = n * chosen.blocks(groups), chosen.splits
     sum_dz, sum_dz_xhat = (temporary((n, channels), x.device) for _ in range(2))
     of_input = parameters and input_bias is not None
     sum_dx = temporary((n, chosen.splits, channels), x.device) if of_input else None
-    conditions = _conditions(scale, shift)
-    layer: dict[str, Any] = {"weight": weight.contiguous(), "bias": bias.contiguous(), **conditions, "SILU": silu}
+    gain = _condition(scale)
     tensors: dict[str, Any] = {
-        "x": x,
-        **_named("x", steps),
+        "x": source,
         "input_bias": _dense(input_bias),
-        "dy": dy,
-        **_named("dy", dy_steps),
+        "dy": _joined(dy, None, x),
         "mean_high": mean[0],
         "mean_low": mean[1],
         "rstd": rstd,
-        **layer,
+        "weight": weight.contiguous(),
+        "bias": bias.contiguous(),
+        "scale": gain,
+        "shift": _condition(shift),
+        "SILU": silu,
     }
-    if other is not None:
-        other, other_steps = _with_steps(other, x)
     outputs: dict[str, Any] = {
-        "other": other,
-        **_named("other", (0, 0, 0) if other is None else other_steps),
-        "dx": dx,
-        **_named("dx", _steps(dx) or ()),
+        "other": None if other is None else _joined(other, other_second, x),
+        "dx": _joined(dx, None if second is None else dsecond, x),
         "sum_dz_out": sum_dz,
         "sum_dz_xhat_out": sum_dz_xhat,
         "sum_dx_out": sum_dx,
@@ -264,15 +279,13 @@ def group_norm_silu_backward(
             sum_dz=sum_dz,
             sum_dz_xhat=sum_dz_xhat,
             sum_dx=sum_dx,
-            scale=scale,
+            scale=gain,
             dweight=dweight,
             dbias=dbias,
             dinput_bias=dinput_bias if of_input else None,
             samples=n,
             splits=chosen.splits,
             channels=channels,
-            scale_n=conditions["scale_n"],
-            scale_c=conditions["scale_c"],
             BLOCK_SAMPLES=min(plan.next_power(n), 64),
             BLOCK_CHANNELS=32,
             num_warps=4,
@@ -284,6 +297,7 @@ def group_norm_silu_backward(
 def _fake_backward(
     dy: Tensor,
     x: Tensor,
+    second: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     scale: Tensor | None,
@@ -291,7 +305,7 @@ def _fake_backward(
     input_bias: Tensor | None,
     *rest: Any,
 ) -> Gradients:
-    return _gradients(x, weight, bias, scale, shift, input_bias, parameters=rest[-1])
+    return _gradients(x, second, weight, bias, scale, shift, input_bias, parameters=rest[-1])
 
 
 _forward = register(group_norm_silu, _fake_forward, repeats=True)
@@ -314,23 +328,32 @@ class GroupNormSiLU(torch.autograd.Function):
         silu: bool,
         input_bias: Tensor | None,
         with_input: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        second: Tensor | None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """See op.py."""
-        y, mean, rstd = _forward(x, weight, bias, scale, shift, input_bias, groups, eps, silu)
-        ctx.save_for_backward(x, weight, bias, scale, shift, input_bias, mean, rstd)
+        y, mean, rstd = _forward(x, second, weight, bias, scale, shift, input_bias, groups, eps, silu)
+        ctx.save_for_backward(x, second, weight, bias, scale, shift, input_bias, mean, rstd)
         ctx.silu = silu
         ctx.set_materialize_grads(False)  # no gradient of an output that has no use
-        return (y, x) if with_input else y
+        if not with_input:
+            return y
+        return (y, x) if second is None else (y, x, second)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, other: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Gradients at the positions of their inputs; ``other`` is that of x's other uses."""
-        x, weight, bias, scale, shift, input_bias, mean, rstd = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dy is None else dy
+    def backward(
+        ctx: Any, dy: Tensor | None, other: Tensor | None = None, other_second: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients at the positions of their inputs; those of the other uses of x and second are added to theirs."""
+        x, second, weight, bias, scale, shift, input_bias, mean, rstd = ctx.saved_tensors
+        if dy is None:
+            dy = _empty_like(x, second).zero_()
+        if second is not None and (other is None) != (other_second is None):
+            other = torch.zeros_like(x) if other is None else other
+            other_second = torch.zeros_like(second) if other_second is None else other_second
         parameters = any(ctx.needs_input_grad[i] for i in (1, 2, 8))
-        dx, dweight, dbias, dscale, dshift, dinput_bias = _backward(
-            dy, x, weight, bias, scale, shift, input_bias, mean, rstd, other, ctx.silu, parameters
+        dx, dsecond, dweight, dbias, dscale, dshift, dinput_bias = _backward(
+            dy, x, second, weight, bias, scale, shift, input_bias, mean, rstd, other, other_second, ctx.silu, parameters
         )
         if not parameters:
             dweight = dbias = None
@@ -345,4 +368,5 @@ class GroupNormSiLU(torch.autograd.Function):
             None,
             dinput_bias if parameters and input_bias is not None else None,
             None,
+            dsecond if second is not None else None,
         )

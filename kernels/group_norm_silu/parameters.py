@@ -18,8 +18,6 @@ def group_norm_silu_backward_parameters(
     samples,
     splits,
     channels,
-    scale_n,
-    scale_c,
     BLOCK_SAMPLES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -37,7 +35,7 @@ def group_norm_silu_backward_parameters(
         of_dz = tl.load(sum_dz + offset, mask=mask, other=0.0)
         of_dz_xhat = tl.load(sum_dz_xhat + offset, mask=mask, other=0.0)
         if scale is not None:
-            pointers = scale + n[:, None] * scale_n + c.to(tl.int64)[None, :] * scale_c
+            pointers = scale.at + n[:, None] * scale.n + c.to(tl.int64)[None, :] * scale.c
             gain = 1.0 + tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
             of_dz *= gain
             of_dz_xhat *= gain

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels.group_norm_silu.reference import steady
+from fastdiff.kernels.group_norm_silu.reference import is_channels_last, joined, steady
 
 FEW_CHANNELS_PER_GROUP = 2
 """Up to these PyTorch's GroupNorm on a CPU takes up to ten times as long in channels_last: it sums over a group's
@@ -22,12 +22,14 @@ def group_norm_silu(
     silu: bool,
     input_bias: Tensor | None,
     with_input: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+    second: Tensor | None,
+) -> Tensor | tuple[Tensor, ...]:
     """See op.py. Computes in fp32 with one rounding at the end; torch.compile fuses it into one pass.
 
     This is also the fastest way in eager mode on a CPU: PyTorch's GroupNorm is slower in bf16 than in fp32.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype, sources = torch.promote_types(x.dtype, torch.float32), (x,) if second is None else (x, second)
+    x = joined(x, second)
     wide = x.to(dtype)
     if input_bias is not None:
         wide = wide + input_bias.to(dtype).view(-1, *[1] * (x.ndim - 2))
@@ -36,8 +38,8 @@ def group_norm_silu(
 
         of = x if input_bias is None else wide
         y = inductor.group_norm_silu(of, weight, bias, groups, eps, scale, shift, silu).to(x.dtype)
-        return (y, x) if with_input else y
-    few = x.device.type == "cpu" and x.shape[1] // groups <= FEW_CHANNELS_PER_GROUP and _is_channels_last(x)
+        return (y, *sources) if with_input else y
+    few = x.device.type == "cpu" and x.shape[1] // groups <= FEW_CHANNELS_PER_GROUP and is_channels_last(x)
     if few:
         wide = wide.contiguous()
     elif not torch.compiler.is_compiling():  # Inductor's statistics are numerically stable
@@ -51,8 +53,4 @@ def group_norm_silu(
     if shift is not None:
         y = y + shift.to(dtype).view(per_channel)
     y = (F.silu(y) if silu else y).to(x.dtype)
-    return (y, x) if with_input else y
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return (y, *sources) if with_input else y

@@ -16,9 +16,11 @@ def group_norm_silu(
     silu: bool,
     input_bias: Tensor | None,
     with_input: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+    second: Tensor | None,
+) -> Tensor | tuple[Tensor, ...]:
     """The definition, see op.py. Computes in fp32, or in float64 if x is float64."""
-    dtype, source = torch.promote_types(x.dtype, torch.float32), x
+    dtype, sources = torch.promote_types(x.dtype, torch.float32), (x,) if second is None else (x, second)
+    x = joined(x, second)
     if input_bias is not None:
         x = x + input_bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
     # not F.group_norm, which rejects a group of one value, whose norm is the bias
@@ -29,7 +31,21 @@ def group_norm_silu(
     if shift is not None:
         y = y + shift.to(x.dtype).view(per_channel)
     y = F.silu(y) if silu else y
-    return (y, source) if with_input else y
+    return (y, *sources) if with_input else y
+
+
+def joined(x: Tensor, second: Tensor | None) -> Tensor:
+    """Both, one after the other along the channels, in x's layout."""
+    if second is None:
+        return x
+    if is_channels_last(x):
+        second = second.contiguous(memory_format=torch.channels_last)
+    return torch.cat([x, second], dim=1)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x is in channels_last and not as well contiguous."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def steady(x: Tensor, groups: int) -> Tensor:

@@ -3,6 +3,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -10,6 +11,23 @@ import triton.language as tl
 from fastdiff.kernels.arithmetic import divide, exp, reciprocal
 
 MINUS_LOG2_E: tl.constexpr = tl.constexpr(-math.log2(math.e))
+
+
+class Strided(NamedTuple):
+    """A tensor (N, C, pixels) or, with a step of 1 for its pixels, (N, C): its first value and its steps."""
+
+    at: Any
+    n: Any
+    c: Any
+    p: Any
+
+
+class Joined(NamedTuple):
+    """A tensor, or two whose channels follow each other, the second's from ``border`` on."""
+
+    first: Any
+    second: Any = None
+    border: Any = None
 
 
 @triton.jit
@@ -46,11 +64,41 @@ def over_groups(values, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNEL
 
 
 @triton.jit
-def first_of_group(x, input_bias, c, real, x_c, DEPTH: tl.constexpr):
+def of_sample(x, n):
+    """Sample n; None stays None."""
+    if x is None:
+        return None
+    else:
+        return Joined(_moved(x.first, n), _moved(x.second, n), x.border)
+
+
+@triton.jit
+def _moved(x, n):
+    if x is None:
+        return None
+    else:
+        return Strided(x.at + n * x.n, x.n, x.c, x.p)
+
+
+@triton.jit
+def pointers(x, c, p):
+    """Pointers to a tile (channels, pixels) of one sample."""
+    if x.second is None:
+        return x.first.at + c.to(tl.int64)[:, None] * x.first.c + p.to(tl.int64)[None, :] * x.first.p
+    else:
+        first = x.first.at + c.to(tl.int64) * x.first.c
+        second = x.second.at + (c - x.border).to(tl.int64) * x.second.c
+        step = tl.where(c < x.border, x.first.p, x.second.p).to(tl.int64)
+        return tl.where(c < x.border, first, second)[:, None] + p.to(tl.int64)[None, :] * step[:, None]
+
+
+@triton.jit
+def first_of_group(x, input_bias, c, real, DEPTH: tl.constexpr):
     """The first value of its group for every channel if x is fp32; 0 for other dtypes, which do not need it."""
-    if x.dtype.element_ty == tl.float32:
+    if x.first.at.dtype.element_ty == tl.float32:
         channel = c // DEPTH * DEPTH
-        first = tl.load(x + channel.to(tl.int64) * x_c, mask=real, other=0.0)
+        at = tl.reshape(pointers(x, channel, tl.arange(0, 1)), channel.shape)
+        first = tl.load(at, mask=real, other=0.0)
         if input_bias is not None:
             first += tl.load(input_bias + channel, mask=real, other=0.0).to(tl.float32)
         return first
@@ -94,16 +142,16 @@ def centred(x, high, low, EXACT: tl.constexpr):
 
 
 @triton.jit
-def layer(weight, bias, scale, shift, n, c, real, scale_n, scale_c, shift_n, shift_c):
+def layer(weight, bias, scale, shift, n, c, real):
     """weight, bias, 1 + scale and shift, for every channel."""
     w = tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
     b = tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
     gain = tl.full(w.shape, 1.0, tl.float32)
     if scale is not None:
-        gain += tl.load(scale + n * scale_n + c.to(tl.int64) * scale_c, mask=real, other=0.0).to(tl.float32)
+        gain += tl.load(scale.at + n * scale.n + c.to(tl.int64) * scale.c, mask=real, other=0.0).to(tl.float32)
     offset = tl.zeros_like(w)
     if shift is not None:
-        offset = tl.load(shift + n * shift_n + c.to(tl.int64) * shift_c, mask=real, other=0.0).to(tl.float32)
+        offset = tl.load(shift.at + n * shift.n + c.to(tl.int64) * shift.c, mask=real, other=0.0).to(tl.float32)
     return w, b, gain, offset
 
 
@@ -142,23 +190,21 @@ def silu(z, EXACT: tl.constexpr):
 
 
 @triton.jit
-def read(x, c, p, x_c, x_p, mask, HINT: tl.constexpr):
+def read(x, c, p, mask, HINT: tl.constexpr):
     """Load a tile (channels, pixels) in fp32, 0 outside the mask; HINT is the cache's eviction policy."""
-    pointers = x + c.to(tl.int64)[:, None] * x_c + p.to(tl.int64)[None, :] * x_p
-    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=HINT).to(tl.float32)
+    return tl.load(pointers(x, c, p), mask=mask, other=0.0, eviction_policy=HINT).to(tl.float32)
 
 
 @triton.jit
-def read_input(x, bias, c, p, x_c, x_p, mask, HINT: tl.constexpr):
+def read_input(x, bias, c, p, mask, HINT: tl.constexpr):
     """Load a tile of x plus its channels' ``bias``, if any, in fp32; outside the mask it is the bias alone."""
-    value = read(x, c, p, x_c, x_p, mask, HINT)
+    value = read(x, c, p, mask, HINT)
     if bias is not None:
         value += bias[:, None]
     return value
 
 
 @triton.jit
-def write(y, value, c, p, y_c, y_p, mask):
+def write(y, value, c, p, mask):
     """Store a tile (channels, pixels), rounded to the dtype of y."""
-    pointers = y + c.to(tl.int64)[:, None] * y_c + p.to(tl.int64)[None, :] * y_p
-    tl.store(pointers, value.to(y.dtype.element_ty), mask=mask)
+    tl.store(pointers(y, c, p), value.to(y.first.at.dtype.element_ty), mask=mask)

@@ -16,8 +16,15 @@ class Launcher:
 
     def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
         _, _, _, _, _, _, *arguments = rest  # stream, function, metadata twice, hooks
-        addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-        launched.append((self.name, (x, y, z), addresses))
+        launched.append((self.name, (x, y, z), addresses_in(arguments)))
+
+
+def addresses_in(arguments: Any) -> list[Any]:
+    """The arguments, tuples as lists, and tensors as their addresses."""
+    return [
+        addresses_in(a) if isinstance(a, (tuple, list)) else a.data_ptr() if isinstance(a, torch.Tensor) else a
+        for a in arguments
+    ]
 
 
 class Idle:

@@ -41,20 +41,23 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     y, qkv = torch.empty(2, 64, 128, dtype=BF16), torch.empty(2, 64, 384, dtype=BF16)
     long_y, long_qkv = torch.empty(1, 1024, 64, dtype=BF16), torch.empty(1, 1024, 192, dtype=BF16)
     streamed = [torch.empty_like(long_y), long_qkv, long_y, torch.empty(1, 1, 1024), 1]
-    layer = [vector(128), vector(128), None, None, None]
+    layer = [None, vector(128), vector(128), None, None, None]
     expanded, repeated = torch.empty(1).expand(2, 128, 8, 8), torch.empty(2, 128, 8, 1).expand(2, 128, 8, 8)
     fp32, pair = image(2, 128, 8, torch.float32), (image(2, 128, 8), image(2, 128, 8))
+    both, others = ([image(2, 80, 8), image(2, 48, 8)] for _ in range(2))
     return {
-        "norm": (norm, [image(2, 128, 8), vector(128), vector(128), scale, shift, None, 32, 1e-5, True]),
+        "norm": (norm, [image(2, 128, 8), None, vector(128), vector(128), scale, shift, None, 32, 1e-5, True]),
         "split norm": (norm, [image(1, 128, 128, torch.float32), *layer, 32, 1e-5, True]),
-        "strided weight": (norm, [image(2, 128, 8), vector(256)[::2], vector(128), None, None, None, 32, 1e-5, True]),
+        "strided weight": (norm, [image(2, 128, 8), None, vector(256)[::2], *layer[2:], 32, 1e-5, True]),
         "input bias": (norm, [image(2, 128, 8), *layer[:-1], vector(128), 32, 1e-5, True]),
         "norm's gradient": (
             norm_backward,
-            [*pair, vector(128), vector(128), scale, shift, vector(128), *statistics, image(2, 128, 8), True, True],
+            [*pair, *layer[:3], scale, shift, vector(128), *statistics, image(2, 128, 8), None, True, True],
         ),
-        "expanded gradient": (norm_backward, [expanded, fp32, *layer, *statistics, None, True, True]),
-        "copied gradient": (norm_backward, [repeated, fp32, *layer, *statistics, None, True, True]),
+        "two inputs": (norm, [image(2, 80, 8), image(2, 48, 8), *layer[1:], 32, 1e-5, True]),
+        "gradients of two inputs": (norm_backward, [pair[0], *both, *layer[1:], *statistics, *others, True, True]),
+        "expanded gradient": (norm_backward, [expanded, fp32, *layer, *statistics, None, None, True, True]),
+        "copied gradient": (norm_backward, [repeated, fp32, *layer, *statistics, None, None, True, True]),
         "attention": (attention, [qkv, 4]),
         "attention's gradient": (attention_backward, [y, qkv, None, None, 4]),
         "long attention's gradient": (attention_backward, streamed),
@@ -93,10 +96,14 @@ def called(op: Callable[..., Any], arguments: list[Any]) -> tuple[list[Any], lis
                 names[tensor.data_ptr()] = f"{kind} {i}"
                 if tensor.ndim == 3 and tensor.shape[0] == 2:  # the second part of a mean
                     names.setdefault(tensor[1].data_ptr(), f"{kind} {i}, second half")
-    launched = [
-        (name, grid, [names.get(v, "unknown") if isinstance(v, int) and v > 2**32 else v for v in values])
-        for name, grid, values in driver.launched
-    ]
+
+    def named(values: list[Any]) -> list[Any]:
+        return [
+            named(v) if isinstance(v, list) else names.get(v, "unknown") if isinstance(v, int) and v > 2**32 else v
+            for v in values
+        ]
+
+    launched = [(name, grid, named(values)) for name, grid, values in driver.launched]
     return launched, [(tuple(t.shape), t.stride(), str(t.dtype)) for t in outputs]
 
 
@@ -114,7 +121,7 @@ def compared(op: Callable[..., Any], arguments: list[Any]) -> dict[str, object]:
     launch._Prepared.__call__ = counted  # type: ignore[method-assign]
     same = [called(op, [moved(value) for value in arguments]) == expected for _ in range(3)]
     launch._Prepared.__call__ = run  # type: ignore[method-assign]
-    unknown = any("unknown" in values for _, _, values in expected[0])
+    unknown = any("unknown" in str(values) for _, _, values in expected[0])
     return {"launches": len(expected[0]), "same": same, "prepared": len(prepared), "unknown": unknown}
 
 

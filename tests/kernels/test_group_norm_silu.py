@@ -77,8 +77,11 @@ class Case:
         spread: float = 1.0,
         input_bias: bool = False,
         with_input: bool = False,
+        second: int = 0,
     ) -> None:
         n, c = shape[:2]
+        self.second = second
+        """Of x's channels, how many an implementation gets as those of a second input."""
         memory_format = LAYOUTS[layout] if len(shape) == 4 else torch.contiguous_format
         self.x = (offset + spread * random(*shape, seed=1)).to(dtype).contiguous(memory_format=memory_format)
         self.grad = random(*shape, seed=2, dtype=dtype).contiguous(memory_format=memory_format)
@@ -91,6 +94,14 @@ class Case:
         if with_input:
             self.of_input = random(*shape, seed=7, dtype=dtype).contiguous(memory_format=memory_format)
 
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """x, or the two inputs that it stands for, each dense in x's layout."""
+        if not self.second:
+            return [x]
+        memory_format = torch.channels_last if x.ndim == 4 and x.stride(1) == 1 else torch.contiguous_format
+        both = x.split([x.shape[1] - self.second, self.second], dim=1)
+        return [each.contiguous(memory_format=memory_format) for each in both]
+
     def tensors(self) -> list[Tensor | None]:
         return [self.x, self.weight, self.bias, self.scale, self.shift, self.input_bias]
 
@@ -102,23 +113,35 @@ class Case:
             outputs = [y, leaves[0]]
         else:
             there = leaf_on_device if backend == "triton" else Tensor.detach
-            leaves = [t if t is None else there(t.detach()).requires_grad_() for t in self.tensors()]
-            x, weight, bias, scale, shift, input_bias = leaves
+            tensors = [*self.parts(self.x), *self.tensors()[1:]]
+            leaves = [t if t is None else there(t.detach()).requires_grad_() for t in tensors]
+            *sources, weight, bias, scale, shift, input_bias = leaves
+            x, second = (*sources, None)[:2]
             assert x is not None
             assert weight is not None
             assert bias is not None
             kwargs |= {"scale": scale, "shift": shift, "silu": self.silu, "input_bias": input_bias, "backend": backend}
+            kwargs["second"] = second
             if self.of_input is None:
                 outputs = [group_norm_silu(x, weight, bias, **kwargs)]
             else:
                 outputs = [*group_norm_silu(x, weight, bias, with_input=True, **kwargs)]
-                assert torch.equal(outputs[1], x)
+                assert all(torch.equal(found, given) for found, given in zip(outputs[1:], sources, strict=True))
             y = outputs[0]
-        wanted = {name: leaf for name, leaf in zip(NAMES[1:], leaves, strict=True) if leaf is not None}
-        grads = [t for t in (self.grad, self.of_input) if t is not None]
+        names = NAMES[1:] if len(leaves) == len(NAMES) - 1 else ["dx", "dsecond", *NAMES[2:]]
+        wanted = {name: leaf for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
+        of_inputs = (
+            [] if self.of_input is None else [self.of_input] if backend == "truth" else self.parts(self.of_input)
+        )
+        grads = [self.grad, *of_inputs]
         grads = [leaf_on_device(t) if backend == "triton" else t.to(y.dtype) for t in grads]
         gradients = torch.autograd.grad(outputs[: len(grads)], list(wanted.values()), grads)
-        return {"y": y.detach().cpu()} | {name: g.cpu() for name, g in zip(wanted, gradients, strict=True)}
+        found = {name: g.cpu() for name, g in zip(wanted, gradients, strict=True)}
+        if "dsecond" in found:
+            if backend == "triton":
+                assert all(found[name].stride() == wanted[name].stride() for name in ("dx", "dsecond"))
+            found["dx"] = torch.cat([found["dx"], found.pop("dsecond")], dim=1)
+        return {"y": y.detach().cpu()} | found
 
 
 def hold(case: Case, backend: str = "torch", **kwargs: Any) -> None:
@@ -177,6 +200,33 @@ def test_the_gradient_of_the_input_as_an_output_is_added(layout: str, dtype: tor
     assert case.of_input is not None
     case.of_input = case.of_input.contiguous(memory_format=LAYOUTS[other])
     hold(case, backend)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), IN_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("second", "with_input"), [(32, True), (40, True), (93, False)])
+def test_two_inputs_are_their_concatenation(
+    second: int, with_input: bool, layout: str, dtype: torch.dtype, backend: str
+) -> None:
+    """Whether or not a group has channels of both."""
+    hold(Case((2, 96, 5, 3), dtype, layout, with_input=with_input, second=second), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_inputs_in_different_layouts(backend: str) -> None:
+    case = Case((2, 96, 5, 4), layout="channels_last", second=40)
+    there = leaf_on_device if backend == "triton" else Tensor.detach
+    x, second = (there(each).requires_grad_() for each in case.parts(case.x))
+    second = second.detach().contiguous().requires_grad_()
+    weight, bias = there(case.weight), there(case.bias)
+    y = group_norm_silu(x, weight, bias, second=second, backend=backend)
+    assert y.shape == case.x.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if backend == "triton":
+        gradients = torch.autograd.grad(y.sum(), [x, second])
+        assert [gradient.stride() for gradient in gradients] == [x.stride(), second.stride()]
+    expected = group_norm_silu(there(case.x), weight, bias, backend=backend)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", PYTORCH)
@@ -423,3 +473,16 @@ def test_an_output_without_use_has_no_gradient() -> None:
     (alone,) = torch.autograd.grad(group_norm_silu(x, weight, bias, backend="triton"), x, gradient)
     assert torch.equal(torch.autograd.grad(y, x, gradient, retain_graph=True)[0], alone)
     assert torch.equal(torch.autograd.grad(same, x, gradient)[0], gradient)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_two_outputs_without_use_has_no_gradient(used: int) -> None:
+    case = Case((2, 96, 4, 4), second=40)
+    weight, bias = (leaf_on_device(t) for t in (case.weight, case.bias))
+    inputs = [leaf_on_device(each).requires_grad_() for each in case.parts(case.x)]
+    y, *same = group_norm_silu(inputs[0], weight, bias, second=inputs[1], with_input=True, backend="triton")
+    gradient, of_used = case.grad.to(DEVICE), torch.ones_like(inputs[used])
+    alone = torch.autograd.grad(y, inputs, gradient, retain_graph=True)
+    found = torch.autograd.grad([y, same[used]], inputs, [gradient, of_used])
+    torch.testing.assert_close(found[used], alone[used] + 1, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[1 - used], alone[1 - used])

@@ -46,6 +46,7 @@ FORCED = pairwise(
         "shift": [True, False],
         "input_bias": [True, False],
         "with_input": [True, False],
+        "second": [0, 40, 64],  # 40: a group has channels of both
     }
 )
 
@@ -53,7 +54,7 @@ FORCED = pairwise(
 @pytest.mark.parametrize("chosen", FORCED, ids=lambda chosen: "-".join(map(str, chosen.values())))
 def test_budget_of_every_plan(chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     change_plan(monkeypatch, chosen["kind"], chosen["groups"])
-    flags = {name: chosen[name] for name in ("scale", "shift", "input_bias", "with_input")}
+    flags = {name: chosen[name] for name in ("scale", "shift", "input_bias", "with_input", "second")}
     hold(Case((2, chosen["channels"], *chosen["spatial"]), chosen["dtype"], chosen["layout"], **flags), "triton")
 
 
@@ -165,11 +166,13 @@ def test_launches() -> None:
     """One forward; backward one more, which only the parameters need."""
     x, weight, mean = torch.empty(2, 64, 8, 8), torch.empty(64), torch.empty(2, 32)
     with recording() as launches:
-        kernel.group_norm_silu(x, weight, weight, None, None, None, 32, 1e-5, True)
+        kernel.group_norm_silu(x, None, weight, weight, None, None, None, 32, 1e-5, True)
         assert len(launches) == 1
         for parameters in (False, True):
             launches.clear()
-            kernel.group_norm_silu_backward(x, x, weight, weight, None, None, None, mean, mean, None, True, parameters)
+            kernel.group_norm_silu_backward(
+                x, x, None, weight, weight, None, None, None, mean, mean, None, None, True, parameters
+            )
             assert len(launches) == 1 + parameters
 
 
@@ -204,12 +207,12 @@ def test_offsets_past_two_to_the_31(apart: str, kind: str, monkeypatch: pytest.M
         return memory.as_strided(shape, strides).copy_(tensor)
 
     layer = [t.to(DEVICE) for t in (case.weight, case.bias, case.scale, case.shift) if t is not None]
-    y, mean, rstd = kernel.group_norm_silu(far(case.x), *layer, None, 32, 1e-5, True)
+    y, mean, rstd = kernel.group_norm_silu(far(case.x), None, *layer, None, 32, 1e-5, True)
     close = {"rtol": 2**-9, "atol": 1e-3}  # a strange layout is read in tiles of another shape, summed in another order
     torch.testing.assert_close(y.cpu(), near["y"], **close)
     for far_x, far_dy in ((True, False), (False, True)):  # one at a time: they share the memory
         x, dy = far(case.x) if far_x else case.x.to(DEVICE), far(case.grad) if far_dy else case.grad.to(DEVICE)
-        dx, *_ = kernel.group_norm_silu_backward(dy, x, *layer, None, mean, rstd, None, True, True)
+        dx, *_ = kernel.group_norm_silu_backward(dy, x, None, *layer, None, mean, rstd, None, None, True, True)
         torch.testing.assert_close(dx.cpu(), near["dx"], **close)
 
 
@@ -226,38 +229,41 @@ def test_nothing_to_norm(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "conditioned", "silu", "parameters"),
+    ("layout", "conditioned", "silu", "parameters", "two"),
     [
-        ("contiguous", True, True, False),
-        ("channels_last", True, True, True),
-        ("channels_last", False, False, True),
+        ("contiguous", True, True, False, False),
+        ("channels_last", True, True, True, True),
+        ("channels_last", False, False, True, False),
     ],
 )
-def test_opcheck(layout: str, conditioned: bool, silu: bool, parameters: bool) -> None:
+def test_opcheck(layout: str, conditioned: bool, silu: bool, parameters: bool, two: bool) -> None:
     """Of few values: opcheck calls an operator a dozen times."""
-    case = Case((2, 32, 2, 3), layout=layout, scale=conditioned, shift=conditioned, input_bias=silu)
-    x, *layer = (t if t is None else t.to(DEVICE) for t in case.tensors())
+    flags = {"scale": conditioned, "shift": conditioned, "input_bias": silu}
+    case = Case((2, 32, 2, 3), layout=layout, second=20 * two, **flags)
+    layer = [t if t is None else t.to(DEVICE) for t in case.tensors()[1:]]
+    x, second = (*(t.to(DEVICE) for t in case.parts(case.x)), None)[:2]
     forward, backward = torch.ops.fastdiff.group_norm_silu, torch.ops.fastdiff.group_norm_silu_backward
-    arguments = (x, *layer, 32, 1e-5, silu)
+    arguments = (x, second, *layer, 32, 1e-5, silu)
     torch.library.opcheck(forward.default, arguments)
     _, mean, rstd = forward(*arguments)
     gradient = case.grad.to(DEVICE).mT.contiguous().mT
-    added = gradient if parameters else None
-    torch.library.opcheck(backward.default, (gradient, x, *layer, mean, rstd, added, silu, parameters))
+    added = [*case.parts(gradient), None][:2] if parameters else (None, None)
+    torch.library.opcheck(backward.default, (gradient, x, second, *layer, mean, rstd, *added, silu, parameters))
 
 
 class Layer(nn.Module):
-    """Two norms with a product between them, the second without condition, plus the input."""
+    """Two norms with a product between them, the second without condition and of two inputs, plus the input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.GroupNorm(32, 64), nn.GroupNorm(32, 64)
+        self.first, self.second = nn.GroupNorm(32, 64), nn.GroupNorm(32, 128)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = condition.chunk(2, dim=1)
         first, second = self.first, self.second
         y, x = group_norm_silu(x, first.weight, first.bias, scale=scale, shift=shift, with_input=True, backend="triton")
-        return x + group_norm_silu(2 * y + 1, second.weight, second.bias, backend="triton")
+        y, _, x = group_norm_silu(2 * y + 1, second.weight, second.bias, second=x, with_input=True, backend="triton")
+        return x + y[:, :64] * y[:, 64:]
 
 
 def gradients(run: Callable[..., Tensor], layer: Layer, layout: str) -> list[Tensor]:

@@ -172,6 +172,7 @@ def norms_of_a_step() -> Counter[NormShape]:
         x: Tensor,
         *conditions: Tensor,
         input_bias: Tensor | None = None,
+        second: Tensor | None = None,
         with_input: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         found[NormShape(x.shape[1], x.shape[2], len(conditions) > 0, module.silu)] += 1

@@ -85,17 +85,21 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
 
 
 def _norm(shape: NormShape, n: int, dtype: torch.dtype, memory_format: torch.memory_format, pipelined: bool) -> None:
-    size = (n, shape.channels, shape.size, shape.size)
-    x = torch.empty(size, dtype=dtype, memory_format=memory_format).requires_grad_()
+    x, second = (
+        torch.empty((n, channels, shape.size, shape.size), dtype=dtype, memory_format=memory_format).requires_grad_()
+        if channels
+        else None
+        for channels in (shape.channels - shape.second, shape.second)
+    )
     weight, bias = torch.empty(2, shape.channels).requires_grad_().unbind(0)
     scale, shift = None, None
     if shape.conditioned:
         scale, shift = torch.empty(n, 2 * shape.channels, dtype=dtype).requires_grad_().chunk(2, dim=1)
     input_bias = torch.empty(shape.channels).requires_grad_() if shape.input_bias else None
-    leaves = [t for t in (x, weight, bias, scale, shift, input_bias) if t is not None]
+    leaves = [t for t in (x, second, weight, bias, scale, shift, input_bias) if t is not None]
     with patch.object(norm_plan, "PIPELINES_WITHOUT_A_GPU", pipelined):
         run = norm_op.IMPLEMENTATIONS[Backend.TRITON]
-        found = run(x, weight, bias, 32, 1e-5, scale, shift, shape.silu, input_bias, shape.with_input)
+        found = run(x, weight, bias, 32, 1e-5, scale, shift, shape.silu, input_bias, shape.with_input, second)
         outputs = found if shape.with_input else [found]
         torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs])
 

@@ -55,25 +55,33 @@ class Program:
     def of(cls, launch: Launch, workload: str) -> Self:
         """A launch's program, specialised as the launch does: ones become constants, multiples of 16 are declared."""
         kernel = launch.kernel
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
+        signature: dict[str, Any] = {}
+        constants: dict[Any, Any] = {}
         attributes: dict[tuple[int, ...], list[list[object]]] = {}
-        for index, parameter in enumerate(kernel.params):
-            name, value = parameter.name, launch.arguments.get(parameter.name, parameter.default)
+
+        def typed(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
+            """The type of an argument, or of one in a tuple; notes what is constant or a multiple of 16."""
             plain = isinstance(value, int) and not parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (plain and value == 1):
-                signature[name], constants[name] = "constexpr", value
-                continue
+                constants[parameter.name if len(path) == 1 else path] = value
+                return "constexpr"
+            if isinstance(value, tuple):
+                return type(value)(*(typed(part, (*path, i), parameter) for i, part in enumerate(value)))
             if isinstance(value, torch.Tensor):
-                signature[name], multiple = "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
+                kind, multiple = "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
             elif isinstance(value, float):
-                signature[name], multiple = "fp32", False
+                kind, multiple = "fp32", False
             else:
                 wide = not -(2**31) <= value < 2**31
-                signature[name] = parameter.annotation_type or ("i64" if wide else "i32")
+                kind = parameter.annotation_type or ("i64" if wide else "i32")
                 multiple = plain and value % 16 == 0
             if multiple:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+                attributes[path] = [["tt.divisibility", 16]]
+            return kind
+
+        for index, parameter in enumerate(kernel.params):
+            value = launch.arguments.get(parameter.name, parameter.default)
+            signature[parameter.name] = typed(value, (index,), parameter)
         source = ASTSource(kernel, signature, constants, attributes)
         return cls(source, launch.num_warps, launch.num_stages, workload)
 

@@ -25,6 +25,8 @@ class NormShape(NamedTuple):
     silu: bool
     input_bias: bool = False
     with_input: bool = False
+    second: int = 0
+    """Channels of the second of two inputs; ``channels`` counts both."""
 
 
 class AttentionShape(NamedTuple):
@@ -47,11 +49,14 @@ def preset_shapes() -> tuple[list[NormShape], list[AttentionShape]]:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         input_bias: Tensor | None = None,
+        second: Tensor | None = None,
         with_input: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        size = x.shape[1], x.shape[2]
-        norms.add(NormShape(*size, scale is not None, module.silu, input_bias is not None, with_input))
-        return (x, x) if with_input else x
+    ) -> Tensor | tuple[Tensor, ...]:
+        both = 0 if second is None else second.shape[1]
+        size = x.shape[1] + both, x.shape[2]
+        norms.add(NormShape(*size, scale is not None, module.silu, input_bias is not None, with_input, both))
+        y = x if second is None else torch.cat([x, second], dim=1)
+        return (y, x, *([] if second is None else [second])) if with_input else y
 
     def attention(module: AttentionBlock, x: Tensor) -> Tensor:
         norm(module.norm, x, with_input=True)
