@@ -4,11 +4,11 @@ Within kernels/ only files named kernel.py import this module, because it needs 
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +97,8 @@ class _Prepared:
 
     allocated: Sequence[tuple[Any, Any, torch.dtype]]  # size, stride and dtype of the outputs and temporaries
     outputs: int
-    launches: Sequence[tuple[Any, Sequence[Any]]]  # what runs a kernel, and its arguments, tensors as places
+    launches: Sequence[tuple[Any, Callable[[Sequence[int]], tuple[Any, ...]]]]
+    """What runs a kernel, and its arguments for the addresses of the inputs, outputs and temporaries."""
 
     def __call__(self, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         """Launch, and return the outputs."""
@@ -106,8 +107,8 @@ class _Prepared:
         ]
         addresses = [tensor.data_ptr() for tensor in (*inputs, *fresh)]
         with _on(device):
-            for run, values in self.launches:
-                run(*_placed(values, addresses))
+            for run, arguments_at in self.launches:
+                run(*arguments_at(addresses))
         return fresh[: self.outputs]
 
 
@@ -121,45 +122,35 @@ def _prepared(
     for compiled, launch in launches:
         if compiled is None:
             return None
-        arguments = [launch.arguments.get(parameter.name, parameter.default) for parameter in launch.kernel.params]
+        arguments = tuple(launch.arguments.get(each.name, each.default) for each in launch.kernel.params)
+        constants: list[Any] = []
         try:
-            values = _places(arguments, spans)
+            text = _written(arguments, spans, constants)
         except LookupError:
             return None
-        prepared.append((compiled[(*launch.grid, 1, 1)[:3]], values))
+        # compiled, because a loop over the arguments costs every launch about ten microseconds
+        arguments_at = eval(f"lambda a: {text}", {"constants": constants})
+        prepared.append((compiled[(*launch.grid, 1, 1)[:3]], arguments_at))
     return _Prepared([(t.size(), t.stride(), t.dtype) for t in fresh], len(outputs), prepared)
 
 
-class _Place(NamedTuple):
-    """An address in one of an operator's tensors."""
+def _written(value: Any, spans: Sequence[tuple[int, int]], constants: list[Any]) -> str:
+    """A kernel's argument as an expression of the tensors' addresses ``a``; LookupError if a tensor has no place there.
 
-    tensor: int
-    offset: int  # bytes
-
-
-def _places(values: Iterable[Any], spans: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
-    """Arguments of a kernel, in tuples within tuples, with places for their tensors; LookupError if one has none."""
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor) and (address := value.data_ptr()):
-            among = [i for i, (start, _) in enumerate(spans) if start == address]
-            among = among or [i for i, (start, end) in enumerate(spans) if start <= address < end]
-            if len(among) != 1:
-                raise LookupError
-            found.append(_Place(among[0], address - spans[among[0]][0]))
-        elif isinstance(value, tuple):
-            found.append(_places(value, spans))
-        else:
-            found.append(0 if isinstance(value, Tensor) else value)
-    return tuple(found)
-
-
-def _placed(values: Sequence[Any], addresses: Sequence[int]) -> tuple[Any, ...]:
-    """The values with addresses for places."""
-    return tuple([
-        addresses[v.tensor] + v.offset if type(v) is _Place else _placed(v, addresses) if type(v) is tuple else v
-        for v in values
-    ])  # fmt: skip
+    Tuples may be within tuples. What is not written is put into ``constants``.
+    """
+    if isinstance(value, tuple):
+        return "(" + "".join(f"{_written(part, spans, constants)}, " for part in value) + ")"
+    if isinstance(value, Tensor):
+        if not (address := value.data_ptr()):
+            return "0"
+        found = [i for i, (start, _) in enumerate(spans) if start == address]
+        found = found or [i for i, (start, end) in enumerate(spans) if start <= address < end]
+        if len(found) != 1:
+            raise LookupError
+        return f"a[{found[0]}] + {address - spans[found[0]][0]}"
+    constants.append(value)
+    return f"constants[{len(constants) - 1}]"
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

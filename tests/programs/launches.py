@@ -52,7 +52,8 @@ def _workloads(thorough: bool) -> Iterator[Workload]:
     layouts = list(LAYOUTS) if thorough else ["channels_last"]
     norms, attentions = preset_shapes()
     for dtype, n, layout, shape in itertools.product(dtypes, BATCHES, layouts, norms):
-        label = f"C{shape.channels} {shape.size}x{shape.size} N{n} {TYPES[dtype]} {layout}"
+        channels = f"{shape.channels - shape.second}+{shape.second}" if shape.second else shape.channels
+        label = f"C{channels} {shape.size}x{shape.size} N{n} {TYPES[dtype]} {layout}"
         for pipelined, targets in ((True, ("sm_80", "sm_90", "sm_100")), (False, ("gfx942",))):
             yield f"norm {label}", partial(_norm, shape, n, dtype, LAYOUTS[layout], pipelined), targets
     for dtype, n, attended in itertools.product(dtypes, BATCHES, attentions):
