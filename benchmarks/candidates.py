@@ -73,7 +73,7 @@ def job_of(suite: str, models: Models, rung: Rung, stack: ExitStack, workload: W
     workload = workload or models.workload
     if suite == "train":
         return _trained(models, rung, stack, workload) if rung.trainer else _updated(models, rung)
-    candidate = models.inference(rung.config)
+    candidate = models.inference(rung.config, beside=rung.beside)
     if suite == "unet":
         return forward(workload, candidate)
     drawing = Drawing(models.workload, candidate.call, candidate.runtime.kernels, rung.graphs)
@@ -158,7 +158,7 @@ class Updates:
 
 def _updated(models: Models, rung: Rung) -> Job:
     """Updates, the first of which is checked, without dropout, which is random."""
-    workload, candidate = models.workload, models.training(rung.config)
+    workload, candidate = models.workload, models.training(rung.config, rung.beside)
     runtime, module = candidate.runtime, candidate.module
     updates = Updates(workload, module, candidate.call, runtime.kernels, rung.fused, runtime.memory_format)
     x, t, conditions = inputs(workload)
@@ -307,7 +307,7 @@ def stepping(models: Models, rung: Rung) -> Job:
 
     A rung with a ``mode`` of torch.compile takes the latter, with noise of the device's generator, which is cheaper.
     """
-    workload, candidate = models.workload, models.inference(rung.config, rung.mode)
+    workload, candidate = models.workload, models.inference(rung.config, rung.mode, rung.beside)
     x, _, conditions = inputs(workload)
     if rung.mode:
         diffusion = build_diffusion(workload.diffusion, candidate.runtime.kernels)

@@ -157,7 +157,7 @@ TRAINED = {
     "trainer": _training("trainer"),
     "compile": _training("+ compile"),
     "eager": _training("+ fused optimizer", our=Kernels.AUTO),
-    "ladder": _training("+ Triton kernels"),
+    "ladder": _training("+ Triton kernels", "+ beside the norms"),
     NO_REINDEXING: _training("+ compile"),
 }
 """Training steps by the name of their process."""

@@ -12,6 +12,7 @@ from fastdiff.benchmarks.workload import TOLERANCE, Workload, inputs, randomised
 from fastdiff.config import Compile, Kernels, MemoryFormat, Precision, RuntimeConfig
 from fastdiff.kernels.backend import HAS_TRITON
 from fastdiff.models import UNet, build_model
+from fastdiff.models.blocks import AttentionBlock, ResBlock
 from fastdiff.runtime.device import Runtime, has_native_bf16
 
 PLAIN = RuntimeConfig(
@@ -45,6 +46,7 @@ class Rung:
     fused: bool = False  # the optimizer in one kernel, the EMAs in one call
     graphs: bool = False  # CUDA graphs of the sampling steps
     trainer: bool = False  # the Trainer's update, with its guards
+    beside: bool = False  # the norms' kernels take over work beside them
     mode: str = ""  # of torch.compile, in place of the runtime's
 
 
@@ -64,6 +66,7 @@ def ladder(suite: str, device: torch.device) -> list[Rung]:
         (training, "+ fused optimizer", {}, {"fused": True}),
         (compiles, "+ compile", {"compile": Compile.ON}, {}),
         (on_gpu and HAS_TRITON, "+ Triton kernels", {"kernels": Kernels.AUTO}, {}),
+        (on_gpu and HAS_TRITON, "+ beside the norms", {}, {"beside": True}),
         (on_gpu and suite == "sample", "+ CUDA graph", {}, {"graphs": True}),
         (training, "trainer", {}, {"trainer": True}),
     ]
@@ -101,7 +104,7 @@ def as_asked(suite: str, config: RuntimeConfig, device: torch.device) -> list[Ru
     said = f"{runtime.precision}, {how}, {runtime.memory_format}, kernels {runtime.kernels}"
     compile = Compile.ON if compiled else Compile.OFF
     asked = replace(config, device=str(device), precision=runtime.precision, compile=compile)
-    rung = Rung(f"asked: {said}", asked, fused=True, graphs=True, trainer=suite == "train")
+    rung = Rung(f"asked: {said}", asked, fused=True, graphs=True, beside=True, trainer=suite == "train")
     plain = [one for one in ladder(suite, device)[:2] if one.name in ("plain", TF32)]
     return [*plain, rung]
 
@@ -123,7 +126,7 @@ class Models:
         torch.manual_seed(0)
         self._initial = randomised(build_model(workload.model).state_dict())
         self.num_parameters = sum(p.numel() for p in self._initial.values())
-        self._inference: dict[tuple[RuntimeConfig, str], Candidate] = {}
+        self._inference: dict[tuple[RuntimeConfig, str, bool], Candidate] = {}
         self._results: dict[str, Tensor] = {}
 
     def plain(self, what: str, compute: Callable[[Candidate], Tensor]) -> Tensor:
@@ -136,25 +139,27 @@ class Models:
         """Compute at once what the candidates' outputs, or if ``training`` their gradients, are compared with."""
         _ = self._expected_gradients if training else self._expected_output
 
-    def inference(self, config: RuntimeConfig, mode: str = "") -> Candidate:
+    def inference(self, config: RuntimeConfig, mode: str = "", beside: bool = False) -> Candidate:
         """The model as the engine calls it, its weights cast once; ValueError if its output is not the plain path's.
 
-        With a ``mode`` torch.compile prepares it in that mode. It is cached, so that the suites share compiled models.
+        With a ``mode`` torch.compile prepares it in that mode; ``beside`` as in a rung. It is cached, so that the
+        suites share compiled models.
         """
-        if (config, mode) not in self._inference:
+        key = config, mode, beside
+        if key not in self._inference:
             runtime = Runtime.resolve(config)
-            module = runtime.cast(self._module(runtime).for_inference())
+            module = runtime.cast(self._module(runtime, beside).for_inference())
             compiled = runtime.eager(torch.compile(module, dynamic=False, mode=mode)) if mode else None
             candidate = Candidate(module, compiled or runtime.prepare(module, LONG), runtime)
             tolerance = TOLERANCE[runtime.precision]
             require_close(self._output(candidate), self._expected_output, tolerance, "differs from the plain path")
-            self._inference[config, mode] = candidate
-        return self._inference[config, mode]
+            self._inference[key] = candidate
+        return self._inference[key]
 
-    def training(self, config: RuntimeConfig) -> Candidate:
+    def training(self, config: RuntimeConfig, beside: bool = False) -> Candidate:
         """The model as it is trained; ValueError if its output or gradients are not the plain path's."""
         runtime = Runtime.resolve(config)
-        module = self._module(runtime).train()
+        module = self._module(runtime, beside).train()
         return self.checked(Candidate(module, runtime.prepare(module, LONG), runtime))
 
     def checked(self, candidate: Candidate) -> Candidate:
@@ -185,8 +190,11 @@ class Models:
         module = self._module(self._plain).train()
         return self._gradients(Candidate(module, self._plain.eager(module), self._plain))
 
-    def _module(self, runtime: Runtime) -> UNet:
+    def _module(self, runtime: Runtime, beside: bool = False) -> UNet:
         module = build_model(self.workload.model, runtime.kernels, runtime.memory_format)
+        for block in module.modules():
+            if isinstance(block, (ResBlock, AttentionBlock)):
+                block.fuses = beside
         module.load_state_dict(self._initial)
         return module.to(self.workload.device)
 

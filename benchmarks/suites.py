@@ -119,7 +119,13 @@ def measure_step(
     with_step = replace(work, fp32_bytes=moved)
     table = _Table("step", workload, roofline)
     with side_stream(workload.device), _never_eager():
-        table.enter("model call", precision, work, lambda: forward(workload, models.inference(rung.config)), graph=True)
+        table.enter(
+            "model call",
+            precision,
+            work,
+            lambda: forward(workload, models.inference(rung.config, beside=rung.beside)),
+            graph=True,
+        )
         table.enter("model call and step", precision, with_step, partial(stepping, models, rung))
         for rival in rivals:
             build = partial(stepping, models, rival)

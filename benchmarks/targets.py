@@ -105,7 +105,7 @@ def training_verdicts(rows: Sequence[Mapping[str, str]], peak_flops: float | Non
     measured limit takes its place.
     """
     timed = {row["candidate"]: row for row in rows}
-    ours = [timed[name] for name in ("+ Triton kernels", "trainer") if name in timed]
+    ours = [timed[name] for name in ("+ Triton kernels", "+ beside the norms", "trainer") if name in timed]
     rival = float(timed["+ compile"]["median_s"]) if "+ compile" in timed else math.nan
     faster, shares = [], []
     for row in ours:

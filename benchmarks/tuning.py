@@ -118,7 +118,7 @@ def different(case: Case, direction: str, inputs: Inputs) -> dict[str, Changes]:
 
 
 def _division(launch: Launch) -> object:
-    plain = {name: value for name, value in launch.arguments.items() if not isinstance(value, torch.Tensor)}
+    plain = {name: value for name, value in launch.arguments.items() if not isinstance(value, (torch.Tensor, tuple))}
     return launch.kernel.fn.__name__, launch.grid, plain, launch.num_warps, launch.num_stages
 
 

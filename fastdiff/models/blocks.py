@@ -13,11 +13,6 @@ BIAS_IN_NORM = 32
 ones lie in registers, where the sum that is its gradient leaves room for one program less."""
 
 
-JOINED = True
-"""Whether a residual block beside a kernel takes its two inputs as they lie, instead of their concatenation, and adds
-the biases of its output and of its 1x1 convolution in one."""
-
-
 class ResBlock(nn.Module):
     """norm, SiLU, conv; the embedding; norm, SiLU, dropout, conv; plus the input.
 
@@ -26,6 +21,10 @@ class ResBlock(nn.Module):
     (Dhariwal & Nichol 2021, section 3). The nn.Identity layers replace the original's separate SiLU modules, to keep
     the indices in the state-dict keys.
     """
+
+    fuses = True
+    """Whether the norms' kernels take over work beside them: the biases of convolutions before them, the concatenation
+    of their inputs, whose 1x1 convolution then adds its product and all biases at once, and sums of gradients."""
 
     def __init__(
         self,
@@ -67,12 +66,12 @@ class ResBlock(nn.Module):
         return self._forward(x, emb, skip)
 
     def _forward(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
-        kernel = runs_triton(self.backend, x)
-        joined = JOINED and kernel and isinstance(self.skip_connection, Conv1x1)
+        kernel = self.fuses and runs_triton(self.backend, x)
+        joined = kernel and isinstance(self.skip_connection, Conv1x1)
         if skip is not None and not joined:
             x, skip = torch.cat([x, skip], dim=1), None
         norm, _, conv = self.in_layers
-        h, *inputs = norm(x, second=skip, with_input=True)
+        h, *inputs = norm(x, second=skip, with_input=True) if self.fuses else (norm(x), x)
         if self.resize is not None:
             h, *inputs = (self.resize(each) for each in (h, *inputs))
         in_norm = kernel and min(h.shape[2:]) >= BIAS_IN_NORM
@@ -91,6 +90,9 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Residual self-attention over the pixels of a feature map."""
 
+    fuses = True
+    """Whether the norm's kernel adds the gradient of its input's other use."""
+
     def __init__(self, channels: int, heads: int, use_checkpoint: bool, backend: str, new_order: bool = False) -> None:
         super().__init__()
         self.heads = heads
@@ -107,7 +109,7 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        y, x = self.norm(x, with_input=True)
+        y, x = self.norm(x, with_input=True) if self.fuses else (self.norm(x), x)
         tokens = y.flatten(2).transpose(1, 2)  # (N, T, C), a view if x is channels_last
         h = self.proj_out(kernels.attention(self.qkv(tokens), self.heads, backend=self.backend))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])

@@ -43,7 +43,7 @@ def test_each_rung_is_one_change_more(suite: str, able: bool) -> None:
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-@pytest.mark.parametrize(("suite", "last"), [("unet", "+ Triton kernels"), ("sample", "+ CUDA graph")])
+@pytest.mark.parametrize(("suite", "last"), [("unet", "+ beside the norms"), ("sample", "+ CUDA graph")])
 def test_a_gpu_has_more_rungs(monkeypatch: pytest.MonkeyPatch, suite: str, last: str, tf32: bool) -> None:
     gpu = torch.device("cuda", 0)
     on_gpu = Runtime(gpu, Precision.BF16, Compile.ON, Kernels.AUTO, MemoryFormat.CHANNELS_LAST)
@@ -54,7 +54,8 @@ def test_a_gpu_has_more_rungs(monkeypatch: pytest.MonkeyPatch, suite: str, last:
     rungs = ladder(suite, gpu)
     assert [differences(*pair) for pair in itertools.pairwise(rungs)] == [1] * (len(rungs) - 1)
     assert rungs[-1].name == last
-    assert (rungs[-1].config.kernels, rungs[-1].graphs) == (Kernels.AUTO, suite == "sample")
+    assert (rungs[-1].config.kernels, rungs[-1].beside) == (Kernels.AUTO, True)
+    assert rungs[-1].graphs == (suite == "sample")
     assert [rung.name for rung in rungs[:3]] == ["plain", *["+ tf32"] * tf32, "+ channels_last", "+ torch kernels"][:3]
     assert [rung.name for rung in as_asked(suite, RuntimeConfig(), gpu)][:-1] == ["plain", *["+ tf32"] * tf32]
 
@@ -66,7 +67,7 @@ def test_what_is_asked_for_stands_beside_the_plain_path(able: bool) -> None:
     compiled = "compiled" if able else "eager"
     assert ours.name == f"asked: fp32, {compiled}, contiguous, kernels auto"
     assert ours.config.compile is (Compile.ON if able else Compile.OFF)
-    assert (ours.fused, ours.graphs, ours.trainer) == (True, True, True)
+    assert (ours.fused, ours.graphs, ours.beside, ours.trainer) == (True, True, True, True)
 
 
 def test_all_have_the_same_weights_and_training_keeps_fp32() -> None:

@@ -46,7 +46,8 @@ def test_outputs_and_gradients(variant: str, memory_format: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BIAS_IN_NORM", 64)  # the convolution adds it
         assert_near(gradients(model, given), found, 1e-5)
-        patch.setattr(blocks, "JOINED", False)
+        for block in (blocks.ResBlock, blocks.AttentionBlock):
+            patch.setattr(block, "fuses", False)
         assert_near(gradients(model, given), found, 1e-5)
 
 
