@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastdiff.models.blocks import AttentionBlock, ResBlock
+
 from .support import assert_close, golden_model, golden_names, load, projection, tensor
 
 TOLERANCE = 1e-4
@@ -16,19 +18,25 @@ KEYS = {"flags", "x", "t", "out_weight", "out", "grad_x", "grad_names", "grad_pr
 
 
 def cases() -> list[Any]:
-    """Every model in every engine and layout; interpreted, the smallest one in one layout is quick."""
+    """Every model in every engine and layout; interpreted, the smallest one in one layout is quick.
+
+    The kernels are also tested without the work that they take over from operations beside the norms.
+    """
     found = []
-    engines = itertools.product(golden_names("unet_*.npz"), ("reference", "torch", "triton"), LAYOUTS)
+    engines = itertools.product(golden_names("unet_*.npz"), ("reference", "torch", "triton", "triton alone"), LAYOUTS)
     for name, kernels, layout in engines:
-        slow = kernels == "triton" and (layout, name) != ("channels_last", "unet_uncond32.npz")
+        slow = kernels.startswith("triton") and (layout, name) != ("channels_last", "unet_uncond32.npz")
         found.append(pytest.param(name, kernels, layout, marks=[pytest.mark.slow] if slow else []))
     return found
 
 
 @pytest.mark.parametrize(("name", "kernels", "memory_format"), cases())
-def test_output_and_gradients(name: str, kernels: str, memory_format: str) -> None:
+def test_output_and_gradients(name: str, kernels: str, memory_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(name)
-    model = golden_model(data["flags"], kernels, memory_format).eval()
+    if kernels == "triton alone":
+        for block in (ResBlock, AttentionBlock):
+            monkeypatch.setattr(block, "fuses", False)
+    model = golden_model(data["flags"], kernels.split()[0], memory_format).eval()
     conditions = {key: tensor(data[key]) for key in ("y", "low_res") if key in data}
     assert set(data) == KEYS | set(conditions)
 
