@@ -59,6 +59,19 @@ def test_the_pool_is_its_definition(pool: ClassifierPool, backend: str) -> None:
 
 
 @pytest.mark.parametrize("pool", ClassifierPool)
+def test_for_inference_computes_the_same(pool: ClassifierPool) -> None:
+    """The logits and, for guidance, the gradient of x."""
+    config = ClassifierConfig(**CONFIG, classifier_pool=pool)  # type: ignore[arg-type]
+    model = randomise(build_classifier(config, "torch").double().eval(), seed=0)
+    x, t = torch.randn(3, 3, 16, 16, dtype=torch.float64).requires_grad_(), torch.tensor([0.0, 10.0, 900.0])
+    logits = model(x, t)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), x)
+    found = model.for_inference()(x, t)
+    torch.testing.assert_close(found, logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], gradient, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("pool", ClassifierPool)
 def test_the_keys_of_the_pool(pool: ClassifierPool) -> None:
     """Those of guided-diffusion."""
     with torch.device("meta"):
