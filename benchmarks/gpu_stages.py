@@ -145,7 +145,9 @@ def _training(*wanted: str, **changes: Kernels) -> Callable[[torch.device], list
     def rungs(device: torch.device) -> list[Rung]:
         found = [rung for rung in ladder("train", device) if rung.name in wanted]
         return found + [
-            replace(rung, name=f"{rung.name}, {name} kernels", config=replace(rung.config, kernels=kernels))
+            replace(
+                rung, name=f"{rung.name}, {name} kernels", beside=True, config=replace(rung.config, kernels=kernels)
+            )
             for rung in found
             for name, kernels in changes.items()
         ]

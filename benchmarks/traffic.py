@@ -3,8 +3,9 @@
 Counted on the operations that a forward and backward pass in bf16 calls, on PyTorch's meta device: nothing is computed.
 An operation reads each of its tensors once and writes its results once; a view moves nothing. The fused norm reads its
 tensors a second time where its plan walks over the pixels twice. Convolutions, matrix products and attention, which
-arithmetic bounds, are left out, but for a convolution's bias: cuDNN adds it in a pass of its own, and its gradient is a
-sum over another one.
+arithmetic bounds, are left out, but for three things: a convolution's bias, which cuDNN adds in a pass of its own, and
+whose gradient is a sum over another one; the copy that a convolution makes of a gradient that is not dense; and a
+product that is added to another, which is read and written once more.
 """
 
 from collections import Counter
@@ -77,7 +78,7 @@ def _moved(func: Any, args: Any, result: Any) -> Iterator[tuple[str, int]]:
         if args[-1][2]:
             yield "gradient of a bias", _size(_tensors(args[0]))
     elif name == "addmm_":
-        yield "product added to another", _size(_tensors(args[0]))
+        yield "product added to another", 2 * _size(_tensors(args[0]))
     elif name in ARITHMETIC or func.is_view or name in FREE or not outputs:
         return
     elif name.startswith("group_norm_silu"):

@@ -124,9 +124,7 @@ def _prepared(
             return None
         arguments = tuple(launch.arguments.get(each.name, each.default) for each in launch.kernel.params)
         constants: list[Any] = []
-        try:
-            text = _written(arguments, spans, constants)
-        except LookupError:
+        if (text := _written(arguments, spans, constants)) is None:
             return None
         # compiled, because a loop over the arguments costs every launch about ten microseconds
         arguments_at = eval(f"lambda a: {text}", {"constants": constants})
@@ -134,20 +132,21 @@ def _prepared(
     return _Prepared([(t.size(), t.stride(), t.dtype) for t in fresh], len(outputs), prepared)
 
 
-def _written(value: Any, spans: Sequence[tuple[int, int]], constants: list[Any]) -> str:
-    """A kernel's argument as an expression of the tensors' addresses ``a``; LookupError if a tensor has no place there.
+def _written(value: Any, spans: Sequence[tuple[int, int]], constants: list[Any]) -> str | None:
+    """A kernel's argument as an expression of the tensors' addresses ``a``; None if a tensor has no place there.
 
     Tuples may be within tuples. What is not written is put into ``constants``.
     """
     if isinstance(value, tuple):
-        return "(" + "".join(f"{_written(part, spans, constants)}, " for part in value) + ")"
+        parts = [_written(part, spans, constants) for part in value]
+        return None if None in parts else "(" + "".join(f"{part}, " for part in parts) + ")"
     if isinstance(value, Tensor):
         if not (address := value.data_ptr()):
             return "0"
         found = [i for i, (start, _) in enumerate(spans) if start == address]
         found = found or [i for i, (start, end) in enumerate(spans) if start <= address < end]
         if len(found) != 1:
-            raise LookupError
+            return None
         return f"a[{found[0]}] + {address - spans[found[0]][0]}"
     constants.append(value)
     return f"constants[{len(constants) - 1}]"

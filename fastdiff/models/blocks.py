@@ -67,7 +67,7 @@ class ResBlock(nn.Module):
 
     def _forward(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
         kernel = self.fuses and runs_triton(self.backend, x)
-        joined = kernel and isinstance(self.skip_connection, Conv1x1)
+        joined = kernel and isinstance(self.skip_connection, Conv1x1) and (skip is None or skip.dtype == x.dtype)
         if skip is not None and not joined:
             x, skip = torch.cat([x, skip], dim=1), None
         norm, _, conv = self.in_layers

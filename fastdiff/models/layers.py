@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff import kernels
 from fastdiff.config import GROUPS
+from fastdiff.kernels.backend import without_autocast
 
 M = TypeVar("M", bound=nn.Module)
 Resize = Callable[[Tensor], Tensor] | None
@@ -72,11 +73,15 @@ class Conv1x1(nn.Conv2d):
         if second is None and other_bias is None:
             return super().forward(x)
         bias = self.bias if other_bias is None else self.bias + other_bias
-        if second is None and not x.is_contiguous(memory_format=torch.channels_last):
-            return F.conv2d(x, self.weight, bias)
         maps = [x] if second is None else [x, second]
-        weights = self.weight.flatten(1).split([each.shape[1] for each in maps], dim=1)
-        # products of pixels: cuBLAS adds the bias and the product before as it writes, for which cuDNN needs passes
+        sizes = [each.shape[1] for each in maps]
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            weights = self.weight.split(sizes, dim=1)
+            y = F.conv2d(x, weights[0], bias)
+            return y if second is None else y + F.conv2d(second, weights[1])
+        # Products of pixels: cuBLAS adds the bias and the product before as it writes, for which cuDNN needs passes.
+        # The weight's dimensions are permuted so that its gradient has its strides, as DDP's buckets want.
+        weights = self.weight.permute(0, 2, 3, 1).flatten(1).split(sizes, dim=1)
         rows = [each.permute(0, 2, 3, 1).flatten(0, 2) for each in maps]
         y = F.linear(rows[0], weights[0], bias)
         if second is not None:
@@ -186,7 +191,8 @@ def average_pixels(x: Tensor) -> Tensor:
 def repeat_pixels(x: Tensor) -> Tensor:
     """Repeat every pixel twice in both directions. (N, C, H, W) -> (N, C, 2H, 2W)"""
     if not torch.compiler.is_compiling():
-        return F.interpolate(x, scale_factor=2, mode="nearest")
+        with without_autocast(x):  # which would return fp32 on a GPU
+            return F.interpolate(x, scale_factor=2, mode="nearest")
     # Do not use interpolate: under autocast to bf16 on a CPU, Inductor (PyTorch 2.13) silently gives it a zero gradient
     # in this model. tests/runtime/test_device.py compares the compiled model's gradients with the eager one's.
     n, c, h, w = x.shape

@@ -34,16 +34,16 @@ class Features(TypedDict):
 
 
 class EmbedSequential(nn.Sequential):
-    """A sequence of layers that also passes the embedding to its residual blocks, and a skip connection to the first.
-
-    A layer that receives a skip connection is a residual block.
-    """
+    """A sequence of layers that passes the embedding to its residual blocks, and a skip connection to the first one."""
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:  # type: ignore[override]  # more
         """x: (N, C, H, W), emb: (N, E), skip: (N, C2, H, W) or None."""
         for layer in self:
-            x = layer(x, emb, skip) if isinstance(layer, ResBlock) else layer(x)
-            skip = None
+            if isinstance(layer, ResBlock):
+                x, skip = layer(x, emb, skip), None
+            else:
+                assert skip is None
+                x = layer(x)
         return x
 
 

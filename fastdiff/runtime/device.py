@@ -84,8 +84,9 @@ class Runtime:
     def cast(self, model: M) -> M:
         """Cast the weights of convolutions and linear layers to the precision that ``autocast`` uses, in place.
 
-        Outputs under autocast stay bit-identical, but where a norm's kernel adds a convolution's bias, which is rounded
-        here and is not there; the casts in every call are saved. For inference only.
+        Outputs under autocast stay bit-identical, but for two roundings: of a convolution's bias that a norm's kernel
+        adds, and of the two biases whose sum a residual block adds. The casts in every call are saved. For inference
+        only.
         """
         if self.precision in _DTYPES:
             for module in model.modules():

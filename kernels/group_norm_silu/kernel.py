@@ -188,7 +188,7 @@ def _gradients(
     parameters: bool,
 ) -> Gradients:
     """Uninitialised dx, dsecond, dweight, dbias, dscale, dshift, dinput_bias; those that are not needed are empty."""
-    size, none = (x.shape[0], len(weight)), (0,)
+    size, none = (x.shape[0], weight.shape[0]), (0,)
     dsecond = torch.empty(none, dtype=x.dtype, device=x.device) if second is None else _empty_like(second)
     dweight, dbias, dinput_bias = (
         torch.empty(none, dtype=x.dtype, device=x.device)

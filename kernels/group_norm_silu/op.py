@@ -45,10 +45,28 @@ def group_norm_silu(
     shift: Tensor | None = ...,
     silu: bool = ...,
     input_bias: Tensor | None = ...,
-    second: Tensor | None = ...,
+    second: None = ...,
     with_input: Literal[True],
     backend: Backend | str = ...,
-) -> tuple[Tensor, ...]: ...
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int = ...,
+    eps: float = ...,
+    scale: Tensor | None = ...,
+    shift: Tensor | None = ...,
+    silu: bool = ...,
+    input_bias: Tensor | None = ...,
+    second: Tensor,
+    with_input: Literal[True],
+    backend: Backend | str = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def group_norm_silu(

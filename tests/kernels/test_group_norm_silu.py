@@ -213,20 +213,29 @@ def test_two_inputs_are_their_concatenation(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_inputs_in_different_layouts(backend: str) -> None:
-    case = Case((2, 96, 5, 4), layout="channels_last", second=40)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_inputs_in_different_layouts(layout: str, backend: str) -> None:
+    """y has x's, and every gradient its input's."""
+    case = Case((2, 96, 5, 4), layout=layout, second=40, with_input=True)
     there = leaf_on_device if backend == "triton" else Tensor.detach
-    x, second = (there(each).requires_grad_() for each in case.parts(case.x))
-    second = second.detach().contiguous().requires_grad_()
+    other = torch.contiguous_format if layout == "channels_last" else torch.channels_last
+    x, second = (there(each) for each in case.parts(case.x))
+    inputs = [x.requires_grad_(), second.contiguous(memory_format=other).requires_grad_()]
     weight, bias = there(case.weight), there(case.bias)
-    y = group_norm_silu(x, weight, bias, second=second, backend=backend)
-    assert y.shape == case.x.shape
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    y, *same = group_norm_silu(inputs[0], weight, bias, second=inputs[1], with_input=True, backend=backend)
+    assert case.of_input is not None
+    upstream = [there(each) for each in (case.grad, *case.parts(case.of_input))]
+    gradients = torch.autograd.grad([y, *same], inputs, upstream)
+    assert y.is_contiguous(memory_format=LAYOUTS[layout])
     if backend == "triton":
-        gradients = torch.autograd.grad(y.sum(), [x, second])
-        assert [gradient.stride() for gradient in gradients] == [x.stride(), second.stride()]
-    expected = group_norm_silu(there(case.x), weight, bias, backend=backend)
+        assert [gradient.stride() for gradient in gradients] == [each.stride() for each in inputs]
+
+    whole = there(case.x).requires_grad_()
+    expected = group_norm_silu(whole, weight, bias, backend=backend)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    (of_whole,) = torch.autograd.grad(expected, whole, there(case.grad))
+    wanted = of_whole + there(case.of_input)
+    torch.testing.assert_close(torch.cat(gradients, dim=1), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", PYTORCH)

@@ -51,6 +51,16 @@ def test_outputs_and_gradients(variant: str, memory_format: str) -> None:
         assert_near(gradients(model, given), found, 1e-5)
 
 
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_every_block_keeps_the_layout(memory_format: str) -> None:
+    model, given = case("triton", memory_format)
+    wanted = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    with torch.no_grad():
+        features = model.eval().get_feature_vectors(**given)
+    for h in (*features["down"], features["middle"], *features["up"]):
+        assert h.is_contiguous(memory_format=wanted)
+
+
 @pytest.mark.slow
 def test_two_runs_give_equal_bits() -> None:
     model, given = case("triton", learn_sigma=True)

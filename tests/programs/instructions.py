@@ -1,8 +1,8 @@
 """``python -m tests.programs.instructions`` counts the instructions of the programs that the cost model describes.
 
-These are the benchmark's norms, steps and losses, and the norms of ImageNet's 64-pixel model, all without an input bias
-or the input beside the output, as they were measured. The counts are read from the machine code for sm_90;
-``benchmarks/results/compiled.csv`` keeps them beside those of kernels that were measured.
+These are the benchmark's norms, steps and losses, and the norms of ImageNet's 64-pixel model, all of one input, and
+without an input bias or the input beside the output, as they were measured. The counts are read from the machine code
+for sm_90; ``benchmarks/results/compiled.csv`` keeps them beside those of kernels that were measured.
 """
 
 import math
@@ -172,7 +172,7 @@ def norms_of_a_step() -> Counter[NormShape]:
         x: Tensor,
         *conditions: Tensor,
         input_bias: Tensor | None = None,
-        second: Tensor | None = None,
+        second: None = None,
         with_input: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         found[NormShape(x.shape[1], x.shape[2], len(conditions) > 0, module.silu)] += 1
