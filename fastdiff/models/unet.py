@@ -217,7 +217,11 @@ class UNet(Encoder):
         (N, augment_dim), what was done to each image (Karras et al. 2022, appendix F.2), in training only; none means
         zeros. Returns (N, out_channels, H, W) in x's dtype.
         """
-        return self.out(self._run(x, timesteps, y, augment)).to(x.dtype)
+        output = self.out(self._run(x, timesteps, y, augment))
+        if output.dtype == x.dtype:
+            return output
+        # the cast is a pass in any case: in x's layout the loss and the sampling step read its output whole
+        return output.to(x.dtype, memory_format=torch.contiguous_format if x.is_contiguous() else torch.preserve_format)
 
     def get_feature_vectors(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, augment: Tensor | None = None

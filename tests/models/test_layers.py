@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from fastdiff.models.blocks import ResBlock
 from fastdiff.models.layers import Conv1x1, repeat_pixels
 
-from ..support import randomise
+from ..support import inputs, randomise
+from .support import small_model
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -45,6 +46,19 @@ def test_conv1x1_of_two_inputs(second: int, layout: str, precision: str) -> None
         assert (found.double() - right).abs().max() <= tolerance * right.abs().max()
     for leaf, gradient in zip(leaves, gradients, strict=True):
         assert gradient.stride() == leaf.stride()
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+def test_the_last_cast_writes_the_layout_of_x(memory_format: str) -> None:
+    model = small_model("torch", memory_format).eval()
+    given = inputs(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = model(**given)
+        last = model(**{**given, "x": given["x"].contiguous(memory_format=torch.channels_last)})
+    assert output.dtype == last.dtype == torch.float32
+    assert output.is_contiguous()
+    assert last.is_contiguous(memory_format=LAYOUTS[memory_format])
+    torch.testing.assert_close(output, last, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
