@@ -48,6 +48,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for layout in LAYOUTS:
         for n, channels, size in GPU_NORMS if on_gpu else [(4, 64, 32), (4, 192, 16)]:
             yield norm_case(n, channels, size, dtype, layout, on_gpu)
+    yield norm_case(*GPU_DECODER if on_gpu else (4, 128, 16), dtype, "channels_last", on_gpu, two=True)
     for n, tokens, heads, d in GPU_ATTENTIONS if on_gpu else [(4, 64, 4, 64), (4, 256, 4, 32)]:
         yield attention_case(n, tokens, heads, d, dtype, on_gpu)
     for n, size in GPU_IMAGES if on_gpu else [(16, 32)]:
@@ -63,6 +64,9 @@ GPU_NORMS = [
 ]
 """Batch, channels, height and width."""
 
+GPU_DECODER = 64, 384, 64
+"""The same of a norm of two inputs, each with half of the channels."""
+
 GPU_ATTENTIONS = [
     *((128, tokens, 4, d) for tokens in (64, 256) for d in (32, 64, 96, 128, 144, 192)),
     *((64, 512, 4, d) for d in (64, 128)),
@@ -75,8 +79,10 @@ GPU_IMAGES = [(1024, 64), (64, 256)]
 """Batch, height and width of the images of a step or a loss."""
 
 
-def norm_case(n: int, channels: int, size: int, dtype: torch.dtype, layout: str, on_gpu: bool) -> Case:
-    """group_norm_silu with scale and shift."""
+def norm_case(
+    n: int, channels: int, size: int, dtype: torch.dtype, layout: str, on_gpu: bool, two: bool = False
+) -> Case:
+    """group_norm_silu with scale and shift; if ``two``, x is in two halves, which the alternatives concatenate."""
 
     def inputs(seed: int, device: torch.device) -> Inputs:
         torch.manual_seed(seed)
@@ -85,14 +91,19 @@ def norm_case(n: int, channels: int, size: int, dtype: torch.dtype, layout: str,
         scale, shift = (0.5 * torch.randn(n, 2 * channels, device=device, dtype=dtype)).chunk(2, dim=1)
         weight, bias = (torch.randn(channels, device=device) for _ in range(2))
         learned = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
+        if two:
+            parts = (part.contiguous(memory_format=LAYOUTS[layout]) for part in x.chunk(2, dim=1))
+            learned["x"], learned["second"] = parts
         return {name: tensor.requires_grad_() for name, tensor in learned.items()} | {"gradient": gradient}
 
-    candidates = _ours(group_norm_silu, on_gpu, "reference", "torch") | {"eager ATen": _aten_norm}
+    aten = _of_two(_aten_norm) if two else _aten_norm
+    candidates = _ours(group_norm_silu, on_gpu, "reference", "torch") | {"eager ATen": aten}
     if on_gpu:
-        candidates["compile"] = torch.compile(_aten_norm, dynamic=False, fullgraph=True)
+        candidates["compile"] = torch.compile(aten, dynamic=False, fullgraph=True)
         if find_spec("liger_kernel"):
-            candidates["Liger norm, then eager"] = _liger_norm
-    shape, n_bytes = f"N{n} C{channels} {size}x{size}", n * channels * size**2 * dtype.itemsize
+            candidates["Liger norm, then eager"] = _of_two(_liger_norm) if two else _liger_norm
+    wide = f"{channels // 2}+{channels // 2}" if two else channels
+    shape, n_bytes = f"N{n} C{wide} {size}x{size}", n * channels * size**2 * dtype.itemsize
     costs = {"forward": (2 * n_bytes, 0), "backward": (3 * n_bytes, 0)}
     return Case("group_norm_silu", shape, dtype, layout, costs, inputs, candidates["reference"], candidates)
 
@@ -100,6 +111,11 @@ def norm_case(n: int, channels: int, size: int, dtype: torch.dtype, layout: str,
 def _ours(run: Forward, on_gpu: bool, *backends: str) -> dict[str, Forward]:
     """The candidates that are backends of an operation: on a GPU Triton, too."""
     return {name: partial(run, backend=name) for name in (*["triton"] * on_gpu, *backends)}
+
+
+def _of_two(norm: Forward) -> Forward:
+    """The norm of two inputs that are concatenated first."""
+    return lambda x, second, **layer: norm(torch.cat([x, second], dim=1), **layer)
 
 
 def _aten_norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ def cases_of(device: torch.device) -> Iterator[Case]:
         yield norm_case(2, 64, 8, torch.float16, layout, on_gpu=True)
         yield step_case(2, 8, layout, on_gpu=True, philox=True)
         yield loss_case(2, 8, layout, on_gpu=True)
+    yield norm_case(2, 64, 8, torch.float16, "channels_last", on_gpu=True, two=True)
     yield attention_case(1, 64, 1, 16, torch.float16, on_gpu=True)
 
 
