@@ -7,6 +7,8 @@ from fastdiff.benchmarks.quality.measure import Bench, Figures, Machine
 from fastdiff.benchmarks.quality.pictures import SOURCES
 from fastdiff.benchmarks.quality.table import markdown
 from fastdiff.config import QualityConfig
+from fastdiff.data import read_samples
+from fastdiff.evaluation.session import is_checkpoint
 from fastdiff.runtime.files import replacing
 
 
@@ -16,8 +18,10 @@ def measure_run(config: QualityConfig, machine: Machine, quick: bool) -> Figures
         raise ValueError(f"run {config.run} was trained on one set: name it with --set {' or '.join(config.set)}")
     (name,) = config.set
     bench = Bench(SOURCES[name], Path(config.out_dir) / "data" / name, config, machine, quick)
-    figures = bench.measure(Path(config.run))
-    how = f"n={config.num_samples:,}, {config.sampler} {config.steps} steps"
+    run = Path(config.run)
+    figures = bench.measure(run)
+    drawn = f"n={config.num_samples:,}, {config.sampler} {config.steps} steps"
+    how = drawn if is_checkpoint(run) else f"n={len(read_samples(run).images):,}"
     machine.display.line(f"{config.run} on {name} ({how}): {figures.line()}")
     return figures
 

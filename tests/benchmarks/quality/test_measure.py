@@ -1,5 +1,6 @@
 """The figures of a run: real images are the best, noise is the worst, and what cannot be measured is left out."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 import fastdiff
-from fastdiff.benchmarks.quality import measure
+from fastdiff.benchmarks.quality import command, measure
 from fastdiff.benchmarks.quality.judge import open_judge
 from fastdiff.benchmarks.quality.measure import Bench, Figures
 from fastdiff.benchmarks.quality.pictures import read_pictures, write_pictures
@@ -179,3 +180,23 @@ def test_a_judge_of_unknown_origin_is_replaced(damage: Callable[[Path], object],
 
 def test_the_line() -> None:
     assert Figures(0.5, 1.25).line() == "accuracy 0.5000, fd 1.2500"
+
+
+def test_how_many_samples_were_measured(data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run as many as were asked for, of an npz all that it has."""
+    folder = tmp_path / "data" / "digits"
+    folder.parent.mkdir()
+    folder.symlink_to(data)
+    monkeypatch.setitem(command.SOURCES, "digits", COLOURED)
+    said: list[str] = []
+
+    def line(of: Path) -> str:
+        config = dataclasses.replace(FEW, run=str(of), out_dir=str(tmp_path))
+        command.measure_run(config, machine(said), quick=True)
+        return said[-1]
+
+    assert f"{run} on digits (n=12, dpm++ 3 steps): accuracy" in line(run)
+    (samples,) = (run / "evaluation").glob("samples_*.npz")
+    with np.load(samples) as file:
+        np.savez(tmp_path / "some.npz", **{**file, "arr_0": file["arr_0"][:5], "arr_1": file["arr_1"][:5]})
+    assert "some.npz on digits (n=5): accuracy" in line(tmp_path / "some.npz")
