@@ -64,8 +64,8 @@ GPU_NORMS = [
 ]
 """Batch, channels, height and width."""
 
-GPU_DECODER = 64, 384, 64
-"""The same of a norm of two inputs, each with half of the channels."""
+GPU_DECODER = 64, 576, 64
+"""The same of a norm of two inputs, the first with two thirds of the channels."""
 
 GPU_ATTENTIONS = [
     *((128, tokens, 4, d) for tokens in (64, 256) for d in (32, 64, 96, 128, 144, 192)),
@@ -82,7 +82,9 @@ GPU_IMAGES = [(1024, 64), (64, 256)]
 def norm_case(
     n: int, channels: int, size: int, dtype: torch.dtype, layout: str, on_gpu: bool, two: bool = False
 ) -> Case:
-    """group_norm_silu with scale and shift; if ``two``, x is in two halves, which the alternatives concatenate."""
+    """group_norm_silu with scale and shift; if ``two``, x is in two parts, which the alternatives concatenate."""
+
+    first = 2 * channels // 3
 
     def inputs(seed: int, device: torch.device) -> Inputs:
         torch.manual_seed(seed)
@@ -92,7 +94,9 @@ def norm_case(
         weight, bias = (torch.randn(channels, device=device) for _ in range(2))
         learned = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
         if two:
-            parts = (part.contiguous(memory_format=LAYOUTS[layout]) for part in x.chunk(2, dim=1))
+            parts = (
+                part.contiguous(memory_format=LAYOUTS[layout]) for part in x.split([first, channels - first], dim=1)
+            )
             learned["x"], learned["second"] = parts
         return {name: tensor.requires_grad_() for name, tensor in learned.items()} | {"gradient": gradient}
 
@@ -102,7 +106,7 @@ def norm_case(
         candidates["compile"] = torch.compile(aten, dynamic=False, fullgraph=True)
         if find_spec("liger_kernel"):
             candidates["Liger norm, then eager"] = _of_two(_liger_norm) if two else _liger_norm
-    wide = f"{channels // 2}+{channels // 2}" if two else channels
+    wide = f"{first}+{channels - first}" if two else channels
     shape, n_bytes = f"N{n} C{wide} {size}x{size}", n * channels * size**2 * dtype.itemsize
     costs = {"forward": (2 * n_bytes, 0), "backward": (3 * n_bytes, 0)}
     return Case("group_norm_silu", shape, dtype, layout, costs, inputs, candidates["reference"], candidates)

@@ -173,6 +173,14 @@ def test_a_training_step_is_judged_by_the_slower_of_ours() -> None:
     assert str(share).startswith("MISSED")
     _, utilisation = training_verdicts(rows, peak_flops=1e15)
     assert (utilisation.what, utilisation.worst) == ("training step, MFU", pytest.approx(0.5))
+    whole = [
+        step("+ compile", 1.2),
+        step("+ Triton kernels", 2.0),
+        step("trainer", 0.5),
+    ]  # the second is a part of ours
+    for beside, worst in ((1.0, 1.2), (0.4, 2.4)):
+        quicker, _ = training_verdicts([*whole, step("+ beside the norms", beside)])
+        assert quicker.worst == pytest.approx(worst)
     quicker, share = training_verdicts([step("+ compile", 1.2), step("trainer", None)])
     assert (quicker.worst, share.worst) == (0, 0)  # what has no time misses its target
     assert all(math.isnan(v.worst) for v in training_verdicts([step("plain", 4.0), step("+ compile", 1.2)]))

@@ -1,11 +1,14 @@
 """The layers that do not only wrap one of PyTorch's."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from fastdiff.models import layers
 from fastdiff.models.blocks import ResBlock
 from fastdiff.models.layers import Conv1x1, repeat_pixels
 
@@ -73,12 +76,19 @@ def test_a_skip_connection_of_another_dtype(x_dtype: torch.dtype) -> None:
     assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeated_pixels_keep_their_dtype(dtype: torch.dtype) -> None:
-    """A GPU's autocast would make them fp32."""
+def test_repeated_pixels_keep_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's autocast, but not a CPU's, would make them fp32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(2, 3, 4, 4, dtype=dtype, device=device)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16, device=device)
+    run, cast = F.interpolate, []
+
+    def interpolate(*args: Any, **kwargs: Any) -> Tensor:
+        cast.append(torch.is_autocast_enabled(device))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(layers.F, "interpolate", interpolate)
     with torch.autocast(device, torch.bfloat16):
         y = repeat_pixels(x)
-    assert y.dtype == dtype
+    assert cast == [False]
+    assert y.dtype == torch.bfloat16
     assert torch.equal(y[..., 1::2, ::2], x)
