@@ -12,7 +12,7 @@ from fastdiff.benchmarks.workload import TOLERANCE, Workload, inputs, randomised
 from fastdiff.config import Compile, Kernels, MemoryFormat, Precision, RuntimeConfig
 from fastdiff.kernels.backend import HAS_TRITON
 from fastdiff.models import UNet, build_model
-from fastdiff.models.blocks import AttentionBlock, ResBlock
+from fastdiff.models.blocks import set_fuses
 from fastdiff.runtime.device import Runtime, has_native_bf16
 
 PLAIN = RuntimeConfig(
@@ -192,9 +192,7 @@ class Models:
 
     def _module(self, runtime: Runtime, beside: bool = False) -> UNet:
         module = build_model(self.workload.model, runtime.kernels, runtime.memory_format)
-        for block in module.modules():
-            if isinstance(block, (ResBlock, AttentionBlock)):
-                block.fuses = beside
+        set_fuses(module, beside)
         module.load_state_dict(self._initial)
         return module.to(self.workload.device)
 

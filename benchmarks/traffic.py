@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff.config import ModelConfig
 from fastdiff.kernels.group_norm_silu.plan import plan
 from fastdiff.models import build_model
-from fastdiff.models.blocks import AttentionBlock, ResBlock
+from fastdiff.models.blocks import set_fuses
 from fastdiff.presets import PRESETS
 
 MULTIPROCESSORS = 132  # an H100's and an H200's
@@ -34,9 +34,7 @@ def traffic(model: ModelConfig, images: int, beside: bool = True) -> Mapping[str
     """
     with torch.device("meta"):
         unet = build_model(model, kernels="triton", memory_format="channels_last").to(torch.bfloat16).train()
-        for block in unet.modules():
-            if isinstance(block, (ResBlock, AttentionBlock)):
-                block.fuses = beside
+        set_fuses(unet, beside)
         x = torch.empty(images, 3, model.image_size, model.image_size, dtype=torch.bfloat16)
         t = torch.empty(images, dtype=torch.int64)
 
@@ -92,15 +90,14 @@ def _moved(func: Any, args: Any, result: Any) -> Iterator[tuple[str, int]]:
 
 def _laid_out(func: Any, args: Any, result: Any) -> Any:
     """A convolution's results in its weight's layout, as cuDNN gives them; on the meta device they are contiguous."""
-    if not func.name().startswith("aten::convolution") or not _channels_last(
-        args[2 if "backward" in func.name() else 1]
-    ):
+    weight = {"aten::convolution": 1, "aten::convolution_backward": 2}.get(func.name())
+    if weight is None or not _channels_last(args[weight]):
         return result
-    last = [
-        value.contiguous(memory_format=torch.channels_last) if isinstance(value, Tensor) and value.ndim == 4 else value
-        for value in (result if isinstance(result, (tuple, list)) else [result])
-    ]
-    return tuple(last) if isinstance(result, (tuple, list)) else last[0]
+
+    def last(x: Any) -> Any:
+        return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x
+
+    return tuple(map(last, result)) if isinstance(result, tuple) else last(result)
 
 
 def _channels_last(x: Tensor) -> bool:

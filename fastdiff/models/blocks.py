@@ -13,6 +13,13 @@ BIAS_IN_NORM = 32
 ones lie in registers, where the sum that is its gradient leaves room for one program less."""
 
 
+def set_fuses(model: nn.Module, fuses: bool) -> None:
+    """Let the norms of all blocks take over work beside them, as they do by default, or not: to test or time that."""
+    for module in model.modules():
+        if isinstance(module, (ResBlock, AttentionBlock)):
+            module.fuses = fuses
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, conv; the embedding; norm, SiLU, dropout, conv; plus the input.
 

@@ -46,8 +46,7 @@ def test_outputs_and_gradients(variant: str, memory_format: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BIAS_IN_NORM", 64)  # the convolution adds it
         assert_near(gradients(model, given), found, 1e-5)
-        for block in (blocks.ResBlock, blocks.AttentionBlock):
-            patch.setattr(block, "fuses", False)
+        blocks.set_fuses(model, False)
         assert_near(gradients(model, given), found, 1e-5)
 
 

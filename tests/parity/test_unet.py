@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.models.blocks import AttentionBlock, ResBlock
+from fastdiff.models.blocks import set_fuses
 
 from .support import assert_close, golden_model, golden_names, load, projection, tensor
 
@@ -31,12 +31,10 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "kernels", "memory_format"), cases())
-def test_output_and_gradients(name: str, kernels: str, memory_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_and_gradients(name: str, kernels: str, memory_format: str) -> None:
     data = load(name)
-    if kernels == "triton alone":
-        for block in (ResBlock, AttentionBlock):
-            monkeypatch.setattr(block, "fuses", False)
     model = golden_model(data["flags"], kernels.split()[0], memory_format).eval()
+    set_fuses(model, kernels != "triton alone")
     conditions = {key: tensor(data[key]) for key in ("y", "low_res") if key in data}
     assert set(data) == KEYS | set(conditions)
 
