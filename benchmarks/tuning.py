@@ -38,6 +38,7 @@ NORMS: Mapping[str, Changes] = {
     "small tiles": {"ON_CHIP": {1: 8192, 2: 4096}},
     "smaller tiles": {"ON_CHIP": {1: 4096, 2: 2048}},
     "short runs": {"FULL_RUN": 32},
+    "registers as the compiler likes": {"REGISTERS": {}},
 }
 
 
@@ -119,7 +120,7 @@ def different(case: Case, direction: str, inputs: Inputs) -> dict[str, Changes]:
 
 def _division(launch: Launch) -> object:
     plain = {name: value for name, value in launch.arguments.items() if not isinstance(value, (torch.Tensor, tuple))}
-    return launch.kernel.fn.__name__, launch.grid, plain, launch.num_warps, launch.num_stages
+    return launch.kernel.fn.__name__, launch.grid, plain, launch.num_warps, launch.num_stages, launch.maxnreg
 
 
 def tuned(case: Case, direction: str, rounds: int, device: torch.device, deadline: float = math.inf) -> list[Measured]:

@@ -86,7 +86,7 @@ def benchmark(
     # what this machine cannot run is refused here: it would otherwise be a failed row
     device = Runtime.resolve(ours).device
     if ours.kernels is Kernels.TRITON and not HAS_TRITON:
-        raise ValueError("kernels triton: the package triton, 3.7 or newer, is not installed; use auto or torch")
+        raise ValueError("kernels triton: the package triton is not installed; use auto or torch")
     if ours.kernels is Kernels.TRITON and device.type == "cpu" and not INTERPRETED:
         raise ValueError("kernels triton: they need a GPU; use auto or torch on a CPU")
     suites = list(Suite) if suite is Suite.all else [suite]

@@ -6,11 +6,9 @@ explicitly requested backend never falls back to another.
 """
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,22 +17,7 @@ from torch import Tensor
 
 Implementation = Callable[..., Any]
 
-OLDEST_TRITON = 3, 7
-"""Functions of 3.6 cannot return None or tuples, which the norm's do."""
-
-
-def _has_triton() -> bool:
-    if find_spec("triton") is None:
-        return False
-    try:
-        found = re.match(r"(\d+)\.(\d+)", version("triton"))
-    except PackageNotFoundError:  # a build of another name
-        return True
-    return found is None or (int(found[1]), int(found[2])) >= OLDEST_TRITON
-
-
-HAS_TRITON = _has_triton()
-"""Whether Triton is installed, and not too old for the kernels."""
+HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets kernels, on any device. Read once, as Triton itself does."""
 
@@ -89,7 +72,7 @@ def runs_triton(backend: Backend | str, x: Tensor) -> bool:
 def _refusal(x: Tensor) -> str:
     """The reason why no kernel supports ``x``, or an empty string."""
     if not HAS_TRITON:
-        return "needs the package triton, 3.7 or newer, which is not installed"
+        return "needs the package triton, which is not installed"
     if x.device.type != "cuda" and not INTERPRETED:
         return f"needs a GPU, but the tensor is on {x.device.type} (TRITON_INTERPRET=1 interprets it there, slowly)"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -25,6 +25,7 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 _recorded: list[Launch] | None = None
@@ -44,18 +45,30 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, /, num_warps: int, num_stages: int, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    /,
+    num_warps: int,
+    num_stages: int,
+    maxnreg: int | None = None,
+    **arguments: Any,
 ) -> None:
-    """Run ``kernel`` with all arguments passed by name; ValueError if the grid is too large for a GPU."""
+    """Run ``kernel`` with all arguments passed by name; ValueError if the grid is too large for a GPU.
+
+    ``maxnreg`` is the most registers of a thread, on NVIDIA's GPUs; None leaves them to the compiler.
+    """
     for size, limit in zip(grid, GRID_LIMITS, strict=False):
         if size > limit:
             raise ValueError(f"{kernel.fn.__name__}: a grid of {grid} programs exceeds the GPU's limit {GRID_LIMITS}")
+    this = Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg)
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        _recorded.append(this)
     elif all(grid):
+        limit = {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
         with _on(device):
             try:
-                compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+                compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **limit)
             except RuntimeError as error:
                 if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                     raise
@@ -64,7 +77,7 @@ def launch(
                     "before, with tensors of the same shapes, strides and alignment"
                 ) from error
         if _call.launches is not None:
-            _call.launches.append((compiled, Launch(kernel, grid, arguments, num_warps, num_stages)))
+            _call.launches.append((compiled, this))
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

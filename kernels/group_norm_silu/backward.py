@@ -5,8 +5,16 @@
 import triton
 import triton.language as tl
 
-from fastdiff.kernels.group_norm_silu.gradients import affine, saved, sums, write_sums, xhat_and_dz
-from fastdiff.kernels.group_norm_silu.tile import inside, of_channels, of_sample, over_groups, place, ratio, read, write
+from fastdiff.kernels.group_norm_silu.gradients import (
+    affine,
+    gradient,
+    of_xhat,
+    point_and_dz,
+    saved,
+    sums,
+    write_sums,
+)
+from fastdiff.kernels.group_norm_silu.tile import inside, negative, over_groups, place, ratio, read, write
 
 
 @triton.jit
@@ -42,35 +50,35 @@ def group_norm_silu_backward(
 ):
     """dx plus ``other``, dscale, dshift, and the sums of dz, dz * xhat and dx over the pixels, fp32 (N, C).
 
-    The sum of dx, without ``other``, is wanted for the gradient of an input bias only.
+    The sum of dx, without ``other``, is wanted for the gradient of an input bias only. ``other`` may be Joined(None),
+    because Triton 3.6 cannot compare a tuple of None with None.
 
     Grid: one program per sample and block of GROUPS groups of DEPTH channels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
-    x, dy = of_sample(x, n), of_sample(dy, n)
-    dx, other = of_sample(dx, n), of_sample(other, n)
     a, b = affine(weight, bias, scale, shift, n, c, real)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
-    channel_bias = of_channels(input_bias, c, real)
+    minus_bias = negative(input_bias, c, real)
     EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
     values = DEPTH * tl.cast(pixels, tl.float32)
     p = tl.arange(0, BLOCK_PIXELS)
     if ON_CHIP:
         mask = inside(real, p, pixels, EVEN)
-        xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, r, a, b, c, p, mask, SILU, "")
-        sum_dz, sum_dz_xhat = tl.sum(dz, 1), tl.sum(dz * xhat, 1)
+        u, dz = point_and_dz(x, dy, n, c, 0, p, mask, minus_bias, high, low, r, a, b, SILU, "", False)
+        sum_dz, sum_dz_xhat = tl.sum(dz, 1), of_xhat(tl.sum(dz * u, 1), r, EXACT)
     else:
         sum_dz, sum_dz_xhat = sums(
             x,
-            channel_bias,
             dy,
+            n,
+            c,
+            real,
+            minus_bias,
             high,
             low,
             r,
             a,
             b,
-            c,
-            real,
             0,
             pixels,
             SILU,
@@ -84,12 +92,12 @@ def group_norm_silu_backward(
     middle = ratio(over_groups(a * sum_dz, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
     slope = ratio(over_groups(a * sum_dz_xhat, GROUPS, DEPTH, BLOCK_CHANNELS), values, EXACT)
     if ON_CHIP:
-        value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
+        value = gradient(u, dz, minus_bias, high, r, a, middle, slope, EXACT, False)
         if sum_dx_out is not None:
             tl.store(sum_dx_out + n * channels + c, tl.sum(value if EVEN else tl.where(mask, value, 0.0), 1), mask=real)
-        if other is not None:
-            value += read(other, c, p, mask, "")
-        write(dx, value, c, p, mask)
+        if other.first is not None:
+            value += read(other, n, c, 0, p, mask, "")
+        write(dx, value, n, c, 0, p, mask)
     else:
         if sum_dx_out is not None:
             sum_dx = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
@@ -97,13 +105,13 @@ def group_norm_silu_backward(
             at = tl.cdiv(pixels, BLOCK_PIXELS) * BLOCK_PIXELS - BLOCK_PIXELS - done
             mask = inside(real, at + p, pixels, EVEN)
             hint: tl.constexpr = "evict_first" if KEPT else ""
-            xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, r, a, b, c, at + p, mask, SILU, hint)
-            value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
+            u, dz = point_and_dz(x, dy, n, c, at, p, mask, minus_bias, high, low, r, a, b, SILU, hint, True)
+            value = gradient(u, dz, minus_bias, high, r, a, middle, slope, EXACT, True)
             if sum_dx_out is not None:
                 sum_dx += value if EVEN else tl.where(mask, value, 0.0)
-            if other is not None:
-                value += read(other, c, at + p, mask, "")
-            write(dx, value, c, at + p, mask)
+            if other.first is not None:
+                value += read(other, n, c, at, p, mask, "")
+            write(dx, value, n, c, at, p, mask)
         if sum_dx_out is not None:
             tl.store(sum_dx_out + n * channels + c, tl.sum(sum_dx, 1), mask=real)
 
@@ -139,23 +147,23 @@ def group_norm_silu_backward_sums(
     Grid: one program per sample and block of groups, times the splits of the pixels.
     """
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, False)
-    x, dy = of_sample(x, n), of_sample(dy, n)
     a, b = affine(weight, bias, scale, shift, n, c, real)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
-    channel_bias = of_channels(input_bias, c, real)
+    minus_bias = negative(input_bias, c, real)
     start = tl.program_id(1) * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, pixels)
     sum_dz, sum_dz_xhat = sums(
         x,
-        channel_bias,
         dy,
+        n,
+        c,
+        real,
+        minus_bias,
         high,
         low,
         r,
         a,
         b,
-        c,
-        real,
         start,
         stop,
         SILU,
@@ -211,11 +219,9 @@ def group_norm_silu_backward_apply(
     n, c, real = place(channels, GROUPS, DEPTH, BLOCK_CHANNELS, True)
     splits = tl.num_programs(1)
     split = splits - 1 - tl.program_id(1)
-    x, dy = of_sample(x, n), of_sample(dy, n)
-    dx, other = of_sample(dx, n), of_sample(other, n)
     a, b = affine(weight, bias, scale, shift, n, c, real)
     high, low, r = saved(mean_high, mean_low, rstd, n, c, real, channels, DEPTH)
-    channel_bias = of_channels(input_bias, c, real)
+    minus_bias = negative(input_bias, c, real)
 
     s = tl.arange(0, BLOCK_SPLITS)
     present = (s < splits)[:, None] & real[None, :]
@@ -249,12 +255,12 @@ def group_norm_silu_backward_apply(
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         hint: tl.constexpr = "evict_first" if KEPT else ""
-        xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, r, a, b, c, at + p, mask, SILU, hint)
-        value = r[:, None] * (dz * a[:, None] - (middle[:, None] + xhat * slope[:, None]))
+        u, dz = point_and_dz(x, dy, n, c, at, p, mask, minus_bias, high, low, r, a, b, SILU, hint, True)
+        value = gradient(u, dz, minus_bias, high, r, a, middle, slope, EXACT, True)
         if sum_dx_out is not None:
             sum_dx += value if EVEN else tl.where(mask, value, 0.0)
-        if other is not None:
-            value += read(other, c, at + p, mask, "")
-        write(dx, value, c, at + p, mask)
+        if other.first is not None:
+            value += read(other, n, c, at, p, mask, "")
+        write(dx, value, n, c, at, p, mask)
     if sum_dx_out is not None:
         tl.store(sum_dx_out + (n * splits + split) * channels + c, tl.sum(sum_dx, 1), mask=real)

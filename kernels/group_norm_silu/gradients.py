@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from fastdiff.kernels.group_norm_silu.tile import centred, inside, layer, read, read_input, sigmoid
+from fastdiff.kernels.group_norm_silu.tile import LOG2_E, centred, exact_slope, fast_slope, inside, layer, read
 
 
 @triton.jit
@@ -16,30 +16,73 @@ def affine(weight, bias, scale, shift, n, c, real):
 
 
 @triton.jit
-def xhat_and_dz(x, channel_bias, dy, high, low, rstd, a, b, c, p, mask, SILU: tl.constexpr, HINT: tl.constexpr):
-    """A tile of xhat and of dz = dy * silu'(z); outside the mask dz is 0."""
-    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
-    xhat = centred(read_input(x, channel_bias, c, p, mask, HINT), high, low, EXACT) * rstd[:, None]
-    dz = read(dy, c, p, mask, HINT)
-    if SILU:
-        z = xhat * a[:, None] + b[:, None]
-        s = sigmoid(z, EXACT)
-        dz *= s * (z * (1.0 - s) + 1.0)
-    return xhat, dz
-
-
-@triton.jit
-def sums(
+def point_and_dz(
     x,
-    channel_bias,
     dy,
+    n,
+    c,
+    at,
+    p,
+    mask,
+    minus_bias,
     high,
     low,
     rstd,
     a,
     b,
+    SILU: tl.constexpr,
+    HINT: tl.constexpr,
+    AS_READ: tl.constexpr,
+):
+    """A tile of u, from which xhat follows, and of dz = dy * silu'(z); outside the mask dz is 0.
+
+    If x is fp32, u is xhat. Else multiplication by rstd is left to the factors of its uses: u is x + input bias - mean,
+    or AS_READ x itself, whose rounding errors grow with the mean, but not beyond those of 16 bits.
+    """
+    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
+    u = read(x, n, c, at, p, mask, HINT)
+    dz = read(dy, n, c, at, p, mask, HINT)
+    if EXACT:
+        u = centred(u - minus_bias[:, None], high, low, EXACT) * rstd[:, None]
+        if SILU:
+            dz *= exact_slope(u * a[:, None] + b[:, None])
+    else:
+        factor = rstd * a
+        if AS_READ:
+            b -= (minus_bias + high) * factor
+        else:
+            u -= (minus_bias + high)[:, None]
+        if SILU:
+            dz *= fast_slope(u * (factor * -LOG2_E)[:, None] + (b * -LOG2_E)[:, None])
+    return u, dz
+
+
+@triton.jit
+def gradient(u, dz, minus_bias, high, rstd, a, middle, slope, EXACT: tl.constexpr, AS_READ: tl.constexpr):
+    """A tile of dx = rstd * (dz * a - (middle + xhat * slope)) from the results of ``point_and_dz``."""
+    if EXACT:
+        return rstd[:, None] * (dz * a[:, None] - (middle[:, None] + u * slope[:, None]))
+    else:
+        along = rstd * rstd * slope
+        level = rstd * middle
+        if AS_READ:
+            level -= (minus_bias + high) * along
+        return dz * (rstd * a)[:, None] - (u * along[:, None] + level[:, None])
+
+
+@triton.jit
+def sums(
+    x,
+    dy,
+    n,
     c,
     real,
+    minus_bias,
+    high,
+    low,
+    rstd,
+    a,
+    b,
     start,
     stop,
     SILU: tl.constexpr,
@@ -52,14 +95,21 @@ def sums(
     """Sums of dz and of dz * xhat over the pixels from start to stop, for every channel."""
     p = tl.arange(0, BLOCK_PIXELS)
     sum_dz = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
-    sum_dz_xhat = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+    sum_dz_u = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
     for at in tl.range(start, stop, BLOCK_PIXELS, num_stages=STAGES):
         mask = inside(real, at + p, stop, EVEN)
         hint: tl.constexpr = "evict_last" if KEPT else ""
-        xhat, dz = xhat_and_dz(x, channel_bias, dy, high, low, rstd, a, b, c, at + p, mask, SILU, hint)
+        u, dz = point_and_dz(x, dy, n, c, at, p, mask, minus_bias, high, low, rstd, a, b, SILU, hint, False)
         sum_dz += dz
-        sum_dz_xhat += dz * xhat
-    return tl.sum(sum_dz, 1), tl.sum(sum_dz_xhat, 1)
+        sum_dz_u += dz * u
+    EXACT: tl.constexpr = x.first.at.dtype.element_ty == tl.float32
+    return tl.sum(sum_dz, 1), of_xhat(tl.sum(sum_dz_u, 1), rstd, EXACT)
+
+
+@triton.jit
+def of_xhat(sum_dz_u, rstd, EXACT: tl.constexpr):
+    """The sum of dz * xhat from that of dz * u, where u is x + input bias - mean unless EXACT."""
+    return sum_dz_u if EXACT else sum_dz_u * rstd
 
 
 @triton.jit

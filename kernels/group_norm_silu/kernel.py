@@ -36,6 +36,8 @@ from fastdiff.kernels.group_norm_silu import parameters as parameter_gradients
 from fastdiff.kernels.group_norm_silu.tile import Joined, Strided
 from fastdiff.kernels.launch import launch, processors, register, temporary
 
+FARTHEST = 2**31 - 1
+"""The offset of a sample's last value, in values, that a tile's 32-bit offsets reach."""
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -72,9 +74,9 @@ def _steps(x: Tensor) -> tuple[int, int, int] | None:
 
 
 def _strided(x: Tensor, like: Tensor) -> Strided:
-    """x, or a dense copy of it in the layout of outputs if its pixels are not evenly spaced."""
+    """x, or a dense copy in the layout of outputs if its pixels are not evenly spaced or its values too far apart."""
     steps = _steps(x)
-    if steps is None:
+    if steps is None or (x.shape[1] - 1) * steps[1] + (math.prod(x.shape[2:]) - 1) * steps[2] > FARTHEST:
         x = torch.empty_strided(x.shape, _dense_strides(like, x.shape), dtype=x.dtype, device=x.device).copy_(x)
         steps = _steps(x)
         assert steps is not None
@@ -110,6 +112,7 @@ def _division(x: Joined, shape: Sequence[int], groups: int, tensors: int) -> tup
         "KEPT": plan.KEPT,
         "num_warps": chosen.warps,
         "num_stages": 1,
+        "maxnreg": chosen.registers,
     }
     return chosen, shared
 
@@ -252,7 +255,7 @@ def group_norm_silu_backward(
         "SILU": silu,
     }
     outputs: dict[str, Any] = {
-        "other": None if other is None else _joined(other, other_second, x),
+        "other": Joined(None) if other is None else _joined(other, other_second, x),
         "dx": _joined(dx, None if second is None else dsecond, x),
         "sum_dz_out": sum_dz,
         "sum_dz_xhat_out": sum_dz_xhat,

@@ -1,5 +1,6 @@
 """The public operation: checks the arguments and chooses the implementation."""
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -132,14 +133,16 @@ def group_norm_silu(
         )
     layer = {"weight": weight, "bias": bias, "scale": scale, "shift": shift, "input_bias": input_bias}
     require_one_device(op, x, second=second, **layer)
-    run = choose(op, backend, IMPLEMENTATIONS, x, _refusal(*layer.values()))
+    run = choose(op, backend, IMPLEMENTATIONS, x, _refusal(channels * math.prod(x.shape[2:]), *layer.values()))
     # Autocast would run the norm, and with it everything after, in fp32. Here x's dtype decides the precision.
     with without_autocast(x):
         return run(x, weight, bias, groups, eps, scale, shift, silu, input_bias, with_input, second)
 
 
-def _refusal(*layer: Tensor | None) -> str:
-    """The reason why no kernel supports these weights and conditions, or an empty string."""
+def _refusal(values: int, *layer: Tensor | None) -> str:
+    """The reason why no kernel supports so many values a sample, these weights or conditions, or an empty string."""
+    if values > 2**31:
+        return f"takes at most 2^31 values a sample, not {values:,}"
     for tensor in layer:
         if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"takes weight, biases, scale and shift in fp32, fp16 and bf16, not in {tensor.dtype}"

@@ -21,6 +21,12 @@ WIDE = 128
 """Most channels of such a tile that FEW_WARPS hold without spilling."""
 SINGLE = 8192
 """Values of a tile in registers above which too few programs fit on a multiprocessor to hide each other's waits."""
+REGISTERS = {(1, False): 80, (1, True): 96, (2, False): 96, (2, True): 128}
+"""Most registers of a thread of a walk in 16 bits, by tensors that it reads and whether channels are adjacent.
+
+So many do without spills; left to itself the compiler takes up to 163, and fewer programs fit on a multiprocessor."""
+ON_CHIP_REGISTERS = 128
+"""The same of a largest tile of x and dy in registers. Up to 183 without it: one program would fit instead of two."""
 CACHE = 40 * 2**20
 """Bytes that are still cached when they are read a second time."""
 MOST_SPLITS = 64
@@ -53,6 +59,7 @@ class Plan:
     pixels_per_split: int
     warps: int
     stages: int = 1
+    registers: int | None = None
 
     @property
     def on_chip(self) -> bool:
@@ -120,6 +127,13 @@ def plan(
                 idle = min(idle, AGAIN * max(idle / min(chunks, MOST_SPLITS), 1.0))
         return blocks * (width * height * chunks + START) * slowness * idle
 
+    def registers(size: int, walks: bool) -> int | None:
+        if element_size > 2:
+            return None
+        if walks:
+            return REGISTERS.get((tensors, channels_fastest))
+        return ON_CHIP_REGISTERS if size == ON_CHIP[2] and tensors == 2 else None
+
     k = min(range(1, groups + 1), key=cost)
     width, height = tile(k)
     chunks, programs = -(-pixels // height), samples * -(-groups // k)
@@ -132,4 +146,5 @@ def plan(
     narrow = channels_fastest and k < groups and k * depth * element_size % 8 > 0  # loads, whose addresses spill
     few = tile_size > SINGLE and width <= WIDE and element_size < 4 and not narrow
     warps = min(max(tile_size // PER_WARP, 1), FEW_WARPS if few else MOST_WARPS)
-    return Plan(k, width, height, splits, span, warps, stages=chunk(width)[1] if span > height else 1)
+    stages = chunk(width)[1] if span > height else 1
+    return Plan(k, width, height, splits, span, warps, stages, registers(tile_size, pixels > height))

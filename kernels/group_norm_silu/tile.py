@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastdiff.kernels.arithmetic import divide, exp, reciprocal
 
-MINUS_LOG2_E: tl.constexpr = tl.constexpr(-math.log2(math.e))
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 class Strided(NamedTuple):
@@ -23,7 +23,7 @@ class Strided(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """A tensor, or two whose channels follow each other, the second's from ``border`` on."""
+    """A tensor or none, or two whose channels follow each other, the second's from ``border`` on."""
 
     first: Any
     second: Any = None
@@ -64,40 +64,26 @@ def over_groups(values, GROUPS: tl.constexpr, DEPTH: tl.constexpr, BLOCK_CHANNEL
 
 
 @triton.jit
-def of_sample(x, n):
-    """Sample n; None stays None."""
-    if x is None:
-        return None
-    else:
-        return Joined(_moved(x.first, n), _moved(x.second, n), x.border)
+def pointers(x, n, c, at, p):
+    """Pointers to a tile (channels, pixels) of sample n, whose first pixel is ``at``, from which ``p`` counts.
 
-
-@triton.jit
-def _moved(x, n):
-    if x is None:
-        return None
-    else:
-        return Strided(x.at + n * x.n, x.n, x.c, x.p)
-
-
-@triton.jit
-def pointers(x, c, p):
-    """Pointers to a tile (channels, pixels) of one sample."""
+    Offsets in a sample have 32 bits: 64 would take three times the instructions. n has 64.
+    """
+    p += at
     if x.second is None:
-        return x.first.at + c.to(tl.int64)[:, None] * x.first.c + p.to(tl.int64)[None, :] * x.first.p
+        return x.first.at + n * x.first.n + (c[:, None] * x.first.c + p[None, :] * x.first.p)
     else:
-        first = x.first.at + c.to(tl.int64) * x.first.c
-        second = x.second.at + (c - x.border).to(tl.int64) * x.second.c
-        step = tl.where(c < x.border, x.first.p, x.second.p).to(tl.int64)
-        return tl.where(c < x.border, first, second)[:, None] + p.to(tl.int64)[None, :] * step[:, None]
+        first, second = x.first.at + n * x.first.n, x.second.at + n * x.second.n
+        row = tl.where(c < x.border, first + c * x.first.c, second + (c - x.border) * x.second.c)
+        return row[:, None] + p[None, :] * tl.where(c < x.border, x.first.p, x.second.p)[:, None]
 
 
 @triton.jit
-def first_of_group(x, input_bias, c, real, DEPTH: tl.constexpr):
+def first_of_group(x, input_bias, n, c, real, DEPTH: tl.constexpr):
     """The first value of its group for every channel if x is fp32; 0 for other dtypes, which do not need it."""
     if x.first.at.dtype.element_ty == tl.float32:
         channel = c // DEPTH * DEPTH
-        at = tl.reshape(pointers(x, channel, tl.arange(0, 1)), channel.shape)
+        at = tl.reshape(pointers(x, n, channel, 0, tl.arange(0, 1)), channel.shape)
         first = tl.load(at, mask=real, other=0.0)
         if input_bias is not None:
             first += tl.load(input_bias + channel, mask=real, other=0.0).to(tl.float32)
@@ -107,12 +93,12 @@ def first_of_group(x, input_bias, c, real, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def of_channels(values, c, real):
-    """``values`` (C,) of the tile's channels in fp32; None stays None."""
-    if values is not None:
-        return tl.load(values + c, mask=real, other=0.0).to(tl.float32)
+def negative(bias, c, real):
+    """Minus the ``bias`` (C,) of the tile's channels in fp32; 0 without one, which costs nothing to subtract."""
+    if bias is None:
+        return tl.zeros(c.shape, tl.float32)
     else:
-        return None
+        return -tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -134,7 +120,7 @@ def two_parts(first, mean):
 
 @triton.jit
 def centred(x, high, low, EXACT: tl.constexpr):
-    """An fp32 tile (channels, pixels) minus the mean of its group in two parts."""
+    """A tile (channels, pixels) in fp32 minus the mean of its group in two parts."""
     x -= high[:, None]
     if EXACT:
         x -= low[:, None]
@@ -171,40 +157,46 @@ def _one_and_exp(z):
 
 
 @triton.jit
-def sigmoid(z, EXACT: tl.constexpr):
-    """1 / (1 + exp(-z)). Squaring rsqrt is a few roundings off but takes three instructions fewer than a division."""
-    if EXACT:
-        return reciprocal(_one_and_exp(z))
-    else:
-        root = tl.rsqrt(1.0 + tl.exp2(z * MINUS_LOG2_E))
-        return root * root
+def exact_silu(z):
+    """z * sigmoid(z) to about one rounding."""
+    return divide(z, _one_and_exp(z))
 
 
 @triton.jit
-def silu(z, EXACT: tl.constexpr):
-    """z * sigmoid(z); if EXACT with one rounding fewer."""
-    if EXACT:
-        return divide(z, _one_and_exp(z))
-    else:
-        return z * sigmoid(z, EXACT)
+def exact_slope(z):
+    """The derivative of silu at z."""
+    s = reciprocal(_one_and_exp(z))
+    return s * (z * (1.0 - s) + 1.0)
 
 
 @triton.jit
-def read(x, c, p, mask, HINT: tl.constexpr):
+def _root(e):
+    """The root of sigmoid(z) / log2(e) from ``e`` = -z log2(e). A division would take three instructions more."""
+    return tl.rsqrt(tl.exp2(e) * LOG2_E + LOG2_E)
+
+
+@triton.jit
+def fast_silu(e):
+    """z * sigmoid(z) from ``e`` = -z log2(e), with the factor in the root: errors hidden by a rounding to 16 bits."""
+    root = _root(e)
+    return e * root * (root * -1.0)  # -root would be subtracted from 0
+
+
+@triton.jit
+def fast_slope(e):
+    """The derivative of silu, s + y - s y = 1 + (s - 1) (1 - y), from ``e`` as fast_silu: off by 2^-22 of 1 + |z|."""
+    root = _root(e)
+    part = root * root
+    return (part * LOG2_E - 1.0) * (part * e + 1.0) + 1.0
+
+
+@triton.jit
+def read(x, n, c, at, p, mask, HINT: tl.constexpr):
     """Load a tile (channels, pixels) in fp32, 0 outside the mask; HINT is the cache's eviction policy."""
-    return tl.load(pointers(x, c, p), mask=mask, other=0.0, eviction_policy=HINT).to(tl.float32)
+    return tl.load(pointers(x, n, c, at, p), mask=mask, other=0.0, eviction_policy=HINT).to(tl.float32)
 
 
 @triton.jit
-def read_input(x, bias, c, p, mask, HINT: tl.constexpr):
-    """Load a tile of x plus its channels' ``bias``, if any, in fp32; outside the mask it is the bias alone."""
-    value = read(x, c, p, mask, HINT)
-    if bias is not None:
-        value += bias[:, None]
-    return value
-
-
-@triton.jit
-def write(y, value, c, p, mask):
+def write(y, value, n, c, at, p, mask):
     """Store a tile (channels, pixels), rounded to the dtype of y."""
-    tl.store(pointers(y, c, p), value.to(y.first.at.dtype.element_ty), mask=mask)
+    tl.store(pointers(y, n, c, at, p), value.to(y.first.at.dtype.element_ty), mask=mask)

@@ -115,19 +115,9 @@ def test_triton_without_a_gpu_says_what_to_do(op: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("op", OPS)
 def test_triton_that_is_not_installed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module, "HAS_TRITON", False)
-    with pytest.raises(ValueError, match=f"^{op}: backend triton needs the package triton, 3.7 or newer, which is not"):
+    with pytest.raises(ValueError, match=f"^{op}: backend triton needs the package triton, which is not installed"):
         OPS[op]("triton")
     assert torch.isfinite(OPS[op]("auto")).all()
-
-
-@pytest.mark.parametrize(
-    ("found", "enough"),
-    [("3.6.0", False), ("2.3.1", False), ("3.7.1", True), ("3.10.0rc1", True), ("4.0+git", True), ("main", True)],
-)
-def test_triton_that_is_too_old_is_not_used(found: str, enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_module, "find_spec", lambda _: True)
-    monkeypatch.setattr(backend_module, "version", lambda _: found)
-    assert backend_module._has_triton() is enough
 
 
 def test_the_kernels_can_do_without_triton() -> None:

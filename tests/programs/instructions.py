@@ -32,7 +32,7 @@ from fastdiff.models.layers import GroupNormSiLU
 from fastdiff.presets import PRESETS
 
 from .launches import _loss, _norm, _step
-from .program import TARGETS, Program
+from .program import Program
 from .shapes import NormShape
 
 MODEL = "imagenet64_uncond"
@@ -97,9 +97,7 @@ def compiled(one: Pass) -> Compiled:
     """A line of the table."""
     counts, figures = [], []
     for program in one.programs:
-        options = {"num_warps": program.num_warps, "num_stages": program.num_stages}
-        built = triton.compile(program.source, target=TARGETS["sm_90"].gpu, options=options)
-        counts.append(counted(built.asm["cubin"]))
+        counts.append(counted(program.built_for("sm_90").asm["cubin"]))
         figures.append(program.compile_for("sm_90"))
     loops = [length for _, found in counts for length in found]
     arguments, grid = one.main[0].arguments, one.main[0].grid

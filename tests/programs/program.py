@@ -50,6 +50,7 @@ class Program:
     num_warps: int
     num_stages: int
     workload: str = ""  # the first that runs it
+    maxnreg: int | None = None
 
     @classmethod
     def of(cls, launch: Launch, workload: str) -> Self:
@@ -83,7 +84,7 @@ class Program:
             value = launch.arguments.get(parameter.name, parameter.default)
             signature[parameter.name] = typed(value, (index,), parameter)
         source = ASTSource(kernel, signature, constants, attributes)
-        return cls(source, launch.num_warps, launch.num_stages, workload)
+        return cls(source, launch.num_warps, launch.num_stages, workload, launch.maxnreg)
 
     @property
     def name(self) -> str:
@@ -98,13 +99,20 @@ class Program:
         """
         source = self.source
         decided = sorted((str(key), str(value)) for key, value in source.constants.items())
-        text = (_texts(source.fn), source.signature, decided, source.attrs, self.num_warps, self.num_stages)
+        choices = self.num_warps, self.num_stages, *([] if self.maxnreg is None else [self.maxnreg])
+        text = (_texts(source.fn), source.signature, decided, source.attrs, *choices)
         return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+
+    def built_for(self, target: str) -> Any:
+        """The program, compiled for one of TARGETS."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None and not target.startswith("gfx"):
+            options["maxnreg"] = self.maxnreg
+        return triton.compile(self.source, target=TARGETS[target].gpu, options=options)
 
     def compile_for(self, target: str) -> Figures:
         """Compile for one of TARGETS and read what the result uses."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        built = triton.compile(self.source, target=TARGETS[target].gpu, options=options)
+        built = self.built_for(target)
         text, registers, spills, accesses = _read_amd(built) if target.startswith("gfx") else _read_nvidia(built)
         loads, stores = ([wide for access, wide in accesses if access == kind] for kind in ("load", "store"))
         if not stores:  # too much of Blackwell's tensor memory silently compiles to a trap
