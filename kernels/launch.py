@@ -65,10 +65,10 @@ def launch(
     if _recorded is not None:
         _recorded.append(this)
     elif all(grid):
-        limit = {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
+        registers: dict[str, Any] = {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
         with _on(device):
             try:
-                compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **limit)
+                compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **registers)
             except RuntimeError as error:
                 if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                     raise

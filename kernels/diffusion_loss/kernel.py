@@ -91,7 +91,7 @@ def diffusion_loss_forward(
     tiles = Tiles.of(channels, pixels, FORWARD_TILE)
     splits = splits_of(n, tiles.count, x_t.device)
     partial = torch.empty((2, n, splits), dtype=torch.float32, device=x_t.device) if splits > 1 else None
-    shared = {"mse": mse, "vb": vb, "loss": loss, "partial": partial, "SPLITS": splits}
+    shared: dict[str, Any] = {"mse": mse, "vb": vb, "loss": loss, "partial": partial, "SPLITS": splits}
     shared |= _scales(loss_type, var_type, tables.shape[0], channels * pixels)
     launch(
         forward.diffusion_loss_forward,
@@ -147,7 +147,7 @@ def diffusion_loss_backward(
     n, channels, pixels = inputs["x_t"].shape
     tiles = Tiles.of(channels, pixels, BACKWARD_TILE)
     scales = _scales(loss_type, var_type, tables.shape[0], channels * pixels)
-    grads = {
+    grads: dict[str, Any] = {
         "grad_loss": grad_loss,
         "grad_mse": grad_mse if scales["MSE"] else None,
         "grad_vb": grad_vb if scales["VB"] else None,

@@ -93,6 +93,24 @@ def test_silu_at_its_ends() -> None:
     torch.testing.assert_close(slope.double().cpu()[finite], slope_expected[finite], rtol=3e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_silu_at_its_ends_in_16_bits(dtype: torch.dtype) -> None:
+    """Its slope is off by 2^-22 of 1 + |z| there, and z of a norm is no further than the root of its group's size."""
+    z = torch.tensor([-1e30, -1000, -105, -89, -20, -10, -1, 0, 1, 10, 20, 105, 1000, torch.nan])
+    x, dy = torch.zeros(1, 14, 4, 4, dtype=dtype, device=DEVICE), random(1, 14, 4, 4, seed=1, dtype=dtype).to(DEVICE)
+    bias = z.to(DEVICE).requires_grad_()
+    y = group_norm_silu(x, torch.ones_like(bias), bias, groups=1, backend="triton")
+    (slope,) = torch.autograd.grad(y, bias, dy)
+    wide = z.double().requires_grad_()
+    expected = nn.functional.silu(wide)
+    (slope_expected,) = torch.autograd.grad(expected.nan_to_num().sum(), wide)
+    near = {"rtol": torch.finfo(dtype).eps, "atol": 1e-5, "equal_nan": True}
+    torch.testing.assert_close(y[0, :, 1, 2].double().cpu(), expected.detach(), **near)
+    finite = z.isfinite()
+    slope_expected *= dy.double().sum((0, 2, 3)).cpu()
+    torch.testing.assert_close(slope.double().cpu()[finite], slope_expected[finite], rtol=1e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float16])
 def test_parameters_in_half_precision(parameters: torch.dtype, dtype: torch.dtype) -> None:
@@ -162,6 +180,28 @@ def test_one_large_image_keeps_the_processors_busy(layout: str) -> None:
     assert plan.splits * plan.blocks(32) >= 132
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "layout", "dtype", "most"),
+    [
+        (128, 64, "channels_last", torch.bfloat16, (96, 128)),
+        (256, 64, "contiguous", torch.float16, (80, 96)),
+        (512, 8, "channels_last", torch.bfloat16, (None, 128)),  # largest tiles of x and dy in registers
+        (128, 8, "channels_last", torch.bfloat16, (None, None)),
+        (128, 64, "channels_last", torch.float32, (None, None)),
+    ],
+)
+def test_registers_of_a_thread(
+    channels: int, size: int, layout: str, dtype: torch.dtype, most: tuple[int | None, ...]
+) -> None:
+    x = torch.empty(64, channels, size, size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    weight, mean = torch.empty(channels), torch.empty(64, 32)
+    layer = weight, weight, None, None, None
+    with recording() as launches:
+        kernel.group_norm_silu(x, None, *layer, 32, 1e-5, True)
+        kernel.group_norm_silu_backward(x, x, None, *layer, mean, mean, None, None, True, True)
+    assert [one.maxnreg for one in launches] == [*most, None]  # the last one sums over the batch
+
+
 def test_launches() -> None:
     """One forward; backward one more, which only the parameters need."""
     x, weight, mean = torch.empty(2, 64, 8, 8), torch.empty(64), torch.empty(2, 32)
@@ -177,6 +217,14 @@ def test_launches() -> None:
 
 
 # Offsets
+
+
+def test_a_sample_of_more_than_two_to_the_31_values_is_refused() -> None:
+    x = torch.empty(1, 64, 2**13, 2**12 + 1, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(64, device="meta")
+    with pytest.raises(ValueError, match=r"triton takes at most 2\^31 values a sample, not 2,148,007,936; use auto"):
+        group_norm_silu(x, weight, weight, backend="triton")
+    assert group_norm_silu(x, weight, weight).shape == x.shape
 
 
 FAR_APART = {

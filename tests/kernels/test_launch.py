@@ -1,5 +1,6 @@
 """Equal calls share the preparation of their launches, and only the addresses differ: seen on a driver's double."""
 
+import ast
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from fastdiff.kernels.launch import launch
 
 ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "kernels"
 
 
 def test_a_repeated_call_launches_what_the_first_did() -> None:
@@ -40,6 +42,39 @@ def test_a_repeated_call_launches_what_the_first_did() -> None:
         assert case["unknown"] == (name == "strided weight"), name  # .contiguous() allocates by itself
         copied = name in ("strided weight", "copied gradient")  # the copy cannot be repeated
         assert case["prepared"] == (0 if copied else 2), name
+
+
+@pytest.mark.parametrize(("hip", "passed"), [(None, {"maxnreg": 96}), ("6.4", {})])
+def test_registers_are_limited_where_the_compiler_can(
+    hip: str | None, passed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton refuses an option that a backend does not know, as AMD's does not know maxnreg."""
+    found: list[dict[str, int]] = []
+
+    class Kernel:
+        fn = SimpleNamespace(__name__="norm")
+
+        def __getitem__(self, grid: object) -> object:
+            return self
+
+        def __call__(self, **options: int) -> None:
+            found.append(options)
+
+    monkeypatch.setattr("torch.version.hip", hip)
+    launch(Kernel(), (1,), torch.device("cpu"), num_warps=4, num_stages=1, maxnreg=96)
+    launch(Kernel(), (1,), torch.device("cpu"), num_warps=4, num_stages=1)
+    assert found == [{"num_warps": 4, "num_stages": 1, **passed}, {"num_warps": 4, "num_stages": 1}]
+
+
+def test_no_function_of_a_kernel_returns_none() -> None:
+    """Triton 3.6 cannot compile it."""
+    files = [path for path in KERNELS.rglob("*.py") if "triton.jit" in path.read_text(encoding="utf-8")]
+    assert len(files) > 8
+    for path in files:
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
+                returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+                assert all(value is not None and ast.unparse(value) != "None" for value in returned), function.name
 
 
 def test_a_first_call_during_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
