@@ -127,13 +127,6 @@ def plan(
                 idle = min(idle, AGAIN * max(idle / min(chunks, MOST_SPLITS), 1.0))
         return blocks * (width * height * chunks + START) * slowness * idle
 
-    def registers(size: int, walks: bool) -> int | None:
-        if element_size > 2:
-            return None
-        if walks:
-            return REGISTERS.get((tensors, channels_fastest))
-        return ON_CHIP_REGISTERS if size == ON_CHIP[2] and tensors == 2 else None
-
     k = min(range(1, groups + 1), key=cost)
     width, height = tile(k)
     chunks, programs = -(-pixels // height), samples * -(-groups // k)
@@ -147,4 +140,8 @@ def plan(
     few = tile_size > SINGLE and width <= WIDE and element_size < 4 and not narrow
     warps = min(max(tile_size // PER_WARP, 1), FEW_WARPS if few else MOST_WARPS)
     stages = chunk(width)[1] if span > height else 1
-    return Plan(k, width, height, splits, span, warps, stages, registers(tile_size, pixels > height))
+    registers = None
+    if element_size == 2 and splits == 1 and programs > processors:  # else all of them fit at once
+        largest = ON_CHIP_REGISTERS if tensors == 2 and tile_size == ON_CHIP[2] else None
+        registers = REGISTERS[tensors, channels_fastest] if chunks > 1 else largest
+    return Plan(k, width, height, splits, span, warps, stages, registers)
