@@ -24,21 +24,23 @@ AS_IT_IS = "as it is"
 Changes = Mapping[str, Any]
 """Attributes of an operation's plan module and their replacements."""
 
+_UNLIMITED: Changes = {"REGISTERS": dict.fromkeys(norm_plan.REGISTERS), "ON_CHIP_REGISTERS": None}
+
 NORMS: Mapping[str, Changes] = {
     AS_IT_IS: {},
     "cache hints": {"KEPT": True},
-    "twice the values per warp": {"PER_WARP": 1024},
+    "twice the values per warp": {"PER_WARP": 1024, **_UNLIMITED},
     "half the values per warp": {"PER_WARP": 256},
     "chunks of 2048, 6 stages": {"CHUNKS": ((2048, 6), (2048, 6))},
     "chunks of 4096, 3 stages": {"CHUNKS": ((4096, 3), (4096, 3))},
     "chunks of 4096, 4 stages": {"CHUNKS": ((4096, 4), (4096, 4))},
     "chunks of 1024, 6 stages": {"CHUNKS": ((1024, 6), (1024, 6))},
-    "chunks of 4096, 4 stages, 4 warps": {"CHUNKS": ((4096, 4), (4096, 4)), "MOST_WARPS": 4},
-    "16 warps for large tiles": {"FEW_WARPS": 16},
+    "chunks of 4096, 4 stages, 4 warps": {"CHUNKS": ((4096, 4), (4096, 4)), "MOST_WARPS": 4, **_UNLIMITED},
+    "16 warps for large tiles": {"FEW_WARPS": 16, **_UNLIMITED},
     "small tiles": {"ON_CHIP": {1: 8192, 2: 4096}},
     "smaller tiles": {"ON_CHIP": {1: 4096, 2: 2048}},
     "short runs": {"FULL_RUN": 32},
-    "registers as the compiler likes": {"REGISTERS": {}},
+    "registers without a limit": _UNLIMITED,
 }
 
 

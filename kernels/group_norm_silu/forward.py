@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from fastdiff.kernels.arithmetic import reciprocal
+from fastdiff.kernels.arithmetic import reciprocal_by_root
 from fastdiff.kernels.group_norm_silu.tile import (
     LOG2_E,
     centred,
@@ -59,8 +59,7 @@ def _moments(
         if not EVEN:
             difference = tl.where(mask, difference, 0.0)
         chunks += 1.0
-        root = tl.rsqrt(chunks)  # fewer instructions than a division
-        mean += difference * (reciprocal(chunks) if EXACT else root * root)
+        mean += difference * reciprocal_by_root(chunks)
         deviation += difference * (value - mean)
     count = tl.maximum((stop - start - p + BLOCK_PIXELS - 1) // BLOCK_PIXELS, 0).to(tl.float32)[None, :]
     values = DEPTH * tl.cast(stop - start, tl.float32)

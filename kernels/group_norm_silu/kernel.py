@@ -75,6 +75,8 @@ def _steps(x: Tensor) -> tuple[int, int, int] | None:
 
 def _strided(x: Tensor, like: Tensor) -> Strided:
     """x, or a dense copy in the layout of outputs if its pixels are not evenly spaced or its values too far apart."""
+    if math.prod(x.shape[1:]) - 1 > FARTHEST:
+        raise ValueError(f"group_norm_silu: a sample of more than 2^31 values: {tuple(x.shape)}")
     steps = _steps(x)
     if steps is None or (x.shape[1] - 1) * steps[1] + (math.prod(x.shape[2:]) - 1) * steps[2] > FARTHEST:
         x = torch.empty_strided(x.shape, _dense_strides(like, x.shape), dtype=x.dtype, device=x.device).copy_(x)

@@ -25,6 +25,8 @@ REGISTERS = {(1, False): 80, (1, True): 96, (2, False): 96, (2, True): 128}
 """Most registers of a thread of a walk in 16 bits, by tensors that it reads and whether channels are adjacent.
 
 So many do without spills; left to itself the compiler takes up to 163, and fewer programs fit on a multiprocessor."""
+WITHOUT_A_LIMIT = {1: 4, 2: 3}
+"""Programs of such a walk that fit on a multiprocessor without the limit."""
 ON_CHIP_REGISTERS = 128
 """The same of a largest tile of x and dy in registers. Up to 183 without it: one program would fit instead of two."""
 CACHE = 40 * 2**20
@@ -59,7 +61,7 @@ class Plan:
     pixels_per_split: int
     warps: int
     stages: int = 1
-    registers: int | None = None
+    registers: int | None = None  # of a thread, at most
 
     @property
     def on_chip(self) -> bool:
@@ -141,7 +143,10 @@ def plan(
     warps = min(max(tile_size // PER_WARP, 1), FEW_WARPS if few else MOST_WARPS)
     stages = chunk(width)[1] if span > height else 1
     registers = None
-    if element_size == 2 and splits == 1 and programs > processors:  # else all of them fit at once
-        largest = ON_CHIP_REGISTERS if tensors == 2 and tile_size == ON_CHIP[2] else None
-        registers = REGISTERS[tensors, channels_fastest] if chunks > 1 else largest
+    share = programs / processors
+    if element_size == 2 and splits == 1:
+        if chunks > 1 and warps == FEW_WARPS and share > WITHOUT_A_LIMIT[tensors]:
+            registers = REGISTERS[tensors, channels_fastest]
+        elif chunks == 1 and tensors == 2 and tile_size == ON_CHIP[2] and share > 1:
+            registers = ON_CHIP_REGISTERS
     return Plan(k, width, height, splits, span, warps, stages, registers)

@@ -11,6 +11,7 @@ import triton.language as tl
 from fastdiff.kernels.arithmetic import divide, exp, reciprocal
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 class Strided(NamedTuple):
@@ -170,24 +171,21 @@ def exact_slope(z):
 
 
 @triton.jit
-def _root(e):
-    """The root of sigmoid(z) / log2(e) from ``e`` = -z log2(e). A division would take three instructions more."""
-    return tl.rsqrt(tl.exp2(e) * LOG2_E + LOG2_E)
-
-
-@triton.jit
 def fast_silu(e):
-    """z * sigmoid(z) from ``e`` = -z log2(e), with the factor in the root: errors hidden by a rounding to 16 bits."""
-    root = _root(e)
+    """z * sigmoid(z) from ``e`` = -z log2(e): its errors are hidden by a rounding to 16 bits.
+
+    Squaring rsqrt takes three instructions fewer than a division, and the root can hold the factor log2(e).
+    """
+    root = tl.rsqrt(tl.exp2(e) * LOG2_E + LOG2_E)
     return e * root * (root * -1.0)  # -root would be subtracted from 0
 
 
 @triton.jit
 def fast_slope(e):
-    """The derivative of silu, s + y - s y = 1 + (s - 1) (1 - y), from ``e`` as fast_silu: off by 2^-22 of 1 + |z|."""
-    root = _root(e)
-    part = root * root
-    return (part * LOG2_E - 1.0) * (part * e + 1.0) + 1.0
+    """The derivative of silu, s * (z * (1 - s) + 1) with s = sigmoid(z), from ``e`` = -z log2(e), as fast_silu."""
+    root = tl.rsqrt(1.0 + tl.exp2(e))
+    s = root * root
+    return s * (e * (s * LN_2 - LN_2) + 1.0)
 
 
 @triton.jit

@@ -14,8 +14,9 @@ from fastdiff.benchmarks.kernels import Measured, measure
 from fastdiff.benchmarks.roofline import Roofline
 from fastdiff.benchmarks.rows import Row
 from fastdiff.benchmarks.targets import training_verdicts, verdicts
-from fastdiff.benchmarks.tuning import AS_IT_IS, different, faster, tuned, variants
+from fastdiff.benchmarks.tuning import AS_IT_IS, changed, different, faster, tuned, variants
 from fastdiff.kernels import attention, group_norm_silu
+from fastdiff.kernels.group_norm_silu import plan
 
 CPU = torch.device("cpu")
 ROOFS = Roofline(bytes_per_s=1e9, flops_per_s=1e12)
@@ -207,6 +208,17 @@ def test_what_is_tuned_exists_and_differs(case: Case, direction: str) -> None:
     names = different(case, direction, case.inputs(0, CPU))
     assert next(iter(names)) == AS_IT_IS
     assert len(names) < len(variants(case, direction))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_every_variant_of_a_norm_has_a_plan(direction: str, layout: str) -> None:
+    """Of many large images, whose walks have limits of registers that those of few have not."""
+    case = norm_case(2048, 192, 64, torch.bfloat16, layout, False)
+    for changes in variants(case, direction).values():
+        with changed(case.op, changes):
+            found = plan.plan(2048, 192, 64**2, 32, layout == "channels_last", 2, 1 + (direction == "backward"), 132)
+        assert (found.registers is None) == ("REGISTERS" in changes or found.warps != 4)
 
 
 def test_variants_are_timed_and_the_fastest_is_advice() -> None:

@@ -73,6 +73,7 @@ BOUNDS: dict[str, tuple[Any, Truth, list[np.ndarray], float]] = {
     "log": (arithmetic.log, np.log, [of_sizes(-125.9, 127.9)], 0.84),
     "log near 1": (arithmetic.log, np.log, [of_sizes(-1, 1)], 0.84),
     "reciprocal": (arithmetic.reciprocal, inverse, [of_sizes(-100, 100)], 0.51),
+    "reciprocal by root": (arithmetic.reciprocal_by_root, inverse, [of_sizes(-100, 100)], 0.51),
     "reciprocal of a negative": (arithmetic.reciprocal, inverse, [-of_sizes(0, 1)], 0.51),
     "divide": (arithmetic.divide, quotient, [between(-9, 9), of_sizes(-60, 60, seed=1)], 0.51),
 }

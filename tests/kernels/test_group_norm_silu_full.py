@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdiff.kernels import group_norm_silu
 from fastdiff.kernels.launch import recording
 
-from .support import DEVICE, TRITON_DTYPES, pairwise, random
+from .support import DEVICE, TRITON_DTYPES, error, pairwise, random
 from .test_group_norm_silu import CHANNELS, LAYOUTS, SPATIAL, Case, hold
 
 plans = pytest.importorskip("fastdiff.kernels.group_norm_silu.plan")
@@ -69,6 +69,28 @@ def test_every_plan_is_steady(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offset", [10.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_budget_far_from_zero_in_16_bits(
+    dtype: torch.dtype, offset: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk multiplies x itself, without its mean subtracted: the rounding errors of that are below those of x."""
+    change_plan(monkeypatch, kind)
+    hold(Case((2, 96, 8, 8), dtype, offset=offset, input_bias=True), "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dead_channel_in_16_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients are as exact as others, in relation to their own size."""
+    change_plan(monkeypatch, kind)
+    case = Case((2, 64, 8, 8), torch.bfloat16, scale=False, shift=False)
+    case.weight, case.bias = torch.full((64,), 0.5), torch.full((64,), -20.0)
+    truth, found = case.run("truth"), case.run("triton")
+    for name in ("dweight", "dbias", "dx"):
+        assert error(found[name], truth[name]) <= 0.02 * float(truth[name].abs().max()), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_outlier_comes_first(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What x is taken less of may be far from all the rest: the mean is corrected for what that costs."""
     change_plan(monkeypatch, kind)
@@ -95,8 +117,7 @@ def test_silu_at_its_ends() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_silu_at_its_ends_in_16_bits(dtype: torch.dtype) -> None:
-    """Its slope is off by 2^-22 of 1 + |z| there, and z of a norm is no further than the root of its group's size."""
-    z = torch.tensor([-1e30, -1000, -105, -89, -20, -10, -1, 0, 1, 10, 20, 105, 1000, torch.nan])
+    z = torch.tensor([-1e30, -1000, -105, -80, -20, -10, -1, 0, 1, 10, 20, 105, 1000, torch.nan])
     x, dy = torch.zeros(1, 14, 4, 4, dtype=dtype, device=DEVICE), random(1, 14, 4, 4, seed=1, dtype=dtype).to(DEVICE)
     bias = z.to(DEVICE).requires_grad_()
     y = group_norm_silu(x, torch.ones_like(bias), bias, groups=1, backend="triton")
@@ -108,7 +129,8 @@ def test_silu_at_its_ends_in_16_bits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y[0, :, 1, 2].double().cpu(), expected.detach(), **near)
     finite = z.isfinite()
     slope_expected *= dy.double().sum((0, 2, 3)).cpu()
-    torch.testing.assert_close(slope.double().cpu()[finite], slope_expected[finite], rtol=1e-3, atol=2e-5)
+    # relatively exact down to the smallest normal numbers; at the upper end an error of rsqrt is multiplied by z
+    torch.testing.assert_close(slope.double().cpu()[finite], slope_expected[finite], rtol=1e-3, atol=1e-36)
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
@@ -186,20 +208,25 @@ def test_one_large_image_keeps_the_processors_busy(layout: str) -> None:
         (128, 64, "channels_last", torch.bfloat16, (96, 128)),
         (256, 64, "contiguous", torch.float16, (80, 96)),
         (512, 8, "channels_last", torch.bfloat16, (None, 128)),  # largest tiles of x and dy in registers
-        (128, 8, "channels_last", torch.bfloat16, (None, None)),
+        (32, 4, "channels_last", torch.bfloat16, (None, None)),
         (128, 64, "channels_last", torch.float32, (None, None)),
     ],
 )
 def test_registers_of_a_thread(
     channels: int, size: int, layout: str, dtype: torch.dtype, most: tuple[int | None, ...]
 ) -> None:
-    x = torch.empty(64, channels, size, size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
-    weight, mean = torch.empty(channels), torch.empty(64, 32)
+    assert registers(2048, channels, size, layout, dtype) == [*most, None]  # the last one sums over the batch
+    assert set(registers(4, channels, size, layout, dtype)) == {None}, "all programs fit at once without a limit"
+
+
+def registers(n: int, channels: int, size: int, layout: str, dtype: torch.dtype) -> list[int | None]:
+    x = torch.empty(n, channels, size, size, dtype=dtype, device="meta").contiguous(memory_format=LAYOUTS[layout])
+    weight, mean = torch.empty(channels, device="meta"), torch.empty(n, 32, device="meta")
     layer = weight, weight, None, None, None
     with recording() as launches:
         kernel.group_norm_silu(x, None, *layer, 32, 1e-5, True)
         kernel.group_norm_silu_backward(x, x, None, *layer, mean, mean, None, None, True, True)
-    assert [one.maxnreg for one in launches] == [*most, None]  # the last one sums over the batch
+    return [one.maxnreg for one in launches]
 
 
 def test_launches() -> None:
@@ -230,6 +257,7 @@ def test_a_sample_of_more_than_two_to_the_31_values_is_refused() -> None:
 FAR_APART = {
     "samples": ((2, 32, 5), (2**31 + 16, 5, 1)),
     "channels": ((1, 64, 5), (64 * 2**26, 2**26, 1)),
+    "channels within 32 bits": ((2, 64, 5), (64 * 2**25, 2**25, 1)),
     "pixels": ((2, 32, 5), (32, 1, 2**30)),
 }
 
