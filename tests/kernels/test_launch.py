@@ -74,10 +74,9 @@ def test_no_function_of_a_kernel_returns_none() -> None:
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             decorators = function.decorator_list if isinstance(function, ast.FunctionDef) else []
             if isinstance(function, ast.FunctionDef) and "triton.jit" in "".join(map(ast.unparse, decorators)):
-                for returned in (node.value for node in ast.walk(function) if isinstance(node, ast.Return)):
-                    assert returned is not None, function.name
-                    inside = [node.value for node in ast.walk(returned) if isinstance(node, ast.Constant)]
-                    assert None not in inside, function.name
+                for value in (node.value for node in ast.walk(function) if isinstance(node, ast.Return)):
+                    parts = value.elts if isinstance(value, ast.Tuple) else [value]
+                    assert all(part is not None and ast.unparse(part) != "None" for part in parts), function.name
 
 
 def test_a_first_call_during_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
