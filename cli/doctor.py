@@ -77,7 +77,7 @@ def _device() -> Iterator[tuple[str, str]]:
         use = "auto uses its kernels"
     yield "triton", f"{triton}: {use}"
     if has_compiler(device):
-        yield "compiler", "found: long runs use torch.compile, which takes one to two minutes at first"
+        yield "compiler", "found: long runs use torch.compile, which takes one to three minutes at first"
     else:
         yield "compiler", f"not found: runs are eager and slower; install {'gcc' if gpu else 'g++'}"
     if gpu and (peak := peak_flops(device, precision)) is not None:

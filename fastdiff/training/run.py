@@ -119,7 +119,7 @@ def _carry_out(
         log(line)
     trainer = Trainer(config, dataset, runtime, run_dir, log, world, among, held_out, limit)
     config = trainer.config
-    trainer.environment = environment(runtime, world.size, trainer.model_calls, command)
+    trainer.environment = environment(trainer.runtime, world.size, trainer.model_calls, command)
     if plan.resuming:
         resuming.resume(trainer)
     if (given := plan.init_from or plan.resume_checkpoint) is not None and trainer.state.step:
@@ -131,7 +131,7 @@ def _carry_out(
     if config.train.fp16_scale_growth and runtime.precision is not Precision.FP16:
         log(f"fp16_scale_growth has no effect: precision {runtime.precision} needs no loss scale")
     log(f"model: {trainer.state.num_parameters / 1e6:.1f} M parameters, {_described(config.model)}")
-    log(f"on: {world.describe()}, {runtime.describe(trainer.model_calls)}")
+    log(f"on: {world.describe()}, {trainer.runtime.describe(trainer.model_calls)}")
     if plan.dry:
         log(trainer.rehearsed())
         return 0

@@ -108,7 +108,9 @@ class Trainer:
         self.config = config
         if limit is not None:
             self.config = config = self._timed(config, limit)
-            settled = Compile.ON if runtime.compiles(self.model_calls) else Compile.OFF  # however long it becomes
+            left = self.world.from_main(lambda: limit.deadline - time.perf_counter())
+            settled = Compile.ON if runtime.compiles(self.model_calls, left) else Compile.OFF  # however long it becomes
+            self.runtime = runtime = replace(runtime, compile=settled)
             self.config = config = replace(config, runtime=replace(config.runtime, compile=settled))
         with self._explained():
             self.module = parallelise(self.model, self.device, self.world, config.train.parallel)

@@ -14,6 +14,7 @@ from fastdiff.runtime.device import (
     COMPILE_PAYS_AFTER,
     Runtime,
     compiling,
+    has_compiler,
     has_native_bf16,
     resolve_device,
     resolve_precision,
@@ -121,7 +122,10 @@ def test_bf16_is_native_only_where_onednn_may_use_it(
 
 def test_auto_compiles_long_jobs_only() -> None:
     runtime = Runtime.resolve(RuntimeConfig(device="cpu"))
-    assert not runtime.compiles(COMPILE_PAYS_AFTER["cpu"] - 1)
+    enough = COMPILE_PAYS_AFTER["cpu"]
+    assert not runtime.compiles(enough - 1)
+    assert not runtime.compiles(enough, seconds=600)
+    assert runtime.compiles(enough) == runtime.compiles(enough, seconds=900) == has_compiler(CPU)
     off = Runtime.resolve(RuntimeConfig(device="cpu", compile=Compile.OFF))
     assert not off.compiles(10**9)
 
@@ -199,4 +203,4 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_compilation_says_how_long_it_takes(load: float, slower: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "load_average", lambda: load)
     monkeypatch.setattr(device, "usable_cores", lambda: 2)
-    assert compiling().startswith(f"compiling the model first: one to two minutes{slower}")
+    assert compiling().startswith(f"compiling the model first: one to three minutes{slower}")

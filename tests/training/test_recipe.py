@@ -284,6 +284,16 @@ def test_a_timed_run_is_compiled_or_not_whatever_its_length_becomes(
     assert config_of(tmp_path).runtime.compile == "off"
 
 
+def test_a_short_timed_run_is_not_compiled_however_many_updates_it_has(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "seconds_per_update", lambda *_: 1e-5)  # as if tens of thousands would follow
+    lines: list[str] = []
+    fastdiff.train(shapes, tmp_path, minutes=0.02, show=lines.append, **QUICK | {"compile": "auto"})
+    assert config_of(tmp_path).runtime.compile == "off"
+    assert any(line.startswith("on: ") and ", eager, " in line for line in lines)
+
+
 def test_a_full_disk_does_not_stop_a_timed_run(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = trainer.write_config, list[int]()
     monkeypatch.setattr(trainer, "seconds_per_update", lambda *_: 1e-4)  # too few: the number will change
