@@ -28,6 +28,7 @@ _UNLIMITED: Changes = {"REGISTERS": dict.fromkeys(norm_plan.REGISTERS), "ON_CHIP
 
 NORMS: Mapping[str, Changes] = {
     AS_IT_IS: {},
+    "registers without a limit": _UNLIMITED,
     "cache hints": {"KEPT": True},
     "twice the values per warp": {"PER_WARP": 1024, **_UNLIMITED},
     "half the values per warp": {"PER_WARP": 256},
@@ -40,7 +41,6 @@ NORMS: Mapping[str, Changes] = {
     "small tiles": {"ON_CHIP": {1: 8192, 2: 4096}},
     "smaller tiles": {"ON_CHIP": {1: 4096, 2: 2048}},
     "short runs": {"FULL_RUN": 32},
-    "registers without a limit": _UNLIMITED,
 }
 
 

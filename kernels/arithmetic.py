@@ -65,7 +65,7 @@ def divide(a, b):
 
 @triton.jit
 def reciprocal_by_root(x):
-    """1 / x to one rounding for a positive x far from fp32's limits: half of a division's instructions."""
+    """1 / x to one rounding for a positive x far from fp32's limits, in fewer instructions than ``reciprocal``."""
     root = tl.rsqrt(x)
     r = root * root
     return tl.fma(tl.fma(-x, r, 1.0), r, r)

@@ -37,7 +37,7 @@ from fastdiff.kernels.group_norm_silu.tile import Joined, Strided
 from fastdiff.kernels.launch import launch, processors, register, temporary
 
 FARTHEST = 2**31 - 1
-"""The offset of a sample's last value, in values, that a tile's 32-bit offsets reach."""
+"""Largest offset in a sample, in values, that 32 bits hold."""
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

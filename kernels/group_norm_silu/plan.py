@@ -22,13 +22,13 @@ WIDE = 128
 SINGLE = 8192
 """Values of a tile in registers above which too few programs fit on a multiprocessor to hide each other's waits."""
 REGISTERS = {(1, False): 80, (1, True): 96, (2, False): 96, (2, True): 128}
-"""Most registers of a thread of a walk in 16 bits, by tensors that it reads and whether channels are adjacent.
-
-So many do without spills; left to itself the compiler takes up to 163, and fewer programs fit on a multiprocessor."""
+"""Most registers of a thread of a walk on WALKERS warps in 16 bits, by tensors that it reads and whether channels are
+adjacent. Left to itself the compiler takes up to 164, and fewer programs fit on a multiprocessor."""
+WALKERS = 4
 WITHOUT_A_LIMIT = {1: 4, 2: 3}
-"""Programs of such a walk that fit on a multiprocessor without the limit."""
+"""Fewest programs of such a walk that fit on a multiprocessor without the limit."""
 ON_CHIP_REGISTERS = 128
-"""The same of a largest tile of x and dy in registers. Up to 183 without it: one program would fit instead of two."""
+"""Most registers of a thread of a largest tile of x and dy in 16 bits, so that two programs fit."""
 CACHE = 40 * 2**20
 """Bytes that are still cached when they are read a second time."""
 MOST_SPLITS = 64
@@ -145,7 +145,7 @@ def plan(
     registers = None
     share = programs / processors
     if element_size == 2 and splits == 1:
-        if chunks > 1 and warps == FEW_WARPS and share > WITHOUT_A_LIMIT[tensors]:
+        if chunks > 1 and warps == WALKERS and share > WITHOUT_A_LIMIT[tensors]:
             registers = REGISTERS[tensors, channels_fastest]
         elif chunks == 1 and tensors == 2 and tile_size == ON_CHIP[2] and share > 1:
             registers = ON_CHIP_REGISTERS

@@ -212,8 +212,8 @@ def test_what_is_tuned_exists_and_differs(case: Case, direction: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_every_variant_of_a_norm_has_a_plan(direction: str, layout: str) -> None:
-    """Of many large images, whose walks have limits of registers that those of few have not."""
+def test_variants_of_a_norm_have_limited_registers_or_not(direction: str, layout: str) -> None:
+    """Every variant has a plan for many large images, whose walks on four warps have a limit unless it lifts that."""
     case = norm_case(2048, 192, 64, torch.bfloat16, layout, False)
     for changes in variants(case, direction).values():
         with changed(case.op, changes):

@@ -67,7 +67,7 @@ def test_registers_are_limited_where_the_compiler_can(
 
 
 def test_no_function_of_a_kernel_returns_none() -> None:
-    """Nor a tuple that holds it: Triton 3.6 cannot compile them."""
+    """Nor a tuple of a literal None: Triton 3.6 cannot compile them."""
     files = [path for path in KERNELS.rglob("*.py") if "triton.jit" in path.read_text(encoding="utf-8")]
     assert len(files) > 8
     for path in files:
