@@ -44,6 +44,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     layer = [None, vector(128), vector(128), None, None, None]
     expanded, repeated = torch.empty(1).expand(2, 128, 8, 8), torch.empty(2, 128, 8, 1).expand(2, 128, 8, 8)
     fp32, pair = image(2, 128, 8, torch.float32), (image(2, 128, 8), image(2, 128, 8))
+    many, limited = (image(64, 512, 8), image(64, 512, 8)), (torch.empty(2, 64, 32), torch.empty(64, 32))
     both, others = ([image(2, 80, 8), image(2, 48, 8)] for _ in range(2))
     return {
         "norm": (norm, [image(2, 128, 8), None, vector(128), vector(128), scale, shift, None, 32, 1e-5, True]),
@@ -56,6 +57,10 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
         ),
         "two inputs": (norm, [image(2, 80, 8), image(2, 48, 8), *layer[1:], 32, 1e-5, True]),
         "gradients of two inputs": (norm_backward, [pair[0], *both, *layer[1:], *statistics, *others, True, True]),
+        "limited registers": (
+            norm_backward,
+            [*many, None, vector(512), vector(512), None, None, None, *limited, None, None, True, True],
+        ),
         "expanded gradient": (norm_backward, [expanded, fp32, *layer, *statistics, None, None, True, True]),
         "copied gradient": (norm_backward, [repeated, fp32, *layer, *statistics, None, None, True, True]),
         "attention": (attention, [qkv, 4]),

@@ -31,6 +31,7 @@ def test_a_repeated_call_launches_what_the_first_did() -> None:
         "norm's gradient": 2,
         "two inputs": 1,
         "gradients of two inputs": 2,
+        "limited registers": 2,
         "expanded gradient": 2,
         "copied gradient": 2,
         "attention": 1,
