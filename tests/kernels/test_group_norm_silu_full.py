@@ -219,9 +219,9 @@ def test_registers_of_a_thread(
     assert set(registers(4, channels, size, layout, dtype)) == {None}, "split, or fewer programs than processors"
 
 
-@pytest.mark.parametrize(("n", "most"), [(64, (None, None)), (128, (None, 128)), (160, (96, 128))])
+@pytest.mark.parametrize(("n", "most"), [(64, (None, None)), (128, (None, 128)), (1024, (96, 128))])
 def test_registers_are_limited_where_all_programs_would_not_fit(n: int, most: tuple[int | None, ...]) -> None:
-    """Walks of four programs a sample on 132 processors, on which four forward and three backward fit in any case."""
+    """Of 256, 512 and 1,024 programs on 132 processors, on each of which four forward and three backward fit anyway."""
     assert registers(n, 128, 64, "channels_last", torch.bfloat16) == [*most, None]
 
 

@@ -45,11 +45,16 @@ def _compile(index: int) -> Figures:
     return program.compile_for(target)
 
 
+def may_spill(kernel: str) -> int:
+    """Bytes per thread that a kernel of this name may spill."""
+    return max((size for name, size in MAY_SPILL.items() if kernel.startswith(name)), default=0)
+
+
 def faults(target: str, built: Figures) -> list[str]:
     """What is wrong with a compiled program, apart from the exceptions of MAY_SPILL."""
     found = []
     limit, units = TARGETS[target].shared_limit, TARGETS[target].matrix_units
-    if built.spills > max((size for op, size in MAY_SPILL.items() if built.kernel.startswith(op)), default=0):
+    if built.spills > may_spill(built.kernel):
         found.append(f"spills {built.spills} bytes")
     if built.shared > limit:
         found.append(f"needs {built.shared} bytes of shared memory, more than {limit}")
