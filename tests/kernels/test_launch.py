@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,18 @@ def test_a_repeated_call_launches_what_the_first_did() -> None:
         assert case["prepared"] == (0 if copied else 2), name
 
 
+class Kernel:
+    """Takes the place of a kernel that Triton would compile."""
+
+    fn = SimpleNamespace(__name__="norm")
+
+    def __init__(self, run: Callable[..., object]) -> None:
+        self.run = run
+
+    def __getitem__(self, grid: object) -> Callable[..., object]:
+        return self.run
+
+
 @pytest.mark.parametrize(("hip", "passed"), [(None, {"maxnreg": 96}), ("6.4", {})])
 def test_registers_are_limited_where_the_compiler_can(
     hip: str | None, passed: dict[str, int], monkeypatch: pytest.MonkeyPatch
@@ -52,18 +65,10 @@ def test_registers_are_limited_where_the_compiler_can(
     """Triton refuses an option that a backend does not know, as AMD's does not know maxnreg."""
     found: list[dict[str, int]] = []
 
-    class Kernel:
-        fn = SimpleNamespace(__name__="norm")
-
-        def __getitem__(self, grid: object) -> object:
-            return self
-
-        def __call__(self, **options: int) -> None:
-            found.append(options)
-
     monkeypatch.setattr("torch.version.hip", hip)
-    launch(Kernel(), (1,), torch.device("cpu"), num_warps=4, num_stages=1, maxnreg=96)
-    launch(Kernel(), (1,), torch.device("cpu"), num_warps=4, num_stages=1)
+    kernel = Kernel(lambda **options: found.append(options))
+    launch(kernel, (1,), torch.device("cpu"), num_warps=4, num_stages=1, maxnreg=96)
+    launch(kernel, (1,), torch.device("cpu"), num_warps=4, num_stages=1)
     assert found == [{"num_warps": 4, "num_stages": 1, **passed}, {"num_warps": 4, "num_stages": 1}]
 
 
@@ -73,29 +78,23 @@ def test_no_function_of_a_kernel_returns_none() -> None:
     assert len(files) > 8
     for path in files:
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            decorators = function.decorator_list if isinstance(function, ast.FunctionDef) else []
-            if isinstance(function, ast.FunctionDef) and "triton.jit" in "".join(map(ast.unparse, decorators)):
-                for value in (node.value for node in ast.walk(function) if isinstance(node, ast.Return)):
-                    parts = value.elts if isinstance(value, ast.Tuple) else [value]
-                    assert all(part is not None and ast.unparse(part) != "None" for part in parts), function.name
+            if not isinstance(function, ast.FunctionDef) or "triton.jit" not in ast.unparse(function):
+                continue
+            for value in (node.value for node in ast.walk(function) if isinstance(node, ast.Return)):
+                parts = value.elts if isinstance(value, ast.Tuple) else [value]
+                assert all(part is not None and ast.unparse(part) != "None" for part in parts), function.name
 
 
 def test_a_first_call_during_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Kernel:
-        fn = SimpleNamespace(__name__="norm")
-
-        def __getitem__(self, grid: object) -> object:
-            return self
-
-        def __call__(self, **_: object) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing")
+    def run(**_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
 
     capturing = [True, False]
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", capturing.pop)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     gpu = torch.device("cuda", 0)
     with pytest.raises(RuntimeError, match=r"^operation not permitted"):
-        launch(Kernel(), (1,), gpu, num_warps=4, num_stages=1)
+        launch(Kernel(run), (1,), gpu, num_warps=4, num_stages=1)
     with pytest.raises(RuntimeError, match=r"^norm cannot run first during the capture .* call it once"):
-        launch(Kernel(), (1,), gpu, num_warps=4, num_stages=1)
+        launch(Kernel(run), (1,), gpu, num_warps=4, num_stages=1)
     assert not capturing
